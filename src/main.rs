@@ -1,0 +1,3 @@
+//! The `sdgen` command.
+use candle_core as _;
+fn main() {}

@@ -1,3 +1,14 @@
-//! The `sdgen` command.
-use candle_core as _;
-fn main() {}
+//! The `sdgen` command: parse, run, report an error once, exit with its code.
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match sdgen::cli::run(sdgen::cli::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            ExitCode::from(failure.code)
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
+
+use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads};
+use crate::guidance::Guided;
+use crate::model::unet::UNet;
+use crate::model::unet::UNetConfig;
+use crate::model::vae::{Decoder, VaeConfig};
+use crate::nn::layers::flops;
+use crate::schedule::Prediction;
+use crate::weights::Weights;
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// The sizes of a well-known model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Size {
+    Sd15,
+    Sdxl,
+}
+
+/// What to time.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Layer sizes of this model
+    #[arg(long, default_value = "sd15")]
+    size: Size,
+    /// Width in pixels [default: 512, sdxl 1024]
+    #[arg(short = 'W', long, value_name = "PX")]
+    width: Option<usize>,
+    /// Height in pixels [default: 512, sdxl 1024]
+    #[arg(short = 'H', long, value_name = "PX")]
+    height: Option<usize>,
+    /// Pictures a step; guidance doubles it inside
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u64).range(1..=64))]
+    batch: u64,
+    /// Timed repetitions after one that is not counted
+    #[arg(short = 'n', long, default_value = "3", value_parser = clap::value_parser!(u64).range(1..=100))]
+    repeat: u64,
+    /// auto, cpu, cuda[:N] or metal
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    device: DeviceChoice,
+    /// Type of weights and activations
+    #[arg(long, default_value = "auto")]
+    dtype: DTypeChoice,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+impl Size {
+    /// U-Net configuration, tokens of context and pixels of a side.
+    fn configs(self) -> Result<(UNetConfig, usize, usize)> {
+        Ok(match self {
+            Self::Sd15 => (UNetConfig::from_json(&json!({ "cross_attention_dim": 768 }))?, 768, 512),
+            Self::Sdxl => {
+                let config = json!({
+                    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
+                    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 2048,
+                });
+                (UNetConfig::from_json(&config)?, 2048, 1024)
+            }
+        })
+    }
+}
+
+/// Runs the benchmark and returns its report.
+pub fn run(args: &BenchArgs) -> Result<String> {
+    let compute = Compute::choose(args.device, args.dtype)?;
+    if let Some(threads) = args.threads {
+        limit_threads(threads.max(1))?;
+    }
+    let (config, context_dim, side) = args.size.configs()?;
+    let (width, height) = (args.width.unwrap_or(side) / 8, args.height.unwrap_or(side) / 8);
+    if width == 0 || height == 0 || width > 512 || height > 512 {
+        anyhow::bail!("width and height of a benchmark go from 8 to 4096 pixels");
+    }
+    let unet = time_unet(args, &compute, &config, context_dim, (height, width))?;
+    let vae = time_vae(args, &compute, (height, width))?;
+    let report = json!({
+        "size": format!("{:?}", args.size).to_lowercase(), "width": width * 8, "height": height * 8, "batch": args.batch,
+        "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
+        "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
+    });
+    if args.json {
+        return Ok(format!("{report}\n"));
+    }
+    let line = |name: &str, value: &Value| {
+        let n = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
+        format!(
+            "{name:<22}{:>8.2} s median, {:.2} s best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
+            n("median_s"),
+            n("best_s"),
+            n("gflops"),
+            n("tflop"),
+            n("load_s")
+        )
+    };
+    let title = format!(
+        "{:?} {}x{}, batch {}, {:?}, {} threads\n",
+        args.size,
+        width * 8,
+        height * 8,
+        args.batch,
+        compute.dtype,
+        rayon::current_num_threads()
+    );
+    let memory = peak_memory_mb().map(|mb| format!("{:<22}{mb:>8.0} MB\n", "peak memory")).unwrap_or_default();
+    Ok(title + &line("U-Net step, guided", &unet) + &line("VAE decode", &vae) + &memory)
+}
+
+fn time_unet(args: &BenchArgs, compute: &Compute, config: &UNetConfig, context_dim: usize, (h, w): (usize, usize)) -> Result<Value> {
+    let (b, device) = (args.batch as usize, &compute.device);
+    let start = Instant::now();
+    let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
+    let load_s = start.elapsed().as_secs_f64();
+    let context = Tensor::randn(0f32, 1.0, (b, 77, context_dim), device)?.to_dtype(compute.dtype)?;
+    let guided = Guided { unet: &unet, negative: Some(context.clone()), context, scale: 7.5, prediction: Prediction::Epsilon };
+    let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
+    timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
+}
+
+fn time_vae(args: &BenchArgs, compute: &Compute, (h, w): (usize, usize)) -> Result<Value> {
+    let config = VaeConfig { block_out_channels: vec![128, 256, 512, 512], layers_per_block: 2, ..VaeConfig::default() };
+    let start = Instant::now();
+    let decoder = Decoder::new(&Weights::random(&compute.device, DType::F32), &config)?;
+    let load_s = start.elapsed().as_secs_f64();
+    let latents = Tensor::randn(0f32, 1.0, (1, h, w, 4), &compute.device)?;
+    timed(args.repeat, load_s, || Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?))
+}
+
+/// Times `work`, whose result is read back so that a device has finished it.
+fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Result<Value> {
+    let before = flops();
+    work()?;
+    let operations = (flops() - before) as f64;
+    let mut seconds = vec![];
+    for _ in 0..repeat {
+        let start = Instant::now();
+        work()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    let best = seconds.first().copied().unwrap_or(f64::NAN);
+    let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
+    Ok(json!({ "median_s": median, "best_s": best, "tflop": operations / 1e12, "gflops": operations / best / 1e9, "load_s": load_s }))
+}
+
+/// The most memory that this process ever held, where the system tells (Linux).
+fn peak_memory_mb() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<f64>().ok()? / 1024.0)
+}

@@ -1,0 +1,96 @@
+//! Where the arithmetic runs, and in which type.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use clap::ValueEnum;
+use std::str::FromStr;
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.to_lowercase();
+        match lower.as_str() {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            other => match other.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(index)) => Ok(Self::Cuda(index)),
+                _ => Err("expected auto, cpu, cuda, cuda:N or metal".into()),
+            },
+        }
+    }
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DTypeChoice {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// The device and the type of the U-Net's and text encoder's weights. The VAE and the latents are always f32.
+#[derive(Debug, Clone)]
+pub struct Compute {
+    pub device: Device,
+    pub dtype: DType,
+}
+
+impl Compute {
+    /// Chooses: a GPU if the program was built for one and it is there, else the CPU; f32 unless told otherwise.
+    /// Errors name what is missing.
+    pub fn choose(device: DeviceChoice, dtype: DTypeChoice) -> Result<Self> {
+        let device = match device {
+            DeviceChoice::Auto => gpu(0).unwrap_or(Device::Cpu),
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda(index) => {
+                if !cfg!(feature = "cuda") {
+                    bail!(
+                        "this sdgen was built without CUDA\n\nhint: build it with `cargo build --release --features cuda`, or use `--device cpu`"
+                    );
+                }
+                Device::new_cuda(index).with_context(|| format!("CUDA device {index} cannot be used"))?
+            }
+            DeviceChoice::Metal => {
+                if !cfg!(feature = "metal") {
+                    bail!(
+                        "this sdgen was built without Metal\n\nhint: build it with `cargo build --release --features metal` on a Mac, or use `--device cpu`"
+                    );
+                }
+                Device::new_metal(0).context("the Metal device cannot be used")?
+            }
+        };
+        let dtype = match dtype {
+            DTypeChoice::Auto | DTypeChoice::F32 => DType::F32,
+            DTypeChoice::Bf16 | DTypeChoice::F16 if device.is_cpu() => {
+                bail!("the CPU draws in f32 only\n\nhint: leave `--dtype` out; f16 and bf16 files are read all the same")
+            }
+            DTypeChoice::Bf16 => DType::BF16,
+            DTypeChoice::F16 => DType::F16,
+        };
+        Ok(Self { device, dtype })
+    }
+}
+
+fn gpu(index: usize) -> Option<Device> {
+    let cuda = if cfg!(feature = "cuda") { Device::new_cuda(index).ok() } else { None };
+    let metal = || if cfg!(feature = "metal") { Device::new_metal(index).ok() } else { None };
+    cuda.or_else(metal)
+}
+
+/// `--threads`: limits the pool that all kernels share. Errors if it is set twice.
+pub fn limit_threads(threads: usize) -> Result<()> {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("the thread pool cannot be made")
+}

@@ -1,0 +1,59 @@
+//! `sdgen inspect`: what a checkpoint is, from its headers alone.
+
+use crate::family::Family;
+use crate::model::unet::UNetConfig;
+use crate::model::vae::VaeConfig;
+use crate::schedule::SchedulerConfig;
+use crate::weights::Checkpoint;
+use anyhow::Result;
+use serde_json::{Value, json};
+
+/// One object: name, family, prediction, sampler, size, parts with parameters and stored types.
+pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
+    let family = Family::detect(checkpoint)?;
+    let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?;
+    let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+    let factor = VaeConfig::from_json(checkpoint.config("vae")?)?.factor();
+    let (height, width) = unet.sample_size()?;
+    let defaults = family.defaults(checkpoint);
+    let part = |name: &str| {
+        let (parameters, dtypes) = checkpoint.summary(name);
+        (name.to_string(), json!({ "parameters": parameters, "stored_as": dtypes }))
+    };
+    let parts: serde_json::Map<_, _> = ["text_encoder", "unet", "vae"].into_iter().map(part).collect();
+    Ok(json!({
+        "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
+        "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
+        "steps": defaults.steps, "guidance": defaults.guidance, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
+        "parts": parts,
+        "assumed": checkpoint.assumed, "unused_tensors": checkpoint.ignored.len(),
+    }))
+}
+
+/// The same for a person.
+pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
+    let json = as_json(checkpoint)?;
+    let text = |key: &str| json.get(key).map(|v| v.as_str().map_or_else(|| v.to_string(), String::from)).unwrap_or_default();
+    let mut out = format!("{}: {}\n", text("name"), text("family"));
+    let hash = text("model_hash");
+    out += &format!("  hash        {}\n", hash.get(..10).unwrap_or(&hash));
+    out += &format!("  prediction  {}\n", text("prediction"));
+    out += &format!(
+        "  draws       {}x{} in {} steps of {}, guidance {}\n",
+        text("width"),
+        text("height"),
+        text("steps"),
+        text("sampler"),
+        text("guidance")
+    );
+    out += &format!("  file size   {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
+    for part in ["text_encoder", "unet", "vae"] {
+        let (parameters, dtypes) = checkpoint.summary(part);
+        let dtypes: Vec<&str> = dtypes.into_iter().collect();
+        out += &format!("  {part:<12}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
+    }
+    for assumed in &checkpoint.assumed {
+        out += &format!("  assumed     {assumed}\n");
+    }
+    Ok(out)
+}

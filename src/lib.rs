@@ -1,0 +1,25 @@
+//! `sdgen` turns a sentence into a picture: a CLIP text encoder, a latent U-Net, a sampler and a VAE, from safetensors
+//! weights, on candle.
+//!
+//! The command line is the interface; this library is what the command, its tests and its benchmarks share. Start at
+//! [`cli::run`], which tells the whole story, and go down one level at a time: [`pipeline::generate`],
+//! [`sampler::sample`], [`guidance::Guided`], [`model::unet::UNet`].
+
+pub mod bench;
+pub mod cli;
+pub mod device;
+pub mod family;
+pub mod guidance;
+pub mod image;
+pub mod inspect;
+pub mod model;
+pub mod nn;
+pub mod noise;
+pub mod output;
+pub mod pipeline;
+pub mod progress;
+pub mod request;
+pub mod sampler;
+pub mod schedule;
+pub mod text;
+pub mod weights;

@@ -1,0 +1,601 @@
+//! The conditional U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752), diffusers' `UNet2DConditionModel`.
+//!
+//! Every width, depth and head count comes from [`UNetConfig`]; activations are [b, h, w, c] throughout.
+
+use crate::nn::attention::attention;
+use crate::nn::embed;
+use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, upsample_nearest};
+use crate::weights::Weights;
+use anyhow::{Context, Result, bail};
+use candle_core::{Result as TensorResult, Tensor};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Transformer2D's own norm, whatever `norm_eps` says.
+const TRANSFORMER_NORM_EPS: f64 = 1e-6;
+const LAYER_NORM_EPS: f64 = 1e-5;
+
+/// A value for all blocks, or one a block.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum PerBlock<T> {
+    One(T),
+    Each(Vec<T>),
+}
+
+impl<T: Copy> PerBlock<T> {
+    fn get(&self, block: usize, key: &str) -> Result<T> {
+        match self {
+            Self::One(value) => Ok(*value),
+            Self::Each(values) => {
+                values.get(block).copied().with_context(|| format!("`{key}` of the U-Net has no value for block {block}"))
+            }
+        }
+    }
+}
+
+/// `unet/config.json`, with diffusers' defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct UNetConfig {
+    pub sample_size: PerBlock<usize>,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub center_input_sample: bool,
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub down_block_types: Vec<String>,
+    pub mid_block_type: Option<String>,
+    pub up_block_types: Vec<String>,
+    pub only_cross_attention: PerBlock<bool>,
+    pub block_out_channels: Vec<usize>,
+    pub layers_per_block: PerBlock<usize>,
+    pub downsample_padding: usize,
+    pub act_fn: String,
+    pub norm_num_groups: usize,
+    pub norm_eps: f64,
+    pub cross_attention_dim: PerBlock<usize>,
+    pub transformer_layers_per_block: PerBlock<usize>,
+    pub reverse_transformer_layers_per_block: Option<Vec<usize>>,
+    /// the number of heads, in spite of its name (diffusers' issue 2011)
+    pub attention_head_dim: PerBlock<usize>,
+    pub time_embedding_dim: Option<usize>,
+    pub conv_in_kernel: usize,
+    pub conv_out_kernel: usize,
+}
+
+impl Default for UNetConfig {
+    fn default() -> Self {
+        let with =
+            |name: &str, at: &[usize]| (0..4).map(|i| if at.contains(&i) { name.into() } else { format!("CrossAttn{name}") }).collect();
+        Self {
+            sample_size: PerBlock::One(64),
+            in_channels: 4,
+            out_channels: 4,
+            center_input_sample: false,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            down_block_types: with("DownBlock2D", &[3]),
+            mid_block_type: Some("UNetMidBlock2DCrossAttn".into()),
+            up_block_types: with("UpBlock2D", &[0]),
+            only_cross_attention: PerBlock::One(false),
+            block_out_channels: vec![320, 640, 1280, 1280],
+            layers_per_block: PerBlock::One(2),
+            downsample_padding: 1,
+            act_fn: "silu".into(),
+            norm_num_groups: 32,
+            norm_eps: 1e-5,
+            cross_attention_dim: PerBlock::One(1280),
+            transformer_layers_per_block: PerBlock::One(1),
+            reverse_transformer_layers_per_block: None,
+            attention_head_dim: PerBlock::One(8),
+            time_embedding_dim: None,
+            conv_in_kernel: 3,
+            conv_out_kernel: 3,
+        }
+    }
+}
+
+impl UNetConfig {
+    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let neutral = [
+            ("num_attention_heads", Value::Null),
+            ("encoder_hid_dim", Value::Null),
+            ("encoder_hid_dim_type", Value::Null),
+            ("dual_cross_attention", json!(false)),
+            ("class_embed_type", Value::Null),
+            ("addition_embed_type", Value::Null),
+            ("num_class_embeds", Value::Null),
+            ("resnet_time_scale_shift", json!("default")),
+            ("resnet_skip_time_act", json!(false)),
+            ("resnet_out_scale_factor", json!(1.0)),
+            ("mid_block_scale_factor", json!(1.0)),
+            ("time_embedding_type", json!("positional")),
+            ("time_embedding_act_fn", Value::Null),
+            ("timestep_post_act", Value::Null),
+            ("time_cond_proj_dim", Value::Null),
+            ("attention_type", json!("default")),
+            ("class_embeddings_concat", json!(false)),
+            ("cross_attention_norm", Value::Null),
+        ];
+        require_neutral("U-Net", value, &neutral)?;
+        let config: Self = serde_json::from_value(value.clone())
+            .context("the U-Net's config.json is damaged or uses a value that sdgen does not support")?;
+        let blocks = config.block_out_channels.len();
+        if blocks == 0 || config.down_block_types.len() != blocks || config.up_block_types.len() != blocks {
+            bail!("block_out_channels, down_block_types and up_block_types of the U-Net differ in length");
+        }
+        for width in &config.block_out_channels {
+            if config.norm_num_groups == 0 || width % config.norm_num_groups != 0 {
+                bail!("norm_num_groups {} of the U-Net does not divide its width {width}", config.norm_num_groups);
+            }
+        }
+        Ok(config)
+    }
+
+    /// Height and width of the latents that the model was trained on.
+    pub fn sample_size(&self) -> Result<(usize, usize)> {
+        Ok((self.sample_size.get(0, "sample_size")?, self.sample_size.get(1, "sample_size")?))
+    }
+
+    fn heads(&self, block: usize) -> Result<usize> {
+        let (heads, width) = (self.attention_head_dim.get(block, "attention_head_dim")?, self.width(block)?);
+        if heads == 0 || width % heads != 0 {
+            bail!("attention_head_dim {heads} of the U-Net does not divide its width {width}");
+        }
+        Ok(heads)
+    }
+
+    fn width(&self, block: usize) -> Result<usize> {
+        self.block_out_channels.get(block).copied().context("the U-Net has too few block_out_channels")
+    }
+
+    /// What the attention of one block needs; none if the block has none.
+    fn attention(&self, block: usize, kind: &str, depth: usize) -> Result<Option<AttentionConfig>> {
+        match kind {
+            "DownBlock2D" | "UpBlock2D" => Ok(None),
+            "CrossAttnDownBlock2D" | "CrossAttnUpBlock2D" | "UNetMidBlock2DCrossAttn" => Ok(Some(AttentionConfig {
+                width: self.width(block)?,
+                heads: self.heads(block)?,
+                depth,
+                context: self.cross_attention_dim.get(block, "cross_attention_dim")?,
+                groups: self.norm_num_groups,
+                only_cross: kind != "UNetMidBlock2DCrossAttn" && self.only_cross_attention.get(block, "only_cross_attention")?,
+            })),
+            other => bail!("the U-Net has a block `{other}`, which sdgen does not support"),
+        }
+    }
+}
+
+/// Errors if any of these keys has another value than the one that changes nothing.
+pub fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)]) -> Result<()> {
+    for (key, expected) in neutral {
+        let found = config.get(key).unwrap_or(expected);
+        let same_number = matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
+        if found != expected && !found.is_null() && !same_number {
+            bail!("`{key}` of the {network} is {found}, which sdgen does not support");
+        }
+    }
+    Ok(())
+}
+
+/// The network.
+pub struct UNet {
+    conv_in: Conv2d,
+    time_embedding: TimeEmbedding,
+    down_blocks: Vec<DownBlock>,
+    mid_block: Option<MidBlock>,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    activation: Activation,
+    center_input_sample: bool,
+}
+
+impl UNet {
+    /// Reads the network at `w`.
+    pub fn new(w: &Weights, config: &UNetConfig) -> Result<Self> {
+        let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let blocks = config.block_out_channels.len();
+        let time_dim = config.time_embedding_dim.unwrap_or(4 * config.width(0)?);
+        let resnet = ResnetConfig { time_dim, groups: config.norm_num_groups, eps: config.norm_eps, activation };
+        let (conv_in, first) = (config.conv_in_kernel, config.width(0)?);
+        let mut skips = vec![first];
+        let mut width = first;
+        let mut down_blocks = vec![];
+        for (i, kind) in config.down_block_types.iter().enumerate() {
+            let (out, layers) = (config.width(i)?, config.layers_per_block.get(i, "layers_per_block")?);
+            let attention = config.attention(i, kind, config.transformer_layers_per_block.get(i, "transformer_layers_per_block")?)?;
+            let w = w.at(format!("down_blocks.{i}"));
+            let downsample = i + 1 < blocks;
+            down_blocks.push(DownBlock::new(&w, width, out, layers, attention, &resnet, downsample.then_some(config.downsample_padding))?);
+            skips.extend(std::iter::repeat_n(out, layers + usize::from(downsample)));
+            width = out;
+        }
+        let mid_block = match config.mid_block_type.as_deref() {
+            None => None,
+            Some(kind) => {
+                let depth = config.transformer_layers_per_block.get(blocks - 1, "transformer_layers_per_block")?;
+                let attention = config
+                    .attention(blocks - 1, kind, depth)?
+                    .context("the U-Net's middle block has no attention, which sdgen does not support")?;
+                Some(MidBlock::new(&w.at("mid_block"), width, attention, &resnet)?)
+            }
+        };
+        let mut up_blocks = vec![];
+        for (i, kind) in config.up_block_types.iter().enumerate() {
+            let level = blocks - 1 - i;
+            let (out, layers) = (config.width(level)?, config.layers_per_block.get(level, "layers_per_block")? + 1);
+            let depth = match &config.reverse_transformer_layers_per_block {
+                Some(depths) => depths.get(i).copied().context("`reverse_transformer_layers_per_block` is too short")?,
+                None => config.transformer_layers_per_block.get(level, "transformer_layers_per_block")?,
+            };
+            let attention = config.attention(level, kind, depth)?;
+            let from = skips.len().checked_sub(layers).context("the U-Net's layers_per_block do not mirror")?;
+            let mut skip = skips.split_off(from);
+            skip.reverse();
+            up_blocks.push(UpBlock::new(&w.at(format!("up_blocks.{i}")), width, out, &skip, attention, &resnet, i + 1 < blocks)?);
+            width = out;
+        }
+        Ok(Self {
+            conv_in: Conv2d::new(&w.at("conv_in"), config.in_channels, first, conv_in)?,
+            time_embedding: TimeEmbedding::new(&w.at("time_embedding"), config, time_dim, activation)?,
+            down_blocks,
+            mid_block,
+            up_blocks,
+            conv_norm_out: GroupNorm::new(&w.at("conv_norm_out"), config.norm_num_groups, first, config.norm_eps)?,
+            conv_out: Conv2d::new(&w.at("conv_out"), first, config.out_channels, config.conv_out_kernel)?,
+            activation,
+            center_input_sample: config.center_input_sample,
+        })
+    }
+
+    /// Latents [b, h, w, c], one timestep, context [b, n, d] -> prediction [b, h, w, c].
+    pub fn forward(&self, latents: &Tensor, timestep: f64, context: &Tensor) -> TensorResult<Tensor> {
+        self.traced(latents, timestep, context, &mut |_, _| {})
+    }
+
+    /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
+    pub fn traced(&self, latents: &Tensor, timestep: f64, context: &Tensor, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
+        let time = self.time_embedding.forward(timestep, latents)?; // [1, time_dim]
+        let latents = if self.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
+        let mut x = self.conv_in.forward(&latents)?;
+        show("conv_in", &x);
+        let mut skips = vec![x.clone()];
+        for (i, block) in self.down_blocks.iter().enumerate() {
+            x = block.forward(&x, &time, context, &mut skips)?;
+            show(&format!("down_blocks.{i}"), &x);
+        }
+        if let Some(mid_block) = &self.mid_block {
+            x = mid_block.forward(&x, &time, context)?;
+            show("mid_block", &x);
+        }
+        for (i, block) in self.up_blocks.iter().enumerate() {
+            x = block.forward(&x, &time, context, &mut skips)?;
+            show(&format!("up_blocks.{i}"), &x);
+        }
+        self.conv_out.forward(&self.conv_norm_out.forward_act(&x, self.activation)?)
+    }
+}
+
+/// Timestep -> sinusoids -> two linear layers.
+struct TimeEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    activation: Activation,
+    dim: usize,
+    flip_sin_to_cos: bool,
+    freq_shift: f64,
+}
+
+impl TimeEmbedding {
+    fn new(w: &Weights, config: &UNetConfig, time_dim: usize, activation: Activation) -> Result<Self> {
+        let dim = config.width(0)?;
+        Ok(Self {
+            linear_1: Linear::new(&w.at("linear_1"), dim, time_dim)?,
+            linear_2: Linear::new(&w.at("linear_2"), time_dim, time_dim)?,
+            activation,
+            dim,
+            flip_sin_to_cos: config.flip_sin_to_cos,
+            freq_shift: config.freq_shift,
+        })
+    }
+
+    /// Already through the activation that every residual block would apply to it.
+    fn forward(&self, timestep: f64, like: &Tensor) -> TensorResult<Tensor> {
+        let t = embed::timestep(timestep, self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?.to_dtype(like.dtype())?;
+        let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
+        self.activation.forward(&self.linear_2.forward(&h)?) // [1, time_dim]
+    }
+}
+
+struct DownBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    downsample: Option<Conv2d>,
+}
+
+impl DownBlock {
+    #[expect(clippy::too_many_arguments, reason = "one value of the configuration each")]
+    fn new(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        layers: usize,
+        attention: Option<AttentionConfig>,
+        resnet: &ResnetConfig,
+        downsample_padding: Option<usize>,
+    ) -> Result<Self> {
+        let layer = |i: usize| {
+            let inputs = if i == 0 { inputs } else { outputs };
+            layer(w, i, inputs, outputs, attention.as_ref(), resnet)
+        };
+        let downsample = downsample_padding.map(|p| {
+            // diffusers pads after the picture only where the configuration says 0
+            let padding = if p == 0 { (0, 1) } else { (p, p) };
+            Conv2d::strided(&w.at("downsamplers.0.conv"), outputs, outputs, 3, 2, padding)
+        });
+        Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, downsample: downsample.transpose()? })
+    }
+
+    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+        let mut x = x.clone();
+        for (resnet, transformer) in &self.layers {
+            x = resnet.forward(&x, time)?;
+            if let Some(transformer) = transformer {
+                x = transformer.forward(&x, context)?;
+            }
+            skips.push(x.clone());
+        }
+        if let Some(conv) = &self.downsample {
+            x = conv.forward(&x)?; // [b, h/2, w/2, c]
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+}
+
+/// One residual block and its transformer, where the block has attention.
+fn layer(
+    w: &Weights,
+    i: usize,
+    inputs: usize,
+    outputs: usize,
+    attention: Option<&AttentionConfig>,
+    resnet: &ResnetConfig,
+) -> Result<(Resnet, Option<Transformer>)> {
+    let transformer = attention.map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a)).transpose()?;
+    Ok((Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?, transformer))
+}
+
+struct MidBlock {
+    first: Resnet,
+    transformer: Transformer,
+    second: Resnet,
+}
+
+impl MidBlock {
+    fn new(w: &Weights, width: usize, attention: AttentionConfig, resnet: &ResnetConfig) -> Result<Self> {
+        Ok(Self {
+            first: Resnet::new(&w.at("resnets.0"), width, width, resnet)?,
+            transformer: Transformer::new(&w.at("attentions.0"), &attention)?,
+            second: Resnet::new(&w.at("resnets.1"), width, width, resnet)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+        let x = self.first.forward(x, time)?;
+        self.second.forward(&self.transformer.forward(&x, context)?, time)
+    }
+}
+
+struct UpBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    upsample: Option<Conv2d>,
+}
+
+impl UpBlock {
+    #[expect(clippy::too_many_arguments, reason = "one value of the configuration each")]
+    fn new(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        skips: &[usize],
+        attention: Option<AttentionConfig>,
+        resnet: &ResnetConfig,
+        upsample: bool,
+    ) -> Result<Self> {
+        let layer = |(i, skip): (usize, &usize)| {
+            let inputs = if i == 0 { inputs } else { outputs };
+            layer(w, i, inputs + skip, outputs, attention.as_ref(), resnet)
+        };
+        let upsample = upsample.then(|| Conv2d::new(&w.at("upsamplers.0.conv"), outputs, outputs, 3)).transpose()?;
+        Ok(Self { layers: skips.iter().enumerate().map(layer).collect::<Result<_>>()?, upsample })
+    }
+
+    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+        let mut x = x.clone();
+        for (resnet, transformer) in &self.layers {
+            if let Some(skip) = skips.pop() {
+                x = Tensor::cat(&[&x, &skip], 3)?; // [b, h, w, c + skip]
+            }
+            x = resnet.forward(&x, time)?;
+            if let Some(transformer) = transformer {
+                x = transformer.forward(&x, context)?;
+            }
+        }
+        let Some(conv) = &self.upsample else { return Ok(x) };
+        let (_, h, w, _) = x.dims4()?;
+        // the size of the level above, which need not be twice this one
+        let (height, width) = match skips.last() {
+            Some(skip) => (skip.dim(1)?, skip.dim(2)?),
+            None => (2 * h, 2 * w),
+        };
+        conv.forward(&upsample_nearest(&x, height, width)?)
+    }
+}
+
+/// What all residual blocks of a network share.
+struct ResnetConfig {
+    time_dim: usize,
+    groups: usize,
+    eps: f64,
+    activation: Activation,
+}
+
+/// Residual block (He et al. 2016) with the timestep added between its convolutions.
+struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Linear,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+    activation: Activation,
+}
+
+impl Resnet {
+    fn new(w: &Weights, inputs: usize, outputs: usize, config: &ResnetConfig) -> Result<Self> {
+        Ok(Self {
+            norm1: GroupNorm::new(&w.at("norm1"), config.groups, inputs, config.eps)?,
+            conv1: Conv2d::new(&w.at("conv1"), inputs, outputs, 3)?,
+            time_emb_proj: Linear::new(&w.at("time_emb_proj"), config.time_dim, outputs)?,
+            norm2: GroupNorm::new(&w.at("norm2"), config.groups, outputs, config.eps)?,
+            conv2: Conv2d::new(&w.at("conv2"), outputs, outputs, 3)?,
+            conv_shortcut: (inputs != outputs).then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1)).transpose()?,
+            activation: config.activation,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
+        let h = self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?;
+        let time = self.time_emb_proj.forward(time)?.unsqueeze(1)?.unsqueeze(1)?; // [1, 1, 1, c]
+        let h = h.broadcast_add(&time)?;
+        let h = self.conv2.forward(&self.norm2.forward_act(&h, self.activation)?)?;
+        match &self.conv_shortcut {
+            Some(conv) => conv.forward(x)? + h,
+            None => x + h,
+        }
+    }
+}
+
+/// What the attention of one block is made of.
+struct AttentionConfig {
+    width: usize,
+    heads: usize,
+    depth: usize,
+    context: usize,
+    groups: usize,
+    only_cross: bool,
+}
+
+/// Transformer over the pixels of an activation, diffusers' `Transformer2DModel`.
+struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    /// `use_linear_projection` needs no care: a 1x1 convolution and a linear layer are the same on [b, h, w, c], and
+    /// their stored shapes differ by trailing ones.
+    fn new(w: &Weights, config: &AttentionConfig) -> Result<Self> {
+        let projection = |name: &str| Linear::new(&w.at(name), config.width, config.width);
+        Ok(Self {
+            norm: GroupNorm::new(&w.at("norm"), config.groups, config.width, TRANSFORMER_NORM_EPS)?,
+            proj_in: projection("proj_in")?,
+            blocks: (0..config.depth)
+                .map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config))
+                .collect::<Result<_>>()?,
+            proj_out: projection("proj_out")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let mut tokens = self.proj_in.forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
+        for block in &self.blocks {
+            tokens = block.forward(&tokens, context)?;
+        }
+        x + self.proj_out.forward(&tokens)?.reshape((b, h, w, c))?
+    }
+}
+
+struct TransformerBlock {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    ff: GegluFeedForward,
+    only_cross: bool,
+}
+
+impl TransformerBlock {
+    fn new(w: &Weights, config: &AttentionConfig) -> Result<Self> {
+        let (width, only_cross) = (config.width, config.only_cross);
+        let norm = |name: &str| LayerNorm::new(&w.at(name), width, LAYER_NORM_EPS);
+        Ok(Self {
+            norm1: norm("norm1")?,
+            attn1: Attention::new(&w.at("attn1"), width, if only_cross { config.context } else { width }, config.heads)?,
+            norm2: norm("norm2")?,
+            attn2: Attention::new(&w.at("attn2"), width, config.context, config.heads)?,
+            norm3: norm("norm3")?,
+            ff: GegluFeedForward::new(&w.at("ff.net"), width)?,
+            only_cross,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+        let h = self.norm1.forward(x)?;
+        let x = (x + self.attn1.forward(&h, if self.only_cross { context } else { &h })?)?;
+        let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, context)?)?;
+        &x + self.ff.forward(&self.norm3.forward(&x)?)?
+    }
+}
+
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    heads: usize,
+}
+
+impl Attention {
+    fn new(w: &Weights, width: usize, context: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            to_q: Linear::without_bias(&w.at("to_q"), width, width)?,
+            to_k: Linear::without_bias(&w.at("to_k"), context, width)?,
+            to_v: Linear::without_bias(&w.at("to_v"), context, width)?,
+            to_out: Linear::new(&w.at("to_out.0"), width, width)?,
+            heads,
+        })
+    }
+
+    /// x [b, n, width] attends to context [b, m, context].
+    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
+        self.to_out.forward(&attention(&q, &k, &v, self.heads, None)?)
+    }
+}
+
+/// Gated feed-forward: linear(x * gelu(gate)), Shazeer 2020 (arXiv 2002.05202).
+struct GegluFeedForward {
+    proj: Linear,
+    out: Linear,
+}
+
+impl GegluFeedForward {
+    fn new(w: &Weights, width: usize) -> Result<Self> {
+        let inner = 4 * width;
+        Ok(Self { proj: Linear::new(&w.at("0.proj"), width, 2 * inner)?, out: Linear::new(&w.at("2"), inner, width)? })
+    }
+
+    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let halves = self.proj.forward(x)?.chunk(2, 2)?; // 2 of [b, n, 4*width]
+        let [x, gate] = halves.as_slice() else { candle_core::bail!("the feed-forward layer cannot be halved") };
+        self.out.forward(&(x * gate.gelu_erf()?)?)
+    }
+}

@@ -1,0 +1,301 @@
+//! Linear, convolution, normalisation and activation layers.
+
+use super::cpu;
+use crate::weights::Weights;
+use anyhow::{Result, bail};
+use candle_core::{Module, Result as TensorResult, Tensor};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Multiplications and additions done so far by linear layers, convolutions and attention, for benchmarks.
+static FLOPS: AtomicU64 = AtomicU64::new(0);
+
+/// Floating-point operations done so far by this process in matrix products.
+pub fn flops() -> u64 {
+    FLOPS.load(Ordering::Relaxed)
+}
+
+/// Counts a product of [m, k] and [k, n].
+pub(super) fn count_product(m: usize, k: usize, n: usize) {
+    FLOPS.fetch_add(2 * (m * k * n) as u64, Ordering::Relaxed);
+}
+
+/// Elements of unfolded input held at once by a convolution on the CPU.
+const MAX_UNFOLDED: usize = 1 << 23;
+
+/// y = x W' + b over the last dimension.
+pub struct Linear {
+    /// [in, out]
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Reads `weight` [out, in] and `bias` [out].
+    pub fn new(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
+        Ok(Self { bias: Some(w.get("bias", &[outputs])?), ..Self::without_bias(w, inputs, outputs)? })
+    }
+
+    /// Reads `weight` [out, in] alone.
+    pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
+        Ok(Self { weight: w.get("weight", &[outputs, inputs])?.t()?, bias: None })
+    }
+
+    /// [.., in] -> [.., out].
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let mut shape = x.dims().to_vec();
+        let inputs = self.weight.dim(0)?;
+        let flat = x.reshape(((), inputs))?; // [rows, in]
+        count_product(flat.dim(0)?, inputs, self.weight.dim(1)?);
+        let mut y = flat.matmul(&self.weight)?; // [rows, out]
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        if let Some(last) = shape.last_mut() {
+            *last = self.weight.dim(1)?;
+        }
+        y.reshape(shape)
+    }
+}
+
+/// A 2D convolution over [b, h, w, c].
+pub struct Conv2d {
+    kernel: Kernel,
+    bias: Tensor,
+    size: usize,
+    stride: usize,
+    /// zeros added: (before, after) in both directions
+    padding: (usize, usize),
+}
+
+/// The weights in the layout that their device wants.
+enum Kernel {
+    /// CPU: [k*k*in, out], the right side of one matrix product
+    Packed(Tensor),
+    /// GPU: [out, in, k, k] for candle's own convolution
+    Oihw(Tensor),
+}
+
+impl Conv2d {
+    /// Reads `weight` [out, in, k, k] and `bias` [out]; stride 1, and padding that keeps height and width.
+    pub fn new(w: &Weights, inputs: usize, outputs: usize, size: usize) -> Result<Self> {
+        Self::strided(w, inputs, outputs, size, 1, (size / 2, size / 2))
+    }
+
+    /// The same with stride and padding (before, after).
+    pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
+        let weight = w.get("weight", &[outputs, inputs, size, size])?;
+        let bias = w.get("bias", &[outputs])?;
+        let kernel = if w.device().is_cpu() {
+            Kernel::Packed(weight.permute((2, 3, 1, 0))?.reshape((size * size * inputs, outputs))?.contiguous()?)
+        } else {
+            Kernel::Oihw(weight)
+        };
+        Ok(Self { kernel, bias, size, stride, padding })
+    }
+
+    /// [b, h, w, in] -> [b, h', w', out].
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let (before, after) = self.padding;
+        let y = match &self.kernel {
+            Kernel::Packed(weight) => {
+                let x = pad(x, before, after)?;
+                self.unfolded_matmul(&x, weight)?
+            }
+            Kernel::Oihw(weight) => {
+                let (x, padding) = if before == after { (x.clone(), before) } else { (pad(x, before, after)?, 0) };
+                let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
+                x.conv2d(weight, padding, self.stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()? // [b, h', w', out]
+            }
+        };
+        let (b, h, w, c) = y.dims4()?;
+        count_product(b * h * w, self.size * self.size * x.dim(3)?, c);
+        y.broadcast_add(&self.bias)
+    }
+
+    /// The convolution of an already padded input as matrix products over slices of output rows.
+    fn unfolded_matmul(&self, x: &Tensor, weight: &Tensor) -> TensorResult<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let outputs = weight.dim(1)?;
+        let (out_h, out_w) = ((h - self.size) / self.stride + 1, (w - self.size) / self.stride + 1);
+        if self.size == 1 && self.stride == 1 {
+            return x.reshape((b * h * w, c))?.matmul(weight)?.reshape((b, h, w, outputs));
+        }
+        let rows = (MAX_UNFOLDED / (out_w * c * self.size * self.size)).clamp(1, out_h);
+        let mut parts = Vec::with_capacity(b * out_h.div_ceil(rows));
+        for image in 0..b {
+            let x = x.narrow(0, image, 1)?;
+            for start in (0..out_h).step_by(rows) {
+                let len = rows.min(out_h - start);
+                let slice = x.narrow(1, start * self.stride, (len - 1) * self.stride + self.size)?.contiguous()?;
+                let unfolded = slice.apply_op1_no_bwd(&cpu::Unfold { size: self.size, stride: self.stride })?; // [len*out_w, k*k*in]
+                parts.push(unfolded.matmul(weight)?); // [len*out_w, out]
+            }
+        }
+        Tensor::cat(&parts, 0)?.reshape((b, out_h, out_w, outputs))
+    }
+}
+
+/// Zeros around [b, h, w, c].
+fn pad(x: &Tensor, before: usize, after: usize) -> TensorResult<Tensor> {
+    if before + after == 0 {
+        return x.contiguous();
+    }
+    x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?.contiguous()
+}
+
+/// Group normalisation over [b, h, w, c], optionally followed by SiLU (Wu & He 2018, arXiv 1803.08494).
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Reads `weight` and `bias` [channels]. Errors if the groups do not divide the channels.
+    pub fn new(w: &Weights, groups: usize, channels: usize, eps: f64) -> Result<Self> {
+        if groups == 0 || channels % groups != 0 {
+            bail!("norm_num_groups {groups} does not divide {channels} channels");
+        }
+        Ok(Self { weight: w.get("weight", &[channels])?, bias: w.get("bias", &[channels])?, groups, eps })
+    }
+
+    /// Normalises [b, h, w, c].
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.apply(x, false)
+    }
+
+    /// Normalises and applies `activation`, in one pass where the device can.
+    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> TensorResult<Tensor> {
+        match activation {
+            Activation::Silu => self.apply(x, true),
+            other => other.forward(&self.apply(x, false)?),
+        }
+    }
+
+    fn apply(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
+        if x.device().is_cpu() {
+            let op = cpu::GroupNorm { groups: self.groups, eps: self.eps, silu };
+            return x.contiguous()?.apply_op3_no_bwd(&self.weight, &self.bias, &op);
+        }
+        let y = group_norm_plain(x, &self.weight, &self.bias, self.groups, self.eps)?;
+        if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
+    }
+}
+
+/// Group normalisation as a composition of candle's operations: the path of devices without a kernel, and its oracle.
+fn group_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> TensorResult<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    let dtype = x.dtype();
+    let x = x.to_dtype(candle_core::DType::F32)?.reshape((b, h * w, groups, c / groups))?;
+    let mean = x.mean_keepdim(3)?.mean_keepdim(1)?; // [b, 1, groups, 1]
+    let x = x.broadcast_sub(&mean)?;
+    let variance = x.sqr()?.mean_keepdim(3)?.mean_keepdim(1)?;
+    let x = x.broadcast_div(&(variance + eps)?.sqrt()?)?.reshape((b, h, w, c))?.to_dtype(dtype)?;
+    x.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// Layer normalisation over the last dimension (Ba et al. 2016).
+pub struct LayerNorm(candle_nn::LayerNorm);
+
+impl LayerNorm {
+    /// Reads `weight` and `bias` [width].
+    pub fn new(w: &Weights, width: usize, eps: f64) -> Result<Self> {
+        Ok(Self(candle_nn::LayerNorm::new(w.get("weight", &[width])?, w.get("bias", &[width])?, eps)))
+    }
+
+    /// Normalises [.., width].
+    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.0.forward(x)
+    }
+}
+
+/// The nonlinearities that configurations name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+    /// exact, by the error function
+    Gelu,
+    /// x sigmoid(1.702 x), of OpenAI's CLIP
+    QuickGelu,
+    Relu,
+    Mish,
+}
+
+impl Activation {
+    /// By its name in a configuration.
+    pub fn named(name: &str, key: &str) -> Result<Self> {
+        Ok(match name {
+            "silu" | "swish" => Self::Silu,
+            "gelu" => Self::Gelu,
+            "quick_gelu" => Self::QuickGelu,
+            "relu" => Self::Relu,
+            "mish" => Self::Mish,
+            other => bail!("`{key}` is `{other}`, which sdgen does not know\n\nhint: silu, gelu, quick_gelu, relu and mish are supported"),
+        })
+    }
+
+    /// Element by element.
+    pub fn forward(self, x: &Tensor) -> TensorResult<Tensor> {
+        match self {
+            Self::Silu => candle_nn::ops::silu(x),
+            Self::Gelu => x.gelu_erf(),
+            Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
+            Self::Relu => x.relu(),
+            Self::Mish => candle_nn::ops::mish(x),
+        }
+    }
+}
+
+/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width`.
+pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    if height == 2 * h && width == 2 * w {
+        let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
+        return x.reshape((b, height, width, c));
+    }
+    let index = |to: usize, from: usize| Tensor::from_iter((0..to).map(|i| (i * from / to) as u32), x.device());
+    x.contiguous()?.index_select(&index(height, h)?, 1)?.index_select(&index(width, w)?, 2)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn group_norm_kernel_equals_its_plain_composition() {
+        for (b, h, w, c, groups) in [(1, 1, 1, 8, 2), (2, 7, 5, 12, 3), (3, 33, 17, 32, 32), (1, 65, 67, 20, 4)] {
+            let x = (Tensor::randn(0f32, 1.0, (b, h, w, c), &Device::Cpu).unwrap() + 3.0).unwrap();
+            let weight = Tensor::randn(1f32, 0.5, c, &Device::Cpu).unwrap();
+            let bias = Tensor::randn(0f32, 0.5, c, &Device::Cpu).unwrap();
+            let plain = group_norm_plain(&x, &weight, &bias, groups, 1e-5).unwrap();
+            let norm = GroupNorm { weight, bias, groups, eps: 1e-5 };
+            // f32 rounding of sums in another order
+            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 2e-5);
+            let silu = candle_nn::ops::silu(&plain).unwrap();
+            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 2e-5);
+        }
+    }
+
+    #[test]
+    fn convolution_equals_candles_own() {
+        for (h, w, inputs, outputs, size, stride, padding) in
+            [(1, 1, 3, 5, 3, 1, 1), (9, 6, 4, 7, 3, 2, 1), (17, 33, 5, 3, 3, 1, 1), (4, 4, 6, 2, 1, 1, 0)]
+        {
+            let x = Tensor::randn(0f32, 1.0, (2, h, w, inputs), &Device::Cpu).unwrap();
+            let weight = Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
+            let plain = x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap().conv2d(&weight, padding, stride, 1, 1).unwrap();
+            let plain = plain.permute((0, 2, 3, 1)).unwrap();
+            let packed = weight.permute((2, 3, 1, 0)).unwrap().reshape((size * size * inputs, outputs)).unwrap();
+            let bias = Tensor::zeros(outputs, candle_core::DType::F32, &Device::Cpu).unwrap();
+            let conv = Conv2d { kernel: Kernel::Packed(packed), bias, size, stride, padding: (padding, padding) };
+            assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4);
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! Where pictures go: file names from templates, checks before anything is drawn, atomic writes.
+//!
+//! Hides how a prompt becomes a legal file name (it can never leave its folder) and how a picture
+//! appears under its name only when it is complete. What is in the file is told by [`crate::image`].
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf, is_separator};
+
+use anyhow::{Context, anyhow, bail};
+
+use crate::image::Format;
+
+/// The name of a picture when none is asked for; the format's extension follows.
+const DEFAULT_NAME: &str = "{prompt}-{seed}";
+/// Longest word sequence that a value puts into a name.
+const SLUG_CHARS: usize = 60;
+/// The same in UTF-8: file systems end a name at 255 bytes, and seed and extension need their part.
+const SLUG_BYTES: usize = 150;
+/// Digits of the largest seed.
+const MOST_DIGITS: usize = 20;
+
+/// Where the pictures of a run go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destination {
+    /// The bytes of one picture.
+    Stdout,
+    /// One picture, under exactly this name.
+    File(PathBuf),
+    /// Any number of pictures, each name made from its [`Naming`].
+    Template(Template),
+}
+
+/// A path with placeholders, as typed or the default in a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    /// Taken as it stands; empty unless the folder's name is not UTF-8.
+    folder: PathBuf,
+    pieces: Vec<Piece>,
+    /// The default name: its extension comes from the format, and equal names are numbered.
+    is_default: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Piece {
+    Text(String),
+    /// `digits`: a number is filled with zeros to this width.
+    Value {
+        field: Field,
+        digits: usize,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Prompt,
+    Negative,
+    Seed,
+    Index,
+    Model,
+    Width,
+    Height,
+    Steps,
+    Guidance,
+    Sampler,
+}
+
+impl Field {
+    const ALL: [(&'static str, Field); 10] = [
+        ("prompt", Field::Prompt),
+        ("seed", Field::Seed),
+        ("index", Field::Index),
+        ("model", Field::Model),
+        ("width", Field::Width),
+        ("height", Field::Height),
+        ("steps", Field::Steps),
+        ("guidance", Field::Guidance),
+        ("sampler", Field::Sampler),
+        ("negative", Field::Negative),
+    ];
+
+    fn is_whole_number(self) -> bool {
+        !matches!(self, Field::Prompt | Field::Negative | Field::Model | Field::Sampler | Field::Guidance)
+    }
+}
+
+/// What a picture's name can say of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Naming<'a> {
+    /// As typed.
+    pub prompt: &'a str,
+    /// Empty for none.
+    pub negative: &'a str,
+    /// Of this picture.
+    pub seed: u64,
+    /// Place in the work list.
+    pub index: usize,
+    /// As the person refers to it.
+    pub model: &'a str,
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Guidance scale.
+    pub guidance: f64,
+    /// As `--sampler` names it.
+    pub sampler: &'a str,
+}
+
+impl Naming<'_> {
+    fn value(&self, field: Field) -> String {
+        match field {
+            Field::Prompt => slug(self.prompt, "picture"),
+            Field::Negative => slug(self.negative, "none"),
+            Field::Seed => self.seed.to_string(),
+            Field::Index => self.index.to_string(),
+            Field::Model => slug(self.model, "model"),
+            Field::Width => self.width.to_string(),
+            Field::Height => self.height.to_string(),
+            Field::Steps => self.steps.to_string(),
+            Field::Guidance => self.guidance.to_string(),
+            Field::Sampler => slug(self.sampler, "sampler"),
+        }
+    }
+}
+
+impl Destination {
+    /// Reads `--output` and `--format`: nothing is the default name in the current folder, `-` the
+    /// bytes, a path that ends in `/` the default name in that folder, a path with `{placeholders}`
+    /// a template, any other path one file. `{{` and `}}` are braces. The format is the one asked
+    /// for, else the extension's, else PNG. Errors on an empty path, an extension that is no format
+    /// or not the one asked for, and a placeholder that is unknown or not closed.
+    pub fn parse(output: Option<&OsStr>, format: Option<Format>) -> anyhow::Result<(Destination, Format)> {
+        let Some(output) = output else {
+            let template = Template::default_in(PathBuf::new(), Vec::new())?;
+            return Ok((Destination::Template(template), format.unwrap_or(Format::Png)));
+        };
+        if output.is_empty() {
+            bail!("`--output` is empty\n\nhint: give a file, a folder ending in `/`, or `-` for the bytes");
+        }
+        if output == "-" {
+            return Ok((Destination::Stdout, format.unwrap_or(Format::Png)));
+        }
+        let typed = output.display();
+        // A path that is not UTF-8 holds no placeholders: it was not typed as a template.
+        let (folder, pieces) = match output.to_str() {
+            Some(text) => (PathBuf::new(), parse_pieces(text)?),
+            None => (PathBuf::from(output), Vec::new()),
+        };
+        match output.to_string_lossy().rsplit(is_separator).next() {
+            Some("") => {
+                let template = Template::default_in(folder, pieces)?;
+                return Ok((Destination::Template(template), format.unwrap_or(Format::Png)));
+            }
+            Some("." | "..") => bail!("`{typed}` is a folder\n\nhint: `-o {typed}/` puts the pictures into it"),
+            _ => {}
+        }
+        // An extension is typed: what a placeholder puts after a dot is none.
+        let tail = match pieces.as_slice() {
+            [] => folder.clone(),
+            [.., Piece::Text(text)] => PathBuf::from(format!("name{text}")),
+            [.., Piece::Value { .. }] => PathBuf::new(),
+        };
+        let named = match (Format::of_path(&tail), format) {
+            // The person has said what the file is, whatever its name looks like.
+            (Err(_), Some(_)) => None,
+            (named, _) => named?,
+        };
+        let format = match (named, format) {
+            (Some(named), Some(format)) if named != format => {
+                bail!("`{typed}` names {named}, but `--format` asks for {format}\n\nhint: leave `--format` out, or change the name")
+            }
+            (named, format) => format.or(named).unwrap_or(Format::Png),
+        };
+        let mut template = Template { folder, pieces, is_default: false };
+        let Some(path) = template.fixed() else {
+            if tail.extension().is_none() {
+                template.pieces.push(Piece::Text(format!(".{format}")));
+            }
+            return Ok((Destination::Template(template), format));
+        };
+        Ok((Destination::File(path), format))
+    }
+}
+
+impl Template {
+    fn default_in(folder: PathBuf, mut pieces: Vec<Piece>) -> anyhow::Result<Template> {
+        pieces.extend(parse_pieces(DEFAULT_NAME)?);
+        Ok(Template { folder, pieces, is_default: true })
+    }
+
+    /// The path if it is the same for every picture.
+    fn fixed(&self) -> Option<PathBuf> {
+        let mut path = self.folder.clone();
+        for piece in &self.pieces {
+            let Piece::Text(text) = piece else { return None };
+            path.as_mut_os_string().push(text);
+        }
+        Some(path)
+    }
+
+    fn fill(&self, naming: &Naming<'_>) -> PathBuf {
+        let mut path = self.folder.clone();
+        for piece in &self.pieces {
+            match piece {
+                Piece::Text(text) => path.as_mut_os_string().push(text),
+                Piece::Value { field, digits } => {
+                    let value = naming.value(*field);
+                    path.as_mut_os_string().push(format!("{value:0>digits$}"));
+                }
+            }
+        }
+        path
+    }
+}
+
+/// Splits at placeholders: `{seed}`, `{seed:05}`; `{{` and `}}` are braces.
+fn parse_pieces(template: &str) -> anyhow::Result<Vec<Piece>> {
+    let mut pieces = Vec::new();
+    let mut text = String::new();
+    let mut rest = template;
+    while let Some(at) = rest.find(['{', '}']) {
+        text.push_str(&rest[..at]);
+        let (brace, after) = rest[at..].split_at(1);
+        if let Some(after) = after.strip_prefix(brace) {
+            text.push_str(brace);
+            rest = after;
+            continue;
+        }
+        let Some((inside, after)) = (brace == "{").then(|| after.split_once('}')).flatten() else {
+            bail!("`{template}` has a lone `{brace}`\n\nhint: write `{brace}{brace}` for the brace itself");
+        };
+        if !text.is_empty() {
+            pieces.push(Piece::Text(std::mem::take(&mut text)));
+        }
+        pieces.push(parse_placeholder(inside)?);
+        rest = after;
+    }
+    text.push_str(rest);
+    if !text.is_empty() {
+        pieces.push(Piece::Text(text));
+    }
+    Ok(pieces)
+}
+
+/// Takes what stands between the braces.
+fn parse_placeholder(inside: &str) -> anyhow::Result<Piece> {
+    let (name, padding) = inside.split_once(':').map_or((inside, None), |(name, padding)| (name, Some(padding)));
+    let Some(&(_, field)) = Field::ALL.iter().find(|(known, _)| *known == name) else {
+        let known: Vec<String> = Field::ALL.iter().map(|(known, _)| format!("`{{{known}}}`")).collect();
+        bail!("unknown placeholder `{{{name}}}`\n\nhint: known are {}; write `{{{{` for the brace itself", known.join(", "));
+    };
+    let digits = match padding {
+        None => 0,
+        Some(_) if !field.is_whole_number() => {
+            bail!("`{{{inside}}}` fills with zeros what is no whole number\n\nhint: write `{{{name}}}`")
+        }
+        Some(padding) => padding
+            .strip_prefix('0')
+            .and_then(|digits| digits.parse().ok())
+            .filter(|digits| (1..=MOST_DIGITS).contains(digits))
+            .ok_or_else(|| {
+                anyhow!("`{{{inside}}}` has no meaning\n\nhint: `{{{name}:05}}` fills with zeros to 5 digits, {MOST_DIGITS} at most")
+            })?,
+    };
+    Ok(Piece::Value { field, digits })
+}
+
+/// Lower-case words joined by `-`, letters and digits of any script kept: one legal path component
+/// of at most [`SLUG_CHARS`] characters, without dots, never empty (`fallback` then), never a name
+/// that Windows reserves.
+fn slug(text: &str, fallback: &str) -> String {
+    let mut slug = String::new();
+    let mut chars = 0;
+    // Apostrophes and invisible characters do not end a word: `don't` is `dont`.
+    let visible: String = text.chars().filter(|&c| !is_joined_over(c)).flat_map(char::to_lowercase).collect();
+    for word in visible.split(|c| !is_name_char(c)).filter(|word| !word.is_empty()) {
+        let joint = usize::from(!slug.is_empty());
+        let fits = chars + joint + word.chars().count() <= SLUG_CHARS && slug.len() + joint + word.len() <= SLUG_BYTES;
+        // Cut at a word, or within one where words are too long for it (Chinese has no spaces).
+        if !fits && slug.len() > SLUG_BYTES / 5 {
+            break;
+        }
+        slug.push_str(&"-"[..joint]);
+        chars += joint;
+        for c in word.chars() {
+            if chars == SLUG_CHARS || slug.len() + c.len_utf8() > SLUG_BYTES {
+                break;
+            }
+            slug.push(c);
+            chars += 1;
+        }
+        if !fits {
+            break;
+        }
+    }
+    if slug.is_empty() {
+        return fallback.to_owned();
+    }
+    if is_reserved(&slug) {
+        return format!("{fallback}-{slug}");
+    }
+    slug
+}
+
+/// Letters, digits, and the marks that are part of a letter.
+fn is_name_char(c: char) -> bool {
+    c.is_alphanumeric() || is_mark(c)
+}
+
+/// Combining marks that [`char::is_alphanumeric`] leaves out (Unicode's Mn and Mc without
+/// `Alphabetic`): accents, Hebrew and Arabic points, viramas and tone marks from Devanagari to
+/// Khmer, Japanese voicing marks.
+fn is_mark(c: char) -> bool {
+    matches!(
+        c,
+        '\u{300}'..='\u{34e}' | '\u{350}'..='\u{36f}' | '\u{591}'..='\u{5bd}' | '\u{64b}'..='\u{65f}'
+        | '\u{93c}' | '\u{94d}' | '\u{9bc}' | '\u{9cd}' | '\u{a3c}' | '\u{a4d}' | '\u{abc}' | '\u{acd}'
+        | '\u{b3c}' | '\u{b4d}' | '\u{bcd}' | '\u{c4d}' | '\u{cbc}' | '\u{ccd}' | '\u{d4d}' | '\u{dca}'
+        | '\u{e3a}' | '\u{e47}'..='\u{e4e}' | '\u{eba}' | '\u{ec8}'..='\u{ecd}'
+        | '\u{f39}' | '\u{f71}'..='\u{f84}' | '\u{1037}' | '\u{1039}' | '\u{103a}' | '\u{17c9}'..='\u{17d3}'
+        | '\u{3099}' | '\u{309a}'
+    )
+}
+
+/// Dropped without ending the word: apostrophes, soft hyphen, joiners, marks of writing direction,
+/// variation selectors, and the fillers that Unicode counts among the letters though nothing shows.
+fn is_joined_over(c: char) -> bool {
+    matches!(
+        c,
+        '\'' | '\u{2019}' | '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}'
+        | '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}'
+    )
+}
+
+/// Device names of Windows, which are no file names with any extension either.
+fn is_reserved(name: &str) -> bool {
+    let numbered = name.strip_prefix("com").or_else(|| name.strip_prefix("lpt"));
+    matches!(name, "con" | "prn" | "aux" | "nul")
+        || numbered.is_some_and(|number| matches!(number, "0" | "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "¹" | "²" | "³"))
+}
+
+/// The paths of the whole work list, in its order, decided before anything is drawn; none for
+/// [`Destination::Stdout`]. Equal default names are told apart by `-2`, `-3`, ... Errors if
+/// several pictures go to one file or stdout, or a template gives two of them one name.
+pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]) -> anyhow::Result<Vec<PathBuf>> {
+    let count = jobs.len();
+    match destination {
+        Destination::Stdout if count > 1 => {
+            bail!("`-o -` takes one picture, but {count} are to be drawn\n\nhint: `-o '{DEFAULT_NAME}.{format}'` names each")
+        }
+        Destination::Stdout => Ok(Vec::new()),
+        Destination::File(path) if count > 1 => {
+            let seeds: HashSet<u64> = jobs.iter().map(|job| job.seed).collect();
+            let placeholder = if seeds.len() == count { "{seed}" } else { "{index}" };
+            let mut template = path.with_extension("").into_os_string();
+            template.push(format!("-{placeholder}.{format}"));
+            bail!(
+                "`{}` is one file, but {count} pictures are to be drawn\n\nhint: `-o '{}'` names each",
+                path.display(),
+                template.display()
+            )
+        }
+        Destination::File(path) => Ok(vec![path.clone(); count]),
+        Destination::Template(template) if template.is_default => Ok(numbered_paths(template, format, jobs)),
+        Destination::Template(template) => {
+            let mut taken: HashMap<String, u64> = HashMap::with_capacity(count);
+            let mut paths = Vec::with_capacity(count);
+            for (number, job) in (1..).zip(jobs) {
+                let path = template.fill(job);
+                if let Some(first) = taken.insert(folded(&path), number) {
+                    bail!(
+                        "the template names both picture {first} and picture {number} `{}`\n\nhint: add `{{index}}`, or `{{seed}}` if the seeds differ",
+                        path.display()
+                    );
+                }
+                paths.push(path);
+            }
+            Ok(paths)
+        }
+    }
+}
+
+/// Default names; the second picture that would get a name gets `-2` after it, and so on.
+fn numbered_paths(template: &Template, format: Format, jobs: &[Naming<'_>]) -> Vec<PathBuf> {
+    let mut taken = HashSet::with_capacity(jobs.len());
+    let mut next_numbers: HashMap<PathBuf, u64> = HashMap::new();
+    let mut paths = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        let stem = template.fill(job);
+        let mut path = stem.clone();
+        path.as_mut_os_string().push(format!(".{format}"));
+        while !taken.insert(folded(&path)) {
+            let number = next_numbers.entry(stem.clone()).or_insert(2);
+            path = stem.clone();
+            path.as_mut_os_string().push(format!("-{number}.{format}"));
+            *number += 1;
+        }
+        paths.push(path);
+    }
+    paths
+}
+
+/// Paths that are one file where the file system ignores case are equal.
+fn folded(path: &Path) -> String {
+    path.to_string_lossy().to_lowercase()
+}
+
+/// Finds out before anything is drawn whether the planned paths can be written. Makes the folders
+/// that a template names; the folder of a single file must be there. Errors if a file exists and
+/// `force` is not given, if a path is a folder or a device, or if a folder is missing, cannot be
+/// made or cannot be written.
+pub fn check_writable(destination: &Destination, paths: &[PathBuf], force: bool) -> anyhow::Result<()> {
+    let mut existing = Vec::new();
+    for path in paths {
+        if exists(path)? {
+            existing.push(path);
+        }
+    }
+    if let (Some(first), false) = (existing.first(), force) {
+        let others = match existing.len() {
+            1 => String::new(),
+            count => format!(", and {} more", count - 1),
+        };
+        return Err(exists_error(first, &others));
+    }
+    let folders: HashSet<&Path> = paths.iter().map(|path| folder_of(path)).collect();
+    for folder in folders {
+        if matches!(destination, Destination::Template(_)) {
+            fs::create_dir_all(folder).with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+        } else if !folder.is_dir() {
+            bail!("there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`", folder.display());
+        }
+        temporary_file(folder).map_err(|error| write_error(folder, error))?;
+    }
+    Ok(())
+}
+
+/// Whether a file is at `path`. Errors if anything else is there or the path cannot be one.
+fn exists(path: &Path) -> anyhow::Result<bool> {
+    let metadata = match fs::symlink_metadata(path) {
+        // A path below a file is reported with its folder.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
+        // A link is what it leads to, or a file to replace if it leads nowhere.
+        Ok(metadata) if metadata.is_symlink() => fs::metadata(path).unwrap_or(metadata),
+        metadata => metadata.with_context(|| format!("cannot write `{}`", path.display()))?,
+    };
+    if metadata.is_dir() {
+        bail!("`{0}` is a folder\n\nhint: `-o '{0}/'` puts the pictures into it", path.display());
+    }
+    // Renaming over a device would replace it.
+    if !metadata.is_file() && !metadata.is_symlink() {
+        bail!("`{}` is not a file\n\nhint: `-o -` writes the picture's bytes to stdout", path.display());
+    }
+    Ok(true)
+}
+
+/// Writes a picture so that it appears under `path` only when it is complete and on the disk.
+/// Without `force` a file that is there by then stays, and that is an error, as is a full disk or
+/// a folder that cannot be written; nothing of the picture is left then.
+pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
+    // Again: what is there may have changed while the picture was drawn.
+    exists(path)?;
+    let write = || -> io::Result<fs::File> {
+        let mut file = temporary_file(folder_of(path))?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?; // some file systems report a full disk only here
+        let file = if force { file.persist(path) } else { file.persist_noclobber(path) };
+        Ok(file?)
+    };
+    match write() {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(exists_error(path, "")),
+        Err(error) => Err(write_error(path, error)),
+    }
+}
+
+/// A file next to its final place, so that the rename stays on one file system; gone when dropped.
+fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".sdgen-").suffix(".tmp");
+    #[cfg(unix)]
+    {
+        // What any program gives a new file; the umask takes its part off.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(folder)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+fn exists_error(path: &Path, others: &str) -> anyhow::Error {
+    anyhow!("`{}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name", path.display())
+}
+
+fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
+    let path = path.display();
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            anyhow!("no space is left on the disk for `{path}`\n\nhint: free some, or put the pictures elsewhere with `-o FOLDER/`")
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            anyhow!("no permission to write `{path}`\n\nhint: put the pictures elsewhere with `-o FOLDER/`")
+        }
+        _ => anyhow!("cannot write `{path}`: {error}"),
+    }
+}

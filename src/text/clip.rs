@@ -1,0 +1,145 @@
+//! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
+
+use crate::nn::attention::attention;
+use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::weights::Weights;
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Result as TensorResult, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// `text_encoder/config.json`, with transformers' defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct ClipConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub max_position_embeddings: usize,
+    pub hidden_act: String,
+    pub layer_norm_eps: f64,
+}
+
+impl Default for ClipConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: "quick_gelu".into(),
+            layer_norm_eps: 1e-5,
+        }
+    }
+}
+
+impl ClipConfig {
+    /// Parses config.json; errors name what cannot be right.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let config: Self = serde_json::from_value(value.clone()).context("the text encoder's config.json is damaged")?;
+        if config.num_attention_heads == 0 || config.hidden_size % config.num_attention_heads != 0 {
+            bail!(
+                "num_attention_heads {} does not divide hidden_size {} of the text encoder",
+                config.num_attention_heads,
+                config.hidden_size
+            );
+        }
+        Ok(config)
+    }
+}
+
+/// The text encoder.
+pub struct Clip {
+    /// [vocabulary, hidden]
+    tokens: Tensor,
+    /// [positions, hidden]
+    positions: Tensor,
+    layers: Vec<Layer>,
+    final_layer_norm: LayerNorm,
+}
+
+impl Clip {
+    /// Reads the encoder at `w` (its `text_model`).
+    pub fn new(w: &Weights, config: &ClipConfig) -> Result<Self> {
+        let w = w.at("text_model");
+        let (hidden, embeddings) = (config.hidden_size, w.at("embeddings"));
+        let activation = Activation::named(&config.hidden_act, "hidden_act")?;
+        Ok(Self {
+            tokens: embeddings.get("token_embedding.weight", &[config.vocab_size, hidden])?,
+            positions: embeddings.get("position_embedding.weight", &[config.max_position_embeddings, hidden])?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| Layer::new(&w.at(format!("encoder.layers.{i}")), config, activation))
+                .collect::<Result<_>>()?,
+            final_layer_norm: LayerNorm::new(&w.at("final_layer_norm"), hidden, config.layer_norm_eps)?,
+        })
+    }
+
+    /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last `skip` layers.
+    /// Errors if an id is outside of the vocabulary or `skip` is not below the number of layers.
+    pub fn forward(&self, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
+        let (n, device) = (ids.len(), self.tokens.device());
+        let depth = self.layers.len().saturating_sub(skip);
+        let ids = Tensor::new(ids, device)?;
+        let mut x = self.tokens.index_select(&ids, 0)?.add(&self.positions.narrow(0, 0, n)?)?.unsqueeze(0)?; // [1, n, hidden]
+        let mask = causal_mask(n, device)?.to_dtype(x.dtype())?;
+        for layer in self.layers.iter().take(depth) {
+            x = layer.forward(&x, &mask)?;
+        }
+        self.final_layer_norm.forward(&x)
+    }
+
+    /// Number of layers.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+}
+
+/// [n, n]: 0 where a token may look, minus infinity ahead of it.
+fn causal_mask(n: usize, device: &Device) -> TensorResult<Tensor> {
+    let values: Vec<f32> = (0..n * n).map(|i| if i % n > i / n { f32::NEG_INFINITY } else { 0.0 }).collect();
+    Tensor::from_vec(values, (n, n), device)
+}
+
+struct Layer {
+    layer_norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    activation: Activation,
+    heads: usize,
+}
+
+impl Layer {
+    fn new(w: &Weights, config: &ClipConfig, activation: Activation) -> Result<Self> {
+        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let projection = |name: &str| Linear::new(&w.at("self_attn").at(name), hidden, hidden);
+        Ok(Self {
+            layer_norm1: LayerNorm::new(&w.at("layer_norm1"), hidden, eps)?,
+            q_proj: projection("q_proj")?,
+            k_proj: projection("k_proj")?,
+            v_proj: projection("v_proj")?,
+            out_proj: projection("out_proj")?,
+            layer_norm2: LayerNorm::new(&w.at("layer_norm2"), hidden, eps)?,
+            fc1: Linear::new(&w.at("mlp.fc1"), hidden, inner)?,
+            fc2: Linear::new(&w.at("mlp.fc2"), inner, hidden)?,
+            activation,
+            heads: config.num_attention_heads,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> TensorResult<Tensor> {
+        let h = self.layer_norm1.forward(x)?;
+        let (q, k, v) = (self.q_proj.forward(&h)?, self.k_proj.forward(&h)?, self.v_proj.forward(&h)?);
+        let x = (x + self.out_proj.forward(&attention(&q, &k, &v, self.heads, Some(mask))?)?)?;
+        let h = self.activation.forward(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
+        x + self.fc2.forward(&h)?
+    }
+}

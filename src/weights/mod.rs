@@ -1,0 +1,466 @@
+//! A checkpoint: which tensors a model has, under one naming, and the configuration that goes with them.
+//!
+//! [`Checkpoint::open`] reads headers and JSON only and checks that all parts are there; [`Weights`] then hands tensors to
+//! the networks, one at a time. It hides where things lie: a diffusers folder, a single original file, the embedded
+//! model. Foreign names are in [`names`], the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`].
+
+mod guess;
+pub mod hub;
+mod names;
+mod source;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use names::{Layout, Named, Part};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use source::Source;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+pub use names::nearest;
+
+/// The model inside the program.
+static MINI: &[u8] = include_bytes!("../../assets/mini.safetensors");
+
+/// The tokenizer's files as a checkpoint holds them.
+pub enum TokenizerFiles {
+    /// `tokenizer.json`
+    Json(String),
+    /// `vocab.json` and `merges.txt`
+    VocabMerges { vocab: String, merges: String },
+    /// none of its own: CLIP's vocabulary
+    Clip,
+}
+
+/// Where a checkpoint's bytes come from.
+pub enum Origin<'a> {
+    Embedded,
+    Path(&'a Path),
+}
+
+struct Entry {
+    source: usize,
+    key: String,
+    part: Part,
+    /// of the stored tensor's part, in elements
+    shape: Vec<usize>,
+    dtype: String,
+}
+
+/// A checkpoint whose headers have been read.
+pub struct Checkpoint {
+    /// for people and file names: the folder's or file's name
+    pub name: String,
+    /// component -> its configuration, in diffusers' words
+    pub configs: BTreeMap<String, Value>,
+    pub tokenizer: TokenizerFiles,
+    /// `tokenizer_config.json`, empty if there is none
+    pub tokenizer_config: Value,
+    /// keys that belong to no component
+    pub ignored: Vec<String>,
+    /// what had to be assumed because no configuration says it
+    pub assumed: Vec<String>,
+    sources: Vec<Source>,
+    entries: BTreeMap<String, Entry>,
+}
+
+/// The parts without which nothing can be drawn.
+const PARTS: [&str; 3] = ["text_encoder", "unet", "vae"];
+
+impl Checkpoint {
+    /// Opens a folder, a file or the embedded model; reads headers and configuration only.
+    /// Errors say what is missing or damaged, and what to do.
+    pub fn open(origin: Origin) -> Result<Self> {
+        let checkpoint = match origin {
+            Origin::Embedded => Self::canonical("mini".into(), Source::embedded("the embedded model", MINI)?)?,
+            Origin::Path(path) if path.is_dir() => Self::folder(path)?,
+            Origin::Path(path) if path.exists() => Self::file(path)?,
+            Origin::Path(path) => bail!(
+                "`{}` does not exist\n\nhint: pass a diffusers folder, a .safetensors file, a hub id (owner/name) or a short name with `--model`",
+                path.display()
+            ),
+        };
+        Ok(checkpoint)
+    }
+
+    fn empty(name: String) -> Self {
+        Self {
+            name,
+            configs: BTreeMap::new(),
+            tokenizer: TokenizerFiles::Clip,
+            tokenizer_config: Value::Object(Default::default()),
+            ignored: vec![],
+            assumed: vec![],
+            sources: vec![],
+            entries: BTreeMap::new(),
+        }
+    }
+
+    fn folder(path: &Path) -> Result<Self> {
+        let index_path = path.join("model_index.json");
+        if !index_path.exists() {
+            let files: Vec<PathBuf> = std::fs::read_dir(path)
+                .with_context(|| format!("cannot read folder `{}`", path.display()))?
+                .filter_map(|e| Some(e.ok()?.path()))
+                .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+                .collect();
+            return match files.as_slice() {
+                [one] => Self::file(one),
+                [] => bail!(
+                    "`{}` has no model_index.json and no .safetensors file\n\nhint: pass the folder of a diffusers model, or one .safetensors file",
+                    path.display()
+                ),
+                many => bail!(
+                    "`{}` has {} .safetensors files and no model_index.json\n\nhint: name one, for example `--model {}`",
+                    path.display(),
+                    many.len(),
+                    many.first().map(|p| p.display().to_string()).unwrap_or_default()
+                ),
+            };
+        }
+        let index = read_json(&index_path)?;
+        let mut checkpoint = Self::empty(folder_name(path));
+        for part in PARTS.into_iter().chain(["scheduler", "tokenizer"]) {
+            if !path.join(part).is_dir() {
+                let listed = index.get(part).is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()));
+                let also = if listed { ", though model_index.json lists it" } else { "" };
+                bail!(
+                    "`{}` has no folder `{part}`{also}\n\nhint: fetch the whole model again, for example with `sdgen pull`",
+                    path.display()
+                );
+            }
+        }
+        for part in PARTS {
+            let folder = path.join(part);
+            checkpoint.configs.insert(part.into(), read_json(&folder.join("config.json"))?);
+            for file in weight_files(&folder)? {
+                checkpoint.add_source(Source::open(&file)?, |key| names::from_diffusers(part, key))?;
+            }
+        }
+        checkpoint.configs.insert("scheduler".into(), read_json(&path.join("scheduler/scheduler_config.json"))?);
+        let tokenizer = path.join("tokenizer");
+        // special_tokens_map.json wins over tokenizer_config.json, as in transformers: SD2.1 pads with `!` only by it
+        for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+            let path = tokenizer.join(file);
+            if let (true, Some(config)) = (path.exists(), checkpoint.tokenizer_config.as_object_mut()) {
+                config.extend(read_json(&path)?.as_object().cloned().unwrap_or_default());
+            }
+        }
+        checkpoint.tokenizer = if tokenizer.join("vocab.json").exists() && tokenizer.join("merges.txt").exists() {
+            TokenizerFiles::VocabMerges {
+                vocab: read_text(&tokenizer.join("vocab.json"))?,
+                merges: read_text(&tokenizer.join("merges.txt"))?,
+            }
+        } else {
+            TokenizerFiles::Json(read_text(&tokenizer.join("tokenizer.json"))?)
+        };
+        Ok(checkpoint)
+    }
+
+    fn file(path: &Path) -> Result<Self> {
+        let source = Source::open(path)?;
+        let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
+        match names::layout(keys.iter().map(String::as_str)) {
+            Layout::Original => {
+                let mut checkpoint = Self::empty(name);
+                let map = names::from_original(keys.iter().map(String::as_str));
+                let extra = guess::Extra::of(&source, &keys);
+                checkpoint.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+                checkpoint.require_parts(path)?;
+                guess::configure(&mut checkpoint, extra)?;
+                Ok(checkpoint)
+            }
+            Layout::Canonical => Self::canonical(name, source),
+            Layout::Adapter => bail!(
+                "`{}` is a LoRA, no model: it only changes one\n\nhint: pass a whole checkpoint with `--model`; LoRA files are not applied yet",
+                path.display()
+            ),
+            Layout::Unknown => bail!("{}", unknown(path, &keys)),
+        }
+    }
+
+    /// A file that brings its configuration and tokenizer in its header.
+    fn canonical(name: String, source: Source) -> Result<Self> {
+        let path = source.path().to_path_buf();
+        let mut checkpoint = Self::empty(name);
+        let text = |key: &str| {
+            source.metadata(key).with_context(|| {
+                format!("`{}` has no `{key}` in its header\n\nhint: pass a diffusers folder or an original single file", path.display())
+            })
+        };
+        let configs: BTreeMap<String, Value> =
+            serde_json::from_str(text("sdgen.configs")?).context("the embedded configuration is damaged")?;
+        checkpoint.tokenizer = TokenizerFiles::VocabMerges { vocab: text("sdgen.vocab")?.into(), merges: text("sdgen.merges")?.into() };
+        checkpoint.tokenizer_config = configs.get("tokenizer").cloned().unwrap_or_default();
+        checkpoint.configs = configs;
+        checkpoint.add_source(source, |key| vec![Named { name: key.into(), part: Part::Whole }])?;
+        checkpoint.require_parts(&path)?;
+        Ok(checkpoint)
+    }
+
+    fn require_parts(&self, path: &Path) -> Result<()> {
+        let missing: Vec<&str> = PARTS.into_iter().filter(|p| !self.has(p)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let found: Vec<&str> = PARTS.into_iter().filter(|p| self.has(p)).collect();
+        let found = if found.is_empty() { "nothing that is known".into() } else { found.join(", ") };
+        bail!(
+            "`{}` has no {} (it has: {found})\n\nhint: pass a whole checkpoint; this file is only a part of one",
+            path.display(),
+            missing.join(" and no ")
+        );
+    }
+
+    /// Whether any tensor of a component is there.
+    pub fn has(&self, component: &str) -> bool {
+        let prefix = format!("{component}.");
+        self.entries.range(prefix.clone()..).next().is_some_and(|(k, _)| k.starts_with(&prefix))
+    }
+
+    fn add_source(&mut self, source: Source, map: impl Fn(&str) -> Vec<Named>) -> Result<()> {
+        let index = self.sources.len();
+        for (key, shape, dtype) in source.tensors() {
+            let named = map(&key);
+            if named.is_empty() {
+                self.ignored.push(key.clone());
+            }
+            for Named { name, part } in named {
+                let shape = part_shape(&shape, &part);
+                let entry = Entry { source: index, key: key.clone(), part, shape, dtype: format!("{dtype:?}").to_lowercase() };
+                if let Some(before) = self.entries.insert(name, entry) {
+                    bail!("`{}` has tensor `{}` twice, once as `{key}`", source.path().display(), before.key);
+                }
+            }
+        }
+        self.sources.push(source);
+        Ok(())
+    }
+
+    /// Shape of a tensor by canonical name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|e| e.shape.as_slice())
+    }
+
+    /// How many numbered children `prefix` has: `prefix0.`, `prefix1.`, ...
+    pub fn count(&self, prefix: &str) -> usize {
+        (0..)
+            .take_while(|i| {
+                let p = format!("{prefix}{i}.");
+                self.entries.range(p.clone()..).next().is_some_and(|(k, _)| k.starts_with(&p))
+            })
+            .count()
+    }
+
+    /// (parameters, stored types) of a component.
+    pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
+        let prefix = format!("{component}.");
+        let of = || self.entries.range(prefix.clone()..).take_while(|(k, _)| k.starts_with(&prefix)).map(|(_, e)| e);
+        (of().map(|e| e.shape.iter().product::<usize>()).sum(), of().map(|e| e.dtype.as_str()).collect())
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.sources.iter().map(|s| s.len).sum()
+    }
+
+    /// The configuration of a component; an error names it if there is none.
+    pub fn config(&self, component: &str) -> Result<&Value> {
+        self.configs.get(component).with_context(|| format!("`{}` has no configuration of its {component}", self.name))
+    }
+
+    /// A fingerprint of the weights: SHA-256 over the names, stored types and first 4 KiB of all tensors.
+    /// The same weights as folder and as single file have the same fingerprint; f16 and f32 copies have not.
+    pub fn hash(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for (name, entry) in &self.entries {
+            hash.update(name.as_bytes());
+            hash.update(entry.dtype.as_bytes());
+            if let Some(source) = self.sources.get(entry.source) {
+                hash.update(source.sample(&entry.key, &entry.part)?);
+            }
+        }
+        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// The weights of one component, to build a network from.
+    pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
+        Weights { checkpoint: Some(self), prefix: component.into(), device, dtype }
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let entry = self.entries.get(name).with_context(|| self.missing(name))?;
+        let source = self.sources.get(entry.source).context("a source went missing")?;
+        let tensor = source.read(&entry.key)?;
+        Ok(match entry.part {
+            Part::Whole => tensor,
+            Part::Rows { index, of } => {
+                let rows = tensor.dim(0)? / of;
+                tensor.narrow(0, index * rows, rows)?
+            }
+        })
+    }
+
+    fn missing(&self, name: &str) -> String {
+        let component = name.split('.').next().unwrap_or_default();
+        let prefix = format!("{component}.");
+        let near = nearest(name, self.entries.keys().map(String::as_str).filter(|k| k.starts_with(&prefix)));
+        let near = near.map(|n| format!("; the nearest it has is `{n}`")).unwrap_or_default();
+        format!("`{}` has no tensor `{name}`{near}\n\nhint: its configuration and its weights do not belong together", self.name)
+    }
+}
+
+/// A place in a checkpoint's names, from which a network takes its tensors.
+#[derive(Clone)]
+pub struct Weights<'a> {
+    /// none: random weights
+    checkpoint: Option<&'a Checkpoint>,
+    prefix: String,
+    device: &'a Device,
+    dtype: DType,
+}
+
+impl<'a> Weights<'a> {
+    /// Weights of any name and shape, random and of sensible size: for benchmarks.
+    pub fn random(device: &'a Device, dtype: DType) -> Self {
+        Self { checkpoint: None, prefix: "random".into(), device, dtype }
+    }
+
+    /// The place `name` below this one.
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: format!("{}.{name}", self.prefix), ..self.clone() }
+    }
+
+    /// Reads the tensor `name` of exactly this shape; trailing dimensions of size 1 may differ (a linear layer stored
+    /// as a 1x1 convolution). Errors name the tensor, its shape and the expected one.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = format!("{}.{name}", self.prefix);
+        let Some(checkpoint) = self.checkpoint else {
+            let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
+            let bound = 1.0 / fan_in.sqrt();
+            return Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(self.device)?);
+        };
+        let tensor = checkpoint.read(&name)?;
+        if trimmed(tensor.dims()) != trimmed(shape) {
+            bail!(
+                "tensor `{name}` of `{}` has shape {:?}, its configuration says {shape:?}\n\nhint: its configuration and its weights do not belong together",
+                checkpoint.name,
+                tensor.dims()
+            );
+        }
+        Ok(tensor.reshape(shape)?.to_dtype(self.dtype)?.to_device(self.device)?)
+    }
+
+    /// Where the weights go.
+    pub fn device(&self) -> &Device {
+        self.device
+    }
+}
+
+fn trimmed(shape: &[usize]) -> &[usize] {
+    let end = shape.iter().rposition(|d| *d != 1).map_or(0, |i| i + 1);
+    shape.get(..end).unwrap_or_default()
+}
+
+fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    if let (Part::Rows { of, .. }, Some(rows)) = (part, shape.first_mut()) {
+        *rows /= of;
+    }
+    shape
+}
+
+fn folder_name(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    // a snapshot in the hub's cache: .../models--owner--name/snapshots/<commit>
+    let name = path.ancestors().filter_map(|p| p.file_name()?.to_str()).find_map(|n| n.strip_prefix("models--"));
+    match name {
+        Some(name) => name.replace("--", "/"),
+        None => path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into()),
+    }
+}
+
+/// The weight files of one component's folder: full precision first, then `fp16`; one file, or all shards of an index.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut unfinished = None;
+    for variant in ["", ".fp16"] {
+        for stem in ["diffusion_pytorch_model", "model"] {
+            let one = folder.join(format!("{stem}{variant}.safetensors"));
+            if one.exists() {
+                return Ok(vec![one]);
+            }
+            for index in [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")] {
+                let index = folder.join(index);
+                match index.exists().then(|| shards(folder, &index)) {
+                    Some(Ok(files)) => return Ok(files),
+                    Some(Err(error)) => unfinished = unfinished.or(Some(error)),
+                    None => (),
+                }
+            }
+        }
+    }
+    if let Some(error) = unfinished {
+        return Err(error);
+    }
+    let others: Vec<String> = std::fs::read_dir(folder)?
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter(|n| n.ends_with(".bin") || n.ends_with(".ckpt") || n.ends_with(".pt"))
+        .collect();
+    let hint = if others.is_empty() {
+        "fetch the model again, for example with `sdgen pull`".into()
+    } else {
+        format!(
+            "it has only {}, a PyTorch pickle; convert the model to safetensors with diffusers: `save_pretrained(..., safe_serialization=True)`",
+            others.join(", ")
+        )
+    };
+    bail!("`{}` has no safetensors weights\n\nhint: {hint}", folder.display())
+}
+
+fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let json = read_json(index)?;
+    let map = json.get("weight_map").and_then(Value::as_object).with_context(|| format!("`{}` has no weight_map", index.display()))?;
+    let files: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+    files
+        .into_iter()
+        .map(|file| {
+            let plain = Path::new(file).file_name().is_some_and(|n| n == file);
+            let path = folder.join(file);
+            if !plain || !path.exists() {
+                bail!("`{}` lists the shard `{file}`, which is not there\n\nhint: fetch the model again", index.display());
+            }
+            Ok(path)
+        })
+        .collect()
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    serde_json::from_str(&read_text(path)?).with_context(|| format!("`{}` is not valid JSON", path.display()))
+}
+
+fn unknown(path: &Path, keys: &[String]) -> String {
+    let shown = path.display();
+    let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
+    let (what, hint) = if starts("decoder.") || starts("encoder.down") {
+        ("is a VAE alone, no whole model", "pass a whole checkpoint with `--model`")
+    } else if starts("down_blocks.") {
+        ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
+    } else if starts("text_model.") {
+        ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
+    } else if starts("conditioner.embedders.") || starts("double_blocks.") || starts("transformer.") {
+        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x and 2.x work today")
+    } else {
+        let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
+        return format!(
+            "`{shown}` is no Stable Diffusion checkpoint (its first tensors: {})\n\nhint: pass a whole checkpoint with `--model`",
+            first.join(", ")
+        );
+    };
+    format!("`{shown}` {what}\n\nhint: {hint}")
+}

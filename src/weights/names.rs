@@ -1,0 +1,292 @@
+//! Foreign weight names -> the one naming used inside: diffusers' keys, prefixed by their component
+//! (`unet.down_blocks.0...`, `vae.decoder...`, `text_encoder.text_model...`).
+//!
+//! Pure functions over header entries; nothing here reads a weight. [`canonical`] is the entry.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Where a tensor's values come from inside the stored one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// all of it, in its stored order
+    Whole,
+    /// rows `index * rows / of ..` of the first dimension: one of several matrices stored as one
+    Rows { index: usize, of: usize },
+}
+
+/// One tensor under its canonical name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub name: String,
+    pub part: Part,
+}
+
+impl Named {
+    fn whole(name: String) -> Vec<Self> {
+        vec![Self { name, part: Part::Whole }]
+    }
+}
+
+/// What the names in one file say about its layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// CompVis' and Stability's single file: `model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`
+    Original,
+    /// already canonical (the embedded model)
+    Canonical,
+    /// adapter weights: LoRA and its relatives
+    Adapter,
+    /// nothing that is known here
+    Unknown,
+}
+
+/// Recognises a single file by its key names.
+pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
+    let mut found = Layout::Unknown;
+    for key in keys {
+        if ["lora_unet_", "lora_te", "lycoris_"].iter().any(|p| key.starts_with(p)) || key.contains(".lora_") || key.contains(".lora.") {
+            return Layout::Adapter;
+        }
+        if ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."].iter().any(|p| key.starts_with(p)) {
+            found = Layout::Original;
+        } else if found == Layout::Unknown && ["unet.", "vae.", "text_encoder."].iter().any(|p| key.starts_with(p)) {
+            found = Layout::Canonical;
+        }
+    }
+    found
+}
+
+/// Maps one component of a diffusers folder: today's names, and the older ones that files on the hub still hold.
+pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
+    if key.ends_with("position_ids") {
+        return vec![];
+    }
+    let key = match component {
+        "vae" => vae_attention(key),
+        _ if component.starts_with("text_encoder") && !key.starts_with("text_model.") && !key.starts_with("text_projection") => {
+            format!("text_model.{key}")
+        }
+        _ => key.to_string(),
+    };
+    Named::whole(format!("{component}.{key}"))
+}
+
+/// Old diffusers names of the VAE's attention, and the newer ones, all to the newer.
+fn vae_attention(key: &str) -> String {
+    let Some((before, last)) = key.split_once(".attentions.0.") else { return key.to_string() };
+    let renamed = [("query.", "to_q."), ("key.", "to_k."), ("value.", "to_v."), ("proj_attn.", "to_out.0.")];
+    let last =
+        renamed.iter().find_map(|(old, new)| last.strip_prefix(old).map(|rest| format!("{new}{rest}"))).unwrap_or_else(|| last.to_string());
+    format!("{before}.attentions.0.{last}")
+}
+
+/// Maps every key of a single original file. Keys that belong to no component (EMA copies, betas, ...) map to nothing.
+/// The last layer of an OpenCLIP encoder is left out: SD2.x conditions on the layer before it.
+pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
+    let keys: BTreeSet<&str> = keys.collect();
+    let unet = UnetMap::new(&keys);
+    let up_blocks = 1 + max_index(&keys, "first_stage_model.decoder.up.").unwrap_or(0);
+    let last_layer = max_index(&keys, "cond_stage_model.model.transformer.resblocks.");
+    keys.iter()
+        .map(|key| {
+            let named = if let Some(rest) = key.strip_prefix("model.diffusion_model.") {
+                unet.map(rest).map(|n| Named::whole(format!("unet.{n}")))
+            } else if let Some(rest) = key.strip_prefix("first_stage_model.") {
+                vae_key(rest, up_blocks).map(|n| Named::whole(format!("vae.{n}")))
+            } else if let Some(rest) = key.strip_prefix("cond_stage_model.transformer.") {
+                Some(from_diffusers("text_encoder", rest))
+            } else if let Some(rest) = key.strip_prefix("cond_stage_model.model.") {
+                open_clip_key(rest, last_layer)
+            } else {
+                None
+            };
+            (key.to_string(), named.unwrap_or_default())
+        })
+        .collect()
+}
+
+/// The largest number that follows `prefix` in any key.
+fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
+    keys.iter().filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok()).max()
+}
+
+/// `input_blocks.N` / `output_blocks.N` -> (block, layer), found by walking the numbers once.
+struct UnetMap {
+    input: BTreeMap<usize, (usize, usize)>,
+    output: BTreeMap<usize, (usize, usize)>,
+}
+
+impl UnetMap {
+    fn new(keys: &BTreeSet<&str>) -> Self {
+        let has = |prefix: String| keys.range(prefix.as_str()..).next().is_some_and(|k| k.starts_with(&prefix));
+        let inputs = max_index(keys, "model.diffusion_model.input_blocks.").unwrap_or(0);
+        let outputs = max_index(keys, "model.diffusion_model.output_blocks.").unwrap_or(0);
+        let (mut input, mut output) = (BTreeMap::new(), BTreeMap::new());
+        let (mut block, mut layer) = (0, 0);
+        for i in 1..=inputs {
+            input.insert(i, (block, layer));
+            layer += 1;
+            if has(format!("model.diffusion_model.input_blocks.{i}.0.op.")) {
+                (block, layer) = (block + 1, 0);
+            }
+        }
+        (block, layer) = (0, 0);
+        for i in 0..=outputs {
+            output.insert(i, (block, layer));
+            layer += 1;
+            let up = |j: usize| has(format!("model.diffusion_model.output_blocks.{i}.{j}.conv."));
+            if up(1) || up(2) {
+                (block, layer) = (block + 1, 0);
+            }
+        }
+        Self { input, output }
+    }
+
+    fn map(&self, key: &str) -> Option<String> {
+        let fixed = [
+            ("time_embed.0.", "time_embedding.linear_1."),
+            ("time_embed.2.", "time_embedding.linear_2."),
+            ("label_emb.0.0.", "add_embedding.linear_1."),
+            ("label_emb.0.2.", "add_embedding.linear_2."),
+            ("input_blocks.0.0.", "conv_in."),
+            ("out.0.", "conv_norm_out."),
+            ("out.2.", "conv_out."),
+            ("middle_block.1.", "mid_block.attentions.0."),
+        ];
+        if let Some(name) = fixed.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}"))) {
+            return Some(name);
+        }
+        if let Some(rest) = key.strip_prefix("middle_block.0.") {
+            return Some(format!("mid_block.resnets.0.{}", resnet(rest)?));
+        }
+        if let Some(rest) = key.strip_prefix("middle_block.2.") {
+            return Some(format!("mid_block.resnets.1.{}", resnet(rest)?));
+        }
+        let (side, rest) = key.split_once('.')?;
+        let (index, rest) = rest.split_once('.')?;
+        let (part, rest) = rest.split_once('.')?;
+        let index: usize = index.parse().ok()?;
+        let (blocks, map) = match side {
+            "input_blocks" => ("down_blocks", &self.input),
+            "output_blocks" => ("up_blocks", &self.output),
+            _ => return None,
+        };
+        let (block, layer) = map.get(&index)?;
+        Some(if let Some(conv) = rest.strip_prefix("op.").filter(|_| side == "input_blocks") {
+            // the downsampler is counted as a layer of its block
+            format!("down_blocks.{block}.downsamplers.0.conv.{conv}")
+        } else if let Some(conv) = rest.strip_prefix("conv.").filter(|_| side == "output_blocks") {
+            format!("up_blocks.{block}.upsamplers.0.conv.{conv}")
+        } else if part == "0" {
+            format!("{blocks}.{block}.resnets.{layer}.{}", resnet(rest)?)
+        } else {
+            format!("{blocks}.{block}.attentions.{layer}.{rest}")
+        })
+    }
+}
+
+/// A U-Net residual block's inner names.
+fn resnet(key: &str) -> Option<String> {
+    let names = [
+        ("in_layers.0.", "norm1."),
+        ("in_layers.2.", "conv1."),
+        ("emb_layers.1.", "time_emb_proj."),
+        ("out_layers.0.", "norm2."),
+        ("out_layers.3.", "conv2."),
+        ("skip_connection.", "conv_shortcut."),
+    ];
+    names.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+}
+
+/// One VAE key without its prefix. Decoder levels are numbered from the finest in the original, from the coarsest here.
+fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
+    if key.starts_with("quant_conv.") || key.starts_with("post_quant_conv.") {
+        return Some(key.to_string());
+    }
+    let (side, rest) = key.split_once('.')?;
+    if !matches!(side, "encoder" | "decoder") {
+        return None;
+    }
+    let fixed = [
+        ("norm_out.", "conv_norm_out."),
+        ("conv_in.", "conv_in."),
+        ("conv_out.", "conv_out."),
+        ("mid.block_1.", "mid_block.resnets.0."),
+        ("mid.block_2.", "mid_block.resnets.1."),
+        ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
+        ("mid.attn_1.q.", "mid_block.attentions.0.to_q."),
+        ("mid.attn_1.k.", "mid_block.attentions.0.to_k."),
+        ("mid.attn_1.v.", "mid_block.attentions.0.to_v."),
+        ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
+    ];
+    let name = match fixed.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|r| format!("{new}{r}"))) {
+        Some(name) => name,
+        None => {
+            let (direction, rest) = rest.split_once('.')?;
+            let (level, rest) = rest.split_once('.')?;
+            let level: usize = level.parse().ok()?;
+            let level = if direction == "up" { up_blocks.checked_sub(level + 1)? } else { level };
+            let rest = rest.replacen("block.", "resnets.", 1).replacen("downsample.", "downsamplers.0.", 1).replacen(
+                "upsample.",
+                "upsamplers.0.",
+                1,
+            );
+            format!("{direction}_blocks.{level}.{rest}")
+        }
+    };
+    Some(format!("{side}.{}", name.replace(".nin_shortcut.", ".conv_shortcut.")))
+}
+
+/// One OpenCLIP text key without its prefix; `last_layer` is left out.
+fn open_clip_key(key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
+    let fixed = [
+        ("positional_embedding", "embeddings.position_embedding.weight"),
+        ("token_embedding.weight", "embeddings.token_embedding.weight"),
+        ("ln_final.weight", "final_layer_norm.weight"),
+        ("ln_final.bias", "final_layer_norm.bias"),
+    ];
+    if let Some((_, new)) = fixed.iter().find(|(old, _)| *old == key) {
+        return Some(Named::whole(format!("text_encoder.text_model.{new}")));
+    }
+    let (layer, rest) = key.strip_prefix("transformer.resblocks.")?.split_once('.')?;
+    if Some(layer.parse().ok()?) == last_layer {
+        return None;
+    }
+    let layer = format!("text_encoder.text_model.encoder.layers.{layer}");
+    if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
+        let part = |(index, name)| Named { name: format!("{layer}.self_attn.{name}_proj.{kind}"), part: Part::Rows { index, of: 3 } };
+        return Some(["q", "k", "v"].into_iter().enumerate().map(part).collect());
+    }
+    let names = [
+        ("ln_1.", "layer_norm1."),
+        ("ln_2.", "layer_norm2."),
+        ("attn.out_proj.", "self_attn.out_proj."),
+        ("mlp.c_fc.", "mlp.fc1."),
+        ("mlp.c_proj.", "mlp.fc2."),
+    ];
+    names.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|r| Named::whole(format!("{layer}.{new}{r}"))))
+}
+
+/// The candidate nearest to `name` by edit distance, if any is near at all.
+pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates.map(|c| (edit_distance(name, c), c)).min().filter(|(d, c)| *d <= c.len().max(name.len()) / 3).map(|(_, c)| c)
+}
+
+/// Levenshtein's distance in bytes.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut corner = i;
+        let mut left = i + 1;
+        for (y, above) in b.bytes().zip(row.iter_mut().skip(1)) {
+            let cost = (corner + usize::from(x != y)).min(*above + 1).min(left + 1);
+            corner = *above;
+            *above = cost;
+            left = cost;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}

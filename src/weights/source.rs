@@ -1,0 +1,159 @@
+//! One safetensors file: its header, checked, and its bytes on demand. Nothing is mapped: a tensor is read when asked for,
+//! so a file that shrinks under us is an error and no crash, and memory holds only what was asked for.
+
+use super::names::Part;
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, tensor::Metadata};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+/// Headers beyond this are hostile or broken (safetensors' own limit).
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+enum Bytes {
+    File(Mutex<File>),
+    Embedded(&'static [u8]),
+}
+
+/// An open safetensors file.
+pub struct Source {
+    path: PathBuf,
+    bytes: Bytes,
+    /// offset of the data behind the header, in bytes
+    data_start: u64,
+    /// bytes of the whole file
+    pub len: u64,
+    header: Metadata,
+}
+
+impl Source {
+    /// Opens a file and checks its header against its size. Errors name the file and what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        let mut file = File::open(path).with_context(|| format!("cannot open `{shown}`"))?;
+        let len = file.metadata().with_context(|| format!("cannot read `{shown}`"))?.len();
+        let mut start = vec![];
+        let mut limited = (&mut file).take(8);
+        limited.read_to_end(&mut start).with_context(|| format!("cannot read `{shown}`"))?;
+        refuse_pickle(&start, path)?;
+        let header_len = header_len(&start, len).with_context(|| format!("`{shown}` is no safetensors file"))?;
+        (&mut file).take(header_len).read_to_end(&mut start).with_context(|| format!("cannot read `{shown}`"))?;
+        Self::checked(path.to_path_buf(), &start, len, Bytes::File(Mutex::new(file)))
+    }
+
+    /// A file that is part of the program.
+    pub fn embedded(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        let header_len = header_len(bytes, bytes.len() as u64)?;
+        let header = bytes.get(..8 + usize::try_from(header_len)?).context("short header")?;
+        Self::checked(PathBuf::from(name), header, bytes.len() as u64, Bytes::Embedded(bytes))
+    }
+
+    fn checked(path: PathBuf, start: &[u8], len: u64, bytes: Bytes) -> Result<Self> {
+        let shown = path.display();
+        // parsing checks that tensors neither overlap nor leave gaps, and are as long as shape and type say
+        let header: Metadata =
+            serde_json::from_slice(start.get(8..).unwrap_or_default()).with_context(|| format!("the header of `{shown}` is damaged"))?;
+        let end = header.tensors().values().map(|t| t.data_offsets.1 as u64).max().unwrap_or(0);
+        let data_start = start.len() as u64;
+        if data_start + end > len {
+            bail!(
+                "`{shown}` is cut short: its header promises {} bytes, the file has {len}\n\nhint: the download was interrupted; fetch the file again",
+                data_start + end
+            );
+        }
+        Ok(Self { path, bytes, data_start, len, header })
+    }
+
+    /// The file's path, or the name of the embedded model.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The header's own key-value texts.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// (name, shape, stored type) of every tensor.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
+        self.header.tensors().into_iter().map(|(k, t)| (k, t.shape.clone(), t.dtype))
+    }
+
+    /// The first bytes of a tensor's part (at most 4 KiB), for fingerprints.
+    pub fn sample(&self, key: &str, part: &Part) -> Result<Vec<u8>> {
+        let info = self.header.info(key).with_context(|| format!("no tensor `{key}`"))?;
+        let (mut from, mut to) = info.data_offsets;
+        if let Part::Rows { index, of } = part {
+            let bytes = (to - from) / of;
+            (from, to) = (from + index * bytes, from + (index + 1) * bytes);
+        }
+        self.bytes_of(from, to.min(from + 4096)).with_context(|| format!("cannot read tensor `{key}` of `{}`", self.path.display()))
+    }
+
+    fn bytes_of(&self, from: usize, to: usize) -> Result<Vec<u8>> {
+        match &self.bytes {
+            Bytes::Embedded(bytes) => {
+                let start = usize::try_from(self.data_start)?;
+                Ok(bytes.get(start + from..start + to).context("it lies outside of the file")?.to_vec())
+            }
+            Bytes::File(file) => {
+                let mut raw = vec![0u8; to - from];
+                let mut file = file.lock().map_err(|_| anyhow::anyhow!("the file was left locked by a failed reader"))?;
+                file.seek(SeekFrom::Start(self.data_start + from as u64))?;
+                file.read_exact(&mut raw)?;
+                Ok(raw)
+            }
+        }
+    }
+
+    /// Reads one tensor in its stored shape, as f32 on the CPU. Errors name file and tensor.
+    pub fn read(&self, key: &str) -> Result<Tensor> {
+        let shown = self.path.display();
+        let info = self.header.info(key).with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F64 => DType::F64,
+            Dtype::I64 => DType::I64,
+            other => bail!(
+                "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16 and f64 can be read; convert the file to one of these"
+            ),
+        };
+        let (from, to) = info.data_offsets;
+        let raw = self.bytes_of(from, to).with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
+        let tensor = Tensor::from_raw_buffer(&raw, dtype, &info.shape, &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+}
+
+fn header_len(start: &[u8], len: u64) -> Result<u64> {
+    let Some(first) = start.first_chunk::<8>() else { bail!("it has {len} bytes, too few for a header") };
+    let header = u64::from_le_bytes(*first);
+    if header > MAX_HEADER_BYTES {
+        bail!("its header claims {header} bytes, more than any real one");
+    }
+    if header + 8 > len {
+        bail!("its header claims {header} bytes, the file has {len}\n\nhint: the download was interrupted; fetch the file again");
+    }
+    Ok(header)
+}
+
+/// PyTorch pickles can run code when opened, so they are never read.
+fn refuse_pickle(start: &[u8], path: &Path) -> Result<()> {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
+    let pickled = start.starts_with(b"PK\x03\x04") || start.starts_with(&[0x80, 2]) || start.starts_with(&[0x80, 4]);
+    if pickled || matches!(extension.as_str(), "ckpt" | "pt" | "pth" | "bin") {
+        bail!(
+            "`{}` is a PyTorch pickle, which may run code when it is opened\n\nhint: convert it once with python -c \"import sys,torch;from safetensors.torch import save_file;d=torch.load(sys.argv[1],weights_only=True);d=d.get('state_dict',d);save_file({{k:v.contiguous() for k,v in d.items() if hasattr(v,'contiguous')}},'model.safetensors')\" {0}",
+            path.display()
+        );
+    }
+    if start.starts_with(b"GGUF") {
+        bail!("`{}` is a GGUF file, which sdgen does not read\n\nhint: use the model's .safetensors file", path.display());
+    }
+    Ok(())
+}

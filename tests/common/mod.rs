@@ -1,0 +1,136 @@
+//! What several test files share: running the program, and building checkpoints in a temporary folder.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+pub fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The program, in a folder of its own, with no settings of the machine's owner and no network.
+pub fn sdgen(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sdgen"));
+    for name in ["SDGEN_MODEL", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"] {
+        command.env_remove(name);
+    }
+    command.env("HF_HUB_OFFLINE", "1").current_dir(folder).stdin(std::process::Stdio::null());
+    command
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Runs and expects exit code 0.
+pub fn succeed(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{:?}: {}", output.status, stderr(&output));
+    output
+}
+
+/// Runs and expects this exit code, an error that holds every text, nothing on stdout, and no panic.
+pub fn fail(command: &mut Command, code: i32, texts: &[&str]) -> String {
+    let output = command.output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(said.starts_with("error: "), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    assert!(output.stdout.is_empty(), "an error belongs on stderr alone");
+    for text in texts {
+        assert!(said.contains(text), "`{text}` is missing in: {said}");
+    }
+    said
+}
+
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &to.join(entry.file_name()));
+        } else if !entry.file_name().to_string_lossy().starts_with("goldens") {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+pub fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+    let mut value = json(path);
+    edit(value.as_object_mut().unwrap());
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
+pub fn load(path: &Path) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
+    candle_core::safetensors::save(tensors, path).unwrap();
+}
+
+/// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding rows are repeated.
+pub fn with_full_vocabulary(name: &str, to: &Path) {
+    copy_folder(&fixture(name), to);
+    let weights = to.join("text_encoder/model.safetensors");
+    let mut text = load(&weights);
+    let key = text.keys().find(|k| k.ends_with("token_embedding.weight")).unwrap().clone();
+    let small = text[&key].clone();
+    let rows: Vec<u32> = (0..49408u32).map(|i| i % small.dim(0).unwrap() as u32).collect();
+    text.insert(key, small.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap());
+    save(&text, &weights);
+    edit_json(&to.join("text_encoder/config.json"), |c| {
+        c.insert("vocab_size".into(), 49408.into());
+    });
+    let merges = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/clip/merges.txt")).unwrap();
+    std::fs::write(to.join("tokenizer/vocab.json"), vocabulary(&merges)).unwrap();
+    std::fs::write(to.join("tokenizer/merges.txt"), merges).unwrap();
+}
+
+fn vocabulary(merges: &str) -> String {
+    let printable = |b: &u32| (33..=126).contains(b) || (161..=172).contains(b) || (174..=255).contains(b);
+    let bytes: Vec<String> = (0..256).filter(printable).chain(256..324).map(|c| char::from_u32(c).unwrap().to_string()).collect();
+    let merged = merges.lines().filter(|l| !l.starts_with("#version")).map(|l| l.replace(' ', ""));
+    let specials = ["<|startoftext|>".to_string(), "<|endoftext|>".to_string()];
+    let all = bytes.iter().cloned().chain(bytes.iter().map(|b| format!("{b}</w>"))).chain(merged).chain(specials);
+    let map: serde_json::Map<String, Value> = all.enumerate().map(|(i, t)| (t, i.into())).collect();
+    Value::Object(map).to_string()
+}
+
+/// Assembles the original single file of a folder by its recipe (`single_*.json`).
+pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
+    let recipe = json(&fixture(recipe));
+    let mut parts = HashMap::new();
+    for (part, file) in [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")] {
+        for (key, tensor) in load(&folder.join(part).join(format!("{file}.safetensors"))) {
+            parts.insert(format!("{part}.{key}"), tensor);
+        }
+    }
+    let mut out = HashMap::new();
+    for entry in recipe["entries"].as_array().unwrap() {
+        let from: Vec<&Tensor> = entry["from"].as_array().unwrap().iter().map(|k| &parts[k.as_str().unwrap()]).collect();
+        let tensor = match entry["op"].as_str().unwrap() {
+            "same" => from[0].clone(),
+            "conv1x1" => from[0].unsqueeze(2).unwrap().unsqueeze(3).unwrap(),
+            "concat" => Tensor::cat(&from, 0).unwrap(),
+            other => panic!("unknown op {other}"),
+        };
+        out.insert(entry["key"].as_str().unwrap().to_string(), tensor);
+    }
+    for entry in recipe["ignored"].as_array().unwrap() {
+        let shape: Vec<usize> = entry["shape"].as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect();
+        out.insert(entry["key"].as_str().unwrap().to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
+    }
+    save(&out, to);
+}

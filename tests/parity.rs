@@ -1,0 +1,224 @@
+//! The same numbers as diffusers, stage by stage, on tiny random checkpoints of three kinds (tests/fixtures/README.md).
+//! Every comparison names the first tensor that differs, by how much, and what was allowed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use candle_core::{DType, Device, Tensor};
+use sdgen::guidance::Guided;
+use sdgen::image::Picture;
+use sdgen::model::unet::{UNet, UNetConfig};
+use sdgen::model::vae::{Decoder, VaeConfig};
+use sdgen::noise::Generator;
+use sdgen::sampler::{self, Sampler};
+use sdgen::schedule::{Schedule, SchedulerConfig, plan};
+use sdgen::text::clip::{Clip, ClipConfig};
+use sdgen::text::tokenizer::Tokenizer;
+use sdgen::weights::{Checkpoint, Origin};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+const MODELS: [&str; 3] = ["sd1", "sd2", "odd"];
+/// f32 sums in another order than torch's
+const NETWORK: f32 = 1e-4;
+/// several guided steps multiply those differences
+const LATENTS: f32 = 1e-3;
+
+struct Fixture {
+    checkpoint: Checkpoint,
+    tensors: HashMap<String, Tensor>,
+    json: Value,
+}
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn fixture(name: &str) -> Fixture {
+    let folder = folder(name);
+    Fixture {
+        checkpoint: Checkpoint::open(Origin::Path(&folder)).unwrap(),
+        tensors: candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu).unwrap(),
+        json: serde_json::from_str(&std::fs::read_to_string(folder.join("goldens.json")).unwrap().replace("-Infinity", "null")).unwrap(),
+    }
+}
+
+impl Fixture {
+    fn golden(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no golden `{name}`"))
+    }
+
+    fn check(&self, name: &str, got: &Tensor, tolerance: f32) {
+        compare(name, got, self.golden(name), tolerance);
+    }
+
+    fn clip(&self) -> (Tokenizer, Clip, ClipConfig) {
+        let config = ClipConfig::from_json(self.checkpoint.config("text_encoder").unwrap()).unwrap();
+        let clip = Clip::new(&self.checkpoint.weights("text_encoder", &Device::Cpu, DType::F32), &config).unwrap();
+        (Tokenizer::new(&self.checkpoint.tokenizer, &self.checkpoint.tokenizer_config).unwrap(), clip, config)
+    }
+
+    fn unet(&self) -> UNet {
+        let config = UNetConfig::from_json(self.checkpoint.config("unet").unwrap()).unwrap();
+        UNet::new(&self.checkpoint.weights("unet", &Device::Cpu, DType::F32), &config).unwrap()
+    }
+
+    fn decoder(&self) -> Decoder {
+        let config = VaeConfig::from_json(self.checkpoint.config("vae").unwrap()).unwrap();
+        Decoder::new(&self.checkpoint.weights("vae", &Device::Cpu, DType::F32), &config).unwrap()
+    }
+}
+
+/// The largest difference, relative to the largest golden value.
+fn compare(name: &str, got: &Tensor, golden: &Tensor, tolerance: f32) {
+    assert_eq!(got.dims(), golden.dims(), "{name}: shape");
+    let golden = golden.to_dtype(DType::F32).unwrap();
+    let max = |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let difference = max((got - &golden).unwrap()) / max(golden.clone()).max(1e-6);
+    assert!(
+        difference <= tolerance,
+        "{name} is the first that differs: {difference:e} relative, {tolerance:e} allowed\n got {:?}\nwant {:?}",
+        head(got),
+        head(&golden)
+    );
+}
+
+fn head(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().take(6).collect()
+}
+
+#[test]
+fn prompts_become_the_same_ids_and_embeddings() {
+    for model in MODELS {
+        let f = fixture(model);
+        let (tokenizer, clip, config) = f.clip();
+        for (i, case) in f.json["text"].as_array().unwrap().iter().enumerate() {
+            let prompt = case["prompt"].as_str().unwrap();
+            let ids = |key: &str| -> Vec<u32> { case[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect() };
+            let tokens = tokenizer.encode(prompt, config.max_position_embeddings).unwrap();
+            assert_eq!(tokens.ids, ids("ids"), "{model}: ids of `{prompt}`");
+            assert_eq!(tokenizer.ids(prompt).unwrap(), ids("ids_uncut"), "{model}: uncut ids of `{prompt}`");
+            assert_eq!(tokens.cut.is_some(), ids("ids_uncut").len() > ids("ids").len(), "{model}: cut of `{prompt}`");
+            f.check(&format!("text.{i}.embeds"), &clip.forward(&tokens.ids, 0).unwrap(), NETWORK);
+            for skip in [1, 2] {
+                let name = format!("text.{i}.embeds_clip_skip_{skip}");
+                if f.tensors.contains_key(&name) {
+                    f.check(&name, &clip.forward(&tokens.ids, skip).unwrap(), NETWORK);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_unet_predicts_the_same_after_every_block() {
+    for model in MODELS {
+        let f = fixture(model);
+        let unet = f.unet();
+        for case in f.json["unet"].as_array().unwrap() {
+            let name = case["name"].as_str().unwrap();
+            let latents = f.golden(&format!("unet.{name}.latents"));
+            let timesteps = f.golden(&format!("unet.{name}.timesteps")).to_vec1::<f32>().unwrap();
+            for (i, timestep) in timesteps.into_iter().enumerate() {
+                let one = |t: &Tensor| t.narrow(0, i, 1).unwrap();
+                let context = one(f.golden("unet.context"));
+                let mut show = |block: &str, got: &Tensor| {
+                    let golden = format!("unet.{name}.{block}");
+                    if let Some(want) = f.tensors.get(&golden) {
+                        compare(&format!("{model} {golden}[{i}]"), got, &one(want), NETWORK);
+                    }
+                };
+                let out = unet.traced(&one(latents), f64::from(timestep), &context, &mut show).unwrap();
+                compare(&format!("{model} unet.{name}.out[{i}]"), &out, &one(f.golden(&format!("unet.{name}.out"))), NETWORK);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_vae_decodes_the_same() {
+    for model in MODELS {
+        let f = fixture(model);
+        let decoder = f.decoder();
+        for shape in ["square", "odd"] {
+            let latents = f.golden(&format!("vae.{shape}.latents"));
+            f.check(&format!("vae.{shape}.decoded"), &decoder.forward(latents).unwrap(), NETWORK);
+        }
+    }
+}
+
+/// The sampler and schedule of our names for one of diffusers' schedulers.
+fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
+    let class = run["scheduler"].as_str().unwrap();
+    let sampler = match class {
+        "DDIMScheduler" => "ddim",
+        "PNDMScheduler" => "pndm",
+        "EulerDiscreteScheduler" => "euler",
+        "EulerAncestralDiscreteScheduler" => "euler-a",
+        "DPMSolverMultistepScheduler" => "dpmpp-2m",
+        "HeunDiscreteScheduler" => "heun",
+        "LMSDiscreteScheduler" => "lms",
+        "UniPCMultistepScheduler" => "unipc",
+        "DEISMultistepScheduler" => "deis",
+        "DDPMScheduler" => "ddpm",
+        other => panic!("no name for {other}, default {default}"),
+    };
+    let karras = run["scheduler_kwargs"]["use_karras_sigmas"].as_bool() == Some(true);
+    (sampler.parse().unwrap(), karras.then(|| "karras".parse().unwrap()))
+}
+
+#[test]
+fn latents_after_every_step_and_pictures_are_the_same() {
+    for model in MODELS {
+        let f = fixture(model);
+        let (tokenizer, clip, clip_config) = f.clip();
+        let (unet, decoder) = (f.unet(), f.decoder());
+        let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap();
+        let embed = |text: &str, skip: usize| {
+            clip.forward(&tokenizer.encode(text, clip_config.max_position_embeddings).unwrap().ids, skip).unwrap()
+        };
+        for run in f.json["runs"].as_array().unwrap() {
+            let name = run["name"].as_str().unwrap();
+            let count = run["count"].as_u64().unwrap() as usize;
+            let (sampler, schedule) = our_names(run, config.sampler());
+            let steps = run["steps"].as_u64().unwrap() as usize;
+            let eta = run["eta"].as_f64().filter(|e| *e > 0.0);
+            let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
+            let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
+            let guidance = run["guidance"].as_f64().unwrap();
+            let context = embed(run["prompt"].as_str().unwrap(), skip).repeat((count, 1, 1)).unwrap();
+            let negative = (guidance > 1.0).then(|| embed(run["negative_prompt"].as_str().unwrap(), 0).repeat((count, 1, 1)).unwrap());
+            let guided = Guided { unet: &unet, context, negative, scale: guidance, prediction: config.prediction };
+            let first = f.golden(&format!("run.{name}.noise"));
+            let (_, h, w, c) = first.dims4().unwrap();
+            // picture i has seed + i, or its own seed where the run lists them
+            let seed = |i: usize| run["seeds"].get(i).and_then(Value::as_u64).unwrap_or(run["seed"].as_u64().unwrap() + i as u64);
+            let mut generators: Vec<Generator> = (0..count).map(|i| Generator::new(seed(i))).collect();
+            let mut noise = || Tensor::cat(&generators.iter_mut().map(|g| g.latents(h, w, c).unwrap()).collect::<Vec<_>>(), 0);
+            let unit = noise().unwrap();
+            compare(&format!("{model} run.{name}.noise"), &unit, first, 1e-6);
+            let golden = f.golden(&format!("run.{name}.latents"));
+            let mut compared = 0;
+            let result = sampler::sample(
+                &plan,
+                (unit * plan.init_noise_sigma()).unwrap(),
+                &mut |x, sigma, timestep| guided.denoise(x, sigma, timestep),
+                &mut noise,
+                &mut |step| {
+                    compare(&format!("{model} run.{name}.latents[{}]", step.index), step.latents, &golden.get(step.index)?, LATENTS);
+                    compared += 1;
+                    Ok(())
+                },
+            )
+            .unwrap();
+            assert_eq!(compared, golden.dim(0).unwrap(), "{model} run.{name}: steps");
+            let image = f.golden(&format!("run.{name}.image"));
+            for (i, picture) in Picture::from_tensor(&decoder.decode(&result).unwrap()).unwrap().iter().enumerate() {
+                let want = image.get(i).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+                let off: Vec<u8> = picture.rgb.iter().zip(&want).map(|(a, b)| a.abs_diff(*b)).collect();
+                let mean = off.iter().map(|d| f64::from(*d)).sum::<f64>() / off.len() as f64;
+                let worst = off.iter().max().copied().unwrap();
+                assert!(worst <= 1 && mean < 0.02, "{model} run.{name}: picture {i} differs by up to {worst} levels, {mean} on average");
+            }
+        }
+    }
+}

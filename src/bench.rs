@@ -2,13 +2,13 @@
 
 use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads};
 use crate::guidance::Guided;
-use crate::model::unet::UNet;
-use crate::model::unet::UNetConfig;
+use crate::model::unet::{UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::layers::flops;
 use crate::schedule::Prediction;
-use crate::weights::Weights;
-use anyhow::Result;
+use crate::text::clip::ClipConfig;
+use crate::weights::{Checkpoint, Origin, Weights};
+use anyhow::{Result, bail};
 use candle_core::{DType, Tensor};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
@@ -17,6 +17,8 @@ use std::time::Instant;
 /// The sizes of a well-known model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Size {
+    /// the embedded model
+    Mini,
     Sd15,
     Sdxl,
 }
@@ -27,10 +29,10 @@ pub struct BenchArgs {
     /// Layer sizes of this model
     #[arg(long, default_value = "sd15")]
     size: Size,
-    /// Width in pixels [default: 512, sdxl 1024]
+    /// Width in pixels [default: the model's]
     #[arg(short = 'W', long, value_name = "PX")]
     width: Option<usize>,
-    /// Height in pixels [default: 512, sdxl 1024]
+    /// Height in pixels [default: the model's]
     #[arg(short = 'H', long, value_name = "PX")]
     height: Option<usize>,
     /// Pictures a step; guidance doubles it inside
@@ -53,18 +55,35 @@ pub struct BenchArgs {
     json: bool,
 }
 
+/// The layer sizes of one model.
+struct Sizes {
+    unet: UNetConfig,
+    vae: VaeConfig,
+    /// width of the prompt's embedding
+    context: usize,
+    /// default width and height in pixels
+    side: usize,
+}
+
 impl Size {
-    /// U-Net configuration, tokens of context and pixels of a side.
-    fn configs(self) -> Result<(UNetConfig, usize, usize)> {
+    fn sizes(self) -> Result<Sizes> {
+        let vae = VaeConfig { block_out_channels: vec![128, 256, 512, 512], layers_per_block: 2, ..VaeConfig::default() };
         Ok(match self {
-            Self::Sd15 => (UNetConfig::from_json(&json!({ "cross_attention_dim": 768 }))?, 768, 512),
+            Self::Mini => {
+                let checkpoint = Checkpoint::open(Origin::Embedded)?;
+                let (unet, vae) = (UNetConfig::from_json(checkpoint.config("unet")?)?, VaeConfig::from_json(checkpoint.config("vae")?)?);
+                let context = ClipConfig::from_json(checkpoint.config("text_encoder")?)?.hidden_size;
+                let side = unet.sample_size()?.0 * vae.factor();
+                Sizes { unet, vae, context, side }
+            }
+            Self::Sd15 => Sizes { unet: UNetConfig::from_json(&json!({ "cross_attention_dim": 768 }))?, vae, context: 768, side: 512 },
             Self::Sdxl => {
                 let config = json!({
                     "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
                     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
                     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 2048,
                 });
-                (UNetConfig::from_json(&config)?, 2048, 1024)
+                Sizes { unet: UNetConfig::from_json(&config)?, vae, context: 2048, side: 1024 }
             }
         })
     }
@@ -76,15 +95,16 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     if let Some(threads) = args.threads {
         limit_threads(threads.max(1))?;
     }
-    let (config, context_dim, side) = args.size.configs()?;
-    let (width, height) = (args.width.unwrap_or(side) / 8, args.height.unwrap_or(side) / 8);
+    let sizes = args.size.sizes()?;
+    let factor = sizes.vae.factor();
+    let (width, height) = (args.width.unwrap_or(sizes.side) / factor, args.height.unwrap_or(sizes.side) / factor);
     if width == 0 || height == 0 || width > 512 || height > 512 {
-        anyhow::bail!("width and height of a benchmark go from 8 to 4096 pixels");
+        bail!("width and height of a benchmark go from {factor} to {} pixels", 512 * factor);
     }
-    let unet = time_unet(args, &compute, &config, context_dim, (height, width))?;
-    let vae = time_vae(args, &compute, (height, width))?;
+    let unet = time_unet(args, &compute, &sizes, (height, width))?;
+    let vae = time_vae(args, &compute, &sizes.vae, (height, width))?;
     let report = json!({
-        "size": format!("{:?}", args.size).to_lowercase(), "width": width * 8, "height": height * 8, "batch": args.batch,
+        "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
         "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
     });
@@ -115,23 +135,22 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     Ok(title + &line("U-Net step, guided", &unet) + &line("VAE decode", &vae) + &memory)
 }
 
-fn time_unet(args: &BenchArgs, compute: &Compute, config: &UNetConfig, context_dim: usize, (h, w): (usize, usize)) -> Result<Value> {
-    let (b, device) = (args.batch as usize, &compute.device);
+fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize, usize)) -> Result<Value> {
+    let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
     let start = Instant::now();
     let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
     let load_s = start.elapsed().as_secs_f64();
-    let context = Tensor::randn(0f32, 1.0, (b, 77, context_dim), device)?.to_dtype(compute.dtype)?;
+    let context = Tensor::randn(0f32, 1.0, (b, 77, sizes.context), device)?.to_dtype(compute.dtype)?;
     let guided = Guided { unet: &unet, negative: Some(context.clone()), context, scale: 7.5, prediction: Prediction::Epsilon };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }
 
-fn time_vae(args: &BenchArgs, compute: &Compute, (h, w): (usize, usize)) -> Result<Value> {
-    let config = VaeConfig { block_out_channels: vec![128, 256, 512, 512], layers_per_block: 2, ..VaeConfig::default() };
+fn time_vae(args: &BenchArgs, compute: &Compute, config: &VaeConfig, (h, w): (usize, usize)) -> Result<Value> {
     let start = Instant::now();
-    let decoder = Decoder::new(&Weights::random(&compute.device, DType::F32), &config)?;
+    let decoder = Decoder::new(&Weights::random(&compute.device, DType::F32), config)?;
     let load_s = start.elapsed().as_secs_f64();
-    let latents = Tensor::randn(0f32, 1.0, (1, h, w, 4), &compute.device)?;
+    let latents = Tensor::randn(0f32, 1.0, (1, h, w, config.latent_channels), &compute.device)?;
     timed(args.repeat, load_s, || Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?))
 }
 

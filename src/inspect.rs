@@ -36,24 +36,24 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     let text = |key: &str| json.get(key).map(|v| v.as_str().map_or_else(|| v.to_string(), String::from)).unwrap_or_default();
     let mut out = format!("{}: {}\n", text("name"), text("family"));
     let hash = text("model_hash");
-    out += &format!("  hash        {}\n", hash.get(..10).unwrap_or(&hash));
-    out += &format!("  prediction  {}\n", text("prediction"));
+    out += &format!("  hash          {}\n", hash.get(..10).unwrap_or(&hash));
+    out += &format!("  prediction    {}\n", text("prediction"));
     out += &format!(
-        "  draws       {}x{} in {} steps of {}, guidance {}\n",
+        "  draws         {}x{} in {} steps of {}, guidance {}\n",
         text("width"),
         text("height"),
         text("steps"),
         text("sampler"),
         text("guidance")
     );
-    out += &format!("  file size   {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
+    out += &format!("  file size     {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
     for part in ["text_encoder", "unet", "vae"] {
         let (parameters, dtypes) = checkpoint.summary(part);
         let dtypes: Vec<&str> = dtypes.into_iter().collect();
-        out += &format!("  {part:<12}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
+        out += &format!("  {part:<14}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
     }
     for assumed in &checkpoint.assumed {
-        out += &format!("  assumed     {assumed}\n");
+        out += &format!("  assumed       {assumed}\n");
     }
     Ok(out)
 }

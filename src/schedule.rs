@@ -472,11 +472,15 @@ struct Settings<'a> {
     law: Option<SigmaLaw>,
     steps_offset: usize,
     final_sigma: FinalSigma,
+    /// Whether this is the checkpoint's own scheduler as it is, corrected by the pipeline.
+    corrected: bool,
 }
 
 impl<'a> Settings<'a> {
     fn resolve(config: &'a SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>) -> Result<Self> {
-        let (grid, own) = (sampler.grid(), sampler.class() == config.sampler.class());
+        let grid = sampler.grid();
+        // anything else is a new scheduler, made with `from_config`
+        let own = sampler == config.sampler && schedule.is_none();
         let default_spacing = match grid {
             Grid::Discrete | Grid::Distilled => Spacing::Leading,
             Grid::Fractional | Grid::Multistep => Spacing::Linspace,
@@ -500,6 +504,7 @@ impl<'a> Settings<'a> {
             spacing: schedule.and_then(Schedule::spacing).or(config.spacing).unwrap_or(default_spacing),
             law,
             steps_offset: config.steps_offset.unwrap_or((config.pipeline && own).into()),
+            corrected: config.pipeline && own,
             final_sigma: if knows_final { config.final_sigma } else { FinalSigma::Zero },
         })
     }
@@ -560,35 +565,37 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// The timesteps of `n` steps, descending.
-    fn spaced(&self, n: usize, sigmas: &[f32]) -> Vec<f64> {
+    /// The timesteps of `n` steps, descending. Errors if there are too few to choose from.
+    fn spaced(&self, n: usize, table: &Table) -> Result<Vec<f64>> {
         let train = self.config.train_timesteps;
+        let last = train - self.clipped(table).min(train - 1);
         // a multistep grid has one more point, and drops the last
-        let extra = usize::from(self.sampler.grid() == Grid::Multistep);
-        let clipped = match self.sampler.is_dpm_multistep() {
-            // lambda = -log(sigma)
-            true => sigmas.iter().filter(|sigma| -f64::from(**sigma).ln() < self.config.lambda_min_clipped).count(),
-            false => 0,
-        };
-        let last = train.saturating_sub(clipped).max(1);
+        let points = n + usize::from(self.sampler.grid() == Grid::Multistep);
         let whole = self.sampler.grid() != Grid::Fractional;
         let round = |t: f64| if whole { t.round_ties_even() } else { t };
         let mut timesteps: Vec<f64> = match self.spacing {
-            Spacing::Linspace => linspace(0.0, (last - 1) as f64, n + extra).into_iter().rev().map(round).collect(),
+            Spacing::Linspace => linspace(0.0, (last - 1) as f64, points).into_iter().rev().map(round).collect(),
             Spacing::Leading => {
-                let ratio = last / (n + extra);
-                let offset = self.steps_offset;
-                (0..n + extra).rev().map(|i| (i * ratio + offset) as f64).collect()
+                let ratio = last / points;
+                ensure!(ratio > 0, "{n} steps are too many for {last} timesteps\n\nhint: use fewer steps");
+                (0..points).rev().map(|i| (i * ratio + self.steps_offset) as f64).collect()
             }
             Spacing::Trailing => {
                 let ratio = train as f64 / n as f64;
+                // numpy.arange: as many as fit, each a multiple of the first difference
                 let stride = last as f64 - (last as f64 - ratio);
                 let count = (last as f64 / ratio).ceil() as usize;
-                (0..count.min(n)).map(|i| (last as f64 - i as f64 * stride).round_ties_even() - 1.0).collect()
+                (0..count).map(|i| (last as f64 - i as f64 * stride).round_ties_even() - 1.0).collect()
             }
         };
         timesteps.truncate(n);
-        timesteps
+        Ok(timesteps)
+    }
+
+    /// How many of the noisiest timesteps are left out: those whose lambda = -log(sigma) is low.
+    fn clipped(&self, table: &Table) -> usize {
+        let is_low = |sigma: &&f64| -sigma.ln() < self.config.lambda_min_clipped;
+        if self.sampler.is_dpm_multistep() { table.sigmas.iter().filter(is_low).count() } else { 0 }
     }
 
     /// Sigmas and timesteps of a law; `spaced` are the sigmas at the spaced timesteps.
@@ -765,7 +772,7 @@ impl Plan {
 /// pipelines, 1 for the ancestral ones. Errors if the sampler cannot do what is asked.
 pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>, steps: usize, eta: Option<f64>) -> Result<Plan> {
     let train = config.train_timesteps;
-    ensure!((1..train).contains(&steps), "{steps} steps are not possible\n\nhint: use 1 to {}", train - 1);
+    ensure!((1..=train).contains(&steps), "{steps} steps are not possible\n\nhint: use 1 to {train}");
     let settings = Settings::resolve(config, sampler, schedule)?;
     let table = Table::new(&settings.alphas_cumprod());
     let mut plan = Plan {
@@ -788,8 +795,14 @@ pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedul
         Grid::Distilled => plan.lay_distilled(&settings, &table, steps)?,
         Grid::Discrete if sampler == Sampler::Pndm => plan.lay_pndm(&settings, &table, steps)?,
         Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &table, steps)?,
-        _ => plan.lay_interpolated(&settings, &table, steps),
+        _ => plan.lay_interpolated(&settings, &table, steps)?,
     }
+    let levels = &plan.sigmas[..plan.timesteps.len()];
+    let falling = levels.windows(2).all(|pair| pair[0] > pair[1]) && levels.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
+    ensure!(
+        falling || sampler == Sampler::Pndm,
+        "{steps} steps of `{sampler}` do not give falling noise levels here\n\nhint: use fewer steps, or another `--schedule`"
+    );
     plan.lay_middles(&table);
     let top = plan.sigmas.first().copied().unwrap_or(0.0);
     let added = plan.is_variance_preserving() || settings.spacing == Spacing::Leading;
@@ -812,9 +825,8 @@ fn resolve_eta(sampler: Sampler, eta: Option<f64>) -> Result<f64> {
 impl Settings<'_> {
     fn clip(&self) -> Option<f64> {
         let config = self.config;
-        let own = self.sampler.class() == config.sampler.class();
         let default = match self.sampler {
-            Sampler::Ddim | Sampler::Ddpm => !(own && config.pipeline),
+            Sampler::Ddim | Sampler::Ddpm => !self.corrected,
             Sampler::Heun | Sampler::Lcm => false,
             _ => return None,
         };
@@ -830,14 +842,8 @@ impl Settings<'_> {
             Sampler::Dpmpp3mSde if !own => (3, Algorithm::SdePlusPlus),
             _ => (file.order.unwrap_or(2), file.algorithm),
         };
-        let plain = matches!(algorithm, Algorithm::Plain | Algorithm::Sde);
-        if self.sampler.is_dpm_multistep() && plain {
-            ensure!(
-                self.final_sigma == FinalSigma::SigmaMin,
-                "the scheduler's `algorithm_type` is {algorithm:?}, which needs \
-                 `final_sigmas_type` \"sigma_min\""
-            );
-            ensure!(algorithm == Algorithm::Plain || order < 3, "the scheduler's `solver_order` is 3, which \"sde-dpmsolver\" has not");
+        if self.sampler.is_dpm_multistep() {
+            self.check_algorithm(algorithm, order)?;
         }
         let solver_type = match (self.sampler, file.solver_type) {
             (Sampler::UniPc, Some(SolverType::Bh1)) => SolverType::Bh1,
@@ -855,13 +861,29 @@ impl Settings<'_> {
             disable_corrector: file.disable_corrector.clone(),
         })
     }
+
+    /// The solvers that integrate the noise cannot step to sigma 0.
+    fn check_algorithm(&self, algorithm: Algorithm, order: usize) -> Result<()> {
+        let name = match algorithm {
+            Algorithm::Plain => "dpmsolver",
+            Algorithm::Sde => "sde-dpmsolver",
+            Algorithm::PlusPlus | Algorithm::SdePlusPlus => return Ok(()),
+        };
+        ensure!(
+            self.final_sigma == FinalSigma::SigmaMin,
+            "the scheduler's `algorithm_type` is \"{name}\", which needs `final_sigmas_type` \"sigma_min\""
+        );
+        let known = algorithm == Algorithm::Plain || order < 3;
+        ensure!(known, "the scheduler's `solver_order` is 3, which `algorithm_type` \"{name}\" has not");
+        Ok(())
+    }
 }
 
 impl Plan {
-    fn lay_interpolated(&mut self, settings: &Settings, table: &Table, n: usize) {
+    /// Noise levels at timesteps, or those of a law with the timesteps that fit them.
+    fn lay_interpolated(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
         let config = settings.config;
-        let f32_sigmas: Vec<f32> = table.sigmas.iter().map(|sigma| *sigma as f32).collect();
-        let mut timesteps = settings.spaced(n, &f32_sigmas);
+        let mut timesteps = settings.spaced(n, table)?;
         timesteps.iter_mut().for_each(|t| *t = f64::from(*t as f32));
         let mut sigmas: Vec<f64> = timesteps.iter().map(|t| table.interpolate(*t)).collect();
         let euler = self.sampler == Sampler::Euler;
@@ -872,19 +894,20 @@ impl Plan {
         if let Some(law) = settings.law {
             (sigmas, timesteps) = settings.follow(law, n, &sigmas, table);
         }
-        if sigmas.len() == n {
+        if sigmas.len() == timesteps.len() {
             sigmas.push(settings.last_sigma(&sigmas, table));
         }
         if euler && config.timestep_type == TimestepType::Continuous && config.prediction == Prediction::V {
-            timesteps = sigmas[..n].iter().map(|sigma| 0.25 * sigma.ln()).collect();
+            timesteps = sigmas.iter().take(n).map(|sigma| 0.25 * sigma.ln()).collect();
         }
         self.sigmas = sigmas.into_iter().map(|sigma| f64::from(sigma as f32)).collect();
         self.timesteps = timesteps.into_iter().map(|t| f64::from(t as f32)).collect();
+        Ok(())
     }
 
     /// Whole timesteps, each with its training noise level.
     fn lay_discrete(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
-        self.timesteps = settings.spaced(n, &[]);
+        self.timesteps = settings.spaced(n, table)?;
         self.sigmas = self.timesteps.iter().map(|t| table.at(*t)).collect::<Result<_>>()?;
         if self.sampler == Sampler::Ddpm {
             self.sigmas.push(0.0);
@@ -919,7 +942,7 @@ impl Plan {
     fn lay_pndm(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
         let config = settings.config;
         ensure!(config.prediction != Prediction::Sample, "`pndm` does not work with the scheduler's `prediction_type` \"sample\"");
-        let spaced = settings.spaced(n, &[]);
+        let spaced = settings.spaced(n, table)?;
         let stride = (config.train_timesteps / n) as f64;
         let end = settings.final_discrete_sigma(table);
         let level = |t: f64| if t < 0.0 { Ok(end) } else { table.at(t) };

@@ -307,4 +307,51 @@ fn completions_inspect_and_bench_write_to_stdout() {
     let output = succeed(sdgen(dir.path()).args(["inspect", "mini", "--json"]));
     let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert_eq!(said["name"], "mini");
+    let output = succeed(sdgen(dir.path()).args(["bench", "--size", "mini", "-n", "1", "--json"]));
+    let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert!(said["unet_step"]["best_s"].as_f64().unwrap() > 0.0 && said["vae_decode"]["gflops"].as_f64().unwrap() > 0.0, "{said}");
+    let output = succeed(sdgen(dir.path()).args(["bench", "--size", "mini", "-n", "1", "-W", "32"]));
+    assert!(stdout(&output).contains("U-Net step, guided"));
+}
+
+#[test]
+fn the_model_comes_from_the_environment_when_no_option_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = sdgen(dir.path());
+    let output =
+        succeed(command.args(["x", "-s", "1", "--steps", "1", "-W", "16", "-H", "16", "--json"]).env("SDGEN_MODEL", fixture("sd2")));
+    assert!(stdout(&output).contains(r#""model":"sd2""#));
+}
+
+#[test]
+fn help_names_every_option_of_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = stdout(&succeed(sdgen(dir.path()).arg("--help")));
+    for option in [
+        "--model",
+        "--negative",
+        "--width",
+        "--height",
+        "--seed",
+        "--count",
+        "--batch-size",
+        "--steps",
+        "--guidance",
+        "--sampler",
+        "--schedule",
+        "--eta",
+        "--clip-skip",
+        "--output",
+        "--format",
+        "--force",
+        "--device",
+        "--dtype",
+        "--threads",
+        "--json",
+        "--progress",
+        "--offline",
+        "Examples:",
+    ] {
+        assert!(help.contains(option), "{option} is missing");
+    }
 }

@@ -641,7 +641,7 @@ fn names_that_lead_out_of_the_cache_are_refused() {
     assert_says(&error, "has no `unet/../../../../evil.safetensors`", "v1-5-pruned");
     server.forget();
     for id in ["me", "me/", "/model", "me/..", "me/model/../x.safetensors", "me/model@../../x", "me/model@", ""] {
-        assert_says(&error_of(hub.snapshot(id, false)), "not a model of the hub", "owner/name");
+        assert_says(&error_of(hub.snapshot(id, false)), "not a model of the hub", "me/model");
     }
     let error = error_of(hub.snapshot("me/model/model.ckpt", false));
     assert_says(&error, "not a `.safetensors` file", "owner/name/file.safetensors");
@@ -748,4 +748,45 @@ fn endpoint_token_and_timeout_come_from_the_environment() {
     assert_eq!(token(&[]).as_deref(), Some("of-the-login"));
     assert_eq!(token(&[("HF_TOKEN_PATH", &elsewhere)]).as_deref(), Some("of-the-path"));
     assert_eq!(token(&[("HF_TOKEN_PATH", &elsewhere), ("HF_TOKEN", "of-the-shell")]).as_deref(), Some("of-the-shell"));
+}
+
+/// A fixture's files, as a repository would hold them.
+fn fixture_repo() -> BTreeMap<String, Vec<u8>> {
+    fn walk(root: &Path, folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(root, &path, files);
+            } else if !path.file_name().unwrap().to_string_lossy().starts_with("goldens") {
+                files.insert(path.strip_prefix(root).unwrap().to_str().unwrap().into(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sd1");
+    let mut files = BTreeMap::new();
+    walk(&root, &root, &mut files);
+    files
+}
+
+#[test]
+fn the_program_pulls_a_model_and_draws_it_offline_with_the_same_picture_as_from_the_folder() {
+    let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start(fixture_repo());
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
+        command.args(args).current_dir(dir.path()).env("HF_ENDPOINT", &server.hub).env("HF_HUB_CACHE", cache.path());
+        let output = command.env_remove("HF_TOKEN").env_remove("HF_HUB_OFFLINE").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let folder = run(&["pull", "me/model"]);
+    assert!(Path::new(folder.trim()).join("model_index.json").exists());
+    let requests = server.seen().len();
+    let draw = |model: &str, output: &str| {
+        run(&["a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "--no-metadata", "--offline", "-m", model, "-o", output]);
+        fs::read(dir.path().join(output)).unwrap()
+    };
+    let local = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sd1");
+    assert!(draw("me/model", "hub.png") == draw(local, "folder.png"));
+    assert_eq!(server.seen().len(), requests, "--offline asked the hub");
 }

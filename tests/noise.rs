@@ -1,4 +1,5 @@
 //! Noise equals torch's CPU generator. Goldens: `fixtures/samplers.py`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashMap;
 
@@ -13,12 +14,12 @@ fn goldens() -> HashMap<String, Tensor> {
 }
 
 /// torch's logarithm, sine and cosine depend on the processor it ran on, in the last bits: of
-/// radius times cosine, that is an absolute error of a few ulp of the radius, which is below 7.
+/// radius times cosine, that is an absolute error of a few ulp of the radius, which is below 7 (5e-7 measured).
 fn assert_same(actual: &[f32], expected: &Tensor, name: &str) {
     let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(actual.len(), expected.len(), "{name}");
     for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
-        assert!((a - e).abs() <= 2e-6, "{name}[{i}]: {a} is not {e}");
+        assert!((a - e).abs() <= 1e-6, "{name}[{i}]: {a} is not {e}");
     }
 }
 

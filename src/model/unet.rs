@@ -4,7 +4,7 @@
 
 use crate::nn::attention::attention;
 use crate::nn::embed;
-use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, upsample_nearest};
+use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, geglu, upsample_nearest};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -581,7 +581,7 @@ impl Attention {
     }
 }
 
-/// Gated feed-forward: linear(x * gelu(gate)), Shazeer 2020 (arXiv 2002.05202).
+/// Feed-forward layer with a gated linear unit.
 struct GegluFeedForward {
     proj: Linear,
     out: Linear,
@@ -594,8 +594,6 @@ impl GegluFeedForward {
     }
 
     fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let halves = self.proj.forward(x)?.chunk(2, 2)?; // 2 of [b, n, 4*width]
-        let [x, gate] = halves.as_slice() else { candle_core::bail!("the feed-forward layer cannot be halved") };
-        self.out.forward(&(x * gate.gelu_erf()?)?)
+        self.out.forward(&geglu(&self.proj.forward(x)?)?) // [b, n, 4*width] between
     }
 }

@@ -3,7 +3,7 @@
 use super::cpu;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{Module, Result as TensorResult, Tensor};
+use candle_core::{D, Module, Result as TensorResult, Tensor};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Multiplications and additions done so far by linear layers, convolutions and attention, for benchmarks.
@@ -247,6 +247,18 @@ impl Activation {
     }
 }
 
+/// Gated linear unit (Shazeer 2020, arXiv 2002.05202): [.., 2n] -> [.., n], the first half times the exact GELU of the second.
+pub fn geglu(x: &Tensor) -> TensorResult<Tensor> {
+    if x.device().is_cpu() { x.contiguous()?.apply_op1_no_bwd(&cpu::Geglu) } else { geglu_plain(x) }
+}
+
+/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
+fn geglu_plain(x: &Tensor) -> TensorResult<Tensor> {
+    let halves = x.chunk(2, D::Minus1)?;
+    let [x, gate] = halves.as_slice() else { candle_core::bail!("an odd width cannot be halved") };
+    x * gate.gelu_erf()?
+}
+
 /// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width`.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
@@ -280,6 +292,14 @@ mod tests {
             assert!(worst(&norm.forward(&x).unwrap(), &plain) < 2e-5);
             let silu = candle_nn::ops::silu(&plain).unwrap();
             assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 2e-5);
+        }
+    }
+
+    #[test]
+    fn geglu_kernel_equals_its_plain_composition() {
+        for shape in [(1, 1, 2), (2, 77, 130), (3, 65, 1280)] {
+            let x = Tensor::randn(0f32, 3.0, shape, &Device::Cpu).unwrap();
+            assert!(worst(&geglu(&x).unwrap(), &geglu_plain(&x).unwrap()) < 1e-6 * 20.0);
         }
     }
 

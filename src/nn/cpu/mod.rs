@@ -2,8 +2,10 @@
 //! cut by shape alone and partial sums are added in order. Each has its plain composition, and the test that compares
 //! them, in [`super::layers`].
 
+mod geglu;
 mod norm;
 mod unfold;
 
+pub use geglu::Geglu;
 pub use norm::GroupNorm;
 pub use unfold::Unfold;

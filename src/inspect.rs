@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 /// One object: name, family, prediction, sampler, size, parts with parameters and stored types.
 pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let family = Family::detect(checkpoint)?;
-    let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?;
+    let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
     let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
     let factor = VaeConfig::from_json(checkpoint.config("vae")?)?.factor();
     let (height, width) = unet.sample_size()?;

@@ -9,7 +9,6 @@ use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
 use crate::text::clip::ClipConfig;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
 /// Pictures beyond this are mistakes (and 16 GiB of latents' activations).
 const MAX_PIXELS: usize = 16384;
@@ -54,7 +53,7 @@ impl Request {
         let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
         let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
         let clip = ClipConfig::from_json(checkpoint.config("text_encoder")?)?;
-        let mut scheduler = SchedulerConfig::from_json(&as_the_pipeline_sets(checkpoint.config("scheduler")?))?;
+        let mut scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
         if let Some(prediction) = args.prediction {
             scheduler.prediction = prediction.into();
         }
@@ -99,19 +98,9 @@ impl Request {
     }
 }
 
-/// diffusers' Stable Diffusion pipeline overrules these two settings of any checkpoint's scheduler.
-fn as_the_pipeline_sets(scheduler: &Value) -> Value {
-    let mut scheduler = scheduler.clone();
-    if let Some(map) = scheduler.as_object_mut() {
-        map.insert("steps_offset".into(), 1.into());
-        map.insert("clip_sample".into(), false.into());
-    }
-    scheduler
-}
-
 fn size(name: &str, pixels: usize, factor: usize) -> Result<usize> {
     let factor = factor.max(8);
-    if pixels == 0 || pixels % factor != 0 || pixels > MAX_PIXELS {
+    if pixels == 0 || !pixels.is_multiple_of(factor) || pixels > MAX_PIXELS {
         let near = (pixels.min(MAX_PIXELS) / factor).max(1) * factor;
         bail!(
             "`--{name} {pixels}` is not possible: it must be a multiple of {factor} from {factor} to {MAX_PIXELS}\n\nhint: try `--{name} {near}`"
@@ -183,15 +172,5 @@ impl std::str::FromStr for Seeds {
             }
         };
         Ok(Self(text.split(',').map(range).collect::<Result<_>>()?))
-    }
-}
-
-impl std::fmt::Display for Prediction {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Epsilon => "epsilon",
-            Self::V => "v",
-            Self::Sample => "sample",
-        })
     }
 }

@@ -47,6 +47,16 @@ pub struct Scalings {
     pub c_in: f64,
 }
 
+impl fmt::Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Epsilon => "epsilon",
+            Self::V => "v",
+            Self::Sample => "sample",
+        })
+    }
+}
+
 impl Prediction {
     /// Karras et al. 2022, eq. 7, for x = x0 + sigma * noise and a network trained on
     /// variance-preserving inputs.
@@ -238,8 +248,9 @@ impl SchedulerConfig {
         let keys = Keys(map);
         let refused = ["thresholding", "use_flow_sigmas", "use_dynamic_shifting", "solver_p"];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
-        let solver = SolverConfig::read(&keys)?;
+        let mut solver = SolverConfig::read(&keys)?;
         let sampler = read_class(&keys, &solver)?;
+        solver.solver_type = solver.solver_type.map(|chosen| sampler.solver_type(chosen));
         let train_timesteps = keys.or("num_train_timesteps", 1000)?;
         ensure!(
             (2..=1_000_000).contains(&train_timesteps),
@@ -274,13 +285,6 @@ impl SchedulerConfig {
             pipeline: false,
         };
         config.check()
-    }
-
-    /// Reads the text of `scheduler_config.json`. Python writes `-Infinity` there, which is no
-    /// JSON and means here what a missing key means. Errors as [`Self::from_json`] does.
-    pub fn parse(text: &str) -> Result<Self> {
-        let text = text.replace(": -Infinity", ": null").replace(":-Infinity", ":null");
-        Self::from_json(&serde_json::from_str(&text).context("the scheduler's config is not JSON")?)
     }
 
     /// Applies what diffusers' Stable Diffusion pipelines change in an outdated config of their
@@ -456,6 +460,18 @@ impl Sampler {
             Self::Lcm | Self::Tcd => Grid::Distilled,
             Self::Dpmpp2m | Self::Dpmpp2mSde | Self::Dpmpp3mSde | Self::UniPc | Self::Deis => Grid::Multistep,
             _ => Grid::Fractional,
+        }
+    }
+
+    /// The correction that the class of a solver puts in place of one that it has not.
+    fn solver_type(self, chosen: SolverType) -> SolverType {
+        match (self, chosen) {
+            (Self::UniPc, SolverType::Bh1) => SolverType::Bh1,
+            (Self::UniPc, _) => SolverType::Bh2,
+            (Self::Deis, _) => SolverType::Logrho,
+            (_, SolverType::Heun) if self.is_dpm_multistep() => SolverType::Heun,
+            _ if self.is_dpm_multistep() => SolverType::Midpoint,
+            _ => chosen,
         }
     }
 
@@ -669,7 +685,9 @@ impl<'a> Settings<'a> {
 /// The noise levels of training, by timestep.
 struct Table {
     sigmas: Vec<f64>,
-    /// Rounded to f32, as numpy leaves them, because timesteps are cut to whole numbers later.
+    /// Rounded to f32, as numpy leaves them, because timesteps are cut to whole numbers later. (At
+    /// the very top the last bit decides between two timesteps, and there numpy's own logarithm
+    /// can be off by one: not with Stable Diffusion's betas.)
     logs: Vec<f64>,
 }
 
@@ -845,12 +863,7 @@ impl Settings<'_> {
         if self.sampler.is_dpm_multistep() {
             self.check_algorithm(algorithm, order)?;
         }
-        let solver_type = match (self.sampler, file.solver_type) {
-            (Sampler::UniPc, Some(SolverType::Bh1)) => SolverType::Bh1,
-            (Sampler::UniPc, _) => SolverType::Bh2,
-            (_, Some(SolverType::Heun)) => SolverType::Heun,
-            _ => SolverType::Midpoint,
-        };
+        let solver_type = self.sampler.solver_type(file.solver_type.unwrap_or(SolverType::Midpoint));
         Ok(Solver {
             order,
             algorithm,

@@ -227,3 +227,13 @@ fn weights_that_are_not_numbers_write_no_picture() {
         assert!(!dir.path().join("x.png").exists());
     }
 }
+
+#[test]
+fn a_scheduler_config_with_pythons_infinity_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("sd1"), &dir.path().join("m"));
+    let path = dir.path().join("m/scheduler/scheduler_config.json");
+    let text = std::fs::read_to_string(&path).unwrap().replacen('{', "{ \"lambda_min_clipped\": -Infinity,", 1);
+    std::fs::write(&path, text).unwrap();
+    succeed(sdgen(dir.path()).args(["x", "--steps", "2", "-q", "-m", "m", "-o", "x.png", "--sampler", "dpmpp-2m"]));
+}

@@ -1,4 +1,5 @@
 //! Pictures as files: pixels, formats, metadata, names, and how they are written.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashSet;
 use std::ffi::OsStr;

@@ -172,7 +172,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
         let f = fixture(model);
         let (tokenizer, clip, clip_config) = f.clip();
         let (unet, decoder) = (f.unet(), f.decoder());
-        let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap();
+        let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap().for_pipeline();
         let embed = |text: &str, skip: usize| {
             clip.forward(&tokenizer.encode(text, clip_config.max_position_embeddings).unwrap().ids, skip).unwrap()
         };

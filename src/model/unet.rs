@@ -316,7 +316,6 @@ struct DownBlock {
 }
 
 impl DownBlock {
-    #[expect(clippy::too_many_arguments, reason = "one value of the configuration each")]
     fn new(
         w: &Weights,
         inputs: usize,
@@ -395,7 +394,6 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    #[expect(clippy::too_many_arguments, reason = "one value of the configuration each")]
     fn new(
         w: &Weights,
         inputs: usize,

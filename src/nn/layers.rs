@@ -154,7 +154,7 @@ pub struct GroupNorm {
 impl GroupNorm {
     /// Reads `weight` and `bias` [channels]. Errors if the groups do not divide the channels.
     pub fn new(w: &Weights, groups: usize, channels: usize, eps: f64) -> Result<Self> {
-        if groups == 0 || channels % groups != 0 {
+        if groups == 0 || !channels.is_multiple_of(groups) {
             bail!("norm_num_groups {groups} does not divide {channels} channels");
         }
         Ok(Self { weight: w.get("weight", &[channels])?, bias: w.get("bias", &[channels])?, groups, eps })

@@ -41,7 +41,7 @@ impl ClipConfig {
     /// Parses config.json; errors name what cannot be right.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = serde_json::from_value(value.clone()).context("the text encoder's config.json is damaged")?;
-        if config.num_attention_heads == 0 || config.hidden_size % config.num_attention_heads != 0 {
+        if config.num_attention_heads == 0 || !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             bail!(
                 "num_attention_heads {} does not divide hidden_size {} of the text encoder",
                 config.num_attention_heads,

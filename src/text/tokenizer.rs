@@ -12,7 +12,7 @@ use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers, 
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, Encoding, SplitDelimiterBehavior};
 
 /// CLIP's 48,894 merges; its vocabulary follows from them.
 const CLIP_MERGES: &str = include_str!("../../assets/clip/merges.txt");
@@ -79,26 +79,24 @@ impl Tokenizer {
         Ok(Self { start, end, pad, max_tokens, inner })
     }
 
-    /// Ids of the text between start and end, with the byte range of each.
-    fn words(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
-        let encoding = self.inner.encode(text, false).map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))?;
-        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+    /// Ids of the text between start and end, with their places in it.
+    fn words(&self, text: &str) -> Result<Encoding> {
+        self.inner.encode(text, false).map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))
     }
 
     /// All ids with start and end, neither cut nor padded.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        let (words, _) = self.words(text)?;
-        Ok([&[self.start], words.as_slice(), &[self.end]].concat())
+        Ok([&[self.start], self.words(text)?.get_ids(), &[self.end]].concat())
     }
 
     /// Exactly `max_tokens` ids (at most the encoder's positions): cut after the last that fits, or padded.
     pub fn encode(&self, text: &str, positions: usize) -> Result<Tokens> {
         let length = self.max_tokens.min(positions);
-        let (mut words, offsets) = self.words(text)?;
+        let encoding = self.words(text)?;
         let room = length.saturating_sub(2);
-        let cut = offsets.get(room).and_then(|(from, _)| text.get(*from..)).map(|s| s.trim().to_string());
-        words.truncate(room);
-        let mut ids = [&[self.start], words.as_slice(), &[self.end]].concat();
+        let cut = encoding.get_offsets().get(room).and_then(|(from, _)| text.get(*from..)).map(|s| s.trim().to_string());
+        let words = encoding.get_ids();
+        let mut ids = [&[self.start], words.get(..room).unwrap_or(words), &[self.end]].concat();
         ids.resize(length, self.pad);
         Ok(Tokens { ids, cut })
     }

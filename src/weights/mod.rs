@@ -441,7 +441,10 @@ fn read_text(path: &Path) -> Result<String> {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    serde_json::from_str(&read_text(path)?).with_context(|| format!("`{}` is not valid JSON", path.display()))
+    let text = read_text(path)?;
+    // Python writes `"lambda_min_clipped": -Infinity`, which is that setting's default, and no JSON
+    let text = text.replace(": -Infinity", ": null");
+    serde_json::from_str(&text).with_context(|| format!("`{}` is not valid JSON", path.display()))
 }
 
 fn unknown(path: &Path, keys: &[String]) -> String {

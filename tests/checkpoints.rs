@@ -182,7 +182,8 @@ fn wrong_shapes_missing_tensors_and_unknown_settings_are_named() {
     };
     let unet = |folder: &Path| folder.join("unet/config.json");
     let set = |folder: &Path, file: &str, key: &str, value: Value| edit_json(&folder.join(file), |c| drop(c.insert(key.into(), value)));
-    let cases: [(&dyn Fn(&Path), &[&str]); 7] = [
+    type Case<'a> = (&'a dyn Fn(&Path), &'a [&'a str]);
+    let cases: [Case; 7] = [
         (
             &|f| edit_json(&unet(f), |c| drop(c.insert("cross_attention_dim".into(), 48.into()))),
             &["attn2.to_k.weight", "its configuration says [32, 48]"],

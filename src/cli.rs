@@ -1,7 +1,7 @@
 //! The command line: arguments as typed, and [`run`], which tells the whole story of a picture in one function.
 
 use crate::bench::BenchArgs;
-use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads};
+use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads, require_memory};
 use crate::family::SHORT_NAMES;
 use crate::image::{Format, Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
 use crate::output::{self, Destination, Naming};
@@ -259,6 +259,9 @@ fn draw(args: &DrawArgs) -> Result<(), Failure> {
     let checkpoint = open(args.model.as_deref(), args.offline, !args.quiet).code(3)?;
     let request = Request::resolve(args, prompts, &checkpoint).code(2)?;
     let paths = paths(&destination, format, &request, &checkpoint, args.force).code(2)?;
+    if compute.device.is_cpu() {
+        require_memory(request.memory_bytes(&checkpoint)).code(4)?;
+    }
     announce(args, &request, &checkpoint, &progress);
     let model_hash = checkpoint.hash().code(3)?;
     pipeline::generate(&checkpoint, &request, &compute, &mut progress, &mut |drawn| {
@@ -384,6 +387,9 @@ fn announce(args: &DrawArgs, request: &Request, checkpoint: &Checkpoint, progres
     }
     if !request.guided() && args.negative.is_some() {
         progress.note("warning: the negative prompt has no effect without guidance");
+    }
+    if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
+        progress.note(format!("warning: {doubt}"));
     }
     for assumed in &checkpoint.assumed {
         progress.detail(format!("assumed: {assumed}"));

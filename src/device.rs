@@ -94,3 +94,24 @@ fn gpu(index: usize) -> Option<Device> {
 pub fn limit_threads(threads: usize) -> Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("the thread pool cannot be made")
 }
+
+/// Errors if the system says that it has less memory left than `needed` bytes. Where it says nothing, all is well.
+pub fn require_memory(needed: u64) -> Result<()> {
+    let Some(available) = available_memory() else { return Ok(()) };
+    if needed > available {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        bail!(
+            "this needs about {:.1} GB of memory, {:.1} GB are free\n\nhint: draw a smaller picture with `--width` and `--height`, or a smaller `--batch-size`",
+            gb(needed),
+            gb(available)
+        );
+    }
+    Ok(())
+}
+
+/// Bytes that can be had without swapping (Linux).
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+}

@@ -26,7 +26,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
         "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
         "steps": defaults.steps, "guidance": defaults.guidance, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
         "parts": parts,
-        "assumed": checkpoint.assumed, "unused_tensors": checkpoint.ignored.len(),
+        "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),
     }))
 }
 
@@ -52,8 +52,8 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
         let dtypes: Vec<&str> = dtypes.into_iter().collect();
         out += &format!("  {part:<14}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
     }
-    for assumed in &checkpoint.assumed {
-        out += &format!("  assumed       {assumed}\n");
+    for assumed in checkpoint.doubt.iter().chain(&checkpoint.assumed) {
+        out += &format!("  assumed       {}\n", assumed.trim_start_matches("assumed "));
     }
     Ok(out)
 }

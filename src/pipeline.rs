@@ -65,21 +65,21 @@ pub fn generate(
     sink: &mut dyn FnMut(Drawn) -> Result<()>,
 ) -> Result<()> {
     let contexts = encode(checkpoint, request, compute, progress)?;
-    progress.stage("reading the U-Net");
-    let mut unet = Some(UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet)?);
-    let mut decoder = None;
-    let batches: Vec<&[Job]> = request.jobs.chunks(request.batch_size.max(1)).collect();
-    for (i, batch) in batches.iter().enumerate() {
-        let start = Instant::now();
-        let latents = match &unet {
-            Some(unet) => sample(unet, batch, request, &contexts, compute, progress)?,
-            None => break,
+    let (mut unet, mut decoder) = (None, None);
+    let mut batches = request.jobs.chunks(request.batch_size.max(1)).peekable();
+    while let Some(batch) = batches.next() {
+        let network = match unet.take() {
+            Some(network) => network,
+            None => {
+                progress.stage("reading the U-Net");
+                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet)?
+            }
         };
-        let sampling_s = start.elapsed().as_secs_f64() / batch.len() as f64;
-        if i + 1 == batches.len() {
-            unet = None;
-        }
         let start = Instant::now();
+        let latents = sample(&network, batch, request, &contexts, compute, progress)?;
+        let sampling_s = start.elapsed().as_secs_f64() / batch.len() as f64;
+        // kept for the next batch; after the last its memory is free for the VAE
+        unet = batches.peek().is_some().then_some(network);
         let decoder = match &mut decoder {
             Some(decoder) => decoder,
             none => {
@@ -88,6 +88,7 @@ pub fn generate(
             }
         };
         progress.stage("decoding");
+        let start = Instant::now();
         let pictures = decode(decoder, &latents)?;
         let decoding_s = start.elapsed().as_secs_f64() / batch.len() as f64;
         for (job, picture) in batch.iter().zip(pictures) {

@@ -92,6 +92,19 @@ impl Request {
         self.guidance > 1.0
     }
 
+    /// A rough estimate of the memory that drawing needs at its peak, in bytes: the larger of the U-Net with its
+    /// activations and the VAE with its own (five of its widest full-size ones live at once, in f32).
+    pub fn memory_bytes(&self, checkpoint: &Checkpoint) -> u64 {
+        let weights = |part: &str| 4 * checkpoint.summary(part).0 as u64;
+        let pixels = (self.width * self.height) as u64;
+        let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
+        let latents = pixels / (self.vae.factor() * self.vae.factor()) as u64;
+        let pair = if self.guided() { 2 } else { 1 };
+        let unet = weights("unet") + 4 * 12 * pair * self.batch_size as u64 * latents * widest(&self.unet.block_out_channels);
+        let vae = weights("vae") + 4 * 5 * pixels * widest(&self.vae.block_out_channels);
+        unet.max(vae)
+    }
+
     /// (height, width, channels) of the latents.
     pub fn latent_shape(&self) -> (usize, usize, usize) {
         (self.height / self.vae.factor(), self.width / self.vae.factor(), self.unet.in_channels)

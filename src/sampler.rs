@@ -159,26 +159,11 @@ fn simplify(name: &str) -> String {
 /// The three nearest of some names to a mistyped one: "`a`, `b` or `c`".
 pub(crate) fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> String {
     let mut names: Vec<&str> = names.collect();
-    names.sort_by_key(|name| edits(&simplify(wanted), &simplify(name)));
+    names.sort_by_key(|name| strsim::levenshtein(&simplify(wanted), &simplify(name)));
     match names[..] {
         [a, b, c, ..] => format!("`{a}`, `{b}` or `{c}`"),
         _ => names.join(", "),
     }
-}
-
-/// Levenshtein's distance.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.chars().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row.last().copied().unwrap_or(0)
 }
 
 /// What a caller sees after each evaluation of the network.

@@ -355,3 +355,10 @@ fn help_names_every_option_of_the_contract() {
         assert!(help.contains(option), "{option} is missing");
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_picture_that_does_not_fit_into_memory_is_refused_before_drawing() {
+    let dir = tempfile::tempdir().unwrap();
+    fail(tiny(dir.path(), "x").args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]), 4, &["GB of memory", "--width"]);
+}

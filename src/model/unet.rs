@@ -575,7 +575,7 @@ impl Attention {
     /// x [b, n, width] attends to context [b, m, context].
     fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
         let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        self.to_out.forward(&attention(&q, &k, &v, self.heads, None)?)
+        self.to_out.forward(&attention(&q, &k, &v, self.heads)?)
     }
 }
 

@@ -19,9 +19,6 @@ pub(super) fn count_product(m: usize, k: usize, n: usize) {
     FLOPS.fetch_add(2 * (m * k * n) as u64, Ordering::Relaxed);
 }
 
-/// Elements of unfolded input held at once by a convolution on the CPU.
-const MAX_UNFOLDED: usize = 1 << 23;
-
 /// y = x W' + b over the last dimension.
 pub struct Linear {
     /// [in, out]
@@ -46,10 +43,7 @@ impl Linear {
         let inputs = self.weight.dim(0)?;
         let flat = x.reshape(((), inputs))?; // [rows, in]
         count_product(flat.dim(0)?, inputs, self.weight.dim(1)?);
-        let mut y = flat.matmul(&self.weight)?; // [rows, out]
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
-        }
+        let y = product(&flat, &self.weight, self.bias.as_ref())?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = self.weight.dim(1)?;
         }
@@ -95,43 +89,41 @@ impl Conv2d {
 
     /// [b, h, w, in] -> [b, h', w', out].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let (before, after) = self.padding;
         let y = match &self.kernel {
             Kernel::Packed(weight) => {
-                let x = pad(x, before, after)?;
-                self.unfolded_matmul(&x, weight)?
+                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding };
+                x.contiguous()?.apply_op3_no_bwd(weight, &self.bias, &op)?
             }
-            Kernel::Oihw(weight) => {
-                let (x, padding) = if before == after { (x.clone(), before) } else { (pad(x, before, after)?, 0) };
-                let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
-                x.conv2d(weight, padding, self.stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()? // [b, h', w', out]
-            }
+            Kernel::Oihw(weight) => conv2d_plain(x, weight, self.stride, self.padding)?.broadcast_add(&self.bias)?,
         };
         let (b, h, w, c) = y.dims4()?;
         count_product(b * h * w, self.size * self.size * x.dim(3)?, c);
-        y.broadcast_add(&self.bias)
+        Ok(y)
     }
+}
 
-    /// The convolution of an already padded input as matrix products over slices of output rows.
-    fn unfolded_matmul(&self, x: &Tensor, weight: &Tensor) -> TensorResult<Tensor> {
-        let (b, h, w, c) = x.dims4()?;
-        let outputs = weight.dim(1)?;
-        let (out_h, out_w) = ((h - self.size) / self.stride + 1, (w - self.size) / self.stride + 1);
-        if self.size == 1 && self.stride == 1 {
-            return x.reshape((b * h * w, c))?.matmul(weight)?.reshape((b, h, w, outputs));
-        }
-        let rows = (MAX_UNFOLDED / (out_w * c * self.size * self.size)).clamp(1, out_h);
-        let mut parts = Vec::with_capacity(b * out_h.div_ceil(rows));
-        for image in 0..b {
-            let x = x.narrow(0, image, 1)?;
-            for start in (0..out_h).step_by(rows) {
-                let len = rows.min(out_h - start);
-                let slice = x.narrow(1, start * self.stride, (len - 1) * self.stride + self.size)?.contiguous()?;
-                let unfolded = slice.apply_op1_no_bwd(&cpu::Unfold { size: self.size, stride: self.stride })?; // [len*out_w, k*k*in]
-                parts.push(unfolded.matmul(weight)?); // [len*out_w, out]
-            }
-        }
-        Tensor::cat(&parts, 0)?.reshape((b, out_h, out_w, outputs))
+/// The same by candle's own convolution: the path of devices without a kernel, and its oracle. Weight [out, in, k, k].
+fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, (before, after): (usize, usize)) -> TensorResult<Tensor> {
+    let (x, padding) = if before == after { (x.clone(), before) } else { (pad(x, before, after)?, 0) };
+    let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
+    x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
+}
+
+/// x [m, k] times weight [k, n], plus bias [n].
+fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> TensorResult<Tensor> {
+    match bias {
+        Some(bias) if x.device().is_cpu() => x.contiguous()?.apply_op3_no_bwd(weight, bias, &cpu::Product),
+        None if x.device().is_cpu() => x.contiguous()?.apply_op2_no_bwd(weight, &cpu::Product),
+        _ => product_plain(x, weight, bias),
+    }
+}
+
+/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
+fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> TensorResult<Tensor> {
+    let y = x.matmul(weight)?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
     }
 }
 
@@ -304,18 +296,33 @@ mod tests {
     }
 
     #[test]
-    fn convolution_equals_candles_own() {
-        for (h, w, inputs, outputs, size, stride, padding) in
-            [(1, 1, 3, 5, 3, 1, 1), (9, 6, 4, 7, 3, 2, 1), (17, 33, 5, 3, 3, 1, 1), (4, 4, 6, 2, 1, 1, 0)]
-        {
-            let x = Tensor::randn(0f32, 1.0, (2, h, w, inputs), &Device::Cpu).unwrap();
+    fn convolution_kernel_equals_candles_own() {
+        let sizes = [(1, 1), (2, 3), (9, 6), (17, 33), (65, 67)];
+        let kinds = [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2))];
+        for ((b, (h, w)), (size, stride, padding)) in (1..).zip(sizes).flat_map(|s| kinds.map(|k| (s, k))) {
+            let (b, inputs, outputs) = (b % 3 + 1, 5, 7);
+            let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
-            let plain = x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap().conv2d(&weight, padding, stride, 1, 1).unwrap();
-            let plain = plain.permute((0, 2, 3, 1)).unwrap();
+            let bias = Tensor::randn(0f32, 1.0, outputs, &Device::Cpu).unwrap();
+            if h + padding.0 + padding.1 < size {
+                continue;
+            }
+            let plain = conv2d_plain(&x, &weight, stride, padding).unwrap().broadcast_add(&bias).unwrap();
             let packed = weight.permute((2, 3, 1, 0)).unwrap().reshape((size * size * inputs, outputs)).unwrap();
-            let bias = Tensor::zeros(outputs, candle_core::DType::F32, &Device::Cpu).unwrap();
-            let conv = Conv2d { kernel: Kernel::Packed(packed), bias, size, stride, padding: (padding, padding) };
-            assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4);
+            let conv = Conv2d { kernel: Kernel::Packed(packed), bias, size, stride, padding };
+            assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4, "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}");
+        }
+    }
+
+    #[test]
+    fn product_kernel_equals_candles_own() {
+        for (m, k, n) in [(1, 1, 1), (3, 77, 5), (65, 33, 130), (4, 320, 67)] {
+            let x = Tensor::randn(0f32, 1.0, (m, k), &Device::Cpu).unwrap();
+            let weight = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().t().unwrap();
+            let bias = Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap();
+            for bias in [None, Some(&bias)] {
+                assert!(worst(&product(&x, &weight, bias).unwrap(), &product_plain(&x, &weight, bias).unwrap()) < 1e-4);
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
 
-use crate::nn::attention::attention;
+use crate::nn::attention::attention_plain;
 use crate::nn::layers::{Activation, LayerNorm, Linear};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
@@ -138,7 +138,7 @@ impl Layer {
     fn forward(&self, x: &Tensor, mask: &Tensor) -> TensorResult<Tensor> {
         let h = self.layer_norm1.forward(x)?;
         let (q, k, v) = (self.q_proj.forward(&h)?, self.k_proj.forward(&h)?, self.v_proj.forward(&h)?);
-        let x = (x + self.out_proj.forward(&attention(&q, &k, &v, self.heads, Some(mask))?)?)?;
+        let x = (x + self.out_proj.forward(&attention_plain(&q, &k, &v, self.heads, Some(mask))?)?)?;
         let h = self.activation.forward(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
         x + self.fc2.forward(&h)?
     }

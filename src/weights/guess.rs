@@ -33,7 +33,8 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let second_generation = unet.get("use_linear_projection") == Some(&Value::Bool(true));
     let v_prediction = extra.v_prediction.unwrap_or(second_generation);
     if extra.v_prediction.is_none() && second_generation {
-        checkpoint.assumed.push("v-prediction, as in Stable Diffusion 2.1 (override with `--prediction epsilon`)".into());
+        checkpoint.doubt =
+            Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
     }
     let unet = with(unet, "sample_size", json!(if second_generation && v_prediction { 96 } else { 64 }));
     let prediction = if v_prediction { "v_prediction" } else { "epsilon" };

@@ -61,12 +61,17 @@ pub struct Checkpoint {
     pub ignored: Vec<String>,
     /// what had to be assumed because no configuration says it
     pub assumed: Vec<String>,
+    /// an assumption that is wrong for some known models
+    pub doubt: Option<String>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
 }
 
 /// The parts without which nothing can be drawn.
 const PARTS: [&str; 3] = ["text_encoder", "unet", "vae"];
+
+/// Keys of single files of families that are not drawn: SDXL's encoders, SD3's and Flux' transformers.
+const OTHER_FAMILIES: [&str; 3] = ["conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks."];
 
 impl Checkpoint {
     /// Opens a folder, a file or the embedded model; reads headers and configuration only.
@@ -92,6 +97,7 @@ impl Checkpoint {
             tokenizer_config: Value::Object(Default::default()),
             ignored: vec![],
             assumed: vec![],
+            doubt: None,
             sources: vec![],
             entries: BTreeMap::new(),
         }
@@ -163,6 +169,7 @@ impl Checkpoint {
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
         match names::layout(keys.iter().map(String::as_str)) {
+            Layout::Original if keys.iter().any(|k| OTHER_FAMILIES.iter().any(|p| k.starts_with(p))) => bail!("{}", unknown(path, &keys)),
             Layout::Original => {
                 let mut checkpoint = Self::empty(name);
                 let map = names::from_original(keys.iter().map(String::as_str));
@@ -450,14 +457,14 @@ fn read_json(path: &Path) -> Result<Value> {
 fn unknown(path: &Path, keys: &[String]) -> String {
     let shown = path.display();
     let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
-    let (what, hint) = if starts("decoder.") || starts("encoder.down") {
+    let (what, hint) = if OTHER_FAMILIES.into_iter().chain(["double_blocks.", "transformer."]).any(starts) {
+        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x and 2.x work today")
+    } else if starts("decoder.") || starts("encoder.down") {
         ("is a VAE alone, no whole model", "pass a whole checkpoint with `--model`")
     } else if starts("down_blocks.") {
         ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
     } else if starts("text_model.") {
         ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
-    } else if starts("conditioner.embedders.") || starts("double_blocks.") || starts("transformer.") {
-        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x and 2.x work today")
     } else {
         let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
         return format!(

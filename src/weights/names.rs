@@ -269,24 +269,5 @@ fn open_clip_key(key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
 
 /// The candidate nearest to `name` by edit distance, if any is near at all.
 pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates.map(|c| (edit_distance(name, c), c)).min().filter(|(d, c)| *d <= c.len().max(name.len()) / 3).map(|(_, c)| c)
-}
-
-/// Levenshtein's distance in bytes.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut corner = i;
-        let mut left = i + 1;
-        for (y, above) in b.bytes().zip(row.iter_mut().skip(1)) {
-            let cost = (corner + usize::from(x != y)).min(*above + 1).min(left + 1);
-            corner = *above;
-            *above = cost;
-            left = cost;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
-    }
-    row.last().copied().unwrap_or(0)
+    candidates.map(|c| (strsim::levenshtein(name, c), c)).min().filter(|(d, c)| *d <= c.len().max(name.len()) / 3).map(|(_, c)| c)
 }

@@ -2,10 +2,15 @@
 //! cut by shape alone and partial sums are added in order. Each has its plain composition, and the test that compares
 //! them, in [`super::layers`].
 
+mod attention;
+mod conv;
 mod geglu;
+mod math;
 mod norm;
-mod unfold;
+mod product;
 
+pub use attention::Attention;
+pub use conv::Conv2d;
 pub use geglu::Geglu;
 pub use norm::GroupNorm;
-pub use unfold::Unfold;
+pub use product::Product;

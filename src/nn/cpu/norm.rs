@@ -1,6 +1,8 @@
 //! Group normalisation of [b, h, w, c] in two passes, with SiLU in the second.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
+use super::math::affine_silu;
+use super::product::slice;
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape};
 use rayon::prelude::*;
 
 /// Pixels of one partial sum; fixed, so that sums do not depend on the number of threads.
@@ -35,12 +37,7 @@ impl CustomOp3 for GroupNorm {
             let (scale, shift) = self.affine(x, c, weight, bias);
             y.par_chunks_mut(PIXELS * c).zip(x.par_chunks(PIXELS * c)).for_each(|(y, x)| {
                 for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                    for ((y, x), (scale, shift)) in y.iter_mut().zip(x).zip(scale.iter().zip(&shift)) {
-                        *y = x * scale + shift;
-                    }
-                    if self.silu {
-                        y.iter_mut().for_each(|y| *y /= 1.0 + (-*y).exp());
-                    }
+                    affine_silu(y, x, &scale, &shift, self.silu);
                 }
             });
         }
@@ -74,12 +71,5 @@ impl GroupNorm {
         let scale: Vec<f64> = variance.iter().zip(weight).map(|(v, w)| f64::from(*w) / (v + self.eps).sqrt()).collect();
         let shift = mean.iter().zip(&scale).zip(bias).map(|((m, s), b)| (f64::from(*b) - m * s) as f32).collect();
         (scale.into_iter().map(|s| s as f32).collect(), shift)
-    }
-}
-
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(x), Some((start, end))) => Ok(&x[start..end]),
-        _ => bail!("group-norm takes contiguous f32"),
     }
 }

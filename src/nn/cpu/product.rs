@@ -1,0 +1,118 @@
+//! Matrix products through the `gemm` crate, on rayon's pool, with the bias added inside.
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+use gemm::Parallelism;
+
+/// A matrix in memory: the first element, elements between rows and between columns.
+#[derive(Clone, Copy)]
+pub struct Matrix {
+    pub data: *const f32,
+    pub row: usize,
+    pub column: usize,
+}
+
+/// out (+)= scale * a b, for a [m, k] and b [k, n] into out [m, n] whose rows are `out_row` elements apart.
+///
+/// # Safety
+/// All elements that the shapes and strides name must lie inside of live allocations, and nobody else may touch those of
+/// `out` meanwhile.
+#[expect(clippy::too_many_arguments, reason = "a matrix product has this many")]
+pub unsafe fn product(
+    m: usize,
+    k: usize,
+    n: usize,
+    a: Matrix,
+    b: Matrix,
+    scale: f32,
+    out: *mut f32,
+    out_row: usize,
+    add: bool,
+    threads: Parallelism,
+) {
+    let strides = |matrix: &Matrix| (matrix.column as isize, matrix.row as isize);
+    let ((a_column, a_row), (b_column, b_row)) = (strides(&a), strides(&b));
+    // SAFETY: the caller's promise
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out,
+            1,
+            out_row as isize,
+            add,
+            a.data,
+            a_column,
+            a_row,
+            b.data,
+            b_column,
+            b_row,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+/// x [m, k], weight [k, n] and perhaps bias [n] -> [m, n].
+pub struct Product;
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        run(x, lx, weight, lw, None)
+    }
+}
+
+impl CustomOp3 for Product {
+    fn name(&self) -> &'static str {
+        "product-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+        bias: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        run(x, lx, weight, lw, Some(slice(bias, lb)?))
+    }
+}
+
+/// A contiguous f32 tensor's elements.
+pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(x), Some((start, end))) => Ok(&x[start..end]),
+        _ => bail!("this kernel takes contiguous f32"),
+    }
+}
+
+fn run(x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout, bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+    let ((m, k), (rows, n)) = (lx.shape().dims2()?, lw.shape().dims2()?);
+    let (x, CpuStorage::F32(weight), [row, column]) = (slice(x, lx)?, weight, lw.stride()) else { bail!("product takes f32") };
+    let weight = &weight[lw.start_offset()..];
+    if rows != k
+        || x.len() != m * k
+        || bias.is_some_and(|b| b.len() != n)
+        || (k * n > 0 && weight.len() <= (k - 1) * row + (n - 1) * column)
+    {
+        bail!("product of {:?} and {:?}", lx.shape(), lw.shape());
+    }
+    let mut y = match bias {
+        Some(bias) => bias.repeat(m),
+        None => vec![0f32; m * n],
+    };
+    let (a, b) = (Matrix { data: x.as_ptr(), row: k, column: 1 }, Matrix { data: weight.as_ptr(), row: *row, column: *column });
+    // SAFETY: the lengths were checked above, and y is ours
+    unsafe { product(m, k, n, a, b, 1.0, y.as_mut_ptr(), n, bias.is_some(), Parallelism::Rayon(0)) };
+    Ok((CpuStorage::F32(y), Shape::from((m, n))))
+}

@@ -3,7 +3,10 @@
 
 use super::names::Part;
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -113,21 +116,38 @@ impl Source {
     pub fn read(&self, key: &str) -> Result<Tensor> {
         let shown = self.path.display();
         let info = self.header.info(key).with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F64 => DType::F64,
-            Dtype::I64 => DType::I64,
+        let (from, to) = info.data_offsets;
+        let raw = self.bytes_of(from, to).with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
+        let values = match info.dtype {
+            Dtype::F32 => widen::<4>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f32::from_le_bytes(*b))),
+            Dtype::F16 => widen::<2>(&raw, |bytes, out| {
+                let halves: Vec<f16> = bytes.iter().map(|b| f16::from_le_bytes(*b)).collect();
+                halves.convert_to_f32_slice(out);
+            }),
+            Dtype::BF16 => {
+                widen::<2>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = bf16::from_le_bytes(*b).to_f32()))
+            }
+            Dtype::F64 => {
+                widen::<8>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f64::from_le_bytes(*b) as f32))
+            }
+            Dtype::I64 => {
+                widen::<8>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = i64::from_le_bytes(*b) as f32))
+            }
             other => bail!(
                 "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16 and f64 can be read; convert the file to one of these"
             ),
         };
-        let (from, to) = info.data_offsets;
-        let raw = self.bytes_of(from, to).with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
-        let tensor = Tensor::from_raw_buffer(&raw, dtype, &info.shape, &Device::Cpu)?;
-        Ok(tensor.to_dtype(DType::F32)?)
+        Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
     }
+}
+
+/// Stored elements of N bytes as f32, in parallel pieces.
+fn widen<const N: usize>(raw: &[u8], convert: impl Fn(&[[u8; N]], &mut [f32]) + Sync) -> Vec<f32> {
+    const PIECE: usize = 1 << 14;
+    let (elements, _) = raw.as_chunks::<N>();
+    let mut values = vec![0f32; elements.len()];
+    values.par_chunks_mut(PIECE).zip(elements.par_chunks(PIECE)).for_each(|(out, bytes)| convert(bytes, out));
+    values
 }
 
 fn header_len(start: &[u8], len: u64) -> Result<u64> {

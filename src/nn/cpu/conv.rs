@@ -1,12 +1,47 @@
 //! Convolution of [b, h, w, c]: slices of the input's patches as rows of a matrix, times the packed weights.
 
 use super::product::{Matrix, product, slice};
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, bail};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 /// Elements of unfolded input held at once (16 MiB).
 const UNFOLDED: usize = 1 << 22;
+
+/// Input channels that one task repacks.
+const PACKED: usize = 32;
+
+/// Weights [out, in, k, k] as checkpoints store them -> [k*k*in, out], the right side of one matrix product.
+pub struct Pack;
+
+impl CustomOp1 for Pack {
+    fn name(&self) -> &'static str {
+        "pack-conv2d"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (outputs, inputs, k, _) = layout.shape().dims4()?;
+        let (weight, taps) = (slice(storage, layout)?, k * k);
+        let mut packed = vec![0f32; weight.len()];
+        // for each block of input channels, its rows under every tap of the kernel
+        let mut blocks: Vec<Vec<&mut [f32]>> = (0..inputs.div_ceil(PACKED)).map(|_| Vec::with_capacity(taps)).collect();
+        for tap in packed.chunks_exact_mut(inputs * outputs) {
+            for (block, rows) in blocks.iter_mut().zip(tap.chunks_mut(PACKED * outputs)) {
+                block.push(rows);
+            }
+        }
+        blocks.par_iter_mut().enumerate().for_each(|(i, block)| {
+            for (o, weight) in weight.chunks_exact(inputs * taps).enumerate() {
+                for (row, weight) in weight[i * PACKED * taps..].chunks_exact(taps).take(PACKED).enumerate() {
+                    for (rows, value) in block.iter_mut().zip(weight) {
+                        rows[row * outputs + o] = *value;
+                    }
+                }
+            }
+        });
+        Ok((CpuStorage::F32(packed), Shape::from((taps * inputs, outputs))))
+    }
+}
 
 /// x [b, h, w, c], weight [size*size*c, out], bias [out] -> [b, h', w', out].
 pub struct Conv2d {

@@ -10,7 +10,7 @@ mod norm;
 mod product;
 
 pub use attention::Attention;
-pub use conv::Conv2d;
+pub use conv::{Conv2d, Pack};
 pub use geglu::Geglu;
 pub use norm::GroupNorm;
 pub use product::Product;

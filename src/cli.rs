@@ -11,7 +11,7 @@ use crate::request::{Job, Request, Seeds};
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
 use crate::weights::hub::Hub;
-use crate::weights::{Checkpoint, Origin, nearest};
+use crate::weights::{Checkpoint, ModelError, Origin, nearest};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -215,7 +215,13 @@ trait Code<T> {
 impl<T> Code<T> for Result<T> {
     fn code(self, code: u8) -> Result<T, Failure> {
         self.map_err(|error| {
-            let code = if error.chain().any(|e| e.is::<NotFinite>()) { 5 } else { code };
+            let code = if error.is::<NotFinite>() {
+                5
+            } else if error.is::<ModelError>() {
+                3
+            } else {
+                code
+            };
             Failure { code, error }
         })
     }

@@ -14,7 +14,7 @@ use crate::request::{Job, Request};
 use crate::sampler;
 use crate::text::clip::Clip;
 use crate::text::tokenizer::Tokenizer;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
 use candle_core::{DType, Result as TensorResult, Tensor};
 use std::collections::HashMap;
@@ -72,7 +72,7 @@ pub fn generate(
             Some(network) => network,
             None => {
                 progress.stage("reading the U-Net");
-                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet)?
+                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet).context(ModelError)?
             }
         };
         let start = Instant::now();
@@ -84,7 +84,7 @@ pub fn generate(
             Some(decoder) => decoder,
             none => {
                 progress.stage("reading the VAE");
-                none.insert(Decoder::new(&checkpoint.weights("vae", &compute.device, DType::F32), &request.vae)?)
+                none.insert(Decoder::new(&checkpoint.weights("vae", &compute.device, DType::F32), &request.vae).context(ModelError)?)
             }
         };
         progress.stage("decoding");
@@ -102,8 +102,8 @@ pub fn generate(
 /// Embeds every prompt and the negative one, each once; the encoder is freed on return.
 fn encode<'a>(checkpoint: &Checkpoint, request: &'a Request, compute: &Compute, progress: &mut Progress) -> Result<Contexts<'a>> {
     progress.stage("encoding the prompt");
-    let tokenizer = Tokenizer::new(&checkpoint.tokenizer, &checkpoint.tokenizer_config)?;
-    let clip = Clip::new(&checkpoint.weights("text_encoder", &compute.device, compute.dtype), &request.clip)?;
+    let tokenizer = Tokenizer::new(&checkpoint.tokenizer, &checkpoint.tokenizer_config).context(ModelError)?;
+    let clip = Clip::new(&checkpoint.weights("text_encoder", &compute.device, compute.dtype), &request.clip).context(ModelError)?;
     let embed = |text: &str, skip: usize| -> Result<Tensor> {
         let tokens = tokenizer.encode(text, request.clip.max_position_embeddings)?;
         if let Some(cut) = tokens.cut {

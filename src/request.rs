@@ -7,13 +7,32 @@ use crate::model::vae::VaeConfig;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
 use crate::text::clip::ClipConfig;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 
 /// Pictures beyond this are mistakes (and 16 GiB of latents' activations).
 const MAX_PIXELS: usize = 16384;
 /// Pictures a run may ask for.
 const MAX_JOBS: usize = 1_000_000;
+
+/// The parsed configurations of a checkpoint's parts.
+struct Configs {
+    unet: UNetConfig,
+    vae: VaeConfig,
+    clip: ClipConfig,
+    scheduler: SchedulerConfig,
+}
+
+impl Configs {
+    fn parse(checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(Self {
+            unet: UNetConfig::from_json(checkpoint.config("unet")?)?,
+            vae: VaeConfig::from_json(checkpoint.config("vae")?)?,
+            clip: ClipConfig::from_json(checkpoint.config("text_encoder")?)?,
+            scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
+        })
+    }
+}
 
 /// One picture to draw.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,12 +67,9 @@ pub struct Request {
 impl Request {
     /// Resolves the arguments for this checkpoint. Errors name the option and what it may be.
     pub fn resolve(args: &DrawArgs, prompts: Vec<String>, checkpoint: &Checkpoint) -> Result<Self> {
-        let family = Family::detect(checkpoint)?;
+        let family = Family::detect(checkpoint).context(ModelError)?;
         let defaults = family.defaults(checkpoint);
-        let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
-        let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
-        let clip = ClipConfig::from_json(checkpoint.config("text_encoder")?)?;
-        let mut scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
+        let Configs { unet, vae, clip, mut scheduler } = Configs::parse(checkpoint).context(ModelError)?;
         if let Some(prediction) = args.prediction {
             scheduler.prediction = prediction.into();
         }

@@ -20,6 +20,16 @@ use std::path::{Path, PathBuf};
 
 pub use names::nearest;
 
+/// Marks an error as the model's fault, whose exit code it decides: a setting or a weight that cannot be used.
+#[derive(Debug)]
+pub struct ModelError;
+
+impl std::fmt::Display for ModelError {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("this model cannot be used")
+    }
+}
+
 /// The model inside the program.
 static MINI: &[u8] = include_bytes!("../../assets/mini.safetensors");
 

@@ -1,6 +1,8 @@
 //! The gate of a feed-forward layer.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, bail, cpu::erf::erf_f32};
+use super::math::gated_gelu;
+use super::product::slice;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 
 /// [.., 2*n] -> [.., n]: the first half times the exact GELU of the second.
@@ -12,18 +14,15 @@ impl CustomOp1 for Geglu {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(storage, layout)?;
         let mut shape = layout.dims().to_vec();
-        let (CpuStorage::F32(x), Some((start, end)), Some(last)) = (storage, layout.contiguous_offsets(), shape.last_mut()) else {
-            bail!("geglu takes contiguous f32")
-        };
-        let n = *last / 2;
-        *last = n;
-        let mut y = vec![0f32; (end - start) / 2];
-        y.par_chunks_mut(n).zip(x[start..end].par_chunks(2 * n)).for_each(|(y, x)| {
+        let Some(last) = shape.last_mut() else { bail!("geglu takes a tensor with dimensions") };
+        *last /= 2;
+        let n = *last;
+        let mut y = vec![0f32; x.len() / 2];
+        y.par_chunks_mut(n).zip(x.par_chunks(2 * n)).for_each(|(y, x)| {
             let (x, gate) = x.split_at(n);
-            for ((y, x), gate) in y.iter_mut().zip(x).zip(gate) {
-                *y = x * gate * 0.5 * (1.0 + erf_f32(gate * std::f32::consts::FRAC_1_SQRT_2));
-            }
+            gated_gelu(y, x, gate);
         });
         Ok((CpuStorage::F32(y), Shape::from(shape)))
     }

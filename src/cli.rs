@@ -22,7 +22,7 @@ use std::time::Instant;
 
 const EXAMPLES: &str = "\
 Examples:
-  sdgen \"a frog in a top hat\"                      the embedded model: no download
+  sdgen \"a frog in a top hat\"                       the embedded model: no download
   sdgen -m sd15 \"a castle at dusk\" --seed 7 -c 4    Stable Diffusion 1.5 from the hub, seeds 7 to 10
   sdgen -m model.safetensors \"a fox\" -o fox.jpg     any SD1.x/2.x checkpoint
   sdgen \"a cat\" -o - | display                      the picture's bytes on stdout
@@ -30,12 +30,15 @@ Examples:
 
 /// Turns a sentence into a picture.
 #[derive(Debug, Parser)]
-#[command(name = "sdgen", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, args_override_self = true, max_term_width = 100)]
+#[command(name = "sdgen", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, args_override_self = true, disable_help_flag = true, max_term_width = 120)]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
     draw: DrawArgs,
+    /// Print this help
+    #[arg(short, long, global = true, action = clap::ArgAction::HelpShort, help_heading = "Machine")]
+    help: Option<bool>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -68,10 +71,10 @@ pub struct DrawArgs {
     /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
     pub prompt: Option<String>,
     /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sd21, turbo)
-    #[arg(short, long, env = "SDGEN_MODEL", value_name = "REF", help_heading = "Model")]
+    #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
-    /// What the network predicts, where the checkpoint does not say [epsilon, v]
-    #[arg(long, value_name = "TYPE", help_heading = "Model")]
+    /// What the network predicts, where the checkpoint does not say: epsilon or v
+    #[arg(long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
     /// Never touch the network; also HF_HUB_OFFLINE=1
     #[arg(long, help_heading = "Model")]
@@ -131,8 +134,15 @@ pub struct DrawArgs {
     /// auto, cpu, cuda[:N] or metal
     #[arg(long, default_value = "auto", hide_default_value = true, value_name = "NAME", help_heading = "Machine")]
     pub device: DeviceChoice,
-    /// Type of weights and activations
-    #[arg(long, default_value = "auto", hide_default_value = true, help_heading = "Machine")]
+    /// Type of weights and activations: auto, f32, bf16 or f16
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "TYPE",
+        help_heading = "Machine"
+    )]
     pub dtype: DTypeChoice,
     /// CPU threads [default: all cores]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Machine")]
@@ -140,8 +150,15 @@ pub struct DrawArgs {
     /// Pictures a forward pass; never changes a picture
     #[arg(short, long, value_parser = at_least_one, value_name = "N", help_heading = "Machine")]
     pub batch_size: Option<usize>,
-    /// What to show while drawing
-    #[arg(long, default_value = "auto", hide_default_value = true, help_heading = "Machine")]
+    /// What to show while drawing: auto, bar or none
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "MODE",
+        help_heading = "Machine"
+    )]
     pub progress: ProgressMode,
     /// Say nothing but errors
     #[arg(short, long, conflicts_with = "verbose", help_heading = "Machine")]

@@ -20,7 +20,7 @@ configs["scheduler"] = read("scheduler/scheduler_config.json")
 # chosen by eye from sheets of pictures
 configs["scheduler"].update(_class_name="DPMSolverMultistepScheduler", timestep_spacing="trailing", final_sigmas_type="zero")
 configs["tokenizer"] = read("tokenizer/tokenizer_config.json")
-configs["defaults"] = {"steps": 20, "guidance": 5.0}
+configs["defaults"] = {"steps": 20, "guidance": 2.5}
 for config in configs.values(): config.pop("_name_or_path", None)
 metadata = {"format": "pt", "sdgen.configs": json.dumps(configs), "sdgen.vocab": (folder / "tokenizer/vocab.json").read_text(), "sdgen.merges": (folder / "tokenizer/merges.txt").read_text()}
 save_file(tensors, out, metadata)

@@ -10,8 +10,8 @@ use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 
-/// Pictures beyond this are mistakes (and 16 GiB of latents' activations).
-const MAX_PIXELS: usize = 16384;
+/// Pixels of a side; more are mistakes.
+const MAX_SIDE_PX: usize = 16384;
 /// Pictures a run may ask for.
 const MAX_JOBS: usize = 1_000_000;
 
@@ -129,10 +129,10 @@ impl Request {
 
 fn size(name: &str, pixels: usize, factor: usize) -> Result<usize> {
     let factor = factor.max(8);
-    if pixels == 0 || !pixels.is_multiple_of(factor) || pixels > MAX_PIXELS {
-        let near = (pixels.min(MAX_PIXELS) / factor).max(1) * factor;
+    if pixels == 0 || !pixels.is_multiple_of(factor) || pixels > MAX_SIDE_PX {
+        let near = (pixels.min(MAX_SIDE_PX) / factor).max(1) * factor;
         bail!(
-            "`--{name} {pixels}` is not possible: it must be a multiple of {factor} from {factor} to {MAX_PIXELS}\n\nhint: try `--{name} {near}`"
+            "`--{name} {pixels}` is not possible: it must be a multiple of {factor} from {factor} to {MAX_SIDE_PX}\n\nhint: try `--{name} {near}`"
         );
     }
     Ok(pixels)

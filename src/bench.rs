@@ -1,6 +1,6 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
 
-use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads};
+use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads, peak_memory};
 use crate::guidance::Guided;
 use crate::model::unet::{UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
@@ -171,9 +171,7 @@ fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Res
     Ok(json!({ "median_s": median, "best_s": best, "tflop": operations / 1e12, "gflops": operations / best / 1e9, "load_s": load_s }))
 }
 
-/// The most memory that this process ever held, where the system tells (Linux).
+/// The most memory that this process ever held, where the system tells.
 fn peak_memory_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<f64>().ok()? / 1024.0)
+    Some(peak_memory()? as f64 / f64::from(1 << 20))
 }

@@ -111,7 +111,17 @@ pub fn require_memory(needed: u64) -> Result<()> {
 
 /// Bytes that can be had without swapping (Linux).
 fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    proc_bytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// The most memory that this process ever held, in bytes (Linux).
+pub fn peak_memory() -> Option<u64> {
+    proc_bytes("/proc/self/status", "VmHWM:")
+}
+
+/// A line of one of Linux's memory tables, which count in kB.
+fn proc_bytes(table: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(table).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
     Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }

@@ -16,6 +16,9 @@ use std::sync::Mutex;
 /// Headers beyond this are hostile or broken (safetensors' own limit).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// `name` in 8 bits goes with `name_scale` [rows]: what a step is worth in each row of its first dimension.
+const SCALE: &str = "_scale";
+
 enum Bytes {
     File(Mutex<File>),
     Embedded(&'static [u8]),
@@ -80,9 +83,10 @@ impl Source {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
-    /// (name, shape, stored type) of every tensor.
+    /// (name, shape, stored type) of every tensor; the scales of 8-bit tensors belong to them and are not listed.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
-        self.header.tensors().into_iter().map(|(k, t)| (k, t.shape.clone(), t.dtype))
+        let scales = |name: &str| name.strip_suffix(SCALE).is_some_and(|n| self.header.info(n).is_some_and(|t| t.dtype == Dtype::I8));
+        self.header.tensors().into_iter().filter(move |(name, _)| !scales(name)).map(|(name, t)| (name, t.shape.clone(), t.dtype))
     }
 
     /// The first bytes of a tensor's part (at most 4 KiB), for fingerprints.
@@ -133,11 +137,29 @@ impl Source {
             Dtype::I64 => {
                 widen::<8>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = i64::from_le_bytes(*b) as f32))
             }
+            Dtype::I8 => self.rescale(key, info.shape.first().copied().unwrap_or(1), &raw)?,
             other => bail!(
-                "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16 and f64 can be read; convert the file to one of these"
+                "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16, f64 and i8 with scales can be read; convert the file to one of these"
             ),
         };
         Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
+    }
+
+    /// Bytes of an 8-bit tensor times the scale of their row.
+    fn rescale(&self, key: &str, rows: usize, raw: &[u8]) -> Result<Vec<f32>> {
+        let name = format!("{key}{SCALE}");
+        let scales = match self.header.info(&name) {
+            Some(info) if info.dtype != Dtype::I8 => self.read(&name)?.flatten_all()?.to_vec1::<f32>()?,
+            _ => vec![],
+        };
+        if scales.len() != rows || raw.is_empty() {
+            bail!(
+                "`{}` has tensor `{key}` in 8 bits without its {rows} scales `{name}`\n\nhint: convert the file to f16",
+                self.path.display()
+            );
+        }
+        let of_row = |(row, scale): (&[u8], &f32)| row.iter().map(|b| f32::from(*b as i8) * scale).collect::<Vec<f32>>();
+        Ok(raw.chunks_exact(raw.len() / rows).zip(&scales).flat_map(of_row).collect())
     }
 }
 
@@ -176,4 +198,43 @@ fn refuse_pickle(start: &[u8], path: &Path) -> Result<()> {
         bail!("`{}` is a GGUF file, which sdgen does not read\n\nhint: use the model's .safetensors file", path.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::TensorView;
+
+    fn file(tensors: &[(&str, Dtype, &[usize], &[u8])]) -> tempfile::NamedTempFile {
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
+        let file = tempfile::Builder::new().suffix(".safetensors").tempfile().unwrap();
+        std::fs::write(file.path(), safetensors::serialize(views, None).unwrap()).unwrap();
+        file
+    }
+
+    #[test]
+    fn eight_bits_take_the_scale_of_their_row() {
+        let scales: Vec<u8> = [0.5f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let bytes: Vec<u8> = [1i8, -127, 0, 3, -4, 127].iter().map(|v| *v as u8).collect();
+        let file = file(&[("w", Dtype::I8, &[2, 3], &bytes), ("w_scale", Dtype::F32, &[2], &scales)]);
+        let source = Source::open(file.path()).unwrap();
+        assert_eq!(source.tensors().map(|(name, ..)| name).collect::<Vec<_>>(), ["w"]);
+        let tensor = source.read("w").unwrap();
+        assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[0.5, -63.5, 0.0], [6.0, -8.0, 254.0]]);
+    }
+
+    #[test]
+    fn eight_bits_without_their_scales_are_an_error_that_names_them() {
+        let scales = 1f32.to_le_bytes();
+        let wrong: [&[(&str, Dtype, &[usize], &[u8])]; 3] = [
+            &[("w", Dtype::I8, &[2, 2], &[1, 2, 3, 4])],
+            &[("w", Dtype::I8, &[2, 2], &[1, 2, 3, 4]), ("w_scale", Dtype::F32, &[1], &scales)],
+            &[("w", Dtype::I8, &[0, 2], &[]), ("w_scale", Dtype::F32, &[1], &scales)],
+        ];
+        for tensors in wrong {
+            let file = file(tensors);
+            let error = Source::open(file.path()).unwrap().read("w").unwrap_err().to_string();
+            assert!(error.contains("`w_scale`"), "{error}");
+        }
+    }
 }

@@ -4,7 +4,7 @@
 
 use crate::nn::attention::attention;
 use crate::nn::embed;
-use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, geglu, upsample_nearest};
+use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat, geglu, upsample_nearest};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -415,7 +415,7 @@ impl UpBlock {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             if let Some(skip) = skips.pop() {
-                x = Tensor::cat(&[&x, &skip], 3)?; // [b, h, w, c + skip]
+                x = concat(&x, &skip)?; // [b, h, w, c + skip]
             }
             x = resnet.forward(&x, time)?;
             if let Some(transformer) = transformer {
@@ -516,7 +516,7 @@ impl Transformer {
         for block in &self.blocks {
             tokens = block.forward(&tokens, context)?;
         }
-        x + self.proj_out.forward(&tokens)?.reshape((b, h, w, c))?
+        self.proj_out.forward_add(&tokens, x)?.reshape((b, h, w, c))
     }
 }
 
@@ -547,9 +547,9 @@ impl TransformerBlock {
 
     fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
         let h = self.norm1.forward(x)?;
-        let x = (x + self.attn1.forward(&h, if self.only_cross { context } else { &h })?)?;
-        let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, context)?)?;
-        &x + self.ff.forward(&self.norm3.forward(&x)?)?
+        let x = self.attn1.forward_add(&h, if self.only_cross { context } else { &h }, x)?;
+        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, context, &x)?;
+        self.ff.forward_add(&self.norm3.forward(&x)?, &x)
     }
 }
 
@@ -572,10 +572,10 @@ impl Attention {
         })
     }
 
-    /// x [b, n, width] attends to context [b, m, context].
-    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+    /// x [b, n, width] attends to context [b, m, context]; the result is added to residual [b, n, width].
+    fn forward_add(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
         let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        self.to_out.forward(&attention(&q, &k, &v, self.heads)?)
+        self.to_out.forward_add(&attention(&q, &k, &v, self.heads)?, residual)
     }
 }
 
@@ -591,7 +591,8 @@ impl GegluFeedForward {
         Ok(Self { proj: Linear::new(&w.at("0.proj"), width, 2 * inner)?, out: Linear::new(&w.at("2"), inner, width)? })
     }
 
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.out.forward(&geglu(&self.proj.forward(x)?)?) // [b, n, 4*width] between
+    /// x [b, n, width], and residual of the same shape -> their sum, x transformed.
+    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.out.forward_add(&geglu(&self.proj.forward(x)?)?, residual) // [b, n, 4*width] between
     }
 }

@@ -220,6 +220,6 @@ impl Attention {
         let (b, h, w, c) = x.dims4()?;
         let tokens = self.group_norm.forward(x)?.reshape((b, h * w, c))?;
         let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
-        x + self.to_out.forward(&attention(&q, &k, &v, 1)?)?.reshape((b, h, w, c))?
+        self.to_out.forward_add(&attention(&q, &k, &v, 1)?, x)?.reshape((b, h, w, c))
     }
 }

@@ -39,11 +39,21 @@ impl Linear {
 
     /// [.., in] -> [.., out].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.apply(x, None)
+    }
+
+    /// [.., in] -> [.., out], plus `residual` of that many elements.
+    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.apply(x, Some(residual))
+    }
+
+    fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let mut shape = x.dims().to_vec();
         let inputs = self.weight.dim(0)?;
         let flat = x.reshape(((), inputs))?; // [rows, in]
         count_product(flat.dim(0)?, inputs, self.weight.dim(1)?);
-        let y = product(&flat, &self.weight, self.bias.as_ref())?; // [rows, out]
+        let residual = residual.map(|r| r.reshape(((), self.weight.dim(1)?))?.contiguous()).transpose()?;
+        let y = product(&flat, &self.weight, self.bias.as_ref(), residual)?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = self.weight.dim(1)?;
         }
@@ -106,22 +116,28 @@ fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, (before, after): (us
     x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
 }
 
-/// x [m, k] times weight [k, n], plus bias [n].
-fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> TensorResult<Tensor> {
+/// x [m, k] times weight [k, n], plus bias [n], plus residual [m, n].
+fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<Tensor>) -> TensorResult<Tensor> {
+    if !x.device().is_cpu() {
+        return product_plain(x, weight, bias, residual.as_ref());
+    }
+    let op = cpu::Product { residual };
     match bias {
-        Some(bias) if x.device().is_cpu() => x.contiguous()?.apply_op3_no_bwd(weight, bias, &cpu::Product),
-        None if x.device().is_cpu() => x.contiguous()?.apply_op2_no_bwd(weight, &cpu::Product),
-        _ => product_plain(x, weight, bias),
+        Some(bias) => x.contiguous()?.apply_op3_no_bwd(weight, bias, &op),
+        None => x.contiguous()?.apply_op2_no_bwd(weight, &op),
     }
 }
 
 /// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> TensorResult<Tensor> {
-    let y = x.matmul(weight)?;
-    match bias {
-        Some(bias) => y.broadcast_add(bias),
-        None => Ok(y),
+fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    let mut y = x.matmul(weight)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
     }
+    if let Some(residual) = residual {
+        y = (y + residual)?;
+    }
+    Ok(y)
 }
 
 /// Zeros around [b, h, w, c].
@@ -250,6 +266,14 @@ fn geglu_plain(x: &Tensor) -> TensorResult<Tensor> {
 
 /// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width`.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+    if x.device().is_cpu() {
+        return x.contiguous()?.apply_op1_no_bwd(&cpu::Upsample { height, width });
+    }
+    upsample_plain(x, height, width)
+}
+
+/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
+fn upsample_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     if height == 2 * h && width == 2 * w {
         let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
@@ -257,6 +281,11 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult
     }
     let index = |to: usize, from: usize| Tensor::from_iter((0..to).map(|i| (i * from / to) as u32), x.device());
     x.contiguous()?.index_select(&index(height, h)?, 1)?.index_select(&index(width, w)?, 2)
+}
+
+/// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
+pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
+    if a.device().is_cpu() { a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat) } else { Tensor::cat(&[a, b], 3) }
 }
 
 #[cfg(test)]
@@ -312,13 +341,24 @@ mod tests {
     }
 
     #[test]
+    fn copies_equal_candles_own() {
+        for ((h, w), (to_h, to_w)) in [((1, 1), (2, 2)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((33, 65), (66, 130)), ((2, 2), (1, 5))] {
+            let [x, other] = [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
+            assert_eq!(worst(&upsample_nearest(&x, to_h, to_w).unwrap(), &upsample_plain(&x, to_h, to_w).unwrap()), 0.0);
+            assert_eq!(worst(&concat(&x, &other).unwrap(), &Tensor::cat(&[&x, &other], 3).unwrap()), 0.0);
+        }
+    }
+
+    #[test]
     fn product_kernel_equals_candles_own() {
         for (m, k, n) in [(1, 1, 1), (3, 77, 5), (65, 33, 130), (4, 320, 67)] {
             let x = Tensor::randn(0f32, 1.0, (m, k), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().t().unwrap();
             let bias = Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap();
-            for bias in [None, Some(&bias)] {
-                assert!(worst(&product(&x, &weight, bias).unwrap(), &product_plain(&x, &weight, bias).unwrap()) < 1e-4);
+            let residual = Tensor::randn(0f32, 1.0, (m, n), &Device::Cpu).unwrap();
+            for (bias, residual) in [(None, None), (Some(&bias), None), (None, Some(&residual)), (Some(&bias), Some(&residual))] {
+                let kernel = product(&x, &weight, bias, residual.cloned()).unwrap();
+                assert!(worst(&kernel, &product_plain(&x, &weight, bias, residual).unwrap()) < 1e-4);
             }
         }
     }

@@ -4,6 +4,7 @@
 
 mod attention;
 mod conv;
+mod copy;
 mod geglu;
 mod math;
 mod norm;
@@ -11,6 +12,7 @@ mod product;
 
 pub use attention::Attention;
 pub use conv::{Conv2d, Pack};
+pub use copy::{Concat, Upsample};
 pub use geglu::Geglu;
 pub use norm::GroupNorm;
 pub use product::Product;

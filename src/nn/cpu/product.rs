@@ -1,7 +1,11 @@
 //! Matrix products through the `gemm` crate, on rayon's pool, with the bias added inside.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// Rows that one task fills.
+const FILLED: usize = 64;
 
 /// A matrix in memory: the first element, elements between rows and between columns.
 #[derive(Clone, Copy)]
@@ -57,8 +61,11 @@ pub unsafe fn product(
     }
 }
 
-/// x [m, k], weight [k, n] and perhaps bias [n] -> [m, n].
-pub struct Product;
+/// x [m, k], weight [k, n] and perhaps bias [n] -> [m, n], on top of what is there already.
+pub struct Product {
+    /// [m, n]: added to the result
+    pub residual: Option<Tensor>,
+}
 
 impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
@@ -66,7 +73,7 @@ impl CustomOp2 for Product {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        run(x, lx, weight, lw, None)
+        self.run(x, lx, weight, lw, None)
     }
 }
 
@@ -84,8 +91,57 @@ impl CustomOp3 for Product {
         bias: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        run(x, lx, weight, lw, Some(slice(bias, lb)?))
+        self.run(x, lx, weight, lw, Some(slice(bias, lb)?))
     }
+}
+
+impl Product {
+    fn run(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout, bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+        let ((m, k), (rows, n)) = (lx.shape().dims2()?, lw.shape().dims2()?);
+        let (x, CpuStorage::F32(weight), [row, column]) = (slice(x, lx)?, weight, lw.stride()) else { bail!("product takes f32") };
+        let weight = &weight[lw.start_offset()..];
+        if rows != k
+            || x.len() != m * k
+            || bias.is_some_and(|b| b.len() != n)
+            || self.residual.as_ref().is_some_and(|r| r.elem_count() != m * n)
+            || (k * n > 0 && weight.len() <= (k - 1) * row + (n - 1) * column)
+        {
+            bail!("product of {:?} and {:?}", lx.shape(), lw.shape());
+        }
+        let mut y = under(&self.residual, bias, m, n)?;
+        let add = bias.is_some() || self.residual.is_some();
+        let (a, b) = (Matrix { data: x.as_ptr(), row: k, column: 1 }, Matrix { data: weight.as_ptr(), row: *row, column: *column });
+        // SAFETY: the lengths were checked above, and y is ours
+        unsafe { product(m, k, n, a, b, 1.0, y.as_mut_ptr(), n, add, Parallelism::Rayon(0)) };
+        Ok((CpuStorage::F32(y), Shape::from((m, n))))
+    }
+}
+
+/// What a product of m rows and n columns is added to: residual [m, n] and bias [n], where there are any, else zeros.
+pub fn under(residual: &Option<Tensor>, bias: Option<&[f32]>, m: usize, n: usize) -> Result<Vec<f32>> {
+    if m * n == 0 {
+        return Ok(vec![]);
+    }
+    let Some(residual) = residual else {
+        let mut y = vec![0f32; m * n];
+        if let Some(bias) = bias {
+            y.par_chunks_mut(n * FILLED).for_each(|rows| rows.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)));
+        }
+        return Ok(y);
+    };
+    let (storage, layout) = residual.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { bail!("the residual is not on the CPU") };
+    let residual = slice(storage, layout)?;
+    let mut y = vec![0f32; m * n];
+    y.par_chunks_mut(n * FILLED).zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| match bias {
+        None => rows.copy_from_slice(residual),
+        Some(bias) => {
+            for (row, residual) in rows.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
+                row.iter_mut().zip(residual).zip(bias).for_each(|((y, r), b)| *y = r + b);
+            }
+        }
+    });
+    Ok(y)
 }
 
 /// A contiguous f32 tensor's elements.
@@ -94,25 +150,4 @@ pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> 
         (CpuStorage::F32(x), Some((start, end))) => Ok(&x[start..end]),
         _ => bail!("this kernel takes contiguous f32"),
     }
-}
-
-fn run(x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout, bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
-    let ((m, k), (rows, n)) = (lx.shape().dims2()?, lw.shape().dims2()?);
-    let (x, CpuStorage::F32(weight), [row, column]) = (slice(x, lx)?, weight, lw.stride()) else { bail!("product takes f32") };
-    let weight = &weight[lw.start_offset()..];
-    if rows != k
-        || x.len() != m * k
-        || bias.is_some_and(|b| b.len() != n)
-        || (k * n > 0 && weight.len() <= (k - 1) * row + (n - 1) * column)
-    {
-        bail!("product of {:?} and {:?}", lx.shape(), lw.shape());
-    }
-    let mut y = match bias {
-        Some(bias) => bias.repeat(m),
-        None => vec![0f32; m * n],
-    };
-    let (a, b) = (Matrix { data: x.as_ptr(), row: k, column: 1 }, Matrix { data: weight.as_ptr(), row: *row, column: *column });
-    // SAFETY: the lengths were checked above, and y is ours
-    unsafe { product(m, k, n, a, b, 1.0, y.as_mut_ptr(), n, bias.is_some(), Parallelism::Rayon(0)) };
-    Ok((CpuStorage::F32(y), Shape::from((m, n))))
 }

@@ -256,25 +256,57 @@ impl UNet {
         self.traced(latents, timestep, context, &mut |_, _| {})
     }
 
+    /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below gave in an earlier step;
+    /// else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
+    pub fn forward_reusing(&self, latents: &Tensor, timestep: f64, context: &Tensor, inner: &mut Option<Tensor>) -> TensorResult<Tensor> {
+        self.run(latents, timestep, context, Some(inner), &mut |_, _| {})
+    }
+
     /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
     pub fn traced(&self, latents: &Tensor, timestep: f64, context: &Tensor, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
+        self.run(latents, timestep, context, None, show)
+    }
+
+    fn run(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        context: &Tensor,
+        inner: Option<&mut Option<Tensor>>,
+        show: &mut dyn FnMut(&str, &Tensor),
+    ) -> TensorResult<Tensor> {
         let time = self.time_embedding.forward(timestep, latents)?; // [1, time_dim]
         let latents = if self.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
         let mut x = self.conv_in.forward(&latents)?;
         show("conv_in", &x);
         let mut skips = vec![x.clone()];
-        for (i, block) in self.down_blocks.iter().enumerate() {
-            x = block.forward(&x, &time, context, &mut skips)?;
-            show(&format!("down_blocks.{i}"), &x);
+        let (Some((first, lower)), Some((last, upper))) = (self.down_blocks.split_first(), self.up_blocks.split_last()) else {
+            candle_core::bail!("a U-Net without blocks");
+        };
+        x = first.layers(&x, &time, context, &mut skips)?;
+        if let Some(Some(inner)) = &inner {
+            x = inner.clone();
+        } else {
+            x = first.downsample(&x, &mut skips)?;
+            show("down_blocks.0", &x);
+            for (i, block) in lower.iter().enumerate() {
+                x = block.downsample(&block.layers(&x, &time, context, &mut skips)?, &mut skips)?;
+                show(&format!("down_blocks.{}", i + 1), &x);
+            }
+            if let Some(mid_block) = &self.mid_block {
+                x = mid_block.forward(&x, &time, context)?;
+                show("mid_block", &x);
+            }
+            for (i, block) in upper.iter().enumerate() {
+                x = block.forward(&x, &time, context, &mut skips)?;
+                show(&format!("up_blocks.{i}"), &x);
+            }
+            if let Some(inner) = inner {
+                *inner = Some(x.clone());
+            }
         }
-        if let Some(mid_block) = &self.mid_block {
-            x = mid_block.forward(&x, &time, context)?;
-            show("mid_block", &x);
-        }
-        for (i, block) in self.up_blocks.iter().enumerate() {
-            x = block.forward(&x, &time, context, &mut skips)?;
-            show(&format!("up_blocks.{i}"), &x);
-        }
+        x = last.forward(&x, &time, context, &mut skips)?;
+        show(&format!("up_blocks.{}", upper.len()), &x);
         self.conv_out.forward(&self.conv_norm_out.forward_act(&x, self.activation)?)
     }
 }
@@ -337,7 +369,7 @@ impl DownBlock {
         Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, downsample: downsample.transpose()? })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn layers(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             x = resnet.forward(&x, time)?;
@@ -346,10 +378,14 @@ impl DownBlock {
             }
             skips.push(x.clone());
         }
-        if let Some(conv) = &self.downsample {
-            x = conv.forward(&x)?; // [b, h/2, w/2, c]
-            skips.push(x.clone());
-        }
+        Ok(x)
+    }
+
+    /// [b, h, w, c] -> [b, h/2, w/2, c], or what it was given where the block does not scale.
+    fn downsample(&self, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+        let Some(conv) = &self.downsample else { return Ok(x.clone()) };
+        let x = conv.forward(x)?;
+        skips.push(x.clone());
         Ok(x)
     }
 }
@@ -466,14 +502,11 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?;
-        let time = self.time_emb_proj.forward(time)?.unsqueeze(1)?.unsqueeze(1)?; // [1, 1, 1, c]
-        let h = h.broadcast_add(&time)?;
-        let h = self.conv2.forward(&self.norm2.forward_act(&h, self.activation)?)?;
-        match &self.conv_shortcut {
-            Some(conv) => conv.forward(x)? + h,
-            None => x + h,
-        }
+        let time = self.time_emb_proj.forward(time)?.squeeze(0)?; // [c]
+        let h = self.conv1.forward_add(&self.norm1.forward_act(x, self.activation)?, Some(&time), None)?;
+        let h = self.norm2.forward_act(&h, self.activation)?;
+        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
+        self.conv2.forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 

@@ -192,11 +192,9 @@ impl Resnet {
 
     fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?;
-        let h = self.conv2.forward(&self.norm2.forward_act(&h, self.activation)?)?;
-        match &self.conv_shortcut {
-            Some(conv) => conv.forward(x)? + h,
-            None => x + h,
-        }
+        let h = self.norm2.forward_act(&h, self.activation)?;
+        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
+        self.conv2.forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 

@@ -73,7 +73,7 @@ pub struct Conv2d {
 
 /// The weights in the layout that their device wants.
 enum Kernel {
-    /// CPU: [k*k*in, out], the right side of one matrix product
+    /// CPU: [panels, k*k*in, width], the right sides of matrix products
     Packed(Tensor),
     /// GPU: [out, in, k, k] for candle's own convolution
     Oihw(Tensor),
@@ -89,19 +89,35 @@ impl Conv2d {
     pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
         let weight = w.get("weight", &[outputs, inputs, size, size])?;
         let bias = w.get("bias", &[outputs])?;
-        let kernel =
-            if w.device().is_cpu() { Kernel::Packed(weight.contiguous()?.apply_op1_no_bwd(&cpu::Pack)?) } else { Kernel::Oihw(weight) };
+        let kernel = if w.device().is_cpu() {
+            Kernel::Packed(weight.contiguous()?.apply_op1_no_bwd(&cpu::Conv2d { size, stride, padding, residual: None }.pack())?)
+        } else {
+            Kernel::Oihw(weight)
+        };
         Ok(Self { kernel, bias, size, stride, padding })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        self.forward_add(x, None, None)
+    }
+
+    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere, plus `residual` [b, h', w', out].
+    pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+        let bias = match shift {
+            Some(shift) => (&self.bias + shift)?,
+            None => self.bias.clone(),
+        };
         let y = match &self.kernel {
             Kernel::Packed(weight) => {
-                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding };
-                x.contiguous()?.apply_op3_no_bwd(weight, &self.bias, &op)?
+                let residual = residual.map(Tensor::contiguous).transpose()?;
+                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, residual };
+                x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)?
             }
-            Kernel::Oihw(weight) => conv2d_plain(x, weight, self.stride, self.padding)?.broadcast_add(&self.bias)?,
+            Kernel::Oihw(weight) => {
+                let y = conv2d_plain(x, weight, self.stride, self.padding)?.broadcast_add(&bias)?;
+                residual.map_or(Ok(y.clone()), |residual| y + residual)?
+            }
         };
         let (b, h, w, c) = y.dims4()?;
         count_product(b * h * w, self.size * self.size * x.dim(3)?, c);
@@ -292,7 +308,7 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::{Device, IndexOp, Tensor};
 
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
@@ -334,8 +350,11 @@ mod tests {
                 continue;
             }
             let plain = conv2d_plain(&x, &weight, stride, padding).unwrap().broadcast_add(&bias).unwrap();
-            let packed = weight.apply_op1_no_bwd(&cpu::Pack).unwrap();
+            let packed = weight.apply_op1_no_bwd(&cpu::Conv2d { size, stride, padding, residual: None }.pack()).unwrap();
             let conv = Conv2d { kernel: Kernel::Packed(packed), bias, size, stride, padding };
+            let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
+            let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
+            assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
             assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4, "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}");
         }
     }

@@ -1,7 +1,7 @@
 //! Attention without a whole score matrix: each task takes some queries of one head, so scores stay in cache.
 
 use super::math::softmax;
-use super::product::{Matrix, product, slice};
+use super::product::{Matrix, Output, product, slice};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -12,21 +12,6 @@ const SCORES: usize = 1 << 18;
 /// q [b, n, heads*d], k and v [b, m, heads*d] -> softmax(q k' / sqrt(d)) v, [b, n, heads*d].
 pub struct Attention {
     pub heads: usize,
-}
-
-/// The output, written by many tasks, each to places of its own.
-struct Output(*mut f32);
-
-// SAFETY: tasks write disjoint elements (see `cpu_fwd`)
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// # Safety
-    /// `offset` must lie inside of the output.
-    unsafe fn at(&self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's promise
-        unsafe { self.0.add(offset) }
-    }
 }
 
 impl CustomOp3 for Attention {

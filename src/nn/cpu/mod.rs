@@ -9,9 +9,11 @@ mod geglu;
 mod math;
 mod norm;
 mod product;
+mod vector;
+mod winograd;
 
 pub use attention::Attention;
-pub use conv::{Conv2d, Pack};
+pub use conv::Conv2d;
 pub use copy::{Concat, Upsample};
 pub use geglu::Geglu;
 pub use norm::GroupNorm;

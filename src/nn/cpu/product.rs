@@ -15,6 +15,21 @@ pub struct Matrix {
     pub column: usize,
 }
 
+/// The output of a kernel, written by many tasks.
+pub struct Output(pub *mut f32);
+
+// SAFETY: those who write through `at` see to it that tasks write disjoint elements
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// # Safety
+    /// `offset` must lie inside of the output.
+    pub unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise
+        unsafe { self.0.add(offset) }
+    }
+}
+
 /// out (+)= scale * a b, for a [m, k] and b [k, n] into out [m, n] whose rows are `out_row` elements apart.
 ///
 /// # Safety
@@ -122,26 +137,31 @@ pub fn under(residual: &Option<Tensor>, bias: Option<&[f32]>, m: usize, n: usize
     if m * n == 0 {
         return Ok(vec![]);
     }
-    let Some(residual) = residual else {
-        let mut y = vec![0f32; m * n];
-        if let Some(bias) = bias {
-            y.par_chunks_mut(n * FILLED).for_each(|rows| rows.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)));
-        }
-        return Ok(y);
-    };
-    let (storage, layout) = residual.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("the residual is not on the CPU") };
-    let residual = slice(storage, layout)?;
+    with_slice(residual, |residual| laid(residual, bias, m, n))
+}
+
+/// The elements of a tensor on the CPU, if there is one.
+pub fn with_slice<R>(tensor: &Option<Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
+    let Some(tensor) = tensor else { return Ok(work(None)) };
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { bail!("this kernel takes tensors on the CPU") };
+    Ok(work(Some(slice(storage, layout)?)))
+}
+
+fn laid(residual: Option<&[f32]>, bias: Option<&[f32]>, m: usize, n: usize) -> Vec<f32> {
     let mut y = vec![0f32; m * n];
-    y.par_chunks_mut(n * FILLED).zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| match bias {
-        None => rows.copy_from_slice(residual),
-        Some(bias) => {
+    let rows = y.par_chunks_mut(n * FILLED);
+    match (residual, bias) {
+        (None, None) => (),
+        (None, Some(bias)) => rows.for_each(|rows| rows.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias))),
+        (Some(residual), None) => rows.zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| rows.copy_from_slice(residual)),
+        (Some(residual), Some(bias)) => rows.zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| {
             for (row, residual) in rows.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
                 row.iter_mut().zip(residual).zip(bias).for_each(|((y, r), b)| *y = r + b);
             }
-        }
-    });
-    Ok(y)
+        }),
+    }
+    y
 }
 
 /// A contiguous f32 tensor's elements.

@@ -5,6 +5,7 @@
 //! [`cli::run`], which tells the whole story, and go down one level at a time: [`pipeline::generate`],
 //! [`sampler::sample`], [`guidance::Guided`], [`model::unet::UNet`].
 
+pub mod alloc;
 pub mod bench;
 pub mod cli;
 pub mod device;

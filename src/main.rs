@@ -3,6 +3,9 @@
 use clap::Parser;
 use std::process::ExitCode;
 
+#[global_allocator]
+static MEMORY: sdgen::alloc::Reuse = sdgen::alloc::Reuse;
+
 fn main() -> ExitCode {
     match sdgen::cli::run(sdgen::cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

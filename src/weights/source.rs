@@ -201,11 +201,14 @@ fn refuse_pickle(start: &[u8], path: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use safetensors::tensor::TensorView;
 
-    fn file(tensors: &[(&str, Dtype, &[usize], &[u8])]) -> tempfile::NamedTempFile {
+    type Stored<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
+
+    fn file(tensors: &[Stored]) -> tempfile::NamedTempFile {
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
         let file = tempfile::Builder::new().suffix(".safetensors").tempfile().unwrap();
         std::fs::write(file.path(), safetensors::serialize(views, None).unwrap()).unwrap();
@@ -226,7 +229,7 @@ mod tests {
     #[test]
     fn eight_bits_without_their_scales_are_an_error_that_names_them() {
         let scales = 1f32.to_le_bytes();
-        let wrong: [&[(&str, Dtype, &[usize], &[u8])]; 3] = [
+        let wrong: [&[Stored]; 3] = [
             &[("w", Dtype::I8, &[2, 2], &[1, 2, 3, 4])],
             &[("w", Dtype::I8, &[2, 2], &[1, 2, 3, 4]), ("w_scale", Dtype::F32, &[1], &scales)],
             &[("w", Dtype::I8, &[0, 2], &[]), ("w_scale", Dtype::F32, &[1], &scales)],

@@ -1,7 +1,7 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
 
 use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads, peak_memory};
-use crate::guidance::Guided;
+use crate::guidance::{Guided, Reuse};
 use crate::model::unet::{UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::layers::flops;
@@ -141,7 +141,8 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
     let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
     let load_s = start.elapsed().as_secs_f64();
     let context = Tensor::randn(0f32, 1.0, (b, 77, sizes.context), device)?.to_dtype(compute.dtype)?;
-    let guided = Guided { unet: &unet, negative: Some(context.clone()), context, scale: 7.5, prediction: Prediction::Epsilon };
+    let (negative, reuse) = (Some(context.clone()), Reuse::every(1));
+    let mut guided = Guided { unet: &unet, negative, context, scale: 7.5, prediction: Prediction::Epsilon, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }

@@ -114,6 +114,9 @@ pub struct DrawArgs {
     /// Which layer of the text encoder to use: 1 the last, 2 the one before, ...
     #[arg(long, default_value = "1", value_parser = at_least_one, hide_default_value = true, value_name = "N", help_heading = "Sampling")]
     pub clip_skip: usize,
+    /// Run the U-Net's inner levels in every Nth step only (DeepCache): faster, but another picture
+    #[arg(long, default_value = "1", value_parser = at_least_one, hide_default_value = true, value_name = "N", help_heading = "Sampling")]
+    pub deep_cache: usize,
 
     /// File, folder ending in `/`, template ({prompt} {seed} {index} {model} ...), `-` for stdout [default: {prompt}-{seed}.png]
     #[arg(short, long, value_name = "PATH", help_heading = "Output")]
@@ -434,14 +437,15 @@ fn settings(request: &Request, job: &Job, checkpoint: &Checkpoint, model_hash: &
         "prompt": job.prompt, "negative": request.negative, "seed": job.seed,
         "width": request.width, "height": request.height, "steps": request.steps, "guidance": request.guidance,
         "sampler": request.sampler.to_string(), "schedule": request.schedule.map(|s| s.to_string()),
-        "eta": request.eta, "clip_skip": request.clip_skip, "prediction": request.prediction.to_string(),
+        "eta": request.eta, "clip_skip": request.clip_skip, "deep_cache": request.deep_cache, "prediction": request.prediction.to_string(),
         "model": checkpoint.name, "model_hash": model_hash,
     })
 }
 
 fn metadata(request: &Request, job: &Job, settings: &Value) -> Metadata {
     let text = |key: &str| settings.get(key).and_then(Value::as_str).unwrap_or_default();
-    let clip_skip = [("Clip skip", request.clip_skip.to_string())];
+    let settings_beyond_one = [("Clip skip", request.clip_skip), ("Deep cache", request.deep_cache)];
+    let extra: Vec<_> = settings_beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
     let fields = Parameters {
         prompt: &job.prompt,
         negative: &request.negative,
@@ -454,7 +458,7 @@ fn metadata(request: &Request, job: &Job, settings: &Value) -> Metadata {
         height: request.height,
         model_hash: text("model_hash").get(..10),
         model: text("model"),
-        extra: if request.clip_skip > 1 { &clip_skip } else { &[] },
+        extra: &extra,
     };
     Metadata { parameters: parameters(&fields), sdgen: settings.clone() }
 }

@@ -13,20 +13,48 @@ pub struct Guided<'a> {
     pub negative: Option<Tensor>,
     pub scale: f64,
     pub prediction: Prediction,
+    pub reuse: Reuse,
+}
+
+/// How the U-Net's inner levels are reused from step to step (DeepCache).
+pub struct Reuse {
+    /// they run in every `interval`th step only
+    interval: usize,
+    /// calls so far
+    calls: usize,
+    inner: Option<Tensor>,
+}
+
+impl Reuse {
+    /// The inner levels run in the first of every `interval` steps; 1 reuses nothing.
+    pub fn every(interval: usize) -> Self {
+        Self { interval, calls: 0, inner: None }
+    }
+
+    fn forward(&mut self, unet: &UNet, input: &Tensor, timestep: f64, context: &Tensor) -> Result<Tensor> {
+        if self.interval <= 1 {
+            return unet.forward(input, timestep, context);
+        }
+        if self.calls.is_multiple_of(self.interval) {
+            self.inner = None;
+        }
+        self.calls += 1;
+        unet.forward_reusing(input, timestep, context, &mut self.inner)
+    }
 }
 
 impl Guided<'_> {
     /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in f32.
-    pub fn denoise(&self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
+    pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
         let input = (x * scalings.c_in)?.to_dtype(self.context.dtype())?;
         let output = match &self.negative {
-            None => self.unet.forward(&input, timestep, &self.context)?.to_dtype(x.dtype())?,
+            None => self.reuse.forward(self.unet, &input, timestep, &self.context)?.to_dtype(x.dtype())?,
             Some(negative) => {
                 // unconditional half first, in picture order
                 let input = Tensor::cat(&[&input, &input], 0)?; // [2b, h, w, c]
                 let context = Tensor::cat(&[negative, &self.context], 0)?; // [2b, n, d]
-                let halves = self.unet.forward(&input, timestep, &context)?.to_dtype(x.dtype())?.chunk(2, 0)?;
+                let halves = self.reuse.forward(self.unet, &input, timestep, &context)?.to_dtype(x.dtype())?.chunk(2, 0)?;
                 let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
                 (unconditional + ((conditional - unconditional)? * self.scale)?)?
             }

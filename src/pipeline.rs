@@ -4,7 +4,7 @@
 //! that every picture is finished as soon as its batch is.
 
 use crate::device::Compute;
-use crate::guidance::Guided;
+use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
 use crate::model::unet::UNet;
 use crate::model::vae::Decoder;
@@ -135,7 +135,8 @@ fn sample(
     let embedded = |job: &Job| contexts.prompts.get(job.prompt.as_str()).context("a prompt was not encoded");
     let context = Tensor::cat(&batch.iter().map(embedded).collect::<Result<Vec<_>>>()?, 0)?; // [b, n, d]
     let negative = contexts.negative.as_ref().map(|n| n.repeat((batch.len(), 1, 1))).transpose()?; // [b, n, d]
-    let guided = Guided { unet, context, negative, scale: request.guidance, prediction: request.prediction };
+    let reuse = Reuse::every(request.deep_cache);
+    let mut guided = Guided { unet, context, negative, scale: request.guidance, prediction: request.prediction, reuse };
     let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.seed)).collect();
     let mut noise = || -> TensorResult<Tensor> {
         let each = generators.iter_mut().map(|g| g.latents(h, w, c)).collect::<TensorResult<Vec<_>>>()?;

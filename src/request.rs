@@ -56,6 +56,8 @@ pub struct Request {
     pub eta: Option<f64>,
     /// 1: the last layer of the text encoder, 2: the one before, ...
     pub clip_skip: usize,
+    /// the U-Net's inner levels run in every so manyth step
+    pub deep_cache: usize,
     pub batch_size: usize,
     pub prediction: Prediction,
     pub plan: Plan,
@@ -94,6 +96,7 @@ impl Request {
             schedule: args.schedule,
             eta: args.eta,
             clip_skip: args.clip_skip,
+            deep_cache: args.deep_cache,
             batch_size: args.batch_size.unwrap_or(1),
             prediction: scheduler.prediction,
             plan: plan(&scheduler, sampler, args.schedule, steps, args.eta)?,

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{DType, Device, Tensor};
-use sdgen::guidance::Guided;
+use sdgen::guidance::{Guided, Reuse};
 use sdgen::image::Picture;
 use sdgen::model::unet::{UNet, UNetConfig};
 use sdgen::model::vae::{Decoder, VaeConfig};
@@ -166,6 +166,26 @@ fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
     (sampler.parse().unwrap(), karras.then(|| "karras".parse().unwrap()))
 }
 
+/// DeepCache has no counterpart in diffusers; for the same input what is reused is what would be computed.
+#[test]
+fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_another() {
+    for model in MODELS {
+        let f = fixture(model);
+        let unet = f.unet();
+        let shape = f.json["unet"][0]["name"].as_str().unwrap();
+        let (latents, context) = (f.golden(&format!("unet.{shape}.latents")), f.golden("unet.context"));
+        let full = unet.forward(latents, 500.0, context).unwrap();
+        let mut inner = None;
+        for _ in 0..2 {
+            compare(&format!("{model} reused"), &unet.forward_reusing(latents, 500.0, context, &mut inner).unwrap(), &full, 0.0);
+        }
+        let other = (latents * 0.5).unwrap();
+        let (reused, exact) = (unet.forward_reusing(&other, 100.0, context, &mut inner), unet.forward(&other, 100.0, context).unwrap());
+        let difference = (reused.unwrap() - exact).unwrap().abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference > 1e-6, "{model}: the inner levels were not reused");
+    }
+}
+
 #[test]
 fn latents_after_every_step_and_pictures_are_the_same() {
     for model in MODELS {
@@ -187,7 +207,8 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let guidance = run["guidance"].as_f64().unwrap();
             let context = embed(run["prompt"].as_str().unwrap(), skip).repeat((count, 1, 1)).unwrap();
             let negative = (guidance > 1.0).then(|| embed(run["negative_prompt"].as_str().unwrap(), 0).repeat((count, 1, 1)).unwrap());
-            let guided = Guided { unet: &unet, context, negative, scale: guidance, prediction: config.prediction };
+            let reuse = Reuse::every(1);
+            let mut guided = Guided { unet: &unet, context, negative, scale: guidance, prediction: config.prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them

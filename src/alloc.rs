@@ -77,7 +77,7 @@ fn is_large(layout: &Layout) -> bool {
     layout.size() >= LARGE && layout.align() <= HEADER
 }
 
-/// What the system is asked for: whole huge pages, so that sizes nearly alike share blocks.
+/// What the system is asked for: whole MiB, so that sizes nearly alike share blocks.
 fn block(size: usize) -> Option<Layout> {
     let size = size.checked_add(HEADER)?.checked_next_multiple_of(LARGE)?;
     Layout::from_size_align(size, HEADER).ok()

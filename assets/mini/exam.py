@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 import compose, train
-from compose import COLORS, EXAM_PAIRS, HAND, NECK, S, NUM, art, clean, plur
+from compose import COLORS, EXAM_PAIRS, HAND, NECK, PLACES, S, NUM, art, clean, plur
 
 PLAIN = """frog|dog face|lion|panda|penguin|owl|butterfly|octopus|dolphin|turtle|snail|honeybee|elephant|giraffe|flamingo|crab|red apple|banana|strawberry|
 pineapple|watermelon|grapes|carrot|broccoli|avocado|hamburger|pizza|doughnut|croissant|birthday cake|ice cream|hot beverage|sunflower|tulip|cactus|mushroom|
@@ -74,8 +74,7 @@ class Flat:
 def still(p, l, s, ground="white", count=1, box=104):
     """One thing, or several, as the composer draws them but without jitter."""
     im = Image.new("RGBA", (S, S), tuple(COLORS[ground]) + (255,)); o = p.crop(p.by[l][s][0])
-    at = {1: [(64, 64, box)], 2: [(34, 64, 58), (94, 64, 58)], 3: [(64, 35, 54), (34, 94, 54), (94, 94, 54)], 4: [(35, 35, 54), (93, 35, 54), (35, 93, 54), (93, 93, 54)]}[count]
-    for x, y, b in at: p.put(im, o, x, y, b)
+    for x, y, b in PLACES[count] if count > 1 else [(64, 64, box)]: p.put(im, o, x, y, b)
     return np.asarray(im.convert("RGB"))
 
 
@@ -106,9 +105,8 @@ class References:
             for l, s, i, f in p.faces:
                 yield (clean(l), None), still(p, l, s)
                 for w in WORN:
-                    if w in p.by or w in HAND or w in NECK:
-                        glasses = w if "glasses" in w else None
-                        yield (clean(l), w), np.asarray(p.dress(l, s, i, f, glasses, None if glasses else w)[0].convert("RGB"))
+                    glasses = w if "glasses" in w else None
+                    yield (clean(l), w), np.asarray(p.dress(l, s, i, f, glasses, None if glasses else w)[0].convert("RGB"))
             p.r = dice; del p.canvas
 
     def nearest(self, kind, picture):
@@ -166,7 +164,7 @@ def main():
     rows, cells, closest = [], [], []
     for n, (prompt, kind, want) in enumerate(prompts(p)):
         path = folder / f"{n:03}.png"
-        subprocess.run([program, prompt, "--seed", "1", "-o", path, "-q", "--force", *model], check=True)
+        subprocess.run([program, prompt, "--seed", "1", "-o", path, "-q", "--force", *model], check=True, stdout=subprocess.DEVNULL)
         picture = np.asarray(Image.open(path).convert("RGB").resize((S, S), Image.BICUBIC)); ok, got = refs.passes(kind, want, picture); rows.append((kind, ok))
         if not ok: print(f"{prompt}: nearest is {got}")
         if kind == "dressed":

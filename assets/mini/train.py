@@ -128,7 +128,7 @@ def descend(loss, optimizers, peaks, run):
 class Run:
     """The clock, the checkpoint and the log of one stage."""
     def __init__(self, name, minutes, parts):
-        self.name, self.budget, self.parts, self.path = name, minutes * 60, parts, f"{OUT}/{name}.pt"
+        self.budget, self.parts, self.path = minutes * 60, parts, f"{OUT}/{name}.pt"
         self.spent, self.k, self.log = 0., 0, []
         if os.path.exists(self.path):
             state = torch.load(self.path, weights_only=False, map_location=DEVICE); self.spent, self.k = state["spent"], state["k"]
@@ -216,16 +216,14 @@ def tokenizer(preset):
 class Pool:
     """Latents with their token ids, some of them replaced by fresh ones while training goes on."""
     def __init__(self, preset, vae, tok):
-        p = PRESETS[preset]; self.vae, self.tok, self.batch, self.at = vae, tok, p.unet_batch, 0
+        p = PRESETS[preset]; self.vae, self.tok, self.limit, self.at = vae, tok, p.pool, 0
         self.batches = stream(preset, p.unet_batch, int(time.time()) % 1000 + 2)
         cache, begin = f"{OUT}/latents.pt", time.time()
         if os.path.exists(cache): self.z, self.ids = (v.to(DEVICE) for v in torch.load(cache)); return
         parts = [self.fresh() for _ in range(p.pool // 3 // p.unet_batch)]
         self.z, self.ids = torch.cat([z for z, _ in parts]), torch.cat([i for _, i in parts])
         torch.save((self.z, self.ids), cache); print("latents", len(self.z), f"{time.time()-begin:.0f}s", flush=True)
-        self.limit = p.pool
 
-    limit = 0
     def tokens(self, captions): return self.tok(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids.to(DEVICE)
 
     @torch.no_grad()

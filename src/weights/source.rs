@@ -158,8 +158,11 @@ impl Source {
                 self.path.display()
             );
         }
-        let of_row = |(row, scale): (&[u8], &f32)| row.iter().map(|b| f32::from(*b as i8) * scale).collect::<Vec<f32>>();
-        Ok(raw.chunks_exact(raw.len() / rows).zip(&scales).flat_map(of_row).collect())
+        let (mut values, row) = (vec![0f32; raw.len()], raw.len() / rows);
+        values.par_chunks_exact_mut(row).zip(raw.par_chunks_exact(row)).zip(&scales).for_each(|((out, bytes), scale)| {
+            out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f32::from(*b as i8) * scale);
+        });
+        Ok(values)
     }
 }
 

@@ -76,7 +76,7 @@ pub unsafe fn product(
     }
 }
 
-/// x [m, k], weight [k, n] and perhaps bias [n] -> [m, n], on top of what is there already.
+/// x [m, k], weight [k, n], and perhaps bias [n] and residual [m, n] -> [m, n].
 pub struct Product {
     /// [m, n]: added to the result
     pub residual: Option<Tensor>,

@@ -4,7 +4,7 @@ use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads, peak_memo
 use crate::guidance::{Guided, Reuse};
 use crate::model::unet::{UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
-use crate::nn::layers::flops;
+use crate::nn::cost;
 use crate::schedule::Prediction;
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin, Weights};
@@ -157,19 +157,32 @@ fn time_vae(args: &BenchArgs, compute: &Compute, config: &VaeConfig, (h, w): (us
 
 /// Times `work`, whose result is read back so that a device has finished it.
 fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Result<Value> {
-    let before = flops();
     work()?;
-    let operations = (flops() - before) as f64;
+    cost::take();
     let mut seconds = vec![];
     for _ in 0..repeat {
         let start = Instant::now();
         work()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
+    let (costs, runs, total) = (cost::take(), repeat as f64, seconds.iter().sum::<f64>());
     seconds.sort_by(f64::total_cmp);
     let best = seconds.first().copied().unwrap_or(f64::NAN);
     let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
-    Ok(json!({ "median_s": median, "best_s": best, "tflop": operations / 1e12, "gflops": operations / best / 1e9, "load_s": load_s }))
+    let operations = costs.values().map(|c| c.flops).sum::<u64>() as f64 / runs;
+    let kernel = |((kind, [m, k, n]), cost): (&cost::Layer, &cost::Cost)| {
+        let seconds = cost.time.as_secs_f64();
+        json!({
+            "kind": kind, "m": m, "k": k, "n": n, "calls": cost.calls as f64 / runs, "ms": seconds * 1e3 / runs,
+            "share": seconds / total, "gflops": cost.flops as f64 / seconds / 1e9,
+        })
+    };
+    let mut kernels: Vec<_> = costs.iter().collect();
+    kernels.sort_by_key(|(_, cost)| std::cmp::Reverse(cost.time));
+    Ok(json!({
+        "median_s": median, "best_s": best, "tflop": operations / 1e12, "gflops": operations / best / 1e9, "load_s": load_s,
+        "kernels": kernels.into_iter().map(kernel).collect::<Vec<_>>(),
+    }))
 }
 
 /// The most memory that this process ever held, where the system tells.

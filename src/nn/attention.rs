@@ -1,7 +1,7 @@
 //! Scaled dot-product attention.
 
+use super::cost::measured;
 use super::cpu;
-use super::layers::count_product;
 use candle_core::{Result, Tensor};
 
 /// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a picture.
@@ -10,11 +10,13 @@ const MAX_SCORES: usize = 1 << 23;
 /// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n, heads*d].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
-    count_product(2 * b * n, k.dim(1)?, c); // the scores, and their product with v
-    if q.device().is_cpu() {
-        return q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &cpu::Attention { heads });
-    }
-    attention_plain(q, k, v, heads, None)
+    // the scores, and their product with v
+    measured(("attention", [2 * b * n, k.dim(1)?, c]), || {
+        if q.device().is_cpu() {
+            return q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &cpu::Attention { heads });
+        }
+        attention_plain(q, k, v, heads, None)
+    })
 }
 
 /// The same as a composition of candle's operations, in slices of queries: the path of devices without a kernel, and its

@@ -1,23 +1,10 @@
 //! Linear, convolution, normalisation and activation layers.
 
+use super::cost::measured;
 use super::cpu;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, Module, Result as TensorResult, Tensor};
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Multiplications and additions done so far by linear layers, convolutions and attention, for benchmarks.
-static FLOPS: AtomicU64 = AtomicU64::new(0);
-
-/// Floating-point operations done so far by this process in matrix products.
-pub fn flops() -> u64 {
-    FLOPS.load(Ordering::Relaxed)
-}
-
-/// Counts a product of [m, k] and [k, n].
-pub(super) fn count_product(m: usize, k: usize, n: usize) {
-    FLOPS.fetch_add(2 * (m * k * n) as u64, Ordering::Relaxed);
-}
 
 /// y = x W' + b over the last dimension.
 pub struct Linear {
@@ -51,11 +38,11 @@ impl Linear {
         let mut shape = x.dims().to_vec();
         let inputs = self.weight.dim(0)?;
         let flat = x.reshape(((), inputs))?; // [rows, in]
-        count_product(flat.dim(0)?, inputs, self.weight.dim(1)?);
-        let residual = residual.map(|r| r.reshape(((), self.weight.dim(1)?))?.contiguous()).transpose()?;
-        let y = product(&flat, &self.weight, self.bias.as_ref(), residual)?; // [rows, out]
+        let outputs = self.weight.dim(1)?;
+        let residual = residual.map(|r| r.reshape(((), outputs))?.contiguous()).transpose()?;
+        let y = measured(("linear", [flat.dim(0)?, inputs, outputs]), || product(&flat, &self.weight, self.bias.as_ref(), residual))?; // [rows, out]
         if let Some(last) = shape.last_mut() {
-            *last = self.weight.dim(1)?;
+            *last = outputs;
         }
         y.reshape(shape)
     }
@@ -104,24 +91,29 @@ impl Conv2d {
 
     /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere, plus `residual` [b, h', w', out].
     pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let out = |n: usize| (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size) / self.stride;
+        let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
+        let layer = (kind, [b * out(h) * out(w), self.size * self.size * c, self.bias.dim(0)?]);
+        measured(layer, || self.apply(x, shift, residual))
+    }
+
+    fn apply(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let bias = match shift {
             Some(shift) => (&self.bias + shift)?,
             None => self.bias.clone(),
         };
-        let y = match &self.kernel {
+        match &self.kernel {
             Kernel::Packed(weight) => {
                 let residual = residual.map(Tensor::contiguous).transpose()?;
                 let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, residual };
-                x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)?
+                x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
             }
             Kernel::Oihw(weight) => {
                 let y = conv2d_plain(x, weight, self.stride, self.padding)?.broadcast_add(&bias)?;
-                residual.map_or(Ok(y.clone()), |residual| y + residual)?
+                residual.map_or(Ok(y.clone()), |residual| y + residual)
             }
-        };
-        let (b, h, w, c) = y.dims4()?;
-        count_product(b * h * w, self.size * self.size * x.dim(3)?, c);
-        Ok(y)
+        }
     }
 }
 
@@ -195,6 +187,10 @@ impl GroupNorm {
     }
 
     fn apply(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
+        measured(("group norm", [x.elem_count(), 0, 0]), || self.run(x, silu))
+    }
+
+    fn run(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
         if x.device().is_cpu() {
             let op = cpu::GroupNorm { groups: self.groups, eps: self.eps, silu };
             return x.contiguous()?.apply_op3_no_bwd(&self.weight, &self.bias, &op);
@@ -227,7 +223,7 @@ impl LayerNorm {
 
     /// Normalises [.., width].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.0.forward(x)
+        measured(("layer norm", [x.elem_count(), 0, 0]), || self.0.forward(x))
     }
 }
 
@@ -270,7 +266,9 @@ impl Activation {
 
 /// Gated linear unit (Shazeer 2020, arXiv 2002.05202): [.., 2n] -> [.., n], the first half times the exact GELU of the second.
 pub fn geglu(x: &Tensor) -> TensorResult<Tensor> {
-    if x.device().is_cpu() { x.contiguous()?.apply_op1_no_bwd(&cpu::Geglu) } else { geglu_plain(x) }
+    measured(("geglu", [x.elem_count(), 0, 0]), || {
+        if x.device().is_cpu() { x.contiguous()?.apply_op1_no_bwd(&cpu::Geglu) } else { geglu_plain(x) }
+    })
 }
 
 /// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
@@ -282,10 +280,12 @@ fn geglu_plain(x: &Tensor) -> TensorResult<Tensor> {
 
 /// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width`.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-    if x.device().is_cpu() {
-        return x.contiguous()?.apply_op1_no_bwd(&cpu::Upsample { height, width });
-    }
-    upsample_plain(x, height, width)
+    measured(("upsample", [x.elem_count(), 0, 0]), || {
+        if x.device().is_cpu() {
+            return x.contiguous()?.apply_op1_no_bwd(&cpu::Upsample { height, width });
+        }
+        upsample_plain(x, height, width)
+    })
 }
 
 /// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
@@ -301,7 +301,9 @@ fn upsample_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tenso
 
 /// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
 pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
-    if a.device().is_cpu() { a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat) } else { Tensor::cat(&[a, b], 3) }
+    measured(("concat", [a.elem_count() + b.elem_count(), 0, 0]), || {
+        if a.device().is_cpu() { a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat) } else { Tensor::cat(&[a, b], 3) }
+    })
 }
 
 #[cfg(test)]

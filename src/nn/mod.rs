@@ -1,9 +1,10 @@
 //! The layers that all networks are made of, on activations [b, h, w, c] and tokens [b, n, c].
 //!
 //! Read [`layers`] first; [`attention`] is scaled dot-product attention without a whole score matrix, [`embed`] the
-//! sinusoidal timestep embedding, `cpu` the fused kernels behind the layers.
+//! sinusoidal timestep embedding, [`cost`] what each layer takes, `cpu` the fused kernels behind the layers.
 
 pub mod attention;
+pub mod cost;
 mod cpu;
 pub mod embed;
 pub mod layers;

@@ -1,10 +1,10 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
 
-use crate::device::{Compute, DTypeChoice, DeviceChoice, limit_threads, peak_memory};
+use crate::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
 use crate::guidance::{Guided, Reuse};
 use crate::model::unet::{UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
-use crate::nn::cost;
+use crate::nn::{cost, cpu};
 use crate::schedule::Prediction;
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin, Weights};
@@ -49,7 +49,7 @@ pub struct BenchArgs {
     dtype: DTypeChoice,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    pub threads: Option<usize>,
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -92,9 +92,6 @@ impl Size {
 /// Runs the benchmark and returns its report.
 pub fn run(args: &BenchArgs) -> Result<String> {
     let compute = Compute::choose(args.device, args.dtype)?;
-    if let Some(threads) = args.threads {
-        limit_threads(threads.max(1))?;
-    }
     let sizes = args.size.sizes()?;
     let factor = sizes.vae.factor();
     let (width, height) = (args.width.unwrap_or(sizes.side) / factor, args.height.unwrap_or(sizes.side) / factor);
@@ -103,36 +100,59 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     }
     let unet = time_unet(args, &compute, &sizes, (height, width))?;
     let vae = time_vae(args, &compute, &sizes.vae, (height, width))?;
+    let ceiling = compute.device.is_cpu().then(|| cpu::ceiling() / 1e9);
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
         "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
+        "ceiling_gflops": ceiling,
     });
     if args.json {
         return Ok(format!("{report}\n"));
     }
-    let line = |name: &str, value: &Value| {
-        let n = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
-        format!(
-            "{name:<22}{:>8.2} s median, {:.2} s best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
-            n("median_s"),
-            n("best_s"),
-            n("gflops"),
-            n("tflop"),
-            n("load_s")
-        )
-    };
     let title = format!(
         "{:?} {}x{}, batch {}, {:?}, {} threads\n",
         args.size,
-        width * 8,
-        height * 8,
+        width * factor,
+        height * factor,
         args.batch,
         compute.dtype,
         rayon::current_num_threads()
     );
     let memory = peak_memory_mb().map(|mb| format!("{:<22}{mb:>8.0} MB\n", "peak memory")).unwrap_or_default();
-    Ok(title + &line("U-Net step, guided", &unet) + &line("VAE decode", &vae) + &memory)
+    let ceiling = ceiling.map(|c| format!("{:<22}{c:>8.0} GFLOP/s, multiply-adds in registers\n", "ceiling")).unwrap_or_default();
+    Ok(title + &table("U-Net step, guided", &unet) + &table("VAE decode", &vae) + &ceiling + &memory)
+}
+
+/// A line for the whole, and one for each kind of layer.
+fn table(name: &str, value: &Value) -> String {
+    let number = |value: &Value, key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
+    let n = |key: &str| number(value, key);
+    let mut text = format!(
+        "{name:<22}{:>8.2} s median, {:.2} s best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
+        n("median_s"),
+        n("best_s"),
+        n("gflops"),
+        n("tflop"),
+        n("load_s")
+    );
+    // calls, milliseconds and operations of each kind, in order of time
+    let mut kinds: Vec<(&str, [f64; 3])> = vec![];
+    for kernel in value.get("kernels").and_then(Value::as_array).into_iter().flatten() {
+        let kind = kernel.get("kind").and_then(Value::as_str).unwrap_or_default();
+        let [calls, ms] = ["calls", "ms"].map(|key| number(kernel, key));
+        let gflop = number(kernel, "gflops") * ms / 1e3;
+        match kinds.iter_mut().find(|(k, _)| *k == kind) {
+            Some((_, sums)) => sums.iter_mut().zip([calls, ms, gflop]).for_each(|(sum, x)| *sum += x),
+            None => kinds.push((kind, [calls, ms, gflop])),
+        }
+    }
+    kinds.sort_by(|a, b| b.1[1].total_cmp(&a.1[1]));
+    for (kind, [calls, ms, gflop]) in kinds {
+        text += &format!("  {kind:<20}{ms:>8.0} ms {calls:>5.0} calls");
+        text += &if gflop > 0.0 { format!(" {gflop:>7.1} GFLOP {:>5.0} GFLOP/s\n", gflop / ms * 1e3) } else { "\n".into() };
+    }
+    text
 }
 
 fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize, usize)) -> Result<Value> {
@@ -140,7 +160,7 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
     let start = Instant::now();
     let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
     let load_s = start.elapsed().as_secs_f64();
-    let context = Tensor::randn(0f32, 1.0, (b, 77, sizes.context), device)?.to_dtype(compute.dtype)?;
+    let context = Tensor::randn(0f32, 1.0, (b, 77, sizes.context), device)?.to_dtype(compute.arithmetic())?;
     let (negative, reuse) = (Some(context.clone()), Reuse::every(1));
     let mut guided = Guided { unet: &unet, negative, context, scale: 7.5, prediction: Prediction::Epsilon, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;

@@ -247,8 +247,21 @@ impl<T> Code<T> for Result<T> {
     }
 }
 
-/// Runs the program.
+/// Runs the program, on a thread of the pool that all kernels share: waking one for every kernel would cost more than a
+/// small kernel does.
 pub fn run(cli: Cli) -> Result<(), Failure> {
+    let threads = match &cli.command {
+        None => cli.draw.threads,
+        Some(Command::Bench(args)) => args.threads,
+        Some(_) => None,
+    };
+    if let Some(threads) = threads {
+        limit_threads(threads.max(1)).code(2)?;
+    }
+    rayon::scope(|_| act(cli))
+}
+
+fn act(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         None => draw(&cli.draw),
         Some(Command::Inspect { model, json, offline }) => {
@@ -278,9 +291,6 @@ fn draw(args: &DrawArgs) -> Result<(), Failure> {
         return Err(anyhow!("`-o -` and `--json` both want stdout")).code(2);
     }
     let compute = Compute::choose(args.device, args.dtype).code(2)?;
-    if let Some(threads) = args.threads {
-        limit_threads(threads).code(2)?;
-    }
     let mut progress = Progress::new(args.progress, args.quiet, args.verbose);
     let checkpoint = open(args.model.as_deref(), args.offline, !args.quiet).code(3)?;
     let request = Request::resolve(args, prompts, &checkpoint).code(2)?;

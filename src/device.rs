@@ -45,6 +45,7 @@ pub enum DTypeChoice {
 #[derive(Debug, Clone)]
 pub struct Compute {
     pub device: Device,
+    /// On CPUs the arithmetic is f32 all the same, and f32 means that weights stay as narrow as their file.
     pub dtype: DType,
 }
 
@@ -74,13 +75,15 @@ impl Compute {
         };
         let dtype = match dtype {
             DTypeChoice::Auto | DTypeChoice::F32 => DType::F32,
-            DTypeChoice::Bf16 | DTypeChoice::F16 if device.is_cpu() => {
-                bail!("the CPU draws in f32 only\n\nhint: leave `--dtype` out; f16 and bf16 files are read all the same")
-            }
             DTypeChoice::Bf16 => DType::BF16,
             DTypeChoice::F16 => DType::F16,
         };
         Ok(Self { device, dtype })
+    }
+
+    /// The type of activations.
+    pub fn arithmetic(&self) -> DType {
+        if self.device.is_cpu() { DType::F32 } else { self.dtype }
     }
 }
 

@@ -84,7 +84,7 @@ fn bad_arguments_exit_2_and_say_what_is_possible() {
         (&["-s", "9..3"], &["`9..3` is empty"]),
         (&["-c", "0"], &["count"]),
         (&["--clip-skip", "99"], &["--clip-skip 99"]),
-        (&["--dtype", "f16"], &["f32 only"]),
+        (&["--dtype", "f8"], &["f8", "bf16"]),
     ];
     for (args, texts) in cases {
         let output = tiny(dir.path(), "x").args(args).output().unwrap();

@@ -65,3 +65,13 @@ fn words_that_it_does_not_know_give_a_picture_and_no_noise() {
         assert!(roughness(&picture) < 12.0, "`{prompt}`: {}", roughness(&picture));
     }
 }
+
+#[test]
+fn narrower_weights_draw_nearly_the_same_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let [f32, bf16, f16] = ["f32", "bf16", "f16"].map(|dtype| draw(dir.path(), "a frog in a top hat", &["--seed", "1", "--dtype", dtype]));
+    for (name, narrow, least) in [("bf16", &bf16, 30.0), ("f16", &f16, 45.0)] {
+        let close = psnr(&f32, narrow);
+        assert!(close > least && close.is_finite(), "{name}: {close} dB");
+    }
+}

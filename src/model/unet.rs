@@ -4,7 +4,7 @@
 
 use crate::nn::attention::attention;
 use crate::nn::embed;
-use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat, geglu, upsample_nearest};
+use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -465,7 +465,7 @@ impl UpBlock {
             Some(skip) => (skip.dim(1)?, skip.dim(2)?),
             None => (2 * h, 2 * w),
         };
-        conv.forward(&upsample_nearest(&x, height, width)?)
+        conv.forward_scaled(&x, height, width)
     }
 }
 
@@ -621,11 +621,11 @@ struct GegluFeedForward {
 impl GegluFeedForward {
     fn new(w: &Weights, width: usize) -> Result<Self> {
         let inner = 4 * width;
-        Ok(Self { proj: Linear::new(&w.at("0.proj"), width, 2 * inner)?, out: Linear::new(&w.at("2"), inner, width)? })
+        Ok(Self { proj: Linear::geglu(&w.at("0.proj"), width, inner)?, out: Linear::new(&w.at("2"), inner, width)? })
     }
 
     /// x [b, n, width], and residual of the same shape -> their sum, x transformed.
     fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        self.out.forward_add(&geglu(&self.proj.forward(x)?)?, residual) // [b, n, 4*width] between
+        self.out.forward_add(&self.proj.forward(x)?, residual) // [b, n, 4*width] between
     }
 }

@@ -2,7 +2,7 @@
 
 use super::unet::require_neutral;
 use crate::nn::attention::attention;
-use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear, upsample_nearest};
+use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -165,7 +165,7 @@ impl UpBlock {
         }
         let Some(conv) = &self.upsample else { return Ok(x) };
         let (_, h, w, _) = x.dims4()?;
-        conv.forward(&upsample_nearest(&x, 2 * h, 2 * w)?)
+        conv.forward_scaled(&x, 2 * h, 2 * w)
     }
 }
 

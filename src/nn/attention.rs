@@ -50,15 +50,92 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
+    fn random(b: usize, len: usize, c: usize) -> Tensor {
+        Tensor::randn(0f32, 2.0, (b, len, c), &Device::Cpu).unwrap()
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    }
+
     #[test]
     fn attention_kernel_equals_its_plain_composition() {
-        for (b, n, m, heads, d) in [(1, 1, 1, 1, 8), (2, 65, 77, 3, 40), (3, 67, 67, 2, 64), (1, 1100, 1100, 1, 160), (2, 30, 1, 5, 7)] {
-            let random = |len: usize| Tensor::randn(0f32, 2.0, (b, len, heads * d), &Device::Cpu).unwrap();
-            let (q, k, v) = (random(n), random(m), random(m));
-            let difference = (attention(&q, &k, &v, heads).unwrap() - attention_plain(&q, &k, &v, heads, None).unwrap()).unwrap();
+        let uneven = [(1, 1, 1, 1, 8), (2, 65, 77, 3, 40), (3, 67, 67, 2, 64), (1, 1100, 1100, 1, 160), (2, 30, 1, 5, 7)];
+        let sizes = uneven.into_iter().chain([(1, 130, 1100, 1, 512), (2, 129, 257, 2, 72)]);
+        let keys =
+            [1, 15, 16, 17, 31, 33, 77, 129].into_iter().flat_map(|m| [7, 8, 40, 64, 72, 80, 160].map(|d| (2, m % 45 + 20, m, 2, d)));
+        for (b, n, m, heads, d) in sizes.chain(keys) {
+            let (q, k, v) = (random(b, n, heads * d), random(b, m, heads * d), random(b, m, heads * d));
+            let off = worst(&attention(&q, &k, &v, heads).unwrap(), &attention_plain(&q, &k, &v, heads, None).unwrap());
             // sums of up to m weighted values around 2, and another exp
-            let worst = difference.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-            assert!(worst < 5e-5, "{b}x{n} to {m}, {heads} heads of {d}: {worst:e}");
+            assert!(off < 5e-5, "{b}x{n} to {m}, {heads} heads of {d}: {off:e}");
         }
+    }
+
+    #[test]
+    fn the_key_of_a_huge_score_takes_all_weight_and_keys_of_far_lower_scores_count_alike() {
+        let (n, m, d) = (35, 300, 40);
+        let v = random(1, m, d);
+        for strongest in [0, 77, m - 1] {
+            // a query's score is `size` at one key, and its opposite at all others
+            for size in [1e2f64, 1e4, 1e9] {
+                let q = Tensor::ones((1, n, d), candle_core::DType::F32, &Device::Cpu).unwrap();
+                let ones: Vec<f32> = (0..m * d).map(|i| if i / d == strongest { 1.0 } else { -1.0 }).collect();
+                let k = Tensor::from_vec(ones, (1, m, d), &Device::Cpu).unwrap();
+                let k = (k * (size / (d as f64).sqrt())).unwrap();
+                let y = attention(&q, &k, &v, 1).unwrap();
+                let expected = v.narrow(1, strongest, 1).unwrap().repeat((1, n, 1)).unwrap();
+                assert!(worst(&y, &expected) < 1e-5, "{size} at {strongest}");
+                // all scores alike, however low
+                let k = (k.narrow(1, (strongest + 1) % m, 1).unwrap()).repeat((1, m, 1)).unwrap();
+                let y = attention(&q, &k, &v, 1).unwrap();
+                let expected = v.mean_keepdim(1).unwrap().repeat((1, n, 1)).unwrap();
+                assert!(worst(&y, &expected) < 1e-5, "-{size} everywhere");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_none_are_not_hidden() {
+        let (q, k, v) = (random(1, 20, 16), random(1, 33, 16), random(1, 33, 16));
+        for (row, of_k) in [(0, true), (32, true), (3, false)] {
+            let mut x = if of_k { &k } else { &q }.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            x[row * 16 + 5] = f32::NAN;
+            let x = Tensor::from_vec(x, if of_k { k.shape() } else { q.shape() }, &Device::Cpu).unwrap();
+            let y = if of_k { attention(&q, &x, &v, 2) } else { attention(&x, &k, &v, 2) };
+            let y = y.unwrap().to_vec3::<f32>().unwrap();
+            for (i, y) in y[0].iter().enumerate() {
+                // the first head only, and of q the row only
+                assert!(y[..8].iter().all(|y| y.is_nan() == (of_k || i == row)) && y[8..].iter().all(|y| !y.is_nan()), "{y:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn attention_gives_the_same_bits_on_any_number_of_threads_in_any_batch() {
+        let bits = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        for (n, m, heads, d) in [(300, 300, 3, 40), (150, 77, 2, 24), (130, 200, 1, 512)] {
+            let (q, k, v) = (random(3, n, heads * d), random(3, m, heads * d), random(3, m, heads * d));
+            let on = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                bits(pool.install(|| attention(&q, &k, &v, heads)).unwrap())
+            };
+            let all = on(1);
+            assert!(all == on(2) && all == on(5));
+            for (i, alone) in all.chunks(n * heads * d).enumerate() {
+                let of = |x: &Tensor| x.narrow(0, i, 1).unwrap();
+                assert!(alone == bits(attention(&of(&q), &of(&k), &of(&v), heads).unwrap()));
+            }
+        }
+    }
+
+    #[test]
+    fn attention_to_nothing_is_an_error() {
+        let (q, k) = (random(2, 5, 12), random(2, 4, 12));
+        let none = Tensor::zeros((2, 0, 12), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(attention(&q, &none, &none, 2).is_err());
+        assert!(attention(&q, &k, &k, 5).is_err());
+        assert!(attention(&q, &k, &random(2, 5, 12), 2).is_err());
+        assert_eq!(attention(&none, &k, &k, 2).unwrap().dims(), [2, 0, 12]);
     }
 }

@@ -6,11 +6,32 @@ use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, Module, Result as TensorResult, Tensor};
 
+/// The weights of a product in the layout that their device wants.
+enum Kernel {
+    /// CPU: in panels, by [`cpu::Pack`]
+    Packed(Tensor),
+    /// GPU: as checkpoints store them, [out, in, ..]
+    Plain(Tensor),
+}
+
+impl Kernel {
+    fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
+        if w.device().is_cpu() { Ok(Self::pack(&w.get_stored("weight", shape)?, gated)?) } else { Ok(Self::Plain(w.get("weight", shape)?)) }
+    }
+
+    fn pack(weight: &Tensor, gated: bool) -> TensorResult<Self> {
+        Ok(Self::Packed(weight.contiguous()?.apply_op1_no_bwd(&cpu::Pack { gated })?))
+    }
+}
+
 /// y = x W' + b over the last dimension.
 pub struct Linear {
-    /// [in, out]
-    weight: Tensor,
+    weight: Kernel,
     bias: Option<Tensor>,
+    inputs: usize,
+    outputs: usize,
+    /// Whether the first half of the outputs times the exact GELU of the second is what comes out.
+    gated: bool,
 }
 
 impl Linear {
@@ -21,7 +42,14 @@ impl Linear {
 
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        Ok(Self { weight: w.get("weight", &[outputs, inputs])?.t()?, bias: None })
+        Ok(Self { weight: Kernel::new(w, &[outputs, inputs], false)?, bias: None, inputs, outputs, gated: false })
+    }
+
+    /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv 2002.05202): the first half
+    /// of what they give times the exact GELU of the second.
+    pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
+        let weight = Kernel::new(w, &[2 * outputs, inputs], true)?;
+        Ok(Self { weight, bias: Some(w.get("bias", &[2 * outputs])?), inputs, outputs: 2 * outputs, gated: true })
     }
 
     /// [.., in] -> [.., out].
@@ -36,16 +64,43 @@ impl Linear {
 
     fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let mut shape = x.dims().to_vec();
-        let inputs = self.weight.dim(0)?;
-        let flat = x.reshape(((), inputs))?; // [rows, in]
-        let outputs = self.weight.dim(1)?;
-        let residual = residual.map(|r| r.reshape(((), outputs))?.contiguous()).transpose()?;
-        let y = measured(("linear", [flat.dim(0)?, inputs, outputs]), || product(&flat, &self.weight, self.bias.as_ref(), residual))?; // [rows, out]
+        let flat = x.reshape(((), self.inputs))?; // [rows, in]
+        let residual = residual.map(|r| r.reshape(((), self.outputs))?.contiguous()).transpose()?;
+        let y = measured(("linear", [flat.dim(0)?, self.inputs, self.outputs]), || self.product(&flat, residual))?; // [rows, out]
         if let Some(last) = shape.last_mut() {
-            *last = outputs;
+            *last = y.dim(1)?;
         }
         y.reshape(shape)
     }
+
+    /// [rows, in], perhaps residual [rows, out] -> [rows, out].
+    fn product(&self, x: &Tensor, residual: Option<Tensor>) -> TensorResult<Tensor> {
+        match &self.weight {
+            Kernel::Packed(weight) => {
+                let op = cpu::Product { outputs: self.outputs, bias: self.bias.clone(), residual, gated: self.gated };
+                x.contiguous()?.apply_op2_no_bwd(weight, &op)
+            }
+            Kernel::Plain(weight) => product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated),
+        }
+    }
+}
+
+/// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's operations: the path of
+/// devices without a kernel, and its oracle. With `gated`, [m, n/2].
+fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, gated: bool) -> TensorResult<Tensor> {
+    let mut y = x.matmul(&weight.t()?)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    if let Some(residual) = residual {
+        y = (y + residual)?;
+    }
+    if !gated {
+        return Ok(y);
+    }
+    let halves = y.chunk(2, D::Minus1)?;
+    let [x, gate] = halves.as_slice() else { candle_core::bail!("an odd width cannot be halved") };
+    x * gate.gelu_erf()?
 }
 
 /// A 2D convolution over [b, h, w, c].
@@ -58,14 +113,6 @@ pub struct Conv2d {
     padding: (usize, usize),
 }
 
-/// The weights in the layout that their device wants.
-enum Kernel {
-    /// CPU: [panels, k*k*in, width], the right sides of matrix products
-    Packed(Tensor),
-    /// GPU: [out, in, k, k] for candle's own convolution
-    Oihw(Tensor),
-}
-
 impl Conv2d {
     /// Reads `weight` [out, in, k, k] and `bias` [out]; stride 1, and padding that keeps height and width.
     pub fn new(w: &Weights, inputs: usize, outputs: usize, size: usize) -> Result<Self> {
@@ -74,13 +121,8 @@ impl Conv2d {
 
     /// The same with stride and padding (before, after).
     pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
-        let weight = w.get("weight", &[outputs, inputs, size, size])?;
+        let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
-        let kernel = if w.device().is_cpu() {
-            Kernel::Packed(weight.contiguous()?.apply_op1_no_bwd(&cpu::Conv2d { size, stride, padding, residual: None }.pack())?)
-        } else {
-            Kernel::Oihw(weight)
-        };
         Ok(Self { kernel, bias, size, stride, padding })
     }
 
@@ -91,14 +133,24 @@ impl Conv2d {
 
     /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere, plus `residual` [b, h', w', out].
     pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+        self.run(x, None, shift, residual)
+    }
+
+    /// The same of x scaled to `height` x `width`, each pixel from the nearest one before it.
+    pub fn forward_scaled(&self, x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+        self.run(x, Some((height, width)), None, None)
+    }
+
+    fn run(&self, x: &Tensor, scaled: Option<(usize, usize)>, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
+        let (h, w) = scaled.unwrap_or((h, w));
         let out = |n: usize| (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size) / self.stride;
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
         let layer = (kind, [b * out(h) * out(w), self.size * self.size * c, self.bias.dim(0)?]);
-        measured(layer, || self.apply(x, shift, residual))
+        measured(layer, || self.apply(x, scaled, shift, residual))
     }
 
-    fn apply(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    fn apply(&self, x: &Tensor, scaled: Option<(usize, usize)>, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let bias = match shift {
             Some(shift) => (&self.bias + shift)?,
             None => self.bias.clone(),
@@ -106,11 +158,12 @@ impl Conv2d {
         match &self.kernel {
             Kernel::Packed(weight) => {
                 let residual = residual.map(Tensor::contiguous).transpose()?;
-                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, residual };
+                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, scaled, residual };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
             }
-            Kernel::Oihw(weight) => {
-                let y = conv2d_plain(x, weight, self.stride, self.padding)?.broadcast_add(&bias)?;
+            Kernel::Plain(weight) => {
+                let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
+                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding)?.broadcast_add(&bias)?;
                 residual.map_or(Ok(y.clone()), |residual| y + residual)
             }
         }
@@ -122,30 +175,6 @@ fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, (before, after): (us
     let (x, padding) = if before == after { (x.clone(), before) } else { (pad(x, before, after)?, 0) };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
     x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
-}
-
-/// x [m, k] times weight [k, n], plus bias [n], plus residual [m, n].
-fn product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<Tensor>) -> TensorResult<Tensor> {
-    if !x.device().is_cpu() {
-        return product_plain(x, weight, bias, residual.as_ref());
-    }
-    let op = cpu::Product { residual };
-    match bias {
-        Some(bias) => x.contiguous()?.apply_op3_no_bwd(weight, bias, &op),
-        None => x.contiguous()?.apply_op2_no_bwd(weight, &op),
-    }
-}
-
-/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
-    let mut y = x.matmul(weight)?;
-    if let Some(bias) = bias {
-        y = y.broadcast_add(bias)?;
-    }
-    if let Some(residual) = residual {
-        y = (y + residual)?;
-    }
-    Ok(y)
 }
 
 /// Zeros around [b, h, w, c].
@@ -213,18 +242,32 @@ fn group_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, e
 }
 
 /// Layer normalisation over the last dimension (Ba et al. 2016).
-pub struct LayerNorm(candle_nn::LayerNorm);
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
 
 impl LayerNorm {
     /// Reads `weight` and `bias` [width].
     pub fn new(w: &Weights, width: usize, eps: f64) -> Result<Self> {
-        Ok(Self(candle_nn::LayerNorm::new(w.get("weight", &[width])?, w.get("bias", &[width])?, eps)))
+        Ok(Self { weight: w.get("weight", &[width])?, bias: w.get("bias", &[width])?, eps })
     }
 
     /// Normalises [.., width].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        measured(("layer norm", [x.elem_count(), 0, 0]), || self.0.forward(x))
+        measured(("layer norm", [x.elem_count(), 0, 0]), || {
+            if x.device().is_cpu() {
+                return x.contiguous()?.apply_op3_no_bwd(&self.weight, &self.bias, &cpu::LayerNorm { eps: self.eps });
+            }
+            layer_norm_plain(x, &self.weight, &self.bias, self.eps)
+        })
     }
+}
+
+/// The same by candle's own: the path of devices without a kernel, and its oracle.
+fn layer_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> TensorResult<Tensor> {
+    candle_nn::LayerNorm::new(weight.clone(), bias.clone(), eps).forward(x)
 }
 
 /// The nonlinearities that configurations name.
@@ -264,32 +307,9 @@ impl Activation {
     }
 }
 
-/// Gated linear unit (Shazeer 2020, arXiv 2002.05202): [.., 2n] -> [.., n], the first half times the exact GELU of the second.
-pub fn geglu(x: &Tensor) -> TensorResult<Tensor> {
-    measured(("geglu", [x.elem_count(), 0, 0]), || {
-        if x.device().is_cpu() { x.contiguous()?.apply_op1_no_bwd(&cpu::Geglu) } else { geglu_plain(x) }
-    })
-}
-
-/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-fn geglu_plain(x: &Tensor) -> TensorResult<Tensor> {
-    let halves = x.chunk(2, D::Minus1)?;
-    let [x, gate] = halves.as_slice() else { candle_core::bail!("an odd width cannot be halved") };
-    x * gate.gelu_erf()?
-}
-
-/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width`.
-pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-    measured(("upsample", [x.elem_count(), 0, 0]), || {
-        if x.device().is_cpu() {
-            return x.contiguous()?.apply_op1_no_bwd(&cpu::Upsample { height, width });
-        }
-        upsample_plain(x, height, width)
-    })
-}
-
-/// The same as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-fn upsample_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width` as a composition of candle's operations: the path of
+/// devices without a kernel, and its oracle.
+fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     if height == 2 * h && width == 2 * w {
         let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
@@ -310,32 +330,109 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use candle_core::{Device, IndexOp, Tensor};
+    use candle_core::{DType, Device, IndexOp, Tensor};
 
+    /// The largest difference; NaN where there is one, which is what a kernel did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
-        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+        values(&(a - b).unwrap().abs().unwrap()).into_iter().max_by(f32::total_cmp).unwrap()
+    }
+
+    fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    }
+
+    fn values(x: &Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn group_norm(channels: usize, groups: usize) -> GroupNorm {
+        let weight = Tensor::randn(1f32, 0.5, channels, &Device::Cpu).unwrap();
+        let bias = Tensor::randn(0f32, 0.5, channels, &Device::Cpu).unwrap();
+        GroupNorm { weight, bias, groups, eps: 1e-5 }
+    }
+
+    fn layer_norm(width: usize) -> LayerNorm {
+        let GroupNorm { weight, bias, eps, .. } = group_norm(width, 1);
+        LayerNorm { weight, bias, eps }
     }
 
     #[test]
     fn group_norm_kernel_equals_its_plain_composition() {
-        for (b, h, w, c, groups) in [(1, 1, 1, 8, 2), (2, 7, 5, 12, 3), (3, 33, 17, 32, 32), (1, 65, 67, 20, 4)] {
-            let x = (Tensor::randn(0f32, 1.0, (b, h, w, c), &Device::Cpu).unwrap() + 3.0).unwrap();
-            let weight = Tensor::randn(1f32, 0.5, c, &Device::Cpu).unwrap();
-            let bias = Tensor::randn(0f32, 0.5, c, &Device::Cpu).unwrap();
-            let plain = group_norm_plain(&x, &weight, &bias, groups, 1e-5).unwrap();
-            let norm = GroupNorm { weight, bias, groups, eps: 1e-5 };
-            // f32 rounding of sums in another order
-            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 2e-5);
+        let sizes = [(1, 1), (1, 7), (2, 3), (7, 5), (33, 17), (65, 67)];
+        let channels = [(1, 1), (8, 2), (12, 3), (7, 7), (32, 32), (20, 4), (330, 10)];
+        for (n, ((h, w), (c, groups))) in sizes.into_iter().flat_map(|s| channels.map(|c| (s, c))).enumerate() {
+            let x = (Tensor::randn(0f32, 1.0, (n % 3 + 1, h, w, c), &Device::Cpu).unwrap() + 3.0).unwrap();
+            let norm = group_norm(c, groups);
+            let plain = group_norm_plain(&x, &norm.weight, &norm.bias, groups, norm.eps).unwrap();
+            // the plain mean is a sum of up to 140,000 numbers in f32
+            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 5e-5, "{h}x{w}, {c} in {groups}");
             let silu = candle_nn::ops::silu(&plain).unwrap();
-            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 2e-5);
+            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 5e-5, "{h}x{w}, {c} in {groups}, silu");
         }
     }
 
     #[test]
-    fn geglu_kernel_equals_its_plain_composition() {
-        for shape in [(1, 1, 2), (2, 77, 130), (3, 65, 1280)] {
-            let x = Tensor::randn(0f32, 3.0, shape, &Device::Cpu).unwrap();
-            assert!(worst(&geglu(&x).unwrap(), &geglu_plain(&x).unwrap()) < 1e-6 * 20.0);
+    fn norms_are_right_far_from_zero() {
+        let (b, h, w, c, groups) = (2, 40, 30, 48, 6);
+        let x = (Tensor::randn(0f32, 1.0, (b, h, w, c), &Device::Cpu).unwrap() + 1000.0).unwrap();
+        let f64 = |x: &Tensor| x.to_dtype(candle_core::DType::F64).unwrap();
+        let exact = |x: Tensor, over: &[usize], weight: &Tensor, bias: &Tensor| {
+            let x = x.broadcast_sub(&x.mean_keepdim(over).unwrap()).unwrap();
+            let deviation = (x.sqr().unwrap().mean_keepdim(over).unwrap() + 1e-5).unwrap().sqrt().unwrap();
+            let x = x.broadcast_div(&deviation).unwrap().reshape((b, h, w, c)).unwrap();
+            x.broadcast_mul(&f64(weight)).unwrap().broadcast_add(&f64(bias)).unwrap().to_dtype(candle_core::DType::F32).unwrap()
+        };
+        let norm = group_norm(c, groups);
+        let plain = exact(f64(&x).reshape((b, h * w, groups, c / groups)).unwrap(), &[1, 3], &norm.weight, &norm.bias);
+        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-5);
+        assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &candle_nn::ops::silu(&plain).unwrap()) < 1e-5);
+        let norm = layer_norm(c);
+        let plain = exact(f64(&x), &[3], &norm.weight, &norm.bias);
+        // its mean is an f32, and those near 1000 are 6e-5 apart
+        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-3);
+    }
+
+    #[test]
+    fn norms_of_what_is_the_same_everywhere_are_the_bias() {
+        for (h, w, value) in [(1, 1, 0.0), (5, 3, 0.1), (65, 67, 1000.3), (65, 67, -3e7)] {
+            let x = Tensor::full(value as f32, (2, h, w, 35), &Device::Cpu).unwrap();
+            let norm = group_norm(35, 5);
+            let bias = norm.bias.broadcast_as(x.shape()).unwrap();
+            assert!(worst(&norm.forward(&x).unwrap(), &bias) < 1e-6);
+            assert!(
+                worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &candle_nn::ops::silu(&bias.contiguous().unwrap()).unwrap()) < 1e-6
+            );
+            let norm = layer_norm(35);
+            assert!(worst(&norm.forward(&x).unwrap(), &norm.bias.broadcast_as(x.shape()).unwrap()) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn norms_give_the_same_bits_on_any_number_of_threads_and_beside_any_neighbours() {
+        for (h, w, c, groups) in [(1, 1, 7, 7), (8, 8, 1280, 32), (65, 67, 50, 5)] {
+            let x = Tensor::randn(1f32, 2.0, (3, h, w, c), &Device::Cpu).unwrap();
+            let (group, layer) = (group_norm(c, groups), layer_norm(c));
+            let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] =
+                [&|x| group.forward_act(x, Activation::Silu).unwrap(), &|x| layer.forward(x).unwrap()];
+            for norm in norms {
+                let all = values(&on(1, || norm(&x)));
+                assert!(all == values(&on(2, || norm(&x))));
+                for (i, one) in all.chunks_exact(h * w * c).enumerate() {
+                    assert!(one == values(&norm(&x.i(i..=i).unwrap())));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layer_norm_kernel_equals_candles_own() {
+        for (n, width) in [1, 7, 16, 63, 65, 320, 768, 1280].into_iter().enumerate() {
+            // around 0, as candle's own is the less exact elsewhere
+            let x = Tensor::randn(0f32, 1.0, (n % 3 + 1, 77, width), &Device::Cpu).unwrap();
+            let norm = layer_norm(width);
+            let plain = layer_norm_plain(&x, &norm.weight, &norm.bias, norm.eps).unwrap();
+            // the plain mean is a sum of up to 140,000 numbers in f32
+            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 5e-5, "{width}");
         }
     }
 
@@ -352,8 +449,7 @@ mod tests {
                 continue;
             }
             let plain = conv2d_plain(&x, &weight, stride, padding).unwrap().broadcast_add(&bias).unwrap();
-            let packed = weight.apply_op1_no_bwd(&cpu::Conv2d { size, stride, padding, residual: None }.pack()).unwrap();
-            let conv = Conv2d { kernel: Kernel::Packed(packed), bias, size, stride, padding };
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride, padding };
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
@@ -362,25 +458,64 @@ mod tests {
     }
 
     #[test]
-    fn copies_equal_candles_own() {
-        for ((h, w), (to_h, to_w)) in [((1, 1), (2, 2)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((33, 65), (66, 130)), ((2, 2), (1, 5))] {
+    fn concatenation_equals_candles_own() {
+        for (h, w) in [(1, 1), (3, 5), (33, 65)] {
             let [x, other] = [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
-            assert_eq!(worst(&upsample_nearest(&x, to_h, to_w).unwrap(), &upsample_plain(&x, to_h, to_w).unwrap()), 0.0);
             assert_eq!(worst(&concat(&x, &other).unwrap(), &Tensor::cat(&[&x, &other], 3).unwrap()), 0.0);
         }
     }
 
     #[test]
-    fn product_kernel_equals_candles_own() {
-        for (m, k, n) in [(1, 1, 1), (3, 77, 5), (65, 33, 130), (4, 320, 67)] {
-            let x = Tensor::randn(0f32, 1.0, (m, k), &Device::Cpu).unwrap();
-            let weight = Tensor::randn(0f32, 1.0, (n, k), &Device::Cpu).unwrap().t().unwrap();
-            let bias = Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap();
-            let residual = Tensor::randn(0f32, 1.0, (m, n), &Device::Cpu).unwrap();
-            for (bias, residual) in [(None, None), (Some(&bias), None), (None, Some(&residual)), (Some(&bias), Some(&residual))] {
-                let kernel = product(&x, &weight, bias, residual.cloned()).unwrap();
-                assert!(worst(&kernel, &product_plain(&x, &weight, bias, residual).unwrap()) < 1e-4);
+    fn a_convolution_scales_its_input_as_its_plain_composition_does() {
+        let sizes = [((1, 1), (2, 2)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((33, 65), (66, 130)), ((2, 2), (1, 5)), ((9, 10), (19, 19))];
+        for ((((h, w), (to_h, to_w)), size), b) in sizes.into_iter().flat_map(|s| [(s, 3), (s, 1)]).zip((1..=3).cycle()) {
+            let x = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
+            let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
+            let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
+            let padding = (size / 2, size / 2);
+            let plain = conv2d_plain(&scale_plain(&x, to_h, to_w).unwrap(), &weight, 1, padding).unwrap().broadcast_add(&bias).unwrap();
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride: 1, padding };
+            assert!(worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4, "{h}x{w} to {to_h}x{to_w}");
+        }
+    }
+
+    #[test]
+    fn product_kernel_equals_its_plain_composition() {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        for (m, k, n) in [(1, 1, 2), (3, 77, 6), (65, 33, 130), (4, 320, 66), (300, 300, 98), (257, 515, 640)] {
+            let (x, weight, bias, residual) = (random(&[m, k]), random(&[n, k]), random(&[n]), random(&[m, n]));
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let stored = weight.to_dtype(dtype).unwrap();
+                let wide = stored.to_dtype(DType::F32).unwrap();
+                for (bias, residual, gated) in [
+                    (None, None, false),
+                    (Some(&bias), None, false),
+                    (None, Some(&residual), false),
+                    (Some(&bias), Some(&residual), false),
+                    (None, None, true),
+                    (Some(&bias), None, true),
+                ] {
+                    let weight = Kernel::pack(&stored, gated).unwrap();
+                    let layer = Linear { weight, bias: bias.cloned(), inputs: k, outputs: n, gated };
+                    let plain = product_plain(&x, &wide, bias, residual, gated).unwrap();
+                    let largest = worst(&plain, &plain.zeros_like().unwrap());
+                    assert!(worst(&layer.apply(&x, residual).unwrap(), &plain) < 2e-6 * largest.max(1.0), "{m} {k} {n} {dtype:?}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn products_and_attention_give_the_same_bits_on_any_number_of_threads() {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let (x, weight, bias) = (random(&[2, 700, 320]), random(&[640, 320]), random(&[640]));
+        let layer = Linear { weight: Kernel::pack(&weight, true).unwrap(), bias: Some(bias), inputs: 320, outputs: 640, gated: true };
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let y = pool.install(|| layer.forward(&x).unwrap());
+            let y = pool.install(|| crate::nn::attention::attention(&y, &y, &y, 8).unwrap());
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert!(on(1) == on(2) && on(1) == on(5));
     }
 }

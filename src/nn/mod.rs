@@ -5,6 +5,6 @@
 
 pub mod attention;
 pub mod cost;
-mod cpu;
+pub mod cpu;
 pub mod embed;
 pub mod layers;

@@ -4,6 +4,7 @@
 use super::Checkpoint;
 use super::source::Source;
 use anyhow::{Context, Result};
+use candle_core::DType;
 use serde_json::{Value, json};
 
 /// Hints about the prediction type that single files carry besides their weights.
@@ -21,7 +22,7 @@ impl Extra {
         let steps = keys
             .iter()
             .find(|k| *k == "global_step")
-            .and_then(|k| source.read(k).ok()?.flatten_all().ok()?.to_vec1::<f32>().ok()?.first().copied());
+            .and_then(|k| source.read(k).ok()?.to_dtype(DType::F32).ok()?.flatten_all().ok()?.to_vec1::<f32>().ok()?.first().copied());
         let base = steps.map(|s| s != 875_000.0).filter(|v| !v);
         Self { v_prediction: if marker("v_pred") { Some(true) } else { spec.or(base) }, zero_snr: marker("ztsnr") }
     }

@@ -350,14 +350,27 @@ impl<'a> Weights<'a> {
         Self { prefix: format!("{}.{name}", self.prefix), ..self.clone() }
     }
 
-    /// Reads the tensor `name` of exactly this shape; trailing dimensions of size 1 may differ (a linear layer stored
-    /// as a 1x1 convolution). Errors name the tensor, its shape and the expected one.
+    /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32); trailing dimensions of
+    /// size 1 may differ (a linear layer stored as a 1x1 convolution). Errors name the tensor, its shape and the expected one.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let dtype = if self.device.is_cpu() { DType::F32 } else { self.dtype };
+        Ok(self.read(name, shape)?.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was asked for, that of the file,
+    /// since products widen weights as they read them.
+    pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.read(name, shape)?;
+        let dtype = if self.device.is_cpu() && self.dtype == DType::F32 { tensor.dtype() } else { self.dtype };
+        Ok(tensor.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = format!("{}.{name}", self.prefix);
         let Some(checkpoint) = self.checkpoint else {
             let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
             let bound = 1.0 / fan_in.sqrt();
-            return Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(self.device)?);
+            return Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?);
         };
         let tensor = checkpoint.read(&name)?;
         if trimmed(tensor.dims()) != trimmed(shape) {
@@ -367,7 +380,7 @@ impl<'a> Weights<'a> {
                 tensor.dims()
             );
         }
-        Ok(tensor.reshape(shape)?.to_dtype(self.dtype)?.to_device(self.device)?)
+        Ok(tensor.reshape(shape)?)
     }
 
     /// Where the weights go.

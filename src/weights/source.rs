@@ -3,8 +3,7 @@
 
 use super::names::Part;
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor};
-use half::slice::HalfFloatSliceExt;
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
@@ -116,40 +115,32 @@ impl Source {
         }
     }
 
-    /// Reads one tensor in its stored shape, as f32 on the CPU. Errors name file and tensor.
+    /// Reads one tensor in its stored shape on the CPU, f16 and bf16 as they are, all else as f32. Errors name file and tensor.
     pub fn read(&self, key: &str) -> Result<Tensor> {
         let shown = self.path.display();
         let info = self.header.info(key).with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
         let (from, to) = info.data_offsets;
         let raw = self.bytes_of(from, to).with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
+        let shape = info.shape.as_slice();
         let values = match info.dtype {
-            Dtype::F32 => widen::<4>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f32::from_le_bytes(*b))),
-            Dtype::F16 => widen::<2>(&raw, |bytes, out| {
-                let halves: Vec<f16> = bytes.iter().map(|b| f16::from_le_bytes(*b)).collect();
-                halves.convert_to_f32_slice(out);
-            }),
-            Dtype::BF16 => {
-                widen::<2>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = bf16::from_le_bytes(*b).to_f32()))
-            }
-            Dtype::F64 => {
-                widen::<8>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f64::from_le_bytes(*b) as f32))
-            }
-            Dtype::I64 => {
-                widen::<8>(&raw, |bytes, out| out.iter_mut().zip(bytes).for_each(|(out, b)| *out = i64::from_le_bytes(*b) as f32))
-            }
+            Dtype::F16 => return Ok(Tensor::from_vec(numbers(&raw, f16::from_le_bytes), shape, &Device::Cpu)?),
+            Dtype::BF16 => return Ok(Tensor::from_vec(numbers(&raw, bf16::from_le_bytes), shape, &Device::Cpu)?),
+            Dtype::F32 => numbers(&raw, f32::from_le_bytes),
+            Dtype::F64 => numbers(&raw, |bytes| f64::from_le_bytes(bytes) as f32),
+            Dtype::I64 => numbers(&raw, |bytes| i64::from_le_bytes(bytes) as f32),
             Dtype::I8 => self.rescale(key, info.shape.first().copied().unwrap_or(1), &raw)?,
             other => bail!(
                 "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16, f64 and i8 with scales can be read; convert the file to one of these"
             ),
         };
-        Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     /// Bytes of an 8-bit tensor times the scale of their row.
     fn rescale(&self, key: &str, rows: usize, raw: &[u8]) -> Result<Vec<f32>> {
         let name = format!("{key}{SCALE}");
         let scales = match self.header.info(&name) {
-            Some(info) if info.dtype != Dtype::I8 => self.read(&name)?.flatten_all()?.to_vec1::<f32>()?,
+            Some(info) if info.dtype != Dtype::I8 => self.read(&name)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
             _ => vec![],
         };
         if scales.len() != rows || raw.is_empty() {
@@ -166,13 +157,10 @@ impl Source {
     }
 }
 
-/// Stored elements of N bytes as f32, in parallel pieces.
-fn widen<const N: usize>(raw: &[u8], convert: impl Fn(&[[u8; N]], &mut [f32]) + Sync) -> Vec<f32> {
+/// Stored elements of N bytes as numbers, in parallel pieces.
+fn numbers<const N: usize, T: Send>(raw: &[u8], convert: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
     const PIECE: usize = 1 << 14;
-    let (elements, _) = raw.as_chunks::<N>();
-    let mut values = vec![0f32; elements.len()];
-    values.par_chunks_mut(PIECE).zip(elements.par_chunks(PIECE)).for_each(|(out, bytes)| convert(bytes, out));
-    values
+    raw.as_chunks::<N>().0.par_iter().with_min_len(PIECE).map(|bytes| convert(*bytes)).collect()
 }
 
 fn header_len(start: &[u8], len: u64) -> Result<u64> {

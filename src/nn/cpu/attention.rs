@@ -1,17 +1,45 @@
-//! Attention without a whole score matrix: each task takes some queries of one head, so scores stay in cache.
+//! Attention without a score matrix: FlashAttention, Dao et al. 2022 (arXiv 2205.14135) and Dao 2023 (arXiv 2307.08691).
+//!
+//! Each task takes some queries of one head past all keys, a block of keys at a time. Of each query it keeps the largest
+//! score so far, the sum of the weights exp(score - largest), and the sum of values with these weights; where a block
+//! brings a larger score, the two sums are scaled down to it. So scores never leave the nearest cache.
+//!
+//! Queries lie in the lanes of vectors, keys and values are spread to all lanes one number at a time: then no lane is
+//! wasted for any size of head, and a query's largest score and sums need no steps across lanes. Keys and values are
+//! laid out for this once per call, in the order in which they are read.
 
-use super::math::softmax;
-use super::product::{Matrix, Output, product, slice};
+use super::product::{Output, slice, with_memory};
+use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
-use gemm::Parallelism;
 use rayon::prelude::*;
+use std::cell::Cell;
+use std::f32::consts::LOG2_E;
+use std::mem::MaybeUninit;
 
-/// Scores of one task, in elements (1 MiB).
-const SCORES: usize = 1 << 18;
+/// Queries of one task. They share what it reads of keys and values.
+const QUERIES: usize = 128;
+
+/// Keys of one block: the scores of a group of queries (16 KiB) stay in the nearest cache.
+const KEYS: usize = 128;
+
+/// Numbers of a query that the scores' inner loop adds up: a group's (16 KiB) stay in the nearest cache, next to the scores.
+const DEPTH: usize = 128;
+
+/// Rows and vectors that an inner loop adds up in registers: every size of head in use is a multiple of 8. And as many on
+/// processors with fewer registers.
+const ROWS: usize = 8;
+const VECTORS: usize = 2;
+const FEW_ROWS: usize = 4;
+const FEW_VECTORS: usize = 1;
 
 /// q [b, n, heads*d], k and v [b, m, heads*d] -> softmax(q k' / sqrt(d)) v, [b, n, heads*d].
 pub struct Attention {
     pub heads: usize,
+}
+
+thread_local! {
+    /// What [`Attend`] works in: see [`with_memory`].
+    static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
 impl CustomOp3 for Attention {
@@ -33,26 +61,375 @@ impl CustomOp3 for Attention {
         if bk != b || ck != c || lv.shape() != lk.shape() || heads == 0 || !c.is_multiple_of(heads) || m == 0 {
             bail!("attention of {:?} to {:?} in {heads} heads", lq.shape(), lk.shape());
         }
-        let d = c / heads;
-        let scale = 1.0 / (d as f32).sqrt();
-        let rows = (SCORES / m).clamp(1, n.max(1));
-        let slices = n.div_ceil(rows);
-        let mut y = vec![0f32; b * n * c];
-        let output = Output(y.as_mut_ptr());
-        (0..b * heads * slices).into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, task| {
-            let (image, head, start) = (task / (heads * slices), task / slices % heads, task % slices * rows);
-            let len = rows.min(n - start);
-            scores.resize(len * m, 0.0);
-            let (query, key) = ((image * n + start) * c + head * d, image * m * c + head * d);
-            let at = |x: &[f32], offset: usize, row, column| Matrix { data: x[offset..].as_ptr(), row, column };
-            // SAFETY: q and y hold [b, n, c], k and v [b, m, c], scores [len, m]; all rows and columns named here lie inside.
-            // Tasks differ in image, head or rows, so no two write the same part of y.
-            unsafe {
-                product(len, d, m, at(q, query, c, 1), at(k, key, 1, c), scale, scores.as_mut_ptr(), m, false, Parallelism::None);
-                scores.chunks_exact_mut(m).for_each(softmax);
-                product(len, m, d, at(scores, 0, m, 1), at(v, key, c, 1), 1.0, output.at(query), c, false, Parallelism::None);
-            }
-        });
+        let y = if q.is_empty() {
+            vec![]
+        } else {
+            Plan::new(q, k, v, (n, m, c), heads).run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
+        };
         Ok((CpuStorage::F32(y), lq.shape().clone()))
+    }
+}
+
+/// What is computed, and how it is cut.
+struct Plan<'a> {
+    /// [b, n, c]
+    q: &'a [f32],
+    /// [b, m, c]
+    k: &'a [f32],
+    v: &'a [f32],
+    n: usize,
+    m: usize,
+    /// heads * d
+    c: usize,
+    heads: usize,
+    d: usize,
+    /// d, filled up to whole panels
+    padded: usize,
+    /// keys of a block, and blocks of a picture
+    keys: usize,
+    blocks: usize,
+}
+
+impl<'a> Plan<'a> {
+    fn new(q: &'a [f32], k: &'a [f32], v: &'a [f32], (n, m, c): (usize, usize, usize), heads: usize) -> Self {
+        let (d, blocks) = (c / heads, m.div_ceil(KEYS));
+        Self { q, k, v, n, m, c, heads, d, padded: d.next_multiple_of(ROWS), keys: m.div_ceil(blocks).next_multiple_of(LANES), blocks }
+    }
+
+    /// The result [b, n, c]. None of the lengths may be 0.
+    fn run(&self, pack: impl Fn(Pack) + Sync, attend: impl Fn(Attend) + Sync) -> Vec<f32> {
+        let Plan { q, n, c, heads, d, padded, keys, blocks, .. } = *self;
+        let (b, tasks, block) = (q.len() / (n * c), n.div_ceil(QUERIES), keys * (d + padded));
+        // neither is cleared first: that would cost up to a quarter of the time where there are few keys
+        let (len, mut packed) = (b * blocks * heads * block, Vec::with_capacity(b * blocks * heads * block));
+        let mut y = Vec::with_capacity(q.len());
+        packed.spare_capacity_mut()[..len].par_chunks_exact_mut(block).enumerate().for_each(|(i, packed)| {
+            pack(Pack { plan: self, image: i / (blocks * heads), head: i % heads, first: i / heads % blocks * keys, packed });
+        });
+        // SAFETY: it holds as many, and `Pack` fills its part
+        unsafe { packed.set_len(len) };
+        let output = Output(y.as_mut_ptr());
+        (0..b * tasks * heads).into_par_iter().for_each(|i| {
+            with_memory(&SCRATCH, QUERIES / LANES * (d + padded + 2) + keys * VECTORS, |scratch| {
+                // heads next to each other share cache lines of queries and results
+                let (image, head, first) = (i / (tasks * heads), i % heads, i / heads % tasks * QUERIES);
+                let packed = &packed[image * blocks * heads * block..][..blocks * heads * block];
+                attend(Attend { plan: self, image, head, first, packed, scratch, y: &output });
+            });
+        });
+        // SAFETY: it holds as many, and each was written by the task of its head and query
+        unsafe { y.set_len(q.len()) };
+        y
+    }
+}
+
+/// Lays out a block of keys and values of one head. After the last key it is repeated, and after the last number of a value
+/// stands what follows in memory: neither counts.
+struct Pack<'a> {
+    plan: &'a Plan<'a>,
+    image: usize,
+    head: usize,
+    /// the first of the keys
+    first: usize,
+    /// keys [keys/R, d, R], then values [padded/R, keys, R], for panels of R
+    packed: &'a mut [MaybeUninit<f32>],
+}
+
+impl Kernel for Pack<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        if V::WIDE { self.pack::<V, ROWS>() } else { self.pack::<V, FEW_ROWS>() }
+    }
+}
+
+impl Pack<'_> {
+    #[inline(always)]
+    fn pack<V: Vector, const R: usize>(self) {
+        let Plan { k, v, m, c, d, keys, .. } = *self.plan;
+        let last = keys.min(m - self.first) - 1;
+        let at = |key: usize| (self.image * m + self.first + key.min(last)) * c + self.head * d;
+        let (to_k, to_v) = self.packed.split_at_mut(keys * d);
+        for key in (0..keys).step_by(LANES) {
+            let rows = std::array::from_fn(|i| at(key + i));
+            for first in starts(d) {
+                for (i, column) in (first..d).zip(columns::<V>(k, rows, first, d)) {
+                    spread::<V, R>(column, &mut to_k[key * d + i * R..], d);
+                }
+            }
+        }
+        for first in (0..d).step_by(LANES) {
+            for key in 0..keys {
+                spread::<V, R>(V::load_some(&v[at(key) + first..]), &mut to_v[first * keys + key * R..], keys);
+            }
+        }
+    }
+}
+
+/// Takes some queries of one head past all keys.
+struct Attend<'a> {
+    plan: &'a Plan<'a>,
+    image: usize,
+    head: usize,
+    /// the first of the queries
+    first: usize,
+    /// [blocks, heads] of keys and values, as [`Pack`] lays them out
+    packed: &'a [f32],
+    scratch: &'a mut [Lanes],
+    y: &'a Output,
+}
+
+impl Kernel for Attend<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        if V::WIDE { self.attend::<V, ROWS, VECTORS>() } else { self.attend::<V, FEW_ROWS, FEW_VECTORS>() }
+    }
+}
+
+impl Attend<'_> {
+    #[inline(always)]
+    fn attend<V: Vector, const R: usize, const C: usize>(mut self) {
+        let Plan { m, heads, d, padded, keys, .. } = *self.plan;
+        let (queries, scratch) = std::mem::take(&mut self.scratch).split_at_mut(QUERIES / LANES * d); // [groups, d, C]
+        let (values, scratch) = scratch.split_at_mut(QUERIES / LANES * padded); // [groups, padded, C]
+        let (state, scores) = scratch.split_at_mut(QUERIES / LANES * 2); // [groups, 2, C], [keys, C]
+        let count = QUERIES.min(self.plan.n - self.first);
+        let groups = count.div_ceil(C * LANES);
+        self.take_queries::<V, C>(queries, count);
+        for state in state.chunks_exact_mut(2 * C) {
+            state[..C].fill(Lanes([f32::NEG_INFINITY; LANES]));
+            state[C..].fill(Lanes([0.0; LANES]));
+        }
+        let blocks = self.packed.chunks_exact(keys * (d + padded)).skip(self.head).step_by(heads);
+        for (block, first) in blocks.zip((0..m).step_by(keys)) {
+            let (k, v) = block.split_at(keys * d);
+            let count = keys.min(m - first);
+            for group in 0..groups {
+                let queries = &queries[group * d * C..][..d * C];
+                let values = &mut values[group * padded * C..][..padded * C];
+                let (largest, total) = state[group * 2 * C..][..2 * C].split_at_mut(C);
+                let before = load::<V, C>(largest);
+                // a panel's last keys may be repetitions of a key: they change no maximum
+                let top = score::<V, R, C>(k, d, queries, &mut scores[..count.next_multiple_of(R) * C], before);
+                let scores = &mut scores[..count * C];
+                let mut sum = weigh::<V, C>(scores, top);
+                let mut scale = [V::splat(0.0); C];
+                for i in 0..C {
+                    scale[i] = before[i].sub(top[i]).exp2();
+                    sum[i] = sum[i].plus(V::load(&total[i].0), scale[i]);
+                }
+                store::<V, C>(top, largest);
+                store::<V, C>(sum, total);
+                for (v, values) in v.chunks_exact(keys * R).zip(values.chunks_exact_mut(R * C)) {
+                    let mut sums = [[V::splat(0.0); C]; R];
+                    if first > 0 {
+                        for (sums, values) in sums.iter_mut().zip(values.chunks_exact(C)) {
+                            for ((sum, value), scale) in sums.iter_mut().zip(values).zip(&scale) {
+                                *sum = V::load(&value.0).mul(*scale);
+                            }
+                        }
+                    }
+                    let sums = product::<V, R, C>(&v[..count * R], scores, sums);
+                    for (sums, values) in sums.into_iter().zip(values.chunks_exact_mut(C)) {
+                        store::<V, C>(sums, values);
+                    }
+                }
+            }
+        }
+        self.give_values::<V, C>(values, state, count);
+    }
+
+    /// Queries in lanes [groups, d, C], times what makes exp2(score) their weight.
+    #[inline(always)]
+    fn take_queries<V: Vector, const C: usize>(&self, queries: &mut [Lanes], count: usize) {
+        let Plan { q, n, c, d, .. } = *self.plan;
+        let scale = V::splat(LOG2_E / (d as f32).sqrt());
+        for vector in 0..count.next_multiple_of(C * LANES) / LANES {
+            // the last query fills up its vectors
+            let row = |i: usize| (self.image * n + self.first + i.min(count - 1)) * c + self.head * d;
+            let rows = std::array::from_fn(|i| row(vector * LANES + i));
+            let group = &mut queries[vector / C * d * C..][..d * C];
+            for first in starts(d) {
+                for (i, column) in (first..d).zip(columns::<V>(q, rows, first, d)) {
+                    column.mul(scale).store(&mut group[i * C + vector % C].0);
+                }
+            }
+        }
+    }
+
+    /// Writes the values of `count` queries, divided by the sum of their weights.
+    #[inline(always)]
+    fn give_values<V: Vector, const C: usize>(&self, values: &[Lanes], state: &[Lanes], count: usize) {
+        let Plan { n, c, d, padded, .. } = *self.plan;
+        for vector in 0..count.div_ceil(LANES) {
+            let mut scale = state[vector / C * 2 * C + C + vector % C];
+            for x in &mut scale.0 {
+                *x = 1.0 / *x;
+            }
+            let scale = V::load(&scale.0);
+            let values = &values[vector / C * padded * C..][..padded * C];
+            for first in starts(d) {
+                let len = LANES.min(d - first);
+                let mut columns = [V::splat(0.0); LANES];
+                for (i, column) in columns.iter_mut().enumerate().take(len) {
+                    *column = V::load(&values[(first + i) * C + vector % C].0).mul(scale);
+                }
+                for (row, i) in V::transpose(columns).into_iter().zip(vector * LANES..count) {
+                    let at = (self.image * n + self.first + i) * c + self.head * d + first;
+                    // SAFETY: y has room for [b, n, c], and no other task writes this head of this query
+                    let to = unsafe { self.y.at(at) };
+                    if len == LANES {
+                        // SAFETY: as many end before the next head
+                        unsafe { row.write(to) };
+                    } else {
+                        let mut numbers = [0.0; LANES];
+                        row.store(&mut numbers);
+                        // SAFETY: as before
+                        unsafe { to.copy_from_nonoverlapping(numbers.as_ptr(), len) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scores [count, C] of a block's keys [keys/R, d, R], and the largest of them and `top` in each lane.
+#[inline(always)]
+fn score<V: Vector, const R: usize, const C: usize>(
+    k: &[f32],
+    d: usize,
+    queries: &[Lanes],
+    scores: &mut [Lanes],
+    mut top: [V; C],
+) -> [V; C] {
+    for (first, queries) in (0..d).step_by(DEPTH).zip(queries.chunks(DEPTH * C)) {
+        for (k, scores) in k.chunks_exact(d * R).zip(scores.chunks_exact_mut(R * C)) {
+            let mut sums = [[V::splat(0.0); C]; R];
+            if first > 0 {
+                for (sums, scores) in sums.iter_mut().zip(scores.chunks_exact(C)) {
+                    *sums = load::<V, C>(scores);
+                }
+            }
+            let sums = product::<V, R, C>(&k[first * R..], queries, sums);
+            for (sums, scores) in sums.into_iter().zip(scores.chunks_exact_mut(C)) {
+                store::<V, C>(sums, scores);
+            }
+            if first + DEPTH >= d {
+                for sums in sums {
+                    for (top, sum) in top.iter_mut().zip(sums) {
+                        *top = top.max(sum);
+                    }
+                }
+            }
+        }
+    }
+    top
+}
+
+/// Makes weights exp2(score - top) of scores [count, C], and sums them.
+#[inline(always)]
+fn weigh<V: Vector, const C: usize>(scores: &mut [Lanes], top: [V; C]) -> [V; C] {
+    let mut sum = [V::splat(0.0); C];
+    for scores in scores.as_chunks_mut::<C>().0 {
+        for ((score, top), sum) in scores.iter_mut().zip(&top).zip(&mut sum) {
+            let weight = V::load(&score.0).sub(*top).exp2();
+            *sum = sum.add(weight);
+            weight.store(&mut score.0);
+        }
+    }
+    sum
+}
+
+/// sums [R, C] + a' b for a [k, R] and b [k, C].
+#[inline(always)]
+fn product<V: Vector, const R: usize, const C: usize>(a: &[f32], b: &[Lanes], mut sums: [[V; C]; R]) -> [[V; C]; R] {
+    for (a, b) in a.as_chunks::<R>().0.iter().zip(b.as_chunks::<C>().0) {
+        let right = load::<V, C>(b);
+        for (left, sums) in a.iter().zip(&mut sums) {
+            let left = V::splat(*left);
+            for (sum, right) in sums.iter_mut().zip(&right) {
+                *sum = sum.plus(left, *right);
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn load<V: Vector, const C: usize>(from: &[Lanes]) -> [V; C] {
+    let mut x = [V::splat(0.0); C];
+    for (x, from) in x.iter_mut().zip(from) {
+        *x = V::load(&from.0);
+    }
+    x
+}
+
+#[inline(always)]
+fn store<V: Vector, const C: usize>(x: [V; C], to: &mut [Lanes]) {
+    for (x, to) in x.into_iter().zip(to) {
+        x.store(&mut to.0);
+    }
+}
+
+/// Where vectors start that cover a row of d numbers: the last reaches back, rather than past the end.
+#[inline(always)]
+fn starts(d: usize) -> impl Iterator<Item = usize> {
+    (0..d).step_by(LANES).map(move |first| first.min(d.saturating_sub(LANES)))
+}
+
+/// Columns from `first` on, sixteen or to the end, of sixteen rows of d numbers that start at these places.
+#[inline(always)]
+fn columns<V: Vector>(x: &[f32], rows: [usize; LANES], first: usize, d: usize) -> [V; LANES] {
+    let mut vectors = [V::splat(0.0); LANES];
+    for (vector, row) in vectors.iter_mut().zip(rows) {
+        *vector = if d < LANES { V::load_some(&x[row..][..d]) } else { V::load_some(&x[row + first..][..LANES]) };
+    }
+    V::transpose(vectors)
+}
+
+/// Writes a vector into panels of R numbers side by side and `len` numbers below each other, as far as there are panels.
+#[inline(always)]
+fn spread<V: Vector, const R: usize>(x: V, to: &mut [MaybeUninit<f32>], len: usize) {
+    let mut numbers = [0.0; LANES];
+    x.store(&mut numbers);
+    for (panel, numbers) in numbers.as_chunks::<R>().0.iter().enumerate() {
+        if let Some(to) = to.get_mut(panel * len * R..).and_then(|to| to.first_chunk_mut()) {
+            *to = numbers.map(MaybeUninit::new);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::vector::with_every_kind;
+    use super::*;
+
+    #[derive(Clone)]
+    struct Compared;
+
+    impl Kernel for Compared {
+        fn run<V: Vector>(self) {
+            for (b, n, m, heads, d) in [(1, 1, 1, 1, 1), (2, 33, 17, 2, 7), (1, 150, 145, 1, 40), (2, 20, 31, 1, 136)] {
+                let c = heads * d;
+                let waves = |len: usize, pace: f32| (0..len).map(|i| 2.0 * (i as f32 * pace).sin()).collect::<Vec<f32>>();
+                let (q, k, v) = (waves(b * n * c, 0.7), waves(b * m * c, 1.1), waves(b * m * c, 1.3));
+                let y = Plan::new(&q, &k, &v, (n, m, c), heads).run(|kernel| kernel.run::<V>(), |kernel| kernel.run::<V>());
+                for (i, y) in y.iter().enumerate() {
+                    let (image, head, row) = (i / (n * c), i % c / d, i / c);
+                    let at = |key: usize| (image * m + key) * c + head * d;
+                    let weights: Vec<f64> = (0..m)
+                        .map(|key| (0..d).map(|j| f64::from(q[row * c + head * d + j]) * f64::from(k[at(key) + j])).sum::<f64>())
+                        .map(|score| (score / (d as f64).sqrt()).exp())
+                        .collect();
+                    let sum: f64 = weights.iter().enumerate().map(|(key, weight)| weight * f64::from(v[at(key) + i % d])).sum();
+                    let expected = sum / weights.iter().sum::<f64>();
+                    assert!((f64::from(*y) - expected).abs() < 1e-5, "{y} for {expected} at {i} of {b}x{n} to {m}, {heads} heads of {d}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_of_every_kind_give_the_softmax_in_f64() {
+        with_every_kind(Compared);
     }
 }

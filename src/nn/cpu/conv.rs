@@ -1,66 +1,49 @@
-//! Convolution of [b, h, w, c]: slices of the input's patches as rows of a matrix, times the packed weights; by
+//! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it is needed; by
 //! [`super::winograd`] where that is faster.
 
-use super::product::{Matrix, Output, product, slice, under, with_slice};
+use super::panels::{Panels, WIDTH};
+use super::product::{Finish, product, slice, with_slice};
 use super::winograd;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use gemm::Parallelism;
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use std::ops::Range;
 
-/// Elements of unfolded input held at once (16 MiB).
-const UNFOLDED: usize = 1 << 22;
-
-/// Input channels that one task repacks.
-const PACKED: usize = 32;
-
-/// Weights [out, in, k, k] as checkpoints store them -> [panels, k*k*in, width]: for each `width` output channels, zeros
-/// after the last, the right side of one matrix product.
-pub struct Pack {
-    width: usize,
+/// Pictures [b, rows, columns, c], seen as if they were scaled to [b, h, w, c]: each pixel from the nearest one before it.
+#[derive(Clone, Copy)]
+pub struct Pictures<'a> {
+    pub x: &'a [f32],
+    pub rows: usize,
+    pub columns: usize,
+    pub b: usize,
+    pub h: usize,
+    pub w: usize,
+    pub c: usize,
 }
 
-impl CustomOp1 for Pack {
-    fn name(&self) -> &'static str {
-        "pack-conv2d"
+impl<'a> Pictures<'a> {
+    /// The row that row y is taken from.
+    pub fn row(&self, y: usize) -> usize {
+        if self.rows == self.h { y } else { y * self.rows / self.h }
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (outputs, inputs, k, _) = layout.shape().dims4()?;
-        let (weight, taps, width) = (slice(storage, layout)?, k * k, self.width.min(outputs));
-        if weight.is_empty() {
-            bail!("a convolution from {inputs} to {outputs} channels");
-        }
-        let (panels, slabs) = (outputs.div_ceil(width), inputs.div_ceil(PACKED));
-        let mut packed = vec![0f32; panels * taps * inputs * width];
-        // for each panel and block of input channels, its rows under every tap of the kernel
-        let mut blocks: Vec<Vec<&mut [f32]>> = (0..panels * slabs).map(|_| Vec::with_capacity(taps)).collect();
-        for (blocks, panel) in blocks.chunks_exact_mut(slabs).zip(packed.chunks_exact_mut(taps * inputs * width)) {
-            for tap in panel.chunks_exact_mut(inputs * width) {
-                for (block, rows) in blocks.iter_mut().zip(tap.chunks_mut(PACKED * width)) {
-                    block.push(rows);
-                }
-            }
-        }
-        blocks.par_iter_mut().enumerate().for_each(|(i, block)| {
-            let (panel, slab) = (i / slabs, i % slabs);
-            for (o, weight) in weight.chunks_exact(inputs * taps).skip(panel * width).take(width).enumerate() {
-                for (row, weight) in weight[slab * PACKED * taps..].chunks_exact(taps).take(PACKED).enumerate() {
-                    for (rows, value) in block.iter_mut().zip(weight) {
-                        rows[row * width + o] = *value;
-                    }
-                }
-            }
-        });
-        Ok((CpuStorage::F32(packed), Shape::from((panels, taps * inputs, width))))
+    /// The column that column x is taken from.
+    pub fn column(&self, x: usize) -> usize {
+        if self.columns == self.w { x } else { x * self.columns / self.w }
+    }
+
+    /// The pixel [c] of a picture in a row and column of what is stored.
+    pub fn pixel(&self, picture: usize, row: usize, column: usize) -> &'a [f32] {
+        &self.x[((picture * self.rows + row) * self.columns + column) * self.c..][..self.c]
     }
 }
 
-/// x [b, h, w, c], weight [panels, size*size*c, width], bias [out] -> [b, h', w', out].
+/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] -> [b, h', w', out].
 pub struct Conv2d {
     pub size: usize,
     pub stride: usize,
     /// zeros before and after, in both directions
     pub padding: (usize, usize),
+    /// (height, width) to which the picture is scaled before it is convolved, each pixel from the nearest one before it
+    pub scaled: Option<(usize, usize)>,
     /// [b, h', w', out]: added to the result
     pub residual: Option<Tensor>,
 }
@@ -79,32 +62,30 @@ impl CustomOp3 for Conv2d {
         bias: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((b, h, w, c), (panels, depth, width)) = (lx.shape().dims4()?, lw.shape().dims3()?);
-        let (x, weight, bias) = (slice(x, lx)?, slice(weight, lw)?, slice(bias, lb)?);
+        let (b, rows, columns, c) = lx.shape().dims4()?;
+        let (h, w) = self.scaled.unwrap_or((rows, columns));
+        let (x, weight, bias) = (slice(x, lx)?, Panels::of(weight, lw)?, slice(bias, lb)?);
         let outputs = bias.len();
-        if depth != self.size * self.size * c
-            || width != self.pack().width.min(outputs)
-            || panels != outputs.div_ceil(width)
+        if lw.dims() != [outputs.div_ceil(WIDTH), self.size * self.size * c, WIDTH]
+            || rows * columns * h * w == 0
             || self.padding.0 + self.padding.1 + h.min(w) < self.size
             || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.out(h), self.out(w), outputs])
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
-        let y = if self.is_winograd() && winograd::pays(h, w) {
-            with_slice(&self.residual, |residual| winograd::convolve(x, (b, h, w, c), weight, bias, residual))?
-        } else {
-            self.unfolded(x, (b, h, w, c), weight, bias)?
-        };
+        let pictures = Pictures { x, rows, columns, b, h, w, c };
+        let y = with_slice(&self.residual, |residual| {
+            if self.is_winograd() && winograd::pays(h, w) {
+                winograd::convolve(pictures, weight, bias, residual)
+            } else {
+                self.unfolded(pictures, weight, Finish { bias: Some(bias), residual, gated: false })
+            }
+        })?;
         Ok((CpuStorage::F32(y), Shape::from((b, self.out(h), self.out(w), outputs))))
     }
 }
 
 impl Conv2d {
-    /// How the weights are packed at load.
-    pub fn pack(&self) -> Pack {
-        Pack { width: if self.is_winograd() { winograd::WIDTH } else { usize::MAX } }
-    }
-
     /// Whether Winograd's algorithm can do it, for pictures that are large enough.
     fn is_winograd(&self) -> bool {
         self.size == 3 && self.stride == 1 && self.padding == (1, 1)
@@ -115,60 +96,33 @@ impl Conv2d {
         (n + self.padding.0 + self.padding.1 - self.size) / self.stride + 1
     }
 
-    /// The convolution as products of unfolded patches and the panels of weights.
-    pub(super) fn unfolded(&self, x: &[f32], (b, h, w, c): (usize, usize, usize, usize), weight: &[f32], bias: &[f32]) -> Result<Vec<f32>> {
-        let (depth, outputs) = (self.size * self.size * c, bias.len());
-        let width = self.pack().width.min(outputs);
-        let panels = outputs.div_ceil(width);
-        let (out_h, out_w) = (self.out(h), self.out(w));
-        let pixels = b * out_h * out_w;
-        let mut y = under(&self.residual, Some(bias), pixels, outputs)?;
-        let rows = (UNFOLDED / depth).clamp(1, pixels.max(1));
-        let in_place = self.size == 1 && self.stride == 1 && self.padding == (0, 0);
-        let mut unfolded = vec![0f32; if in_place { 0 } else { rows * depth }];
-        for (i, y) in y.chunks_mut(rows * outputs).enumerate() {
-            let count = y.len() / outputs;
-            let patches = if in_place {
-                &x[i * rows * c..]
-            } else {
-                unfolded.par_chunks_mut(depth).take(count).enumerate().for_each(|(j, patch)| {
-                    let pixel = i * rows + j;
-                    let (image, oy, ox) = (pixel / (out_h * out_w), pixel / out_w % out_h, pixel % out_w);
-                    self.unfold(&x[image * h * w * c..(image + 1) * h * w * c], (h, w, c), (oy, ox), patch);
-                });
-                &unfolded
-            };
-            let threads = if panels == 1 { Parallelism::Rayon(0) } else { Parallelism::None };
-            let y = Output(y.as_mut_ptr());
-            (0..panels).into_par_iter().for_each(|panel| {
-                let columns = width.min(outputs - panel * width);
-                let a = Matrix { data: patches.as_ptr(), row: depth, column: 1 };
-                let b = Matrix { data: weight[panel * depth * width..].as_ptr(), row: width, column: 1 };
-                // SAFETY: patches hold [count, depth], weight [panels, depth, width], y [count, outputs] of which each
-                // panel has columns of its own
-                unsafe { product(count, depth, columns, a, b, 1.0, y.at(panel * width), outputs, true, threads) };
-            });
-        }
-        Ok(y)
+    /// The convolution as a product of what each pixel of the output sees and the weights.
+    pub(super) fn unfolded(&self, pictures: Pictures, weight: Panels, finish: Finish) -> Vec<f32> {
+        let (h, w) = (self.out(pictures.h), self.out(pictures.w));
+        let shape = (pictures.b * h * w, self.size * self.size * pictures.c, finish.bias.map_or(0, <[f32]>::len));
+        let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
+            self.unfold(pictures, (pixel / (h * w), pixel / w % h, pixel % w), terms, patch);
+        };
+        product(shape, left, weight, finish)
     }
 
-    /// Copies what output pixel (oy, ox) sees of one image [h, w, c] into `patch` [size, size, c], with zeros outside.
-    fn unfold(&self, image: &[f32], (h, w, c): (usize, usize, usize), (oy, ox): (usize, usize), patch: &mut [f32]) {
+    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with zeros outside.
+    fn unfold(&self, pictures: Pictures, (picture, oy, ox): (usize, usize, usize), terms: Range<usize>, mut patch: &mut [f32]) {
+        let Pictures { h, w, c, .. } = pictures;
         let before = self.padding.0;
-        let (top, left) = (oy * self.stride, ox * self.stride);
-        // columns of the kernel that lie inside of the image: first.. last
-        let first = before.saturating_sub(left).min(self.size);
-        let last = (w + before).saturating_sub(left).clamp(first, self.size);
-        for (ky, taps) in patch.chunks_exact_mut(self.size * c).enumerate() {
-            let inside = (top + ky).checked_sub(before).filter(|y| *y < h && first < last);
-            let Some(y) = inside else {
-                taps.fill(0.0);
-                continue;
-            };
-            let from = (y * w + left + first - before) * c;
-            taps[..first * c].fill(0.0);
-            taps[first * c..last * c].copy_from_slice(&image[from..from + (last - first) * c]);
-            taps[last * c..].fill(0.0);
+        let mut at = terms.start;
+        while at < terms.end {
+            let (tap, channel) = (at / c, at % c);
+            let len = (c - channel).min(terms.end - at);
+            let (part, rest) = patch.split_at_mut(len);
+            let (y, x) = (oy * self.stride + tap / self.size, ox * self.stride + tap % self.size);
+            if (before..before + h).contains(&y) && (before..before + w).contains(&x) {
+                let pixel = pictures.pixel(picture, pictures.row(y - before), pictures.column(x - before));
+                part.copy_from_slice(&pixel[channel..][..len]);
+            } else {
+                part.fill(0.0);
+            }
+            (patch, at) = (rest, at + len);
         }
     }
 }

@@ -1,8 +1,22 @@
 //! Copies that candle does element by element on one thread, by whole rows on all threads.
 
 use super::product::slice;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, bail};
 use rayon::prelude::*;
+
+/// Memory for a kernel's output, not zeroed; NaN in debug builds, so that a test sees what was not written.
+#[expect(clippy::uninit_vec, reason = "zeros would be written once more for nothing")]
+pub fn fresh(len: usize) -> Vec<f32> {
+    if cfg!(debug_assertions) {
+        return vec![f32::NAN; len];
+    }
+    let mut memory = Vec::with_capacity(len);
+    // SAFETY: the capacity is there, and a kernel writes every element before it reads any or hands them out
+    unsafe {
+        memory.set_len(len);
+    }
+    memory
+}
 
 /// Rows that one task copies.
 const ROWS: usize = 64;
@@ -21,7 +35,7 @@ impl CustomOp2 for Concat {
             bail!("concatenation of {:?} and {:?}", la.shape(), lb.shape());
         }
         let (a, b) = (slice(a, la)?, slice(b, lb)?);
-        let mut y = vec![0f32; n * h * w * (c + d)];
+        let mut y = fresh(n * h * w * (c + d));
         let tasks = y.par_chunks_mut(ROWS * (c + d)).zip(a.par_chunks(ROWS * c)).zip(b.par_chunks(ROWS * d));
         tasks.for_each(|((y, a), b)| {
             for ((y, a), b) in y.chunks_exact_mut(c + d).zip(a.chunks_exact(c)).zip(b.chunks_exact(d)) {
@@ -31,34 +45,5 @@ impl CustomOp2 for Concat {
             }
         });
         Ok((CpuStorage::F32(y), Shape::from((n, h, w, c + d))))
-    }
-}
-
-/// x [b, h, w, c] -> [b, height, width, c], each pixel from the nearest one before it.
-pub struct Upsample {
-    pub height: usize,
-    pub width: usize,
-}
-
-impl CustomOp1 for Upsample {
-    fn name(&self) -> &'static str {
-        "upsample-nearest"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (b, h, w, c) = layout.shape().dims4()?;
-        let (x, height, width) = (slice(x, layout)?, self.height, self.width);
-        let mut y = vec![0f32; b * height * width * c];
-        if !y.is_empty() && !x.is_empty() {
-            y.par_chunks_exact_mut(width * c).enumerate().for_each(|(i, row)| {
-                let from = ((i / height) * h + i % height * h / height) * w * c;
-                let source = &x[from..from + w * c];
-                for (ox, pixel) in row.chunks_exact_mut(c).enumerate() {
-                    let at = ox * w / width * c;
-                    pixel.copy_from_slice(&source[at..at + c]);
-                }
-            });
-        }
-        Ok((CpuStorage::F32(y), Shape::from((b, height, width, c))))
     }
 }

@@ -3,18 +3,20 @@
 //! them, in [`super::layers`].
 
 mod attention;
+mod ceiling;
 mod conv;
 mod copy;
-mod geglu;
 mod math;
 mod norm;
+mod panels;
 mod product;
 mod vector;
 mod winograd;
 
 pub use attention::Attention;
+pub use ceiling::ceiling;
 pub use conv::Conv2d;
-pub use copy::{Concat, Upsample};
-pub use geglu::Geglu;
-pub use norm::GroupNorm;
+pub use copy::Concat;
+pub use norm::{GroupNorm, LayerNorm};
+pub use panels::Pack;
 pub use product::Product;

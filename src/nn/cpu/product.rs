@@ -1,18 +1,40 @@
-//! Matrix products through the `gemm` crate, on rayon's pool, with the bias added inside.
+//! Matrix products with packed weights, after Goto & van de Geijn 2008: what is multiplied stays in the nearest cache that
+//! holds it, and bias, residual and gate are applied to sums that have not left it yet.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
-use gemm::Parallelism;
+use super::copy::fresh;
+use super::panels::{PANEL, Pack, Panels, WIDTH};
+use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
+use std::cell::Cell;
+use std::ops::Range;
 
-/// Rows that one task fills.
-const FILLED: usize = 64;
+/// Rows that are multiplied at once by a vector of each column: with [`PANEL`], the sums that registers hold.
+pub const ROWS: usize = 8;
 
-/// A matrix in memory: the first element, elements between rows and between columns.
-#[derive(Clone, Copy)]
-pub struct Matrix {
-    pub data: *const f32,
-    pub row: usize,
-    pub column: usize,
+/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left side and 320 KiB of sums in
+/// the second cache, 32 KiB of weights in the first.
+const BLOCK: usize = 256;
+const DEPTH: usize = 256;
+const GROUP: usize = 10;
+
+/// Tasks to have at least, so that no thread waits long for the last.
+const TASKS: usize = 8;
+
+thread_local! {
+    static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
+}
+
+/// At least `len` vectors of a thread's own memory, for as long as `work` runs: kept, since fresh memory costs more than the
+/// arithmetic on it.
+pub fn with_memory<R>(memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>, len: usize, work: impl FnOnce(&mut [Lanes]) -> R) -> R {
+    let mut taken = memory.take();
+    if taken.len() < len {
+        taken.resize(len, Lanes::default());
+    }
+    let result = work(&mut taken[..len]);
+    memory.set(taken);
+    result
 }
 
 /// The output of a kernel, written by many tasks.
@@ -28,58 +50,191 @@ impl Output {
         // SAFETY: the caller's promise
         unsafe { self.0.add(offset) }
     }
-}
 
-/// out (+)= scale * a b, for a [m, k] and b [k, n] into out [m, n] whose rows are `out_row` elements apart.
-///
-/// # Safety
-/// All elements that the shapes and strides name must lie inside of live allocations, and nobody else may touch those of
-/// `out` meanwhile.
-#[expect(clippy::too_many_arguments, reason = "a matrix product has this many")]
-pub unsafe fn product(
-    m: usize,
-    k: usize,
-    n: usize,
-    a: Matrix,
-    b: Matrix,
-    scale: f32,
-    out: *mut f32,
-    out_row: usize,
-    add: bool,
-    threads: Parallelism,
-) {
-    let strides = |matrix: &Matrix| (matrix.column as isize, matrix.row as isize);
-    let ((a_column, a_row), (b_column, b_row)) = (strides(&a), strides(&b));
-    // SAFETY: the caller's promise
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            out_row as isize,
-            add,
-            a.data,
-            a_column,
-            a_row,
-            b.data,
-            b_column,
-            b_row,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            threads,
-        );
+    /// # Safety
+    /// The elements must lie inside of the output, and nobody else may touch them meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "tasks share the output, not its elements")]
+    pub unsafe fn slice(&self, offset: usize, len: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
     }
 }
 
-/// x [m, k], weight [k, n], and perhaps bias [n] and residual [m, n] -> [m, n].
+/// m [rows, PANEL] (+)= v [rows, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors of the PANEL, R rows and C
+/// vectors at a time.
+#[inline(always)]
+fn tiles<V: Vector, const R: usize, const C: usize>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usize, m: &mut [Lanes], add: bool) {
+    for (v, m) in v.chunks_exact(R * lanes).zip(m.chunks_exact_mut(R * PANEL)) {
+        for column in (0..columns).step_by(C) {
+            let mut sums = [[V::splat(0.0); C]; R];
+            for (k, u) in u.chunks_exact(PANEL).take(lanes * LANES).enumerate() {
+                let mut right = [V::splat(0.0); C];
+                for (right, u) in right.iter_mut().zip(&u[column..]) {
+                    *right = V::load(&u.0);
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: v holds R rows of lanes*LANES numbers, and k stays below that
+                    let left = V::splat(unsafe { *v.as_ptr().cast::<f32>().add(row * lanes * LANES + k) });
+                    for (sum, right) in sums.iter_mut().zip(&right) {
+                        *sum = sum.plus(left, *right);
+                    }
+                }
+            }
+            for (sums, m) in sums.iter().zip(m.chunks_exact_mut(PANEL)) {
+                for (sum, m) in sums.iter().zip(&mut m[column..]) {
+                    let sum = if add { V::load(&m.0).add(*sum) } else { *sum };
+                    sum.store(&mut m.0);
+                }
+            }
+        }
+    }
+}
+
+/// m [ROWS, PANEL] (+)= v [ROWS, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors of the PANEL.
+#[inline(always)]
+pub fn multiply<V: Vector>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usize, m: &mut [Lanes], add: bool) {
+    if V::WIDE && columns == PANEL {
+        tiles::<V, ROWS, PANEL>(v, lanes, u, columns, m, add);
+    } else {
+        tiles::<V, { ROWS / 2 }, 1>(v, lanes, u, columns, m, add);
+    }
+}
+
+/// What is added to a product, or done with it.
+#[derive(Clone, Copy)]
+pub struct Finish<'a> {
+    /// [n]
+    pub bias: Option<&'a [f32]>,
+    /// [m, n]
+    pub residual: Option<&'a [f32]>,
+    /// The first half of the columns times the exact GELU of the second is the result, [m, n/2].
+    pub gated: bool,
+}
+
+/// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of a row.
+pub fn product(
+    (m, k, n): (usize, usize, usize),
+    left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+    weight: Panels,
+    finish: Finish,
+) -> Vec<f32> {
+    let mut y = fresh(if finish.gated { m * n / 2 } else { m * n });
+    if y.is_empty() {
+        return y;
+    }
+    let output = Output(y.as_mut_ptr());
+    let panels = Pack { gated: finish.gated }.panels(n);
+    let blocks = m.div_ceil(BLOCK);
+    let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
+    let group = panels.div_ceil(TASKS.div_ceil(blocks)).min(GROUP);
+    let groups = panels.div_ceil(group);
+    (0..blocks * groups).into_par_iter().for_each(|task| {
+        let (first, panel) = (task / groups * rows, task % groups * group);
+        if first < m {
+            let group = group.min(panels - panel);
+            let (tiles, lanes) = (rows / ROWS, k.div_ceil(k.div_ceil(DEPTH)).div_ceil(LANES));
+            with_memory(&SCRATCH, rows * lanes + lanes * LANES * PANEL + group * rows * PANEL, |scratch| {
+                let (v, rest) = scratch.split_at_mut(rows * lanes);
+                let (u, sums) = rest.split_at_mut(lanes * LANES * PANEL);
+                dispatch(Multiply { k, n, m, left: &left, weight, finish, first, panel, lanes, tiles, v, u, sums, y: &output });
+            });
+        }
+    });
+    y
+}
+
+/// A block of rows times a group of panels.
+struct Multiply<'a, L> {
+    m: usize,
+    k: usize,
+    n: usize,
+    left: &'a L,
+    weight: Panels<'a>,
+    finish: Finish<'a>,
+    /// the first of the rows, and of the panels
+    first: usize,
+    panel: usize,
+    /// vectors of terms that are summed at once, and tiles of rows
+    lanes: usize,
+    tiles: usize,
+    /// [tiles, ROWS, lanes]
+    v: &'a mut [Lanes],
+    /// [lanes*LANES, PANEL]
+    u: &'a mut [Lanes],
+    /// [panels, tiles, ROWS, PANEL]
+    sums: &'a mut [Lanes],
+    y: &'a Output,
+}
+
+impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { m, k, n, left, weight, finish, first, panel, lanes, tiles, v, u, sums, y } = self;
+        let depth = lanes * LANES;
+        for start in (0..k).step_by(depth) {
+            let terms = start..(start + depth).min(k);
+            for (row, v) in v.chunks_exact_mut(lanes).enumerate().take(m - first) {
+                left(first + row, terms.clone(), &mut floats(v)[..terms.len()]);
+            }
+            for (i, sums) in sums.chunks_exact_mut(tiles * ROWS * PANEL).enumerate() {
+                let at = ((panel + i) * k + start) * WIDTH;
+                let columns = finish.columns(n, panel + i);
+                weight.widen::<V>(at, &mut u[..terms.len() * PANEL]);
+                for (v, sums) in v.chunks_exact(ROWS * lanes).zip(sums.chunks_exact_mut(ROWS * PANEL)) {
+                    multiply::<V>(v, lanes, &u[..terms.len() * PANEL], columns, sums, start > 0);
+                }
+            }
+        }
+        for (i, sums) in sums.chunks_exact(tiles * ROWS * PANEL).enumerate() {
+            for (row, sums) in sums.chunks_exact(PANEL).enumerate().take(m - first) {
+                finish.write::<V>(first + row, panel + i, n, sums, y);
+            }
+        }
+    }
+}
+
+impl Finish<'_> {
+    /// Vectors of a panel that hold columns.
+    fn columns(&self, n: usize, panel: usize) -> usize {
+        if self.gated { PANEL } else { (n - panel * WIDTH).div_ceil(LANES).min(PANEL) }
+    }
+
+    /// Writes a panel's columns of one row of the result.
+    #[inline(always)]
+    fn write<V: Vector>(&self, row: usize, panel: usize, n: usize, sums: &[Lanes], y: &Output) {
+        let with_bias = |sums: &Lanes, first: usize, len: usize| {
+            let sums = V::load(&sums.0);
+            self.bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
+        };
+        if self.gated {
+            let (half, first) = (n / 2, panel * LANES);
+            let len = LANES.min(half - first);
+            let value = with_bias(&sums[0], first, len).mul(with_bias(&sums[1], half + first, len).gelu());
+            // SAFETY: y holds [m, half], and no other task writes these columns of this row
+            value.store_some(unsafe { y.slice(row * half + first, len) });
+            return;
+        }
+        for (lane, sums) in sums.iter().enumerate().take(self.columns(n, panel)) {
+            let first = panel * WIDTH + lane * LANES;
+            let (at, len) = (row * n + first, LANES.min(n - first));
+            let sum = with_bias(sums, first, len);
+            let sum = self.residual.map_or(sum, |residual| sum.add(V::load_some(&residual[at..][..len])));
+            // SAFETY: y holds [m, n], and no other task writes these columns of this row
+            sum.store_some(unsafe { y.slice(at, len) });
+        }
+    }
+}
+
+/// x [m, k] times packed weights, plus bias and residual, perhaps gated.
 pub struct Product {
-    /// [m, n]: added to the result
+    /// columns of the weights
+    pub outputs: usize,
+    /// [outputs]
+    pub bias: Option<Tensor>,
+    /// [m, outputs]
     pub residual: Option<Tensor>,
+    /// see [`Finish::gated`]
+    pub gated: bool,
 }
 
 impl CustomOp2 for Product {
@@ -88,56 +243,21 @@ impl CustomOp2 for Product {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run(x, lx, weight, lw, None)
-    }
-}
-
-impl CustomOp3 for Product {
-    fn name(&self) -> &'static str {
-        "product-bias"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        weight: &CpuStorage,
-        lw: &Layout,
-        bias: &CpuStorage,
-        lb: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run(x, lx, weight, lw, Some(slice(bias, lb)?))
-    }
-}
-
-impl Product {
-    fn run(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout, bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
-        let ((m, k), (rows, n)) = (lx.shape().dims2()?, lw.shape().dims2()?);
-        let (x, CpuStorage::F32(weight), [row, column]) = (slice(x, lx)?, weight, lw.stride()) else { bail!("product takes f32") };
-        let weight = &weight[lw.start_offset()..];
-        if rows != k
-            || x.len() != m * k
-            || bias.is_some_and(|b| b.len() != n)
-            || self.residual.as_ref().is_some_and(|r| r.elem_count() != m * n)
-            || (k * n > 0 && weight.len() <= (k - 1) * row + (n - 1) * column)
+        let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
+        let (x, weight) = (slice(x, lx)?, Panels::of(weight, lw)?);
+        let count = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::elem_count);
+        if lw.dims() != [Pack { gated: self.gated }.panels(n), k, WIDTH]
+            || count(&self.bias).is_some_and(|count| count != n)
+            || count(&self.residual).is_some_and(|count| count != m * n || self.gated)
         {
-            bail!("product of {:?} and {:?}", lx.shape(), lw.shape());
+            bail!("product of {:?} and {:?} with {n} columns", lx.shape(), lw.shape());
         }
-        let mut y = under(&self.residual, bias, m, n)?;
-        let add = bias.is_some() || self.residual.is_some();
-        let (a, b) = (Matrix { data: x.as_ptr(), row: k, column: 1 }, Matrix { data: weight.as_ptr(), row: *row, column: *column });
-        // SAFETY: the lengths were checked above, and y is ours
-        unsafe { product(m, k, n, a, b, 1.0, y.as_mut_ptr(), n, add, Parallelism::Rayon(0)) };
-        Ok((CpuStorage::F32(y), Shape::from((m, n))))
+        let left = |row: usize, terms: Range<usize>, to: &mut [f32]| to.copy_from_slice(&x[row * k..][terms]);
+        let y = with_slice(&self.bias, |bias| {
+            with_slice(&self.residual, |residual| product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated }))
+        })??;
+        Ok((CpuStorage::F32(y), Shape::from((m, if self.gated { n / 2 } else { n }))))
     }
-}
-
-/// What a product of m rows and n columns is added to: residual [m, n] and bias [n], where there are any, else zeros.
-pub fn under(residual: &Option<Tensor>, bias: Option<&[f32]>, m: usize, n: usize) -> Result<Vec<f32>> {
-    if m * n == 0 {
-        return Ok(vec![]);
-    }
-    with_slice(residual, |residual| laid(residual, bias, m, n))
 }
 
 /// The elements of a tensor on the CPU, if there is one.
@@ -146,22 +266,6 @@ pub fn with_slice<R>(tensor: &Option<Tensor>, work: impl FnOnce(Option<&[f32]>) 
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { bail!("this kernel takes tensors on the CPU") };
     Ok(work(Some(slice(storage, layout)?)))
-}
-
-fn laid(residual: Option<&[f32]>, bias: Option<&[f32]>, m: usize, n: usize) -> Vec<f32> {
-    let mut y = vec![0f32; m * n];
-    let rows = y.par_chunks_mut(n * FILLED);
-    match (residual, bias) {
-        (None, None) => (),
-        (None, Some(bias)) => rows.for_each(|rows| rows.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias))),
-        (Some(residual), None) => rows.zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| rows.copy_from_slice(residual)),
-        (Some(residual), Some(bias)) => rows.zip(residual.par_chunks(n * FILLED)).for_each(|(rows, residual)| {
-            for (row, residual) in rows.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
-                row.iter_mut().zip(residual).zip(bias).for_each(|((y, r), b)| *y = r + b);
-            }
-        }),
-    }
-    y
 }
 
 /// A contiguous f32 tensor's elements.

@@ -1,13 +1,21 @@
 //! Sixteen f32 side by side, and kernels over them compiled once for each instruction set. For kernels that keep many
 //! sums in registers, which the compiler does not find by itself; simple loops are in [`super::math`].
 
+use half::{bf16, f16};
+
 /// Numbers in a vector.
 pub const LANES: usize = 16;
 
 /// A vector's place in memory, where no load or store crosses a cache line.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub struct Lanes(pub [f32; LANES]);
+
+/// Vectors as the numbers they are.
+pub fn floats(lanes: &mut [Lanes]) -> &mut [f32] {
+    // SAFETY: a `Lanes` is LANES numbers and nothing else, and any bits are a number
+    unsafe { std::slice::from_raw_parts_mut(lanes.as_mut_ptr().cast(), lanes.len() * LANES) }
+}
 
 /// A vector in registers.
 pub trait Vector: Copy {
@@ -15,11 +23,107 @@ pub trait Vector: Copy {
     const WIDE: bool;
     fn splat(x: f32) -> Self;
     fn load(from: &[f32; LANES]) -> Self;
-    fn store(self, to: &mut [f32; LANES]);
+    /// Panics if there are fewer than sixteen.
+    fn load_f16(from: &[f16]) -> Self;
+    /// Panics if there are fewer than sixteen.
+    fn load_bf16(from: &[bf16]) -> Self;
+    /// # Safety
+    /// There must be room for [`LANES`] numbers, which need not be initialised, and nobody else may touch it meanwhile.
+    unsafe fn write(self, to: *mut f32);
+    /// Asks for what will be loaded soon.
+    fn prefetch(from: &Lanes);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// The smaller; `other` where either is not a number.
+    fn min(self, other: Self) -> Self;
+    /// The larger; `other` where either is not a number.
+    fn max(self, other: Self) -> Self;
+    /// self * 2^n, where n + 1.5 * 2^23 is given and the result is neither 0, subnormal nor infinite.
+    fn times_power_of_two(self, shifted: Self) -> Self;
     /// self + a * b, rounded once where the processor can
     fn plus(self, a: Self, b: Self) -> Self;
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        // SAFETY: an array of as many is borrowed alone
+        unsafe { self.write(to.as_mut_ptr()) }
+    }
+
+    /// 2^x with a relative error below 3e-7, exact 1 at 0, for x up to 126. Below -100 it stays at 8e-31: small, but products
+    /// with it are still normal numbers. NaN stays NaN.
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits
+        let round = Self::splat(12_582_912.0);
+        let x = Self::splat(-100.0).max(self);
+        let shifted = x.add(round);
+        let r = x.sub(shifted.sub(round));
+        // minimax for the relative error over -0.5..=0.5 (Remez), highest power first
+        let p = Self::splat(1.327_647_2e-3);
+        let p = Self::splat(9.675_541e-3).plus(p, r);
+        let p = Self::splat(5.550_713e-2).plus(p, r);
+        let p = Self::splat(2.402_212e-1).plus(p, r);
+        let p = Self::splat(6.931_469_4e-1).plus(p, r);
+        let p = Self::splat(1.0).plus(p, r);
+        p.times_power_of_two(shifted)
+    }
+
+    /// x / (1 + e^-x) (SiLU).
+    #[inline(always)]
+    fn silu(self) -> Self {
+        let one = Self::splat(1.0);
+        // beyond, the result is less than 1e-34, and exp2 would overflow
+        let power = Self::splat(126.0).min(self.mul(Self::splat(-std::f32::consts::LOG2_E)));
+        self.div(one.add(power.exp2()))
+    }
+
+    /// The error function with an absolute error below 7e-7, a quotient of polynomials (coefficients of the Eigen library).
+    #[inline(always)]
+    fn erf(self) -> Self {
+        // +-1 to f32's last bit from here on; a number that is none stays one
+        let x = Self::splat(-4.0).max(Self::splat(4.0).min(self));
+        let square = x.mul(x);
+        let p = Self::splat(-2.726_142_3e-10);
+        let p = Self::splat(2.770_681_4e-8).plus(p, square);
+        let p = Self::splat(-2.101_024_1e-6).plus(p, square);
+        let p = Self::splat(-5.692_506_4e-5).plus(p, square);
+        let p = Self::splat(-7.349_906_3e-4).plus(p, square);
+        let p = Self::splat(-2.954_6e-3).plus(p, square);
+        let p = Self::splat(-1.609_603_3e-2).plus(p, square);
+        let q = Self::splat(-1.456_607_2e-5);
+        let q = Self::splat(-2.133_740_6e-4).plus(q, square);
+        let q = Self::splat(-1.682_827e-3).plus(q, square);
+        let q = Self::splat(-7.373_329_3e-3).plus(q, square);
+        let q = Self::splat(-1.426_473_9e-2).plus(q, square);
+        x.mul(p).div(q)
+    }
+
+    /// x times the probability that a normal number is below x (GELU, exact to the error of [`Self::erf`]).
+    #[inline(always)]
+    fn gelu(self) -> Self {
+        let half = self.mul(Self::splat(0.5));
+        half.plus(half, self.mul(Self::splat(std::f32::consts::FRAC_1_SQRT_2)).erf())
+    }
+
+    /// Columns of sixteen rows.
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let mut columns = [[0.0; LANES]; LANES];
+        for (i, row) in rows.iter().enumerate() {
+            let mut numbers = [0.0; LANES];
+            row.store(&mut numbers);
+            for (column, number) in columns.iter_mut().zip(&numbers) {
+                column[i] = *number;
+            }
+        }
+        let mut loaded = rows;
+        for (to, column) in loaded.iter_mut().zip(&columns) {
+            *to = Self::load(column);
+        }
+        loaded
+    }
 
     /// The first numbers of a slice, zeros after its end.
     #[inline(always)]
@@ -61,7 +165,7 @@ pub fn dispatch(kernel: impl Kernel) {
         fn avx512(kernel: impl Kernel) {
             kernel.run::<x86::Avx512>();
         }
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2(kernel: impl Kernel) {
             kernel.run::<x86::Avx2>();
         }
@@ -69,12 +173,17 @@ pub fn dispatch(kernel: impl Kernel) {
             // SAFETY: the processor has this instruction set, as just detected
             return unsafe { avx512(kernel) };
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if has_avx2() {
             // SAFETY: as above
             return unsafe { avx2(kernel) };
         }
     }
     kernel.run::<Portable>();
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 /// For every other processor.
@@ -95,9 +204,23 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn store(self, to: &mut [f32; LANES]) {
-        *to = self.0;
+    fn load_f16(from: &[f16]) -> Self {
+        Self(std::array::from_fn(|i| from[i].to_f32()))
     }
+
+    #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        Self(std::array::from_fn(|i| from[i].to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn write(self, to: *mut f32) {
+        // SAFETY: the caller's promise
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn prefetch(_: &Lanes) {}
 
     #[inline(always)]
     fn add(mut self, other: Self) -> Self {
@@ -116,6 +239,47 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    fn mul(mut self, other: Self) -> Self {
+        for (x, other) in self.0.iter_mut().zip(&other.0) {
+            *x *= other;
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn div(mut self, other: Self) -> Self {
+        for (x, other) in self.0.iter_mut().zip(&other.0) {
+            *x /= other;
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn min(mut self, other: Self) -> Self {
+        for (x, other) in self.0.iter_mut().zip(&other.0) {
+            *x = if *x < *other { *x } else { *other };
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn max(mut self, other: Self) -> Self {
+        for (x, other) in self.0.iter_mut().zip(&other.0) {
+            // as x86 has it, which `f32::max` has not
+            *x = if *x > *other { *x } else { *other };
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn times_power_of_two(mut self, shifted: Self) -> Self {
+        for (x, shifted) in self.0.iter_mut().zip(&shifted.0) {
+            *x = f32::from_bits(x.to_bits().wrapping_add(shifted.to_bits() << 23));
+        }
+        self
+    }
+
+    #[inline(always)]
     fn plus(mut self, a: Self, b: Self) -> Self {
         for ((x, a), b) in self.0.iter_mut().zip(&a.0).zip(&b.0) {
             // a fused one is a slow call where the processor has none
@@ -127,14 +291,15 @@ impl Vector for Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, Vector};
+    use super::{LANES, Lanes, Vector};
+    use half::{bf16, f16};
     use std::arch::x86_64::*;
 
     /// Instructions that the processor is known to have.
     macro_rules! detected {
         ($($body:tt)*) => {
-            // SAFETY: only `dispatch` names these types, after it has found their instructions; arrays hold what is read
-            // and written
+            // SAFETY: only `dispatch` names these types, after it has found their instructions; arrays hold what is
+            // read, and there is room for what is written
             unsafe { $($body)* }
         };
     }
@@ -156,8 +321,28 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn store(self, to: &mut [f32; LANES]) {
-            detected! { _mm512_storeu_ps(to.as_mut_ptr(), self.0) }
+        fn load_f16(from: &[f16]) -> Self {
+            let from = &from[..LANES];
+            detected! { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))) }
+        }
+
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            let from = &from[..LANES];
+            detected! {
+                let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn write(self, to: *mut f32) {
+            detected! { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        fn prefetch(from: &Lanes) {
+            detected! { _mm_prefetch::<_MM_HINT_T0>(from.0.as_ptr().cast()) }
         }
 
         #[inline(always)]
@@ -168,6 +353,64 @@ mod x86 {
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
             detected! { Self(_mm512_sub_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            detected! { Self(_mm512_mul_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            detected! { Self(_mm512_div_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            detected! { Self(_mm512_min_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            detected! { Self(_mm512_max_ps(self.0, other.0)) }
+        }
+
+        #[inline(always)]
+        fn times_power_of_two(self, shifted: Self) -> Self {
+            detected! {
+                let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted.0));
+                Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), power)))
+            }
+        }
+
+        #[inline(always)]
+        fn transpose(mut rows: [Self; LANES]) -> [Self; LANES] {
+            detected! {
+                // squares of 4x4, in the four quarters of the registers
+                for rows in rows.as_chunks_mut::<4>().0 {
+                    let [Self(a), Self(b), Self(c), Self(d)] = *rows;
+                    let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+                    let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+                    *rows = [
+                        Self(_mm512_shuffle_ps::<0x44>(ab, cd)),
+                        Self(_mm512_shuffle_ps::<0xee>(ab, cd)),
+                        Self(_mm512_shuffle_ps::<0x44>(ab_high, cd_high)),
+                        Self(_mm512_shuffle_ps::<0xee>(ab_high, cd_high)),
+                    ];
+                }
+                // then quarters change places
+                let mut columns = rows;
+                for i in 0..4 {
+                    let [a, b, c, d] = [rows[i].0, rows[i + 4].0, rows[i + 8].0, rows[i + 12].0];
+                    let (ab_even, cd_even) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                    let (ab_odd, cd_odd) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                    columns[i] = Self(_mm512_shuffle_f32x4::<0x88>(ab_even, cd_even));
+                    columns[i + 4] = Self(_mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd));
+                    columns[i + 8] = Self(_mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even));
+                    columns[i + 12] = Self(_mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd));
+                }
+                columns
+            }
         }
 
         #[inline(always)]
@@ -193,11 +436,37 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn store(self, to: &mut [f32; LANES]) {
+        fn load_f16(from: &[f16]) -> Self {
+            let from = &from[..LANES];
             detected! {
-                _mm256_storeu_ps(to.as_mut_ptr(), self.0);
-                _mm256_storeu_ps(to.as_mut_ptr().add(8), self.1);
+                let half = |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(at).cast()));
+                Self(half(0), half(8))
             }
+        }
+
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            let from = &from[..LANES];
+            detected! {
+                let half = |at: usize| {
+                    let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(at).cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))
+                };
+                Self(half(0), half(8))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn write(self, to: *mut f32) {
+            detected! {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+
+        #[inline(always)]
+        fn prefetch(from: &Lanes) {
+            detected! { _mm_prefetch::<_MM_HINT_T0>(from.0.as_ptr().cast()) }
         }
 
         #[inline(always)]
@@ -211,8 +480,54 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            detected! { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            detected! { Self(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        fn min(self, other: Self) -> Self {
+            detected! { Self(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        fn max(self, other: Self) -> Self {
+            detected! { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
+        fn times_power_of_two(self, shifted: Self) -> Self {
+            detected! {
+                let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.0));
+                let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.1));
+                let low = _mm256_add_epi32(_mm256_castps_si256(self.0), low);
+                let high = _mm256_add_epi32(_mm256_castps_si256(self.1), high);
+                Self(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+            }
+        }
+
+        #[inline(always)]
         fn plus(self, a: Self, b: Self) -> Self {
             detected! { Self(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
+        }
+    }
+}
+
+/// Runs a kernel with each kind of vector that this processor has.
+#[cfg(test)]
+pub fn with_every_kind(kernel: impl Kernel + Clone) {
+    kernel.clone().run::<Portable>();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if has_avx2() {
+            kernel.clone().run::<x86::Avx2>();
+        }
+        if is_x86_feature_detected!("avx512f") {
+            kernel.run::<x86::Avx512>();
         }
     }
 }
@@ -221,35 +536,105 @@ mod x86 {
 mod tests {
     use super::*;
 
-    struct Probe<'a> {
-        x: &'a [f32],
-        y: &'a mut [f32],
-    }
+    #[derive(Clone)]
+    struct Arithmetic;
 
-    impl Kernel for Probe<'_> {
-        #[inline(always)]
+    impl Kernel for Arithmetic {
         fn run<V: Vector>(self) {
-            let x = V::load_some(self.x);
-            x.add(V::splat(3.0)).sub(V::splat(1.0)).plus(x, V::splat(-0.5)).store_some(self.y);
+            for len in [1, 7, 15, 16, 40] {
+                let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
+                let mut y = vec![9.0; len];
+                let x = V::load_some(&x);
+                let sum = x.add(V::splat(3.0)).sub(V::splat(1.0)).plus(x, V::splat(-0.5));
+                sum.mul(V::splat(2.0)).max(V::splat(7.0)).store_some(&mut y);
+                let expected = |i: usize| if i < LANES { (i as f32 + 4.0).max(7.0) } else { 9.0 };
+                assert!(y.iter().enumerate().all(|(i, y)| *y == expected(i)), "{y:?}");
+            }
         }
     }
 
     #[test]
     fn vectors_of_every_kind_count_alike_and_stay_inside_of_slices() {
-        for len in [1, 7, 15, 16, 40] {
-            let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
-            let check = |run: &dyn Fn(Probe)| {
-                let mut y = vec![9.0; len];
-                run(Probe { x: &x, y: &mut y });
-                let expected = |i: usize| if i < LANES { i as f32 * 0.5 + 2.0 } else { 9.0 };
-                assert!(y.iter().enumerate().all(|(i, y)| *y == expected(i)), "{y:?}");
+        with_every_kind(Arithmetic);
+        dispatch(Arithmetic);
+    }
+
+    #[derive(Clone)]
+    struct Exp2;
+
+    impl Kernel for Exp2 {
+        fn run<V: Vector>(self) {
+            let of = |x: f32| {
+                let mut y = [0.0; LANES];
+                V::splat(x).exp2().store(&mut y);
+                y[LANES - 1]
             };
-            check(&|probe| dispatch(probe));
-            check(&|probe| probe.run::<Portable>());
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                check(&|probe| probe.run::<x86::Avx2>());
+            for i in -99_990..126_000 {
+                let x = i as f32 / 1000.0 + 1e-4;
+                let real = f64::from(x).exp2();
+                let off = (f64::from(of(x)) - real).abs() / real;
+                assert!(off < 3e-7, "2^{x} is off by {off:e}");
+            }
+            assert!(of(0.0) == 1.0 && of(f32::NEG_INFINITY) < 1e-30 && of(-1e9) > 0.0 && of(f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
+    fn exp2_is_within_3e7_of_the_real_one() {
+        with_every_kind(Exp2);
+    }
+
+    #[derive(Clone)]
+    struct Activations;
+
+    impl Kernel for Activations {
+        fn run<V: Vector>(self) {
+            let of = |x: f32, f: fn(V) -> V| {
+                let mut y = [0.0; LANES];
+                f(V::splat(x)).store(&mut y);
+                f64::from(y[LANES - 1])
+            };
+            for i in -60_000..60_000 {
+                let x = i as f32 / 10_000.0;
+                let real = candle_core::cpu::erf::erf_f64(f64::from(x));
+                assert!((of(x, V::erf) - real).abs() < 7e-7, "erf({x}) is {}", of(x, V::erf));
+                let normal = 0.5 + 0.5 * candle_core::cpu::erf::erf_f64(f64::from(x) * std::f64::consts::FRAC_1_SQRT_2);
+                assert!((of(x, V::gelu) - f64::from(x) * normal).abs() < 2e-6, "gelu({x}) is {}", of(x, V::gelu));
+            }
+            for i in -100_000..100_000 {
+                let x = i as f32 / 1_000.0;
+                let real = f64::from(x) / (1.0 + f64::from(-x).exp());
+                assert!((of(x, V::silu) - real).abs() < 5e-7 * f64::from(x.abs()).max(1.0), "silu({x}) is {}", of(x, V::silu));
+            }
+            assert!((of(f32::INFINITY, V::erf) - 1.0).abs() < 7e-7 && of(f32::NAN, V::erf).is_nan() && of(f32::NAN, V::gelu).is_nan());
+            assert!(of(-1e30, V::silu).abs() < 1e-6 && of(1e30, V::silu) > 9e29 && of(f32::NAN, V::silu).is_nan());
+        }
+    }
+
+    #[test]
+    fn activations_are_those_of_the_real_numbers() {
+        with_every_kind(Activations);
+    }
+
+    #[derive(Clone)]
+    struct Transpose;
+
+    impl Kernel for Transpose {
+        fn run<V: Vector>(self) {
+            let mut rows = [V::splat(0.0); LANES];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = V::load(&std::array::from_fn(|j| (i * LANES + j) as f32));
+            }
+            for (j, column) in V::transpose(rows).into_iter().enumerate() {
+                let mut numbers = [0.0; LANES];
+                column.store(&mut numbers);
+                assert!(numbers == std::array::from_fn(|i| (i * LANES + j) as f32));
             }
         }
+    }
+
+    #[test]
+    fn columns_of_columns_are_rows() {
+        with_every_kind(Transpose);
     }
 }

@@ -13,10 +13,14 @@
 //! and 1.9e-6). The usual points +-1 and +-2 would give 2.1e-6 and 2.4e-6; F(2x2, 3x3), which has more than twice the
 //! products, 0.4e-6.
 
-use super::product::Output;
+use super::conv::Pictures;
+use super::copy::fresh;
+use super::panels::{PANEL, Panels, WIDTH};
+use super::product::{Output, ROWS, multiply, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use rayon::prelude::*;
 use std::cell::Cell;
+use std::ops::Range;
 
 /// Output pixels along a side of a tile, and input pixels that they see.
 const TILE: usize = 4;
@@ -27,19 +31,12 @@ const POSITIONS: usize = SEEN * SEEN;
 const A: f32 = 0.625;
 const B: f32 = 1.5;
 
-/// Vectors of output channels in a panel, and tiles in a block: what the product's inner loop adds up.
-const PANEL: usize = 2;
-const ROWS: usize = 8;
-
-/// Output channels that are packed side by side.
-pub const WIDTH: usize = PANEL * LANES;
-
 /// Tiles, and input channels, of one task: its share of weights and sums stays in a megabyte, near the processor.
 const TILES: usize = 128;
-const DEPTH: usize = 128;
+const DEPTH: usize = 64;
 
-/// Numbers spread at once (16 MiB), but for one group of tiles at least.
-const AT_ONCE: usize = 1 << 22;
+/// Panels of one task: what is read of spread tiles serves all of them.
+const PANELS: usize = 2;
 
 /// What weighing a kernel costs, in multiplications of the product: as measured, Winograd and unfolded patches take the same
 /// time for about 78 pixels.
@@ -47,18 +44,13 @@ const WEIGHING: usize = 400;
 
 /// What is convolved, and how it is cut.
 struct Plan<'a> {
-    /// [b, h, w, inputs]
-    x: &'a [f32],
-    /// [panels, 3, 3, inputs, width]
-    weight: &'a [f32],
-    width: usize,
+    pictures: Pictures<'a>,
+    /// [panels, 3, 3, inputs, 32]
+    weight: Panels<'a>,
     /// [outputs]
     bias: &'a [f32],
     /// [b, h, w, outputs]
     residual: Option<&'a [f32]>,
-    h: usize,
-    w: usize,
-    inputs: usize,
     outputs: usize,
     /// tiles in a column and a row of one picture, and in all pictures
     down: usize,
@@ -71,20 +63,9 @@ struct Plan<'a> {
 }
 
 thread_local! {
-    /// What [`Spread`] makes, and what [`Multiply`] works in: kept, since fresh memory costs more than the arithmetic on it.
+    /// What [`Spread`] makes, and what [`Multiply`] works in: see [`with_memory`].
     static SPREAD: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
-}
-
-/// At least `len` vectors of a thread's own memory, for as long as `work` runs.
-fn with_memory<R>(memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>, len: usize, work: impl FnOnce(&mut [Lanes]) -> R) -> R {
-    let mut taken = memory.take();
-    if taken.len() < len {
-        taken.resize(len, Lanes([0.0; LANES]));
-    }
-    let result = work(&mut taken[..len]);
-    memory.set(taken);
-    result
 }
 
 /// Whether this is faster than one product with unfolded patches, for a guided pair of pictures [h, w]. Decided for a pair
@@ -94,39 +75,33 @@ pub fn pays(h: usize, w: usize) -> bool {
     rows * POSITIONS + WEIGHING < 2 * h * w * 9
 }
 
-/// x [b, h, w, inputs], weight [panels, 3*3*inputs, width], bias [outputs], perhaps residual [b, h, w, outputs] to add
-/// -> [b, h, w, outputs], with zeros around x.
-pub fn convolve(
-    x: &[f32],
-    (b, h, w, inputs): (usize, usize, usize, usize),
-    weight: &[f32],
-    bias: &[f32],
-    residual: Option<&[f32]>,
-) -> Vec<f32> {
-    let outputs = bias.len();
-    let mut y = vec![0f32; b * h * w * outputs];
+/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs], perhaps residual [b, h, w, outputs] to add
+/// -> [b, h, w, outputs], with zeros around the pictures.
+pub fn convolve(pictures: Pictures, weight: Panels, bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
+    let (Pictures { b, h, w, c: inputs, .. }, outputs) = (pictures, bias.len());
+    let mut y = fresh(b * h * w * outputs);
     let output = Output(y.as_mut_ptr());
     let (down, across) = (h.div_ceil(TILE), w.div_ceil(TILE));
     let tiles = b * down * across;
     let rows = tiles.div_ceil(tiles.div_ceil(TILES)).next_multiple_of(ROWS);
     let lanes = inputs.div_ceil(inputs.div_ceil(DEPTH)).div_ceil(LANES);
-    let plan = Plan { x, weight, width: WIDTH.min(outputs), bias, residual, h, w, inputs, outputs, down, across, tiles, rows, lanes };
+    let plan = Plan { pictures, weight, bias, residual, outputs, down, across, tiles, rows, lanes };
     let (groups, slabs, panels) = (tiles.div_ceil(rows), inputs.div_ceil(lanes * LANES), outputs.div_ceil(WIDTH));
     let slab = POSITIONS * rows * lanes;
-    let most = (AT_ONCE / LANES / (slabs * slab)).clamp(1, groups);
-    let at_once = groups.div_ceil(groups.div_ceil(most));
+    let (shares, at_once) = (panels.div_ceil(PANELS), rayon::current_num_threads().min(groups));
     with_memory(&SPREAD, at_once * slabs * slab, |spread| {
         for first in (0..groups).step_by(at_once) {
             let count = at_once.min(groups - first);
             spread.par_chunks_mut(slab).take(count * slabs).enumerate().for_each(|(i, v)| {
                 dispatch(Spread { plan: &plan, tile: (first + i / slabs) * rows, input: i % slabs * lanes * LANES, v });
             });
-            (0..count * panels).into_par_iter().for_each(|i| {
-                let (group, panel) = (i / panels, i % panels);
+            (0..count * shares).into_par_iter().for_each(|i| {
+                let (group, panel) = (i / shares, i % shares * PANELS);
                 let v = &spread[group * slabs * slab..][..slabs * slab];
-                with_memory(&SCRATCH, POSITIONS * PANEL * (lanes * LANES + rows), |scratch| {
-                    let (u, m) = scratch.split_at_mut(POSITIONS * PANEL * lanes * LANES);
-                    dispatch(Multiply { plan: &plan, tile: (first + group) * rows, panel, v, u, m, y: &output });
+                with_memory(&SCRATCH, PANELS * POSITIONS * PANEL * (lanes * LANES + rows), |scratch| {
+                    let (u, m) = scratch.split_at_mut(PANELS * POSITIONS * PANEL * lanes * LANES);
+                    let panels = panel..(panel + PANELS).min(panels);
+                    dispatch(Multiply { plan: &plan, tile: (first + group) * rows, panels, v, u, m, y: &output });
                 });
             });
         }
@@ -147,17 +122,18 @@ struct Spread<'a> {
 impl Kernel for Spread<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Plan { x, h, w, inputs, tiles, rows, lanes, .. } = *self.plan;
+        let Plan { pictures, tiles, rows, lanes, .. } = *self.plan;
+        let Pictures { h, w, c: inputs, .. } = pictures;
         let count = (lanes * LANES).min(inputs - self.input);
         for row in 0..rows.min(tiles - self.tile) {
             let (image, top, left) = self.plan.corner(self.tile + row);
+            // pixel (top - 1 + i, left - 1 + j) of the picture, if there is one
             let mut pixels: [[&[f32]; SEEN]; SEEN] = [[&[]; SEEN]; SEEN];
-            for (i, line) in pixels.iter_mut().enumerate() {
-                for (j, pixel) in line.iter_mut().enumerate() {
-                    // pixel (top - 1 + i, left - 1 + j) of the image, if there is one
-                    if (1..=h).contains(&(top + i)) && (1..=w).contains(&(left + j)) {
-                        *pixel = &x[((image * h + top + i - 1) * w + left + j - 1) * inputs + self.input..][..count];
-                    }
+            let columns: [usize; SEEN] = std::array::from_fn(|j| pictures.column((left + j).saturating_sub(1)));
+            for (i, line) in pixels.iter_mut().enumerate().filter(|(i, _)| (1..=h).contains(&(top + i))) {
+                let from = pictures.row(top + i - 1);
+                for (j, pixel) in line.iter_mut().enumerate().filter(|(j, _)| (1..=w).contains(&(left + j))) {
+                    *pixel = &pictures.pixel(image, from, columns[j])[self.input..][..count];
                 }
             }
             for lane in 0..count.div_ceil(LANES) {
@@ -181,62 +157,73 @@ impl Kernel for Spread<'_> {
     }
 }
 
-/// Multiplies a group of tiles with the weights of a panel of output channels, and writes their pixels.
+/// Multiplies a group of tiles with the weights of some panels of output channels, and writes their pixels.
 struct Multiply<'a> {
     plan: &'a Plan<'a>,
     /// the first of the tiles
     tile: usize,
-    panel: usize,
+    panels: Range<usize>,
     /// [slabs, rows/ROWS, 36, ROWS, lanes]
     v: &'a [Lanes],
-    /// [36, lanes*LANES, PANEL]
+    /// [panels, 36, lanes*LANES, PANEL]
     u: &'a mut [Lanes],
-    /// [rows/ROWS, 36, ROWS, PANEL]
+    /// [panels, rows/ROWS, 36, ROWS, PANEL]
     m: &'a mut [Lanes],
     y: &'a Output,
 }
 
 impl Kernel for Multiply<'_> {
     #[inline(always)]
-    fn run<V: Vector>(mut self) {
-        let Plan { inputs, outputs, rows, lanes, .. } = *self.plan;
+    fn run<V: Vector>(self) {
+        let Plan { pictures: Pictures { c: inputs, .. }, rows, lanes, .. } = *self.plan;
         let depth = lanes * LANES;
-        let vectors = (outputs - self.panel * WIDTH).div_ceil(LANES).min(PANEL);
+        let (weights, sums) = (POSITIONS * depth * PANEL, POSITIONS * rows * PANEL);
         for (slab, input) in self.v.chunks_exact(POSITIONS * rows * lanes).zip((0..inputs).step_by(depth)) {
             let count = depth.min(inputs - input);
-            self.weigh::<V>(input, count, vectors);
-            for (position, u) in self.u.chunks_exact(depth * PANEL).enumerate() {
-                let blocks = slab.chunks_exact(POSITIONS * ROWS * lanes).zip(self.m.chunks_exact_mut(POSITIONS * ROWS * PANEL));
-                for (v, m) in blocks {
-                    let v = &v[position * ROWS * lanes..][..ROWS * lanes];
-                    let m = &mut m[position * ROWS * PANEL..][..ROWS * PANEL];
-                    if V::WIDE && vectors == PANEL {
-                        product::<V, ROWS, PANEL>(v, lanes, &u[..count * PANEL], vectors, m, input > 0);
-                    } else {
-                        product::<V, { ROWS / 2 }, 1>(v, lanes, &u[..count * PANEL], vectors, m, input > 0);
+            for (panel, u) in self.panels.clone().zip(self.u.chunks_exact_mut(weights)) {
+                self.plan.weigh::<V>(input, count, panel, u);
+            }
+            for position in 0..POSITIONS {
+                let v = |block: usize| slab.chunks_exact(ROWS * lanes).nth(block * POSITIONS + position).unwrap_or_default();
+                let each = self.panels.clone().zip(self.u.chunks_exact(weights).zip(self.m.chunks_exact_mut(sums)));
+                for (panel, (u, m)) in each {
+                    let u = &u[position * depth * PANEL..][..count * PANEL];
+                    for (block, m) in m.chunks_exact_mut(POSITIONS * ROWS * PANEL).enumerate() {
+                        if panel == self.panels.start {
+                            // from far, and in pieces too short for the processor to foresee
+                            v(block + 1).iter().for_each(V::prefetch);
+                        }
+                        let m = &mut m[position * ROWS * PANEL..][..ROWS * PANEL];
+                        multiply::<V>(v(block), lanes, u, self.plan.vectors(panel), m, input > 0);
                     }
                 }
             }
         }
-        self.gather::<V>(vectors);
+        for (panel, m) in self.panels.zip(self.m.chunks_exact(sums)) {
+            self.plan.gather::<V>(self.tile, panel, m, self.y);
+        }
     }
 }
 
-impl Multiply<'_> {
-    /// Weighs the kernel of `count` input channels from `input` on, for the first vectors of the panel.
+impl Plan<'_> {
+    /// Vectors of a panel that hold output channels.
+    fn vectors(&self, panel: usize) -> usize {
+        (self.outputs - panel * WIDTH).div_ceil(LANES).min(PANEL)
+    }
+
+    /// Weighs the kernel of `count` input channels from `input` on for a panel, into u [36, lanes*LANES, PANEL].
     #[inline(always)]
-    fn weigh<V: Vector>(&mut self, input: usize, count: usize, vectors: usize) {
-        let Plan { weight, width, inputs, lanes, .. } = *self.plan;
+    fn weigh<V: Vector>(&self, input: usize, count: usize, panel: usize, u: &mut [Lanes]) {
+        let Plan { weight, pictures: Pictures { c: inputs, .. }, lanes, .. } = *self;
         let plane = lanes * LANES * PANEL;
-        let weight = &weight[self.panel * 9 * inputs * width..][..9 * inputs * width];
-        let u = &mut self.u[..POSITIONS * plane];
+        let u = &mut u[..POSITIONS * plane];
         for k in 0..count {
-            for lane in 0..vectors {
-                let len = LANES.min(width - lane * LANES);
+            for lane in 0..self.vectors(panel) {
                 let mut g = [[V::splat(0.0); 3]; 3];
                 for (i, line) in g.iter_mut().enumerate() {
                     for (j, g) in line.iter_mut().enumerate() {
-                        *g = V::load_some(&weight[((i * 3 + j) * inputs + input + k) * width + lane * LANES..][..len]);
+                        let tap = panel * 9 + i * 3 + j;
+                        *g = weight.load((tap * inputs + input + k) * WIDTH + lane * LANES);
                     }
                 }
                 for (i, line) in Weights::square(g).iter().enumerate() {
@@ -248,15 +235,15 @@ impl Multiply<'_> {
         }
     }
 
-    /// Gathers the sums into pixels, for the first vectors of the panel.
+    /// Gathers the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on into pixels.
     #[inline(always)]
-    fn gather<V: Vector>(&self, vectors: usize) {
-        let Plan { bias, residual, h, w, outputs, tiles, rows, .. } = *self.plan;
-        for row in 0..rows.min(tiles - self.tile) {
-            let (image, top, left) = self.plan.corner(self.tile + row);
-            let block = &self.m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
-            for lane in 0..vectors {
-                let first = self.panel * WIDTH + lane * LANES;
+    fn gather<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
+        let Plan { pictures: Pictures { h, w, .. }, bias, residual, outputs, tiles, rows, .. } = *self;
+        for row in 0..rows.min(tiles - tile) {
+            let (image, top, left) = self.corner(tile + row);
+            let block = &m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
+            for lane in 0..self.vectors(panel) {
+                let first = panel * WIDTH + lane * LANES;
                 let len = LANES.min(outputs - first);
                 let bias = V::load_some(&bias[first..][..len]);
                 let mut m = [[V::splat(0.0); SEEN]; SEEN];
@@ -268,49 +255,16 @@ impl Multiply<'_> {
                 for (i, line) in Outputs::square(m).iter().enumerate().take(h - top) {
                     for (j, sum) in line.iter().enumerate().take(w - left) {
                         let at = ((image * h + top + i) * w + left + j) * outputs + first;
-                        // SAFETY: y holds [b, h, w, outputs], and no other task writes these channels of this tile
-                        let to = unsafe { std::slice::from_raw_parts_mut(self.y.at(at), len) };
                         let sum = sum.add(bias);
                         let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
-                        sum.store_some(to);
+                        // SAFETY: y holds [b, h, w, outputs], and no other task writes these channels of this tile
+                        sum.store_some(unsafe { y.slice(at, len) });
                     }
                 }
             }
         }
     }
-}
 
-/// m [rows, PANEL] (+)= v [rows, lanes*LANES] u [up to lanes*LANES, PANEL], for `panel` vectors of the PANEL, R rows and C
-/// vectors at a time.
-#[inline(always)]
-fn product<V: Vector, const R: usize, const C: usize>(v: &[Lanes], lanes: usize, u: &[Lanes], panel: usize, m: &mut [Lanes], add: bool) {
-    for (v, m) in v.chunks_exact(R * lanes).zip(m.chunks_exact_mut(R * PANEL)) {
-        for column in (0..panel).step_by(C) {
-            let mut sums = [[V::splat(0.0); C]; R];
-            for (k, u) in u.chunks_exact(PANEL).take(lanes * LANES).enumerate() {
-                let mut right = [V::splat(0.0); C];
-                for (right, u) in right.iter_mut().zip(&u[column..]) {
-                    *right = V::load(&u.0);
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: v holds R rows of lanes*LANES numbers, and k stays below that
-                    let left = V::splat(unsafe { *v.as_ptr().cast::<f32>().add(row * lanes * LANES + k) });
-                    for (sum, right) in sums.iter_mut().zip(&right) {
-                        *sum = sum.plus(left, *right);
-                    }
-                }
-            }
-            for (sums, m) in sums.iter().zip(m.chunks_exact_mut(PANEL)) {
-                for (sum, m) in sums.iter().zip(&mut m[column..]) {
-                    let sum = if add { V::load(&m.0).add(*sum) } else { *sum };
-                    sum.store(&mut m.0);
-                }
-            }
-        }
-    }
-}
-
-impl Plan<'_> {
     /// A tile's picture, and its top left pixel.
     fn corner(&self, tile: usize) -> (usize, usize, usize) {
         let (row, column) = (tile / self.across, tile % self.across);
@@ -396,14 +350,18 @@ impl Transform<SEEN, TILE> for Outputs {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::Conv2d;
+    use super::super::{Conv2d, Pack, product::Finish};
     use super::*;
     use candle_core::{Device, Tensor};
 
-    const OP: Conv2d = Conv2d { size: 3, stride: 1, padding: (1, 1), residual: None };
+    const OP: Conv2d = Conv2d { size: 3, stride: 1, padding: (1, 1), scaled: None, residual: None };
 
     fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn pictures(x: &[f32], (b, h, w, c): (usize, usize, usize, usize)) -> Pictures<'_> {
+        Pictures { x, rows: h, columns: w, b, h, w, c }
     }
 
     /// x, weight [outputs, inputs, 3, 3] and bias
@@ -413,8 +371,8 @@ mod tests {
     }
 
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
-        let packed = weight.apply_op1_no_bwd(&OP.pack()).unwrap();
-        convolve(&values(x), x.dims4().unwrap(), &values(&packed), &values(bias), None)
+        let packed = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
+        convolve(pictures(&values(x), x.dims4().unwrap()), Panels::F32(&packed), &values(bias), None)
     }
 
     fn convolved_in_f64([x, weight, bias]: &[Tensor; 3]) -> Vec<f64> {
@@ -485,12 +443,14 @@ mod tests {
         };
         for (b, side, inputs, outputs) in unet.into_iter().chain(vae) {
             let [x, weight, bias] = noise(b, side, side, inputs, outputs);
-            let weight = values(&weight.apply_op1_no_bwd(&OP.pack()).unwrap());
+            let weight = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
             let (x, bias, shape) = (values(&x), values(&bias), (b, side, side, inputs));
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
-                plain = plain.min(seconds(&|| OP.unfolded(&x, shape, &weight, &bias).unwrap()));
-                winograd = winograd.min(seconds(&|| convolve(&x, shape, &weight, &bias, None)));
+                plain = plain.min(seconds(&|| {
+                    OP.unfolded(pictures(&x, shape), Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
+                }));
+                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), Panels::F32(&weight), &bias, None)));
             }
             println!("{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}", plain * 1e3, winograd * 1e3, winograd / plain);
         }

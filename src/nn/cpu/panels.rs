@@ -1,0 +1,141 @@
+//! Weights of products, packed once at load: panels of 32 output channels side by side, in the type of the file.
+
+use super::vector::{LANES, Lanes, Vector};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, WithDType, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Vectors of output channels in a panel.
+pub const PANEL: usize = 2;
+
+/// Output channels in a panel.
+pub const WIDTH: usize = PANEL * LANES;
+
+/// Input channels that one task packs.
+const PACKED: usize = 32;
+
+/// Weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32 output channels, zeros after the
+/// last, the right side of one matrix product.
+pub struct Pack {
+    /// A gated layer: 16 channels of the first half of the output beside the same 16 of the second.
+    pub gated: bool,
+}
+
+impl CustomOp1 for Pack {
+    fn name(&self) -> &'static str {
+        "pack"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("weights are packed from contiguous memory") };
+        let (storage, shape) = match storage {
+            CpuStorage::F32(weight) => self.pack(&weight[start..end], layout.dims())?,
+            CpuStorage::F16(weight) => self.pack(&weight[start..end], layout.dims())?,
+            CpuStorage::BF16(weight) => self.pack(&weight[start..end], layout.dims())?,
+            _ => bail!("weights are packed as f32, f16 or bf16"),
+        };
+        Ok((storage, shape))
+    }
+}
+
+impl Pack {
+    fn pack<T: WithDType>(&self, weight: &[T], shape: &[usize]) -> Result<(CpuStorage, Shape)> {
+        let &[outputs, inputs, ref taps @ ..] = shape else { bail!("weights {shape:?} cannot be packed") };
+        let taps: usize = taps.iter().product();
+        if weight.is_empty() || self.gated && outputs % 2 != 0 {
+            bail!("a product from {inputs} to {outputs} channels");
+        }
+        let panels = self.panels(outputs);
+        let slabs = inputs.div_ceil(PACKED);
+        let mut packed = vec![T::from_f64(0.0); panels * taps * inputs * WIDTH];
+        // for each panel and slab of input channels, its rows under every tap of the kernel
+        let mut blocks: Vec<Vec<&mut [T]>> = (0..panels * slabs).map(|_| Vec::with_capacity(taps)).collect();
+        for (blocks, panel) in blocks.chunks_exact_mut(slabs).zip(packed.chunks_exact_mut(taps * inputs * WIDTH)) {
+            for tap in panel.chunks_exact_mut(inputs * WIDTH) {
+                for (block, rows) in blocks.iter_mut().zip(tap.chunks_mut(PACKED * WIDTH)) {
+                    block.push(rows);
+                }
+            }
+        }
+        blocks.par_iter_mut().enumerate().for_each(|(i, block)| {
+            let (panel, slab) = (i / slabs, i % slabs);
+            for column in 0..WIDTH {
+                let Some(output) = self.output(panel, column, outputs) else { continue };
+                let weight = &weight[output * inputs * taps..][..inputs * taps];
+                for (row, weight) in weight[slab * PACKED * taps..].chunks_exact(taps).take(PACKED).enumerate() {
+                    for (rows, value) in block.iter_mut().zip(weight) {
+                        rows[row * WIDTH + column] = *value;
+                    }
+                }
+            }
+        });
+        Ok((T::to_cpu_storage_owned(packed), Shape::from((panels, taps * inputs, WIDTH))))
+    }
+
+    /// Panels for that many output channels.
+    pub fn panels(&self, outputs: usize) -> usize {
+        if self.gated { (outputs / 2).div_ceil(LANES) } else { outputs.div_ceil(WIDTH) }
+    }
+
+    /// The output channel in a column of a panel, if there is one.
+    fn output(&self, panel: usize, column: usize, outputs: usize) -> Option<usize> {
+        if !self.gated {
+            return Some(panel * WIDTH + column).filter(|o| *o < outputs);
+        }
+        let (half, within) = (outputs / 2, panel * LANES + column % LANES);
+        (within < half).then_some(column / LANES * half + within)
+    }
+}
+
+/// Packed weights [panels, depth, 32].
+#[derive(Clone, Copy)]
+pub enum Panels<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Panels<'a> {
+    /// Those of a contiguous tensor.
+    pub fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("packed weights are contiguous") };
+        Ok(match storage {
+            CpuStorage::F32(weight) => Self::F32(&weight[start..end]),
+            CpuStorage::F16(weight) => Self::F16(&weight[start..end]),
+            CpuStorage::BF16(weight) => Self::Bf16(&weight[start..end]),
+            _ => bail!("packed weights are f32, f16 or bf16"),
+        })
+    }
+
+    /// Sixteen of them from `at` on.
+    #[inline(always)]
+    pub fn load<V: Vector>(self, at: usize) -> V {
+        match self {
+            Self::F32(weight) => V::load_some(&weight[at..][..LANES]),
+            Self::F16(weight) => V::load_f16(&weight[at..]),
+            Self::Bf16(weight) => V::load_bf16(&weight[at..]),
+        }
+    }
+
+    /// All of `to` from `at` on.
+    #[inline(always)]
+    pub fn widen<V: Vector>(self, at: usize, to: &mut [Lanes]) {
+        match self {
+            Self::F32(weight) => {
+                for (to, from) in to.iter_mut().zip(weight[at..].as_chunks().0) {
+                    V::load(from).store(&mut to.0);
+                }
+            }
+            Self::F16(weight) => {
+                for (to, from) in to.iter_mut().zip(weight[at..].chunks_exact(LANES)) {
+                    V::load_f16(from).store(&mut to.0);
+                }
+            }
+            Self::Bf16(weight) => {
+                for (to, from) in to.iter_mut().zip(weight[at..].chunks_exact(LANES)) {
+                    V::load_bf16(from).store(&mut to.0);
+                }
+            }
+        }
+    }
+}

@@ -191,8 +191,8 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?;
-        let h = self.norm2.forward_act(&h, self.activation)?;
+        // no name for what lies between: it would live on, and is a gigabyte at 1024 pixels
+        let h = self.norm2.forward_act(&self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?, self.activation)?;
         let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
         self.conv2.forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }

@@ -36,6 +36,16 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
+/// How two pictures differ.
+pub struct Difference {
+    /// pixels that differ
+    pub pixels: usize,
+    /// by how much at most, in levels of 255
+    pub largest: u8,
+    /// peak signal-to-noise ratio; infinite if nothing differs
+    pub psnr_db: f64,
+}
+
 impl Picture {
     /// Takes RGB [b, h, w, 3] f32, clamped to 0..=1, to one picture for each batch item. Rounds
     /// half to even, as numpy does for diffusers. Errors if a value is NaN or infinite; to keep
@@ -56,6 +66,12 @@ impl Picture {
         Ok((0..b).map(|_| Picture { width, height, rgb: levels.by_ref().take(size).collect() }).collect())
     }
 
+    /// Reads a PNG, JPEG or WebP file. Errors if it is damaged anywhere.
+    pub fn decode(bytes: &[u8]) -> anyhow::Result<Picture> {
+        let decoded = image::load_from_memory(bytes)?.into_rgb8();
+        Ok(Picture { width: decoded.width() as usize, height: decoded.height() as usize, rgb: decoded.into_raw() })
+    }
+
     /// SHA-256 of the pixels alone, 64 lower-case hex digits: equal for the same picture in any
     /// lossless format and with any metadata.
     pub fn sha256(&self) -> String {
@@ -67,6 +83,18 @@ impl Picture {
         let mut pixels = self.rgb.chunks_exact(3);
         let first = pixels.next();
         pixels.all(|pixel| Some(pixel) == first)
+    }
+
+    /// How it differs from another picture of the same size.
+    pub fn difference(&self, other: &Picture) -> Difference {
+        let off = |(a, b): (&u8, &u8)| a.abs_diff(*b);
+        let each = || self.rgb.iter().zip(&other.rgb).map(off);
+        let square: f64 = each().map(|off| f64::from(off).powi(2)).sum();
+        Difference {
+            pixels: self.rgb.chunks_exact(3).zip(other.rgb.chunks_exact(3)).filter(|(a, b)| a != b).count(),
+            largest: each().max().unwrap_or(0),
+            psnr_db: 10.0 * (255f64.powi(2) * self.rgb.len() as f64 / square).log10(),
+        }
     }
 
     /// The bytes of a file: PNG and WebP lossless, JPEG at quality 95 without chroma subsampling.
@@ -145,6 +173,16 @@ pub enum Format {
 }
 
 impl Format {
+    /// By a file's first bytes; none if it is of no kind that we write.
+    pub fn of_bytes(bytes: &[u8]) -> Option<Format> {
+        match image::guess_format(bytes).ok()? {
+            image::ImageFormat::Png => Some(Format::Png),
+            image::ImageFormat::Jpeg => Some(Format::Jpg),
+            image::ImageFormat::WebP => Some(Format::Webp),
+            _ => None,
+        }
+    }
+
     /// The format that a file name's extension names, in any case; `None` without an extension.
     /// Errors if the extension is no format that can be written.
     pub fn of_path(path: &Path) -> anyhow::Result<Option<Format>> {

@@ -2,17 +2,22 @@
 //! weights, on candle.
 //!
 //! The command line is the interface; this library is what the command, its tests and its benchmarks share. Start at
-//! [`cli::run`], which tells the whole story, and go down one level at a time: [`pipeline::generate`],
+//! [`draw::draw`], which tells the whole story, and go down one level at a time: [`pipeline::generate`],
 //! [`sampler::sample`], [`guidance::Guided`], [`model::unet::UNet`].
 
 pub mod alloc;
 pub mod bench;
+pub mod check;
 pub mod cli;
 pub mod device;
+pub mod draw;
+pub mod failure;
 pub mod family;
 pub mod guidance;
 pub mod image;
 pub mod inspect;
+pub mod interrupt;
+pub mod list;
 pub mod model;
 pub mod nn;
 pub mod noise;
@@ -22,5 +27,8 @@ pub mod progress;
 pub mod request;
 pub mod sampler;
 pub mod schedule;
+pub mod settings;
+pub mod shard;
+pub mod sheet;
 pub mod text;
 pub mod weights;

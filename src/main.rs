@@ -1,4 +1,4 @@
-//! The `sdgen` command: parse, run, report an error once, exit with its code.
+//! The `sdgen` command: parse, run, exit with the code.
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -7,11 +7,5 @@ use std::process::ExitCode;
 static MEMORY: sdgen::alloc::Reuse = sdgen::alloc::Reuse;
 
 fn main() -> ExitCode {
-    match sdgen::cli::run(sdgen::cli::Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            failure.report();
-            ExitCode::from(failure.code)
-        }
-    }
+    ExitCode::from(sdgen::cli::run(sdgen::cli::Cli::parse()))
 }

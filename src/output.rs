@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf, is_separator};
@@ -21,6 +22,8 @@ const SLUG_CHARS: usize = 60;
 const SLUG_BYTES: usize = 150;
 /// Digits of the largest seed.
 const MOST_DIGITS: usize = 20;
+/// How the names of temporary files start and end.
+const TEMPORARY: (&str, &str) = (".sdgen-", ".tmp");
 
 /// Where the pictures of a run go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,10 +68,11 @@ enum Field {
     Steps,
     Guidance,
     Sampler,
+    Sweep,
 }
 
 impl Field {
-    const ALL: [(&'static str, Field); 10] = [
+    const ALL: [(&'static str, Field); 11] = [
         ("prompt", Field::Prompt),
         ("seed", Field::Seed),
         ("index", Field::Index),
@@ -79,10 +83,11 @@ impl Field {
         ("guidance", Field::Guidance),
         ("sampler", Field::Sampler),
         ("negative", Field::Negative),
+        ("sweep", Field::Sweep),
     ];
 
     fn is_whole_number(self) -> bool {
-        !matches!(self, Field::Prompt | Field::Negative | Field::Model | Field::Sampler | Field::Guidance)
+        !matches!(self, Field::Prompt | Field::Negative | Field::Model | Field::Sampler | Field::Guidance | Field::Sweep)
     }
 }
 
@@ -109,6 +114,8 @@ pub struct Naming<'a> {
     pub guidance: f64,
     /// As `--sampler` names it.
     pub sampler: &'a str,
+    /// What `--sweep` has set, fit for a name: `guidance-3-steps-10`; empty without a sweep.
+    pub sweep: &'a str,
 }
 
 impl Naming<'_> {
@@ -124,6 +131,7 @@ impl Naming<'_> {
             Field::Steps => self.steps.to_string(),
             Field::Guidance => self.guidance.to_string(),
             Field::Sampler => slug(self.sampler, "sampler"),
+            Field::Sweep => self.sweep.to_owned(),
         }
     }
 }
@@ -273,7 +281,7 @@ fn parse_placeholder(inside: &str) -> anyhow::Result<Piece> {
 /// Lower-case words joined by `-`, letters and digits of any script kept: one legal path component
 /// of at most [`SLUG_CHARS`] characters, without dots, never empty (`fallback` then), never a name
 /// that Windows reserves.
-fn slug(text: &str, fallback: &str) -> String {
+pub(crate) fn slug(text: &str, fallback: &str) -> String {
     let mut slug = String::new();
     let mut chars = 0;
     // Apostrophes and invisible characters do not end a word: `don't` is `dont`.
@@ -374,8 +382,9 @@ pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]
             for (number, job) in (1..).zip(jobs) {
                 let path = template.fill(job);
                 if let Some(first) = taken.insert(folded(&path), number) {
+                    let placeholder = if job.sweep.is_empty() { "`{seed}` if the seeds differ" } else { "`{sweep}` for what is swept" };
                     bail!(
-                        "the template names both picture {first} and picture {number} `{}`\n\nhint: add `{{index}}`, or `{{seed}}` if the seeds differ",
+                        "the template names both picture {first} and picture {number} `{}`\n\nhint: add `{{index}}`, or {placeholder}",
                         path.display()
                     );
                 }
@@ -392,7 +401,10 @@ fn numbered_paths(template: &Template, format: Format, jobs: &[Naming<'_>]) -> V
     let mut next_numbers: HashMap<PathBuf, u64> = HashMap::new();
     let mut paths = Vec::with_capacity(jobs.len());
     for job in jobs {
-        let stem = template.fill(job);
+        let mut stem = template.fill(job);
+        if !job.sweep.is_empty() {
+            stem.as_mut_os_string().push(format!("-{}", job.sweep));
+        }
         let mut path = stem.clone();
         path.as_mut_os_string().push(format!(".{format}"));
         while !taken.insert(folded(&path)) {
@@ -411,11 +423,11 @@ fn folded(path: &Path) -> String {
     path.to_string_lossy().to_lowercase()
 }
 
-/// Finds out before anything is drawn whether the planned paths can be written. Makes the folders
-/// that a template names; the folder of a single file must be there. Errors if a file exists and
-/// `force` is not given, if a path is a folder or a device, or if a folder is missing, cannot be
-/// made or cannot be written.
-pub fn check_writable(destination: &Destination, paths: &[PathBuf], force: bool) -> anyhow::Result<()> {
+/// Finds out before anything is drawn whether the planned paths can be written. Makes their folders
+/// if `make_folders` is given, as templates want it, and removes what killed runs have left there.
+/// Errors if a file exists and `force` is not given, if a path is a folder or a device, or if a
+/// folder is missing, cannot be made or cannot be written.
+pub fn check_writable(paths: &[&Path], make_folders: bool, force: bool) -> anyhow::Result<()> {
     let mut existing = Vec::new();
     for path in paths {
         if exists(path)? {
@@ -429,14 +441,15 @@ pub fn check_writable(destination: &Destination, paths: &[PathBuf], force: bool)
         };
         return Err(exists_error(first, &others));
     }
-    let folders: HashSet<&Path> = paths.iter().map(|path| folder_of(path)).collect();
+    let folders: HashSet<&Path> = paths.iter().copied().map(folder_of).collect();
     for folder in folders {
-        if matches!(destination, Destination::Template(_)) {
+        if make_folders {
             fs::create_dir_all(folder).with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
         } else if !folder.is_dir() {
             bail!("there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`", folder.display());
         }
         temporary_file(folder).map_err(|error| write_error(folder, error))?;
+        remove_leftovers(folder);
     }
     Ok(())
 }
@@ -473,24 +486,44 @@ pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
         let file = if force { file.persist(path) } else { file.persist_noclobber(path) };
         Ok(file?)
     };
-    match write() {
+    // A run that starts just now may have taken the new file for a leftover, before it was locked.
+    let written = (0..3).map(|_| write()).find(|result| !matches!(result, Err(error) if error.kind() == ErrorKind::NotFound));
+    match written.unwrap_or_else(write) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(exists_error(path, "")),
         Err(error) => Err(write_error(path, error)),
     }
 }
 
-/// A file next to its final place, so that the rename stays on one file system; gone when dropped.
+/// A file next to its final place, so that the rename stays on one file system; gone when dropped,
+/// and locked, so that what is left of a killed process is known by its lock being gone.
 fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".sdgen-").suffix(".tmp");
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
     #[cfg(unix)]
     {
         // What any program gives a new file; the umask takes its part off.
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    builder.tempfile_in(folder)
+    let file = builder.tempfile_in(folder)?;
+    // Where the file system has no locks, leftovers stay.
+    file.as_file().try_lock().ok();
+    Ok(file)
+}
+
+/// Removes temporary files of processes that do not live any more.
+fn remove_leftovers(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(TEMPORARY.0)
+            && name.ends_with(TEMPORARY.1)
+            && fs::File::options().write(true).open(entry.path()).is_ok_and(|file| file.try_lock().is_ok())
+        {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {
@@ -500,6 +533,19 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
+/// There is no space for this path.
+#[derive(Debug)]
+pub struct DiskFull(String);
+
+impl fmt::Display for DiskFull {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let path = &self.0;
+        write!(f, "no space is left on the disk for `{path}`\n\nhint: free some, or put the pictures elsewhere with `-o FOLDER/`")
+    }
+}
+
+impl std::error::Error for DiskFull {}
+
 fn exists_error(path: &Path, others: &str) -> anyhow::Error {
     anyhow!("`{}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name", path.display())
 }
@@ -507,9 +553,7 @@ fn exists_error(path: &Path, others: &str) -> anyhow::Error {
 fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            anyhow!("no space is left on the disk for `{path}`\n\nhint: free some, or put the pictures elsewhere with `-o FOLDER/`")
-        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => DiskFull(path.to_string()).into(),
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             anyhow!("no permission to write `{path}`\n\nhint: put the pictures elsewhere with `-o FOLDER/`")
         }

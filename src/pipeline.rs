@@ -1,7 +1,8 @@
-//! From resolved request to pictures: encode the prompts, sample latents, decode them.
+//! From jobs to pictures: encode the prompts, sample latents, decode them.
 //!
-//! Each stage's weights are freed before the next stage's are read by scope; with several batches the U-Net stays, so
-//! that every picture is finished as soon as its batch is.
+//! Hides how pictures are packed into batches, and how a batch that fails is taken apart. Each stage's weights are freed
+//! before the next stage's are read by scope; with several batches the U-Net stays, so that every picture is finished as
+//! soon as its batch is.
 
 use crate::device::Compute;
 use crate::guidance::{Guided, Reuse};
@@ -15,9 +16,10 @@ use crate::sampler;
 use crate::text::clip::Clip;
 use crate::text::tokenizer::Tokenizer;
 use crate::weights::{Checkpoint, ModelError};
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use candle_core::{DType, Result as TensorResult, Tensor};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A picture is not made of numbers any more: NaN or infinity in the latents.
@@ -39,35 +41,53 @@ impl std::fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
+/// The device has no memory left for this.
+#[derive(Debug)]
+pub struct OutOfMemory;
+
+impl std::fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("the device has not enough memory\n\nhint: draw a smaller picture with `--width` and `--height`, or use `--dtype f16`")
+    }
+}
+
+impl std::error::Error for OutOfMemory {}
+
 /// One finished picture.
-pub struct Drawn<'a> {
-    pub job: &'a Job,
+pub struct Drawn {
     pub picture: Picture,
     /// seconds of denoising and decoding, divided by the batch
     pub sampling_s: f64,
     pub decoding_s: f64,
 }
 
-/// What the U-Net attends to.
-struct Contexts<'a> {
-    /// embeddings [1, n, d] by prompt
-    prompts: HashMap<&'a str, Tensor>,
-    /// embedding of the negative prompt [1, n, d], with guidance
-    negative: Option<Tensor>,
-}
+/// Pictures that are looked ahead at: how far a batch reaches for its pictures, and whose prompts are embedded together.
+const AHEAD: usize = 128;
 
-/// Draws every job of the request and hands each picture to `sink` as soon as it is decoded.
-pub fn generate(
+/// Draws the jobs and hands each picture to `sink` as soon as it is decoded, or the reason why there is none; errors are
+/// those that leave nothing to draw with. Asks `stop` before every batch whether to end there.
+pub fn generate<'a>(
     checkpoint: &Checkpoint,
     request: &Request,
+    jobs: &[&'a Job],
     compute: &Compute,
-    progress: &mut Progress,
-    sink: &mut dyn FnMut(Drawn) -> Result<()>,
+    progress: &Progress,
+    stop: &dyn Fn() -> bool,
+    sink: &mut dyn FnMut(&'a Job, Result<Drawn>),
 ) -> Result<()> {
-    let contexts = encode(checkpoint, request, compute, progress)?;
-    let (mut unet, mut decoder) = (None, None);
-    let mut batches = request.jobs.chunks(request.batch_size.max(1)).peekable();
-    while let Some(batch) = batches.next() {
+    let mut queue = Queue { jobs: jobs.iter().copied().collect(), again: vec![], batch_size: request.batch_size };
+    let mut contexts = Contexts::default();
+    let (mut clip, mut unet, mut decoder) = (None, None, None);
+    while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
+        if batch.iter().any(|job| !contexts.has(job)) {
+            let encoder = match clip.take() {
+                Some(encoder) => encoder,
+                None => Encoder::new(checkpoint, request, compute, progress)?,
+            };
+            let next = batch.iter().chain(queue.jobs.iter().take(AHEAD));
+            contexts = encoder.encode(next.copied(), contexts, progress)?;
+            clip = (queue.jobs.len() > AHEAD).then_some(encoder);
+        }
         let network = match unet.take() {
             Some(network) => network,
             None => {
@@ -75,11 +95,25 @@ pub fn generate(
                 UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet).context(ModelError)?
             }
         };
+        progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
         let start = Instant::now();
-        let latents = sample(&network, batch, request, &contexts, compute, progress)?;
+        let latents = match sample(&network, &batch, request, &contexts, compute, progress).map_err(known) {
+            Ok(latents) => latents,
+            Err(error) => {
+                unet = Some(network);
+                if error.is::<OutOfMemory>() && batch.len() > 1 {
+                    queue.batch_size = batch.len().div_ceil(2);
+                    progress.note(format!("warning: no memory for a batch of {}; going on with {}", batch.len(), queue.batch_size));
+                }
+                if let Some((job, error)) = queue.put_back(batch, error) {
+                    sink(job, Err(error));
+                }
+                continue;
+            }
+        };
         let sampling_s = start.elapsed().as_secs_f64() / batch.len() as f64;
         // kept for the next batch; after the last its memory is free for the VAE
-        unet = batches.peek().is_some().then_some(network);
+        unet = (queue.len() > 0).then_some(network);
         let decoder = match &mut decoder {
             Some(decoder) => decoder,
             none => {
@@ -88,63 +122,143 @@ pub fn generate(
             }
         };
         progress.stage("decoding");
-        let start = Instant::now();
-        let pictures = decode(decoder, &latents)?;
-        let decoding_s = start.elapsed().as_secs_f64() / batch.len() as f64;
-        for (job, picture) in batch.iter().zip(pictures) {
-            sink(Drawn { job, picture, sampling_s, decoding_s })?;
+        // one at a time: a decode needs far more memory than a latent
+        for (i, job) in batch.into_iter().enumerate() {
+            let start = Instant::now();
+            let drawn = decode(decoder, &latents, i).map_err(known);
+            sink(job, drawn.map(|picture| Drawn { picture, sampling_s, decoding_s: start.elapsed().as_secs_f64() }));
         }
     }
     progress.finish();
     Ok(())
 }
 
-/// Embeds every prompt and the negative one, each once; the encoder is freed on return.
-fn encode<'a>(checkpoint: &Checkpoint, request: &'a Request, compute: &Compute, progress: &mut Progress) -> Result<Contexts<'a>> {
-    progress.stage("encoding the prompt");
-    let tokenizer = Tokenizer::new(&checkpoint.tokenizer, &checkpoint.tokenizer_config).context(ModelError)?;
-    let clip = Clip::new(&checkpoint.weights("text_encoder", &compute.device, compute.dtype), &request.clip).context(ModelError)?;
-    let embed = |text: &str, skip: usize| -> Result<Tensor> {
-        let tokens = tokenizer.encode(text, request.clip.max_position_embeddings)?;
-        if let Some(cut) = tokens.cut {
-            progress.note(format!("warning: the prompt is longer than {} tokens; this was cut off: {cut}", tokens.ids.len()));
-        }
-        Ok(clip.forward(&tokens.ids, skip)?)
-    };
-    let mut prompts = HashMap::new();
-    for job in &request.jobs {
-        if !prompts.contains_key(job.prompt.as_str()) {
-            prompts.insert(job.prompt.as_str(), embed(&job.prompt, request.clip_skip - 1)?);
-        }
+/// Gives an error of the device its kind. The backends of candle have no kind of error for this, only their words.
+fn known(error: Error) -> Error {
+    let text = format!("{error:#}").to_lowercase().replace('_', " ");
+    if text.contains("out of memory") { error.context(OutOfMemory) } else { error }
+}
+
+/// The jobs that are left, and how they become batches.
+struct Queue<'a> {
+    jobs: VecDeque<&'a Job>,
+    /// parts of batches that failed, the next one last
+    again: Vec<Vec<&'a Job>>,
+    batch_size: usize,
+}
+
+impl<'a> Queue<'a> {
+    fn len(&self) -> usize {
+        self.jobs.len() + self.again.iter().map(Vec::len).sum::<usize>()
     }
-    // as in diffusers, layers are skipped for the prompt alone
-    let negative = request.guided().then(|| embed(&request.negative, 0)).transpose()?;
-    Ok(Contexts { prompts, negative })
+
+    /// The first job that is left, with those of the next that can be drawn beside it.
+    fn next(&mut self) -> Option<Vec<&'a Job>> {
+        if let Some(batch) = self.again.pop() {
+            return Some(batch);
+        }
+        let first = self.jobs.pop_front()?;
+        let mut batch = vec![first];
+        let mut i = 0;
+        while batch.len() < self.batch_size && i < AHEAD {
+            match self.jobs.get(i) {
+                None => break,
+                Some(job) if job.packs_with(first) => batch.extend(self.jobs.remove(i)),
+                Some(_) => i += 1,
+            }
+        }
+        Some(batch)
+    }
+
+    /// Takes back a batch that failed, in halves, so that its other pictures are drawn; a single job is given back.
+    fn put_back(&mut self, mut batch: Vec<&'a Job>, error: Error) -> Option<(&'a Job, Error)> {
+        if let [job] = batch[..] {
+            return Some((job, error));
+        }
+        let second = batch.split_off(batch.len().div_ceil(2));
+        self.again.extend([second, batch]);
+        None
+    }
+}
+
+/// What the U-Net attends to: embeddings [1, n, d] by text and layers skipped.
+#[derive(Default)]
+struct Contexts(HashMap<(Arc<str>, usize), Tensor>);
+
+impl Contexts {
+    /// The prompt's key, and with guidance the negative prompt's.
+    fn keys(job: &Job) -> impl Iterator<Item = (Arc<str>, usize)> {
+        let settings = &job.settings;
+        // as in diffusers, layers are skipped for the prompt alone
+        let negative = settings.guided().then(|| (settings.negative.clone(), 0));
+        std::iter::once((settings.prompt.clone(), settings.clip_skip - 1)).chain(negative)
+    }
+
+    fn has(&self, job: &Job) -> bool {
+        Self::keys(job).all(|key| self.0.contains_key(&key))
+    }
+
+    /// One of a batch's contexts: the prompts' (0), or with guidance the negative ones' (1), [b, n, d].
+    fn of(&self, batch: &[&Job], nth: usize) -> Result<Tensor> {
+        let embedded = |job: &&Job| Self::keys(job).nth(nth).and_then(|key| self.0.get(&key)).context("a prompt was not encoded");
+        Ok(Tensor::cat(&batch.iter().map(embedded).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+}
+
+/// The text encoder with its tokenizer.
+struct Encoder {
+    tokenizer: Tokenizer,
+    clip: Clip,
+    positions: usize,
+}
+
+impl Encoder {
+    fn new(checkpoint: &Checkpoint, request: &Request, compute: &Compute, progress: &Progress) -> Result<Self> {
+        progress.stage("encoding the prompt");
+        let tokenizer = Tokenizer::new(&checkpoint.tokenizer, &checkpoint.tokenizer_config).context(ModelError)?;
+        let clip = Clip::new(&checkpoint.weights("text_encoder", &compute.device, compute.dtype), &request.clip).context(ModelError)?;
+        Ok(Self { tokenizer, clip, positions: request.clip.max_position_embeddings })
+    }
+
+    /// Embeds each text of these jobs once; what is known already is kept.
+    fn encode<'a>(&self, jobs: impl Iterator<Item = &'a Job>, mut known: Contexts, progress: &Progress) -> Result<Contexts> {
+        let mut contexts = Contexts::default();
+        for (text, skip) in jobs.flat_map(Contexts::keys) {
+            let key = (text, skip);
+            if contexts.0.contains_key(&key) {
+                continue;
+            }
+            let embedded = match known.0.remove(&key) {
+                Some(embedded) => embedded,
+                None => {
+                    let tokens = self.tokenizer.encode(&key.0, self.positions)?;
+                    if let Some(cut) = tokens.cut {
+                        progress.note(format!("warning: the prompt is longer than {} tokens; this was cut off: {cut}", tokens.ids.len()));
+                    }
+                    self.clip.forward(&tokens.ids, skip)?
+                }
+            };
+            contexts.0.insert(key, embedded);
+        }
+        Ok(contexts)
+    }
 }
 
 /// Denoises one batch: latents [b, h, w, c]. Every picture has its own generator, so neighbours never matter.
-fn sample(
-    unet: &UNet,
-    batch: &[Job],
-    request: &Request,
-    contexts: &Contexts,
-    compute: &Compute,
-    progress: &mut Progress,
-) -> Result<Tensor> {
-    let (h, w, c) = request.latent_shape();
-    let embedded = |job: &Job| contexts.prompts.get(job.prompt.as_str()).context("a prompt was not encoded");
-    let context = Tensor::cat(&batch.iter().map(embedded).collect::<Result<Vec<_>>>()?, 0)?; // [b, n, d]
-    let negative = contexts.negative.as_ref().map(|n| n.repeat((batch.len(), 1, 1))).transpose()?; // [b, n, d]
-    let reuse = Reuse::every(request.deep_cache);
-    let mut guided = Guided { unet, context, negative, scale: request.guidance, prediction: request.prediction, reuse };
-    let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.seed)).collect();
+fn sample(unet: &UNet, batch: &[&Job], request: &Request, contexts: &Contexts, compute: &Compute, progress: &Progress) -> Result<Tensor> {
+    let Some(Job { settings, plan, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
+    let (h, w, c) = request.latent_shape(settings);
+    let context = contexts.of(batch, 0)?; // [b, n, d]
+    let negative = settings.guided().then(|| contexts.of(batch, 1)).transpose()?; // [b, n, d]
+    let reuse = Reuse::every(settings.deep_cache);
+    let mut guided = Guided { unet, context, negative, scale: settings.guidance, prediction: settings.prediction, reuse };
+    let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
     let mut noise = || -> TensorResult<Tensor> {
         let each = generators.iter_mut().map(|g| g.latents(h, w, c)).collect::<TensorResult<Vec<_>>>()?;
         Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
     };
-    let first = (noise()? * request.plan.init_noise_sigma())?;
-    progress.stage("drawing");
-    let total = request.plan.evaluations();
+    let first = (noise()? * plan.init_noise_sigma())?;
+    let total = plan.evaluations();
     let mut done = 0;
     let mut bad_step = None;
     let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
@@ -157,24 +271,20 @@ fn sample(
         }
         Ok(denoised)
     };
-    let result = sampler::sample(&request.plan, first, &mut denoise, &mut noise, &mut |_| Ok(()));
+    let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut |_| Ok(()));
     match bad_step {
         Some(step) => Err(NotFinite { place: format!("after {step} of {total} denoising steps") }.into()),
         None => Ok(result?),
     }
 }
 
-/// Latents [b, h, w, c] -> pictures, one at a time: a decode needs far more memory than a latent.
-fn decode(decoder: &Decoder, latents: &Tensor) -> Result<Vec<Picture>> {
-    let mut pictures = vec![];
-    for i in 0..latents.dim(0)? {
-        let rgb = decoder.decode(&latents.narrow(0, i, 1)?)?; // [1, h, w, 3]
-        if !finite(&rgb)? {
-            return Err(NotFinite { place: "after decoding".into() }.into());
-        }
-        pictures.extend(Picture::from_tensor(&rgb)?);
+/// Picture `i` of latents [b, h, w, c].
+fn decode(decoder: &Decoder, latents: &Tensor, i: usize) -> Result<Picture> {
+    let rgb = decoder.decode(&latents.narrow(0, i, 1)?)?; // [1, h, w, 3]
+    if !finite(&rgb)? {
+        return Err(NotFinite { place: "after decoding".into() }.into());
     }
-    Ok(pictures)
+    Picture::from_tensor(&rgb)?.pop().context("nothing was decoded")
 }
 
 fn finite(x: &Tensor) -> TensorResult<bool> {

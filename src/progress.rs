@@ -1,8 +1,23 @@
-//! What the person sees while waiting: a bar on a terminal, stage lines with `-v`, always on stderr.
+//! What is said while drawing, always on stderr: a bar and lines for people, or events for programs.
+//!
+//! `--progress json` writes one JSON object a line, each with its `event`; pictures are known by `index`, their place in
+//! the whole work list from 0:
+//!
+//! | event | with |
+//! | --- | --- |
+//! | `start` | `jobs`: how many pictures there are to draw |
+//! | `stage` | `name` |
+//! | `step` | `index`, `step` (from 1), `of` |
+//! | `picture` | `index`, `path` (null for stdout), `seconds` of drawing it |
+//! | `failed` | `index`, `error` |
+//! | `note` | `text`: what a person would be told, the error that ends the run too |
+//! | `end` | `saved`, `failed`, `skipped`, `seconds` of the whole run; always the last line |
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// `--progress`.
@@ -11,55 +26,95 @@ pub enum ProgressMode {
     /// a bar if stderr is a terminal
     Auto,
     Bar,
+    Json,
     None,
 }
 
-/// Says what is going on, to a person.
+/// Says what is going on; may be shared by threads.
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    show: Show,
     quiet: bool,
     verbose: bool,
+    now: Mutex<Now>,
+}
+
+enum Show {
+    Bar(ProgressBar),
+    Events,
+    Lines,
+}
+
+#[derive(Default)]
+struct Now {
     stage: Option<(String, Instant)>,
+    /// index of every picture in the batch under way
+    batch: Vec<usize>,
+    /// which pictures of how many, for people
+    title: String,
 }
 
 impl Progress {
     /// By the options and by where stderr goes.
     pub fn new(mode: ProgressMode, quiet: bool, verbose: bool) -> Self {
-        let shown = match mode {
-            ProgressMode::Auto => !quiet && std::io::stderr().is_terminal(),
-            ProgressMode::Bar => true,
-            ProgressMode::None => false,
+        let show = match mode {
+            ProgressMode::Json => Show::Events,
+            ProgressMode::Auto if quiet || !std::io::stderr().is_terminal() => Show::Lines,
+            ProgressMode::None => Show::Lines,
+            ProgressMode::Auto | ProgressMode::Bar => {
+                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+                bar.enable_steady_tick(Duration::from_millis(200));
+                Show::Bar(bar)
+            }
         };
-        let bar = shown.then(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        });
-        Self { bar, quiet, verbose, stage: None }
+        Self { show, quiet, verbose, now: Mutex::default() }
     }
 
-    /// Whether a bar is drawn.
-    pub fn shows_bar(&self) -> bool {
-        self.bar.is_some()
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An event for programs: `fields` is an object.
+    pub fn event(&self, name: &str, fields: Value) {
+        if let (Show::Events, Value::Object(fields)) = (&self.show, fields) {
+            let mut event = serde_json::Map::from_iter([("event".to_string(), name.into())]);
+            event.extend(fields);
+            write_line(&Value::Object(event).to_string());
+        }
     }
 
     /// Starts a stage; with `-v` the one before is reported with its time.
-    pub fn stage(&mut self, name: impl Into<String>) {
+    pub fn stage(&self, name: &str) {
         self.end_stage();
-        let name = name.into();
-        if let Some(bar) = &self.bar {
+        if let Show::Bar(bar) = &self.show {
             if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
                 bar.set_style(style);
             }
-            bar.set_message(name.clone());
+            bar.set_message(name.to_string());
         }
-        self.stage = Some((name, Instant::now()));
+        self.now().stage = Some((name.to_string(), Instant::now()));
+        self.event("stage", json!({ "name": name }));
+    }
+
+    /// Starts to draw a batch: the index of each picture, and how many of how many pictures came before.
+    pub fn batch(&self, indices: Vec<usize>, before: usize, total: usize) {
+        self.stage("drawing");
+        let mut now = self.now();
+        now.title = match indices.len() {
+            _ if total == 1 => "drawing".into(),
+            1 => format!("drawing {} of {total}", before + 1),
+            n => format!("drawing {}-{} of {total}", before + 1, before + n),
+        };
+        now.batch = indices;
     }
 
     /// One denoising step of `total` is done.
-    pub fn step(&mut self, done: usize, total: usize) {
-        let Some(bar) = &self.bar else { return };
-        let elapsed_s = self.stage.as_ref().map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
+    pub fn step(&self, done: usize, total: usize) {
+        let now = self.now();
+        for index in &now.batch {
+            self.event("step", json!({ "index": index, "step": done, "of": total }));
+        }
+        let Show::Bar(bar) = &self.show else { return };
+        let elapsed_s = now.stage.as_ref().map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
         let per_step = elapsed_s / done.max(1) as f64;
         if bar.length() != Some(total as u64) {
             bar.set_length(total as u64);
@@ -69,41 +124,48 @@ impl Progress {
         }
         bar.set_position(done as u64);
         let left = per_step * total.saturating_sub(done) as f64;
-        bar.set_message(format!("drawing, {per_step:.2} s a step, {left:.0} s left"));
+        bar.set_message(format!("{}, {per_step:.2} s a step, {left:.0} s left", now.title));
     }
 
     /// A line for the person, unless `--quiet`.
     pub fn note(&self, line: impl AsRef<str>) {
         if !self.quiet {
-            self.print(line.as_ref());
+            self.say(line.as_ref());
         }
     }
 
     /// A line only with `--verbose`.
     pub fn detail(&self, line: impl AsRef<str>) {
         if self.verbose {
-            self.print(line.as_ref());
+            self.say(line.as_ref());
         }
     }
 
-    fn print(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+    /// What has to be said: an error.
+    pub fn say(&self, text: &str) {
+        match &self.show {
+            Show::Bar(bar) => bar.suspend(|| write_line(text)),
+            Show::Events => self.event("note", json!({ "text": text })),
+            Show::Lines => write_line(text),
         }
     }
 
-    fn end_stage(&mut self) {
-        if let Some((name, start)) = self.stage.take() {
+    fn end_stage(&self) {
+        if let Some((name, start)) = self.now().stage.take() {
             self.detail(format!("{name}: {:.2} s", start.elapsed().as_secs_f64()));
         }
     }
 
-    /// Nothing more to come: clears the bar.
-    pub fn finish(&mut self) {
+    /// Nothing more is drawn: clears the bar.
+    pub fn finish(&self) {
         self.end_stage();
-        if let Some(bar) = &self.bar {
+        if let Show::Bar(bar) = &self.show {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A reader of stderr that went away is no reason to stop.
+fn write_line(text: &str) {
+    writeln!(std::io::stderr(), "{text}").ok();
 }

@@ -13,11 +13,13 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::schedule::{Algorithm, Plan, Prediction, SolverType, ancestral_step};
 
 /// The algorithms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "&str", try_from = "String")]
 pub enum Sampler {
     /// Song et al. 2020 (arXiv 2010.02502).
     Ddim,
@@ -104,6 +106,11 @@ impl Sampler {
         }
     }
 
+    /// As `--sampler` takes it.
+    pub fn name(self) -> &'static str {
+        self.names()[0]
+    }
+
     /// The class of diffusers that this sampler equals, where there is one.
     pub(crate) fn class(self) -> Option<&'static str> {
         Some(match self {
@@ -134,7 +141,21 @@ impl Sampler {
 
 impl fmt::Display for Sampler {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.names()[0])
+        f.write_str(self.name())
+    }
+}
+
+impl From<Sampler> for &str {
+    fn from(sampler: Sampler) -> Self {
+        sampler.name()
+    }
+}
+
+impl TryFrom<String> for Sampler {
+    type Error = anyhow::Error;
+
+    fn try_from(name: String) -> anyhow::Result<Self> {
+        name.parse()
     }
 }
 

@@ -16,20 +16,20 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::sampler::{Sampler, nearest};
 
-/// What the network predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+/// What the network predicts; read as diffusers writes it, written as `--prediction` takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Prediction {
     /// The noise.
     Epsilon,
     /// The velocity of Salimans and Ho 2022 (arXiv 2202.00512).
-    #[serde(rename = "v_prediction")]
+    #[serde(rename(serialize = "v", deserialize = "v_prediction"), alias = "v")]
     V,
     /// The picture itself.
     #[serde(alias = "original_sample")]
@@ -358,7 +358,8 @@ fn read_law(keys: &Keys) -> Result<Option<SigmaLaw>> {
 }
 
 /// A schedule that a person can choose instead of the checkpoint's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "&str", try_from = "String")]
 pub enum Schedule {
     /// Karras et al. 2022, eq. 5, rho = 7.
     Karras,
@@ -424,6 +425,20 @@ impl Schedule {
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(self.names()[0])
+    }
+}
+
+impl From<Schedule> for &str {
+    fn from(schedule: Schedule) -> Self {
+        schedule.names()[0]
+    }
+}
+
+impl TryFrom<String> for Schedule {
+    type Error = anyhow::Error;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
     }
 }
 

@@ -238,3 +238,20 @@ fn a_scheduler_config_with_pythons_infinity_is_read() {
     std::fs::write(&path, text).unwrap();
     succeed(sdgen(dir.path()).args(["x", "--steps", "2", "-q", "-m", "m", "-o", "x.png", "--sampler", "dpmpp-2m"]));
 }
+
+#[test]
+fn a_picture_of_one_colour_is_saved_with_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("sd1"), &dir.path().join("model"));
+    let path = dir.path().join("model/vae/diffusion_pytorch_model.safetensors");
+    let mut tensors = load(&path);
+    for (name, tensor) in &mut tensors {
+        if name.starts_with("decoder.conv_out") {
+            *tensor = tensor.zeros_like().unwrap();
+        }
+    }
+    save(&tensors, &path);
+    let output =
+        succeed(sdgen(dir.path()).args(["a frog", "--steps", "1", "-s", "1", "-W", "16", "-H", "16", "-m", "model", "-o", "a.png"]));
+    assert!(stderr(&output).contains("warning: `a frog`, seed 1 has one colour everywhere"), "{}", stderr(&output));
+}

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use sdgen::image::{Format, Metadata, Parameters, Picture, parameters, read_metadata};
-use sdgen::output::{Destination, Naming, check_writable, plan_paths, save};
+use sdgen::output::{Destination, Naming, plan_paths, save};
 use serde_json::json;
 
 const FORMATS: [Format; 3] = [Format::Png, Format::Jpg, Format::Webp];
@@ -43,7 +43,24 @@ const FIELDS: Parameters<'static> = Parameters {
 };
 
 fn naming(prompt: &str, seed: u64) -> Naming<'_> {
-    Naming { prompt, negative: "", seed, index: 0, model: "sd15", width: 512, height: 768, steps: 20, guidance: 7.5, sampler: "euler-a" }
+    Naming {
+        prompt,
+        negative: "",
+        seed,
+        index: 0,
+        model: "sd15",
+        width: 512,
+        height: 768,
+        steps: 20,
+        guidance: 7.5,
+        sampler: "euler-a",
+        sweep: "",
+    }
+}
+
+fn check_writable(destination: &Destination, paths: &[PathBuf], force: bool) -> Result<()> {
+    let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+    sdgen::output::check_writable(&paths, matches!(destination, Destination::Template(_)), force)
 }
 
 fn parse(output: &str) -> Result<(Destination, Format)> {
@@ -390,7 +407,7 @@ fn a_template_without_an_extension_gets_one_and_a_file_stays_as_typed() {
 fn a_template_that_cannot_be_read_is_an_error_that_names_the_remedy() {
     let message = error(parse("{promt}.png"));
     assert!(message.starts_with("unknown placeholder `{promt}`"), "{message}");
-    for known in ["prompt", "seed", "index", "model", "width", "height", "steps", "guidance", "sampler", "negative"] {
+    for known in ["prompt", "seed", "index", "model", "width", "height", "steps", "guidance", "sampler", "negative", "sweep"] {
         assert!(message.contains(&format!("`{{{known}}}`")), "{message}");
         parse(&format!("{{{known}}}.png")).unwrap();
     }

@@ -28,11 +28,13 @@ use clap::{Args, FromArgMatches};
 use common::*;
 use sdgen::cli::DrawArgs;
 use sdgen::device::{Compute, DTypeChoice, DeviceChoice};
+use sdgen::list::List;
 use sdgen::model::unet::{UNet, UNetConfig};
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::nn::embed;
+use sdgen::pipeline::{Drawn, generate};
 use sdgen::progress::{Progress, ProgressMode};
-use sdgen::request::Request;
+use sdgen::request::{Job, Request};
 use sdgen::sampler::{Sampler, sample};
 use sdgen::schedule::{Schedule, SchedulerConfig, plan};
 use sdgen::text::clip::{Clip, ClipConfig};
@@ -522,28 +524,29 @@ fn no_connection_is_made_unless_needed_and_allowed() {
 fn weights_are_read_once_for_all_prompts_and_seeds() {
     let dir = tempfile::tempdir().unwrap();
     copy_folder(&fixture("sd1"), dir.path());
-    let arguments = ["sdgen", "--steps", "2", "-W", "16", "-H", "16", "-s", "1,2", "-b", "1"];
+    let prompts = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&prompts, "a frog\nthe cat\na house\n").unwrap();
+    let arguments = ["sdgen", "--from", prompts.path().to_str().unwrap(), "--steps", "2", "-W", "16", "-H", "16", "-s", "1,2", "-b", "1"];
     let matches = DrawArgs::augment_args(clap::Command::new("sdgen")).try_get_matches_from(arguments).unwrap();
     let args = DrawArgs::from_arg_matches(&matches).unwrap();
     let draw = |unreadable: bool| {
         let checkpoint = Checkpoint::open(Origin::Path(dir.path())).unwrap();
-        let prompts = vec!["a frog".to_string(), "the cat".into(), "a house".into()];
-        let request = Request::resolve(&args, prompts, &checkpoint).unwrap();
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
+        let request = Request::resolve(&args, &List::read(&args).unwrap(), &checkpoint, &compute).unwrap();
+        let jobs: Vec<&Job> = request.jobs.iter().collect();
+        let progress = Progress::new(ProgressMode::None, true, false);
         let mut pictures = vec![];
-        let drawn =
-            sdgen::pipeline::generate(&checkpoint, &request, &compute, &mut Progress::new(ProgressMode::None, true, false), &mut |drawn| {
-                pictures.push(drawn.picture.rgb);
-                // after the first picture nothing is left on the disk
-                for part in ["unet", "vae", "text_encoder"].into_iter().filter(|_| unreadable) {
-                    let folder = std::fs::read_dir(dir.path().join(part))?;
-                    for file in folder.filter_map(|e| Some(e.ok()?.path())).filter(|f| f.extension().is_some_and(|e| e == "safetensors")) {
-                        std::fs::File::options().write(true).open(file)?.set_len(0)?;
-                    }
+        let mut sink = |_: &Job, drawn: anyhow::Result<Drawn>| {
+            pictures.push(drawn.unwrap().picture.rgb);
+            // after the first picture nothing is left on the disk
+            for part in ["unet", "vae", "text_encoder"].into_iter().filter(|_| unreadable) {
+                let folder = std::fs::read_dir(dir.path().join(part)).unwrap();
+                for file in folder.map(|e| e.unwrap().path()).filter(|f| f.extension().is_some_and(|e| e == "safetensors")) {
+                    std::fs::File::options().write(true).open(file).unwrap().set_len(0).unwrap();
                 }
-                Ok(())
-            });
-        drawn.unwrap();
+            }
+        };
+        generate(&checkpoint, &request, &jobs, &compute, &progress, &|| false, &mut sink).unwrap();
         pictures
     };
     let expected = draw(false);

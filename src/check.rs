@@ -1,0 +1,184 @@
+//! `sdgen check`: draws pictures again from what their files say of them, and compares. A regression test in one line.
+
+use crate::cli::{open, say};
+use crate::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
+use crate::failure::{Code, Failure};
+use crate::image::{Difference, Format, Picture, read_metadata};
+use crate::pipeline;
+use crate::progress::{Progress, ProgressMode};
+use crate::request::{Job, Request};
+use crate::settings::Settings;
+use crate::weights::Checkpoint;
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+/// What to compare, and how closely.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Pictures that sdgen has drawn
+    #[arg(required = true)]
+    pictures: Vec<PathBuf>,
+    /// The model that they were drawn with [default: the one that each names]
+    #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF")]
+    model: Option<OsString>,
+    /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
+    #[arg(long, value_name = "DB")]
+    min_psnr: Option<f64>,
+    /// Compare what is drawn with this picture, not with the one that says how
+    #[arg(long, value_name = "FILE")]
+    expect: Option<PathBuf>,
+    /// Never touch the network; also HF_HUB_OFFLINE=1
+    #[arg(long)]
+    offline: bool,
+    /// auto, cpu, cuda[:N] or metal
+    #[arg(long, default_value = "auto", hide_default_value = true, value_name = "NAME")]
+    device: DeviceChoice,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// One JSON object a picture on stdout
+    #[arg(long)]
+    json: bool,
+    /// Say nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// A picture, and what its file says of it.
+struct Known {
+    path: PathBuf,
+    settings: Settings,
+    format: Format,
+    /// what the drawn one should look like
+    expected: Picture,
+}
+
+/// Takes what came of a picture.
+type Tell<'a> = dyn FnMut(&Path, Result<Difference>) -> Result<(), Failure> + 'a;
+
+/// Compares every picture and prints a line for each. Errors if any differs or cannot be drawn again.
+pub fn run(args: &CheckArgs) -> Result<(), Failure> {
+    let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
+    let mut bad = 0;
+    let mut tell = |path: &Path, outcome: Result<Difference>| -> Result<(), Failure> {
+        let same = outcome.as_ref().is_ok_and(|difference| match args.min_psnr {
+            Some(least) => difference.psnr_db >= least,
+            None => difference.pixels == 0,
+        });
+        bad += usize::from(!same);
+        let difference = match outcome {
+            Ok(difference) => Some(difference),
+            Err(error) => {
+                progress.say(&Failure { code: 1, error: error.context(format!("`{}`", path.display())) }.text());
+                None
+            }
+        };
+        say(&line(path, same, difference.as_ref(), args.json)).code(1)
+    };
+    let mut known: Vec<Known> = vec![];
+    for path in &args.pictures {
+        match read(path, args.expect.as_deref()) {
+            Ok(picture) => known.push(picture),
+            Err(error) => tell(path, Err(error))?,
+        }
+    }
+    // pictures of one model and type are drawn together
+    while let Some(first) = known.first() {
+        let (model, dtype) = (first.settings.model.clone(), first.settings.dtype.clone());
+        let (group, rest): (Vec<Known>, Vec<Known>) =
+            known.into_iter().partition(|k| k.settings.dtype == dtype && (args.model.is_some() || k.settings.model == model));
+        known = rest;
+        let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
+        let compute = Compute::choose(args.device, dtype).code(2)?;
+        let reference = args.model.as_deref().unwrap_or(OsStr::new(&*model));
+        let checkpoint = open(Some(reference), args.offline, !args.quiet)
+            .with_context(|| format!("the model of `{}` cannot be opened", group[0].path.display()))
+            .code(3)?;
+        compare(group, &checkpoint, &compute, &progress, &mut tell)?;
+    }
+    if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same", args.pictures.len())).code(1) }
+}
+
+/// Reads a picture, and the one that it should look like if that is another.
+fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
+    let bytes = std::fs::read(path).context("it cannot be read")?;
+    let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
+    let settings = serde_json::from_value(metadata.sdgen).context("what it says of its drawing cannot be read")?;
+    let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
+    let expected = match expect {
+        Some(path) => {
+            let bytes = std::fs::read(path).with_context(|| format!("`{}` cannot be read", path.display()))?;
+            Picture::decode(&bytes).with_context(|| format!("`{}` is damaged", path.display()))?
+        }
+        None => Picture::decode(&bytes).context("it is damaged")?,
+    };
+    Ok(Known { path: path.into(), settings, format, expected })
+}
+
+/// Draws the pictures of one model again and tells how each differs.
+fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progress: &Progress, tell: &mut Tell) -> Result<(), Failure> {
+    let hash = checkpoint.hash().code(3)?;
+    let mut request = Request::new(checkpoint).code(3)?;
+    let mut drawn_again: Vec<&Known> = vec![];
+    for known in &group {
+        let added = if *known.settings.model_hash == *hash {
+            request.add(known.settings.clone(), None, known.format)
+        } else {
+            let hint = "pass the model that drew it with `--model`";
+            Err(anyhow::anyhow!("it was drawn with other weights than those of `{}`\n\nhint: {hint}", checkpoint.name))
+        };
+        match added {
+            Ok(()) => drawn_again.push(known),
+            Err(error) => tell(&known.path, Err(error))?,
+        }
+    }
+    if compute.device.is_cpu() {
+        require_memory(request.memory_bytes(checkpoint, 1)).code(4)?;
+    }
+    let jobs: Vec<&Job> = request.jobs.iter().collect();
+    let mut told = Ok(());
+    pipeline::generate(checkpoint, &request, &jobs, compute, progress, &|| false, &mut |job, drawn| {
+        let Some(known) = drawn_again.get(job.index) else { return };
+        let outcome = drawn.and_then(|drawn| difference(&drawn.picture, known));
+        if told.is_ok() {
+            told = tell(&known.path, outcome);
+        }
+    })
+    .code(1)?;
+    told
+}
+
+/// How a drawn picture differs from the expected one, after the same trip through a file.
+fn difference(drawn: &Picture, known: &Known) -> Result<Difference> {
+    let drawn = Picture::decode(&drawn.encode(known.format, None)?)?;
+    let sizes = [&drawn, &known.expected].map(|p| (p.width, p.height));
+    if sizes[0] != sizes[1] {
+        let [(w, h), (expected_w, expected_h)] = sizes;
+        bail!("it is drawn in {w}x{h}, {expected_w}x{expected_h} is expected");
+    }
+    Ok(drawn.difference(&known.expected))
+}
+
+fn line(path: &Path, same: bool, difference: Option<&Difference>, json: bool) -> String {
+    if json {
+        let number = |value: fn(&Difference) -> serde_json::Value| difference.map(value);
+        let record = json!({
+            "path": path.to_string_lossy(), "same": same,
+            "psnr_db": number(|d| if d.psnr_db.is_finite() { d.psnr_db.into() } else { serde_json::Value::Null }),
+            "pixels": number(|d| d.pixels.into()), "largest": number(|d| d.largest.into()),
+        });
+        return format!("{record}\n");
+    }
+    let path = path.display();
+    match difference {
+        None => format!("{path}: failed\n"),
+        Some(Difference { pixels: 0, .. }) => format!("{path}: identical\n"),
+        Some(Difference { pixels, largest, psnr_db }) => {
+            let verdict = if same { "close" } else { "differs" };
+            format!("{path}: {verdict}, {psnr_db:.1} dB, {pixels} pixels by up to {largest} levels\n")
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! How the program ends when it does not succeed: an error with its exit code, said once.
+
+use crate::pipeline::{NotFinite, OutOfMemory};
+use crate::weights::ModelError;
+use anyhow::{Error, Result};
+
+/// An error and the exit code it ends with (README: 2 arguments, 3 model, 4 memory, 5 not finite, 6 some of many, 1 the
+/// rest, 130 interrupted).
+#[derive(Debug)]
+pub struct Failure {
+    pub code: u8,
+    pub error: Error,
+}
+
+impl Failure {
+    /// `error: cause`, and where there is a remedy a blank line and `hint: remedy`.
+    pub fn text(&self) -> String {
+        let parts: Vec<String> = self.error.chain().map(|e| e.to_string()).collect();
+        let (mut causes, mut hint) = (vec![], None);
+        for part in &parts {
+            let (cause, remedy) = part.split_once("\n\nhint: ").map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
+            causes.push(cause);
+            hint = hint.or(remedy);
+        }
+        let hint = hint.map(|hint| format!("\n\nhint: {hint}")).unwrap_or_default();
+        format!("error: {}{hint}", causes.join(": "))
+    }
+}
+
+/// Gives an error its exit code.
+pub trait Code<T> {
+    /// This code, unless the error itself says what kind it is.
+    fn code(self, code: u8) -> Result<T, Failure>;
+}
+
+impl<T> Code<T> for Result<T> {
+    fn code(self, code: u8) -> Result<T, Failure> {
+        self.map_err(|error| {
+            let code = match () {
+                () if error.is::<NotFinite>() => 5,
+                () if error.is::<OutOfMemory>() => 4,
+                () if error.is::<ModelError>() => 3,
+                () => code,
+            };
+            Failure { code, error }
+        })
+    }
+}

@@ -1,0 +1,320 @@
+//! The work list: which pictures are asked for, before any model is looked at.
+//!
+//! A pure function of the arguments and the list that `--from` names, so that every machine that reads them sees the same
+//! pictures in the same order. Hides how lines and sweeps become options: each value is given to the command line's own
+//! parser, so that names, aliases and checks are the same everywhere. Read next: [`crate::request`], which fills in what
+//! the model brings.
+
+use crate::cli::{DrawArgs, PictureArgs};
+use crate::image::Format;
+use crate::output::{self, Destination};
+use crate::weights::nearest;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Args, FromArgMatches};
+use serde_json::{Map, Value};
+use std::collections::HashMap;
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, stdin};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Pictures a run may ask for.
+const MAX_JOBS: usize = 1_000_000;
+
+/// Every picture that is asked for, in order: line by line, there seed by seed, there through the sweeps.
+pub struct List {
+    /// what lines are counted in, for errors: the file, or stdin
+    pub name: String,
+    pub items: Vec<Item>,
+    /// where pictures go, referred to by the items
+    pub outputs: Vec<(Destination, Format)>,
+    /// the first seed of each prompt that has none of its own
+    pub random_seed: Option<u64>,
+}
+
+/// One picture that is asked for.
+pub struct Item {
+    /// its line in the list, from 1; none for a prompt on the command line
+    pub line: Option<usize>,
+    pub prompt: Arc<str>,
+    pub seed: u64,
+    /// as given for it; what is left open is the model's
+    pub options: Arc<PictureArgs>,
+    /// what a sweep has set, for file names: `guidance-3-steps-10`, or nothing
+    pub sweep: Arc<str>,
+    /// its place in [`List::outputs`]
+    pub output: usize,
+}
+
+/// A prompt with what its line says beside it.
+struct Prompt {
+    line: Option<usize>,
+    text: Arc<str>,
+    /// options of its own, by name
+    keys: Option<Map<String, Value>>,
+}
+
+impl List {
+    /// Reads the prompt, or the list, that the arguments name. Errors name the line of the list.
+    pub fn read(args: &DrawArgs) -> Result<Self> {
+        let missing = || anyhow!("no prompt\n\nhint: sdgen \"a frog in a top hat\"");
+        let ending = |wanted: &str| args.from.as_deref().and_then(Path::extension).is_some_and(|e| e == wanted);
+        // a list whose name does not tell is one of objects if its first line is
+        let mut is_json = if ending("txt") || args.from.is_none() { Some(false) } else { ending("jsonl").then_some(true) };
+        let (name, source): (_, Box<dyn BufRead>) = match (&args.from, args.prompt.as_deref()) {
+            (Some(_), Some(_)) => bail!("a prompt and `--from` cannot be used together\n\nhint: put the prompt into the list"),
+            (None, Some(prompt)) if prompt != "-" => {
+                return Self::of(args, String::new(), [Ok(Prompt { line: None, text: prompt.into(), keys: None })]);
+            }
+            (None, None) if stdin().is_terminal() => return Err(missing()),
+            (Some(path), None) if path != "-" => {
+                let file = File::open(path).with_context(|| format!("cannot read the list `{}`", path.display()))?;
+                (format!("`{}`", path.display()), Box::new(BufReader::new(file)))
+            }
+            _ => ("stdin".into(), Box::new(stdin().lock())),
+        };
+        let prompts = (1..).zip(source.lines()).filter_map(|(number, line)| {
+            let line = line.map_err(|error| match error.kind() {
+                ErrorKind::InvalidData => anyhow!("it cannot be read as UTF-8 text"),
+                _ => error.into(),
+            });
+            let prompt = line.and_then(|line| {
+                let line = line.trim_start_matches('\u{feff}');
+                if line.trim().is_empty() {
+                    return Ok(None);
+                }
+                if *is_json.get_or_insert(line.trim_start().starts_with('{')) {
+                    return Prompt::parse(number, line).map(Some);
+                }
+                Ok(Some(Prompt { line: Some(number), text: line.into(), keys: None }))
+            });
+            prompt.with_context(|| format!("line {number} of {name}")).transpose()
+        });
+        let list = Self::of(args, name.clone(), prompts)?;
+        match &args.from {
+            _ if !list.items.is_empty() => Ok(list),
+            Some(_) => bail!("{name} has no prompts"),
+            None => Err(missing()),
+        }
+    }
+
+    /// The pictures of some prompts.
+    fn of(args: &DrawArgs, name: String, prompts: impl IntoIterator<Item = Result<Prompt>>) -> Result<Self> {
+        let mut options = Options::new();
+        let sweeps = args.sweep.iter().map(|text| options.sweep(text)).collect::<Result<Vec<_>>>()?;
+        if let Some((key, _)) = sweeps.iter().enumerate().find_map(|(i, sweep)| sweeps.iter().take(i).find(|other| other.0 == sweep.0)) {
+            bail!("`--sweep {key}` is given twice\n\nhint: one sweep takes all its values: `--sweep {key}=A,B,C`");
+        }
+        // lines without options of their own share those of the command line
+        let plain = options.swept(&args.picture, &sweeps)?;
+        let mut list = Self { name, items: vec![], outputs: vec![], random_seed: None };
+        let mut outputs = HashMap::new();
+        for prompt in prompts {
+            let Prompt { line, text, keys } = prompt?;
+            let own = keys.map(|keys| options.of_line(&args.picture, keys).and_then(|own| options.swept(&own, &sweeps))).transpose();
+            let added = own.and_then(|own| list.add(line, &text, own.as_ref().unwrap_or(&plain), args.format, &mut outputs));
+            match line {
+                Some(line) => added.with_context(|| format!("line {line} of {}", list.name))?,
+                None => added?,
+            }
+        }
+        Ok(list)
+    }
+
+    /// Adds the pictures of one prompt: seed by seed, there every variant of its options.
+    fn add(
+        &mut self,
+        line: Option<usize>,
+        prompt: &Arc<str>,
+        variants: &[Variant],
+        format: Option<Format>,
+        outputs: &mut HashMap<Option<OsString>, usize>,
+    ) -> Result<()> {
+        let seeds = variants.iter().map(|(options, _)| self.seeds(options)).collect::<Result<Vec<_>>>()?;
+        let (Some((first, _)), Some(count)) = (variants.first(), seeds.iter().map(Vec::len).min()) else { return Ok(()) };
+        let total = self.items.len() + count.saturating_mul(variants.len());
+        ensure!(total <= MAX_JOBS, "this asks for more than {MAX_JOBS} pictures\n\nhint: check `--seed`, `--count` and `--sweep`");
+        let output = match outputs.get(&first.output) {
+            Some(known) => *known,
+            None => {
+                self.outputs.push(Destination::parse(first.output.as_deref(), format)?);
+                *outputs.entry(first.output.clone()).or_insert(self.outputs.len() - 1)
+            }
+        };
+        for i in 0..count {
+            for ((options, sweep), seeds) in variants.iter().zip(&seeds) {
+                let (prompt, options, sweep) = (prompt.clone(), options.clone(), sweep.clone());
+                self.items.extend(seeds.get(i).map(|&seed| Item { line, prompt, seed, options, sweep, output }));
+            }
+        }
+        Ok(())
+    }
+
+    fn seeds(&mut self, options: &PictureArgs) -> Result<Vec<u64>> {
+        let count = options.count.unwrap_or(1);
+        match &options.seed {
+            Some(seeds) => seeds.values(count),
+            None => {
+                let first = *self.random_seed.get_or_insert_with(random_seed);
+                Ok((0..count as u64).map(|i| first + i).collect())
+            }
+        }
+    }
+}
+
+impl Prompt {
+    /// Reads a line of a `.jsonl` list.
+    fn parse(line: usize, text: &str) -> Result<Self> {
+        let error =
+            |error: serde_json::Error| anyhow!("it is no JSON object: {}", error.to_string().replace(" at line 1 column", ", column"));
+        let mut keys: Map<String, Value> = serde_json::from_str(text).map_err(error)?;
+        match keys.remove("prompt") {
+            Some(Value::String(prompt)) => Ok(Self { line: Some(line), text: prompt.into(), keys: Some(keys) }),
+            _ => bail!("it has no text under the key `prompt`\n\nhint: a line looks like {{\"prompt\": \"a frog\", \"seed\": 7}}"),
+        }
+    }
+}
+
+/// Options by their long names, read as the command line reads them.
+struct Options(clap::Command);
+
+/// `--sweep`: a key and its values.
+type Sweep = (String, Vec<String>);
+/// Options, and the name of what a sweep has set there.
+type Variant = (Arc<PictureArgs>, Arc<str>);
+
+impl Options {
+    fn new() -> Self {
+        Self(PictureArgs::augment_args_for_update(clap::Command::new("sdgen").no_binary_name(true).disable_help_flag(true)))
+    }
+
+    /// The long name of an option that may be called by an alias, with `_` for `-` too. Errors name the nearest.
+    fn long_name(&self, key: &str) -> Result<String> {
+        let wanted = key.replace('_', "-");
+        let names = |option: &clap::Arg| {
+            option.get_all_aliases().unwrap_or_default().into_iter().chain(option.get_long()).map(String::from).collect::<Vec<_>>()
+        };
+        if let Some(option) = self.0.get_arguments().find(|option| names(option).contains(&wanted)) {
+            return Ok(option.get_long().unwrap_or_default().into());
+        }
+        let all: Vec<String> = ["prompt".into()].into_iter().chain(self.0.get_arguments().flat_map(names)).collect();
+        let hint = match nearest(&wanted, all.iter().map(String::as_str)) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("keys are {}", all.join(", ")),
+        };
+        bail!("unknown key `{key}`\n\nhint: {hint}")
+    }
+
+    /// Sets the option of this long name. Errors say what it may be.
+    fn set(&mut self, options: &mut PictureArgs, long: &str, value: &str) -> Result<()> {
+        let matches = self.0.try_get_matches_from_mut([format!("--{long}={value}")]);
+        let set = matches.and_then(|matches| options.update_from_arg_matches(&matches));
+        set.map_err(|error| {
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            anyhow!("`{long}` cannot be `{value}`{cause}")
+        })
+    }
+
+    /// The options of a line that brings its own.
+    fn of_line(&mut self, base: &PictureArgs, keys: Map<String, Value>) -> Result<PictureArgs> {
+        let mut options = base.clone();
+        for (key, value) in keys {
+            let long = self.long_name(&key)?;
+            let is_text = matches!(&*long, "negative" | "sampler" | "schedule" | "output");
+            let value = match value {
+                // what programs write for an option that is not given
+                Value::Null => continue,
+                Value::String(text) if is_text || long == "seed" => text,
+                Value::Number(number) if !is_text => number.to_string(),
+                other => bail!("`{key}` wants a {}, not {other}", if is_text { "text" } else { "number" }),
+            };
+            self.set(&mut options, &long, &value)?;
+        }
+        Ok(options)
+    }
+
+    /// Reads `KEY=V1,V2,...`.
+    fn sweep(&mut self, text: &str) -> Result<Sweep> {
+        let Some((key, values)) = text.split_once('=').filter(|(_, values)| !values.is_empty()) else {
+            bail!("`--sweep {text}` has no values\n\nhint: write them as `--sweep guidance=3,5,7`");
+        };
+        let long = self.long_name(key).with_context(|| format!("`--sweep {text}`"))?;
+        let values = match &*long {
+            "count" | "output" => bail!("`--sweep` cannot vary `{long}`"),
+            "seed" => values.parse::<Seeds>()?.values(1)?.iter().map(u64::to_string).collect(),
+            _ => values.split(',').map(String::from).collect(),
+        };
+        Ok((long, values))
+    }
+
+    /// Every combination of the sweeps' values over some options, the last sweep innermost.
+    fn swept(&mut self, base: &PictureArgs, sweeps: &[Sweep]) -> Result<Vec<Variant>> {
+        let mut variants = vec![(base.clone(), String::new())];
+        for (long, values) in sweeps {
+            let mut next = vec![];
+            for (options, name) in &variants {
+                for value in values {
+                    let mut options = options.clone();
+                    self.set(&mut options, long, value).with_context(|| format!("`--sweep {long}`"))?;
+                    let value = if value.parse::<f64>().is_ok() { value.clone() } else { output::slug(value, "none") };
+                    let joint = if name.is_empty() { "" } else { "-" };
+                    next.push((options, format!("{name}{joint}{long}-{value}")));
+                }
+            }
+            variants = next;
+        }
+        Ok(variants.into_iter().map(|(options, name)| (Arc::new(options), Arc::from(name))).collect())
+    }
+}
+
+/// A seed that is easy to type again: 32 bits of the system's randomness.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // the standard library keys every RandomState from the system's generator
+    let hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.finish() & 0xffff_ffff
+}
+
+/// `--seed`: numbers and ranges, separated by commas.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seeds(Vec<std::ops::Range<u64>>);
+
+impl Seeds {
+    /// The seeds; with a count of n, each single number N stands for N, N+1, ... N+n-1.
+    fn values(&self, count: usize) -> Result<Vec<u64>> {
+        let several = self.0.len() > 1 || self.0.iter().any(|r| r.end - r.start > 1);
+        if several && count > 1 {
+            bail!("`--count` needs a single `--seed`\n\nhint: write the seeds as a range, for example `--seed 0..{count}`");
+        }
+        let total = self.0.iter().map(|r| r.end - r.start).fold(0u64, u64::saturating_add);
+        if total > MAX_JOBS as u64 {
+            bail!("`--seed` names {total} seeds, more than {MAX_JOBS}");
+        }
+        let values = self.0.iter().cloned().flatten();
+        Ok(values.flat_map(|seed| (0..count as u64).map(move |i| seed.wrapping_add(i))).collect())
+    }
+}
+
+impl std::str::FromStr for Seeds {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let number = |s: &str| s.trim().parse::<u64>().with_context(|| format!("`{s}` is no seed: a number from 0 to {}", u64::MAX - 1));
+        let range = |part: &str| match part.split_once("..") {
+            Some((from, to)) => {
+                let (from, to) = (number(from)?, number(to)?);
+                if from >= to {
+                    bail!("the range `{part}` is empty");
+                }
+                Ok(from..to)
+            }
+            None => {
+                let seed = number(part)?;
+                Ok(seed..seed.checked_add(1).context("this seed is too large")?)
+            }
+        };
+        Ok(Self(text.split(',').map(range).collect::<Result<_>>()?))
+    }
+}

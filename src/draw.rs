@@ -177,7 +177,7 @@ fn check(args: &DrawArgs, list: &List) -> Result<()> {
     }
     if let Some(path) = &args.grid {
         Format::of_path(path)?;
-        output::check_writable(&[path], false, args.force || args.resume)?;
+        output::check_writable(&[path], true, args.force || args.resume)?;
     }
     if let (true, Some(option)) = (to_stdout, if args.verify { Some("--verify") } else { args.resume.then_some("--resume") }) {
         return Err(anyhow!("`{option}` looks for files, but `-o -` writes none"));

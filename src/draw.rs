@@ -112,16 +112,16 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     end(&list, &request, tally, written)
 }
 
-/// Saves a contact sheet of the pictures that are there: a row for each prompt, columns for seeds, or for what is swept.
+/// Saves a contact sheet of the pictures that are there: a row for each prompt and columns for seeds, or
+/// columns for the last sweep and rows for all else.
 fn grid(path: &Path, args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
     let cell = |job: &Job| {
         let item = list.items.get(job.index)?;
         let picture = Picture::decode(&std::fs::read(job.path.as_ref()?).ok()?).ok()?;
-        let seed = format!("seed {}", item.seed);
-        let (row, column) = if item.sweep.is_empty() {
-            (item.prompt.to_string(), seed)
-        } else {
-            (format!("{}, {seed}", item.prompt), item.sweep.to_string())
+        let (prompt, seed) = (item.prompt.to_string(), format!("seed {}", item.seed));
+        let (row, column) = match item.sweep.labels.split_last() {
+            None => (prompt, seed),
+            Some((last, others)) => ([&[prompt, seed], others].concat().join(", "), last.clone()),
         };
         Some(Cell { row, column, picture })
     };

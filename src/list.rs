@@ -42,10 +42,18 @@ pub struct Item {
     pub seed: u64,
     /// as given for it; what is left open is the model's
     pub options: Arc<PictureArgs>,
-    /// what a sweep has set, for file names: `guidance-3-steps-10`, or nothing
-    pub sweep: Arc<str>,
+    pub sweep: Arc<Swept>,
     /// its place in [`List::outputs`]
     pub output: usize,
+}
+
+/// What sweeps have set for a picture.
+#[derive(Default, Clone)]
+pub struct Swept {
+    /// for file names: `guidance-3-steps-10`, or nothing
+    pub name: String,
+    /// for people, one a sweep: `guidance 3`, `steps 10`
+    pub labels: Vec<String>,
 }
 
 /// A prompt with what its line says beside it.
@@ -182,8 +190,8 @@ struct Options(clap::Command);
 
 /// `--sweep`: a key and its values.
 type Sweep = (String, Vec<String>);
-/// Options, and the name of what a sweep has set there.
-type Variant = (Arc<PictureArgs>, Arc<str>);
+/// Options, and what sweeps have set there.
+type Variant = (Arc<PictureArgs>, Arc<Swept>);
 
 impl Options {
     fn new() -> Self {
@@ -251,21 +259,22 @@ impl Options {
 
     /// Every combination of the sweeps' values over some options, the last sweep innermost.
     fn swept(&mut self, base: &PictureArgs, sweeps: &[Sweep]) -> Result<Vec<Variant>> {
-        let mut variants = vec![(base.clone(), String::new())];
+        let mut variants = vec![(base.clone(), Swept::default())];
         for (long, values) in sweeps {
             let mut next = vec![];
-            for (options, name) in &variants {
+            for (options, Swept { name, labels }) in &variants {
                 for value in values {
                     let mut options = options.clone();
                     self.set(&mut options, long, value).with_context(|| format!("`--sweep {long}`"))?;
+                    let labels = labels.iter().cloned().chain([format!("{long} {value}")]).collect();
                     let value = if value.parse::<f64>().is_ok() { value.clone() } else { output::slug(value, "none") };
                     let joint = if name.is_empty() { "" } else { "-" };
-                    next.push((options, format!("{name}{joint}{long}-{value}")));
+                    next.push((options, Swept { name: format!("{name}{joint}{long}-{value}"), labels }));
                 }
             }
             variants = next;
         }
-        Ok(variants.into_iter().map(|(options, name)| (Arc::new(options), Arc::from(name))).collect())
+        Ok(variants.into_iter().map(|(options, swept)| (Arc::new(options), Arc::new(swept))).collect())
     }
 }
 

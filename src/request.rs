@@ -163,7 +163,7 @@ impl Request {
         let mut taken: HashMap<PathBuf, usize> = HashMap::new();
         for ((destination, format), indices) in list.outputs.iter().zip(by_output) {
             let pairs = indices.iter().filter_map(|&i| Some((self.jobs.get(i)?, list.items.get(i)?)));
-            let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep)).collect();
+            let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep.name)).collect();
             for (index, path) in indices.iter().zip(plan_paths(destination, *format, &namings)?) {
                 if let Some(first) = taken.insert(path.clone(), *index).filter(|_| list.outputs.len() > 1) {
                     let (first, second) = (self.place(&self.jobs[first]), self.place(&self.jobs[*index]));

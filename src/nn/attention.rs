@@ -67,8 +67,8 @@ mod tests {
         for (b, n, m, heads, d) in sizes.chain(keys) {
             let (q, k, v) = (random(b, n, heads * d), random(b, m, heads * d), random(b, m, heads * d));
             let off = worst(&attention(&q, &k, &v, heads).unwrap(), &attention_plain(&q, &k, &v, heads, None).unwrap());
-            // sums of up to m weighted values around 2, and another exp
-            assert!(off < 5e-5, "{b}x{n} to {m}, {heads} heads of {d}: {off:e}");
+            // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both; values are around 2
+            assert!(off < 2e-4, "{b}x{n} to {m}, {heads} heads of {d}: {off:e}");
         }
     }
 

@@ -365,9 +365,9 @@ mod tests {
             let norm = group_norm(c, groups);
             let plain = group_norm_plain(&x, &norm.weight, &norm.bias, groups, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
-            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 5e-5, "{h}x{w}, {c} in {groups}");
+            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-4, "{h}x{w}, {c} in {groups}");
             let silu = candle_nn::ops::silu(&plain).unwrap();
-            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 5e-5, "{h}x{w}, {c} in {groups}, silu");
+            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 1e-4, "{h}x{w}, {c} in {groups}, silu");
         }
     }
 

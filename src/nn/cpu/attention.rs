@@ -8,13 +8,13 @@
 //! wasted for any size of head, and a query's largest score and sums need no steps across lanes. Keys and values are
 //! laid out for this once per call, in the order in which they are read.
 
+use super::copy::fresh;
 use super::product::{Output, slice, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::f32::consts::LOG2_E;
-use std::mem::MaybeUninit;
 
 /// Queries of one task. They share what it reads of keys and values.
 const QUERIES: usize = 128;
@@ -101,13 +101,10 @@ impl<'a> Plan<'a> {
         let Plan { q, n, c, heads, d, padded, keys, blocks, .. } = *self;
         let (b, tasks, block) = (q.len() / (n * c), n.div_ceil(QUERIES), keys * (d + padded));
         // neither is cleared first: that would cost up to a quarter of the time where there are few keys
-        let (len, mut packed) = (b * blocks * heads * block, Vec::with_capacity(b * blocks * heads * block));
-        let mut y = Vec::with_capacity(q.len());
-        packed.spare_capacity_mut()[..len].par_chunks_exact_mut(block).enumerate().for_each(|(i, packed)| {
+        let (mut packed, mut y) = (fresh(b * blocks * heads * block), fresh(q.len()));
+        packed.par_chunks_exact_mut(block).enumerate().for_each(|(i, packed)| {
             pack(Pack { plan: self, image: i / (blocks * heads), head: i % heads, first: i / heads % blocks * keys, packed });
         });
-        // SAFETY: it holds as many, and `Pack` fills its part
-        unsafe { packed.set_len(len) };
         let output = Output(y.as_mut_ptr());
         (0..b * tasks * heads).into_par_iter().for_each(|i| {
             with_memory(&SCRATCH, QUERIES / LANES * (d + padded + 2) + keys * VECTORS, |scratch| {
@@ -117,8 +114,6 @@ impl<'a> Plan<'a> {
                 attend(Attend { plan: self, image, head, first, packed, scratch, y: &output });
             });
         });
-        // SAFETY: it holds as many, and each was written by the task of its head and query
-        unsafe { y.set_len(q.len()) };
         y
     }
 }
@@ -132,7 +127,7 @@ struct Pack<'a> {
     /// the first of the keys
     first: usize,
     /// keys [keys/R, d, R], then values [padded/R, keys, R], for panels of R
-    packed: &'a mut [MaybeUninit<f32>],
+    packed: &'a mut [f32],
 }
 
 impl Kernel for Pack<'_> {
@@ -275,17 +270,8 @@ impl Attend<'_> {
                 }
                 for (row, i) in V::transpose(columns).into_iter().zip(vector * LANES..count) {
                     let at = (self.image * n + self.first + i) * c + self.head * d + first;
-                    // SAFETY: y has room for [b, n, c], and no other task writes this head of this query
-                    let to = unsafe { self.y.at(at) };
-                    if len == LANES {
-                        // SAFETY: as many end before the next head
-                        unsafe { row.write(to) };
-                    } else {
-                        let mut numbers = [0.0; LANES];
-                        row.store(&mut numbers);
-                        // SAFETY: as before
-                        unsafe { to.copy_from_nonoverlapping(numbers.as_ptr(), len) };
-                    }
+                    // SAFETY: y holds [b, n, c], and no other task writes this head of this query
+                    row.store_some(unsafe { self.y.slice(at, len) });
                 }
             }
         }
@@ -388,12 +374,12 @@ fn columns<V: Vector>(x: &[f32], rows: [usize; LANES], first: usize, d: usize) -
 
 /// Writes a vector into panels of R numbers side by side and `len` numbers below each other, as far as there are panels.
 #[inline(always)]
-fn spread<V: Vector, const R: usize>(x: V, to: &mut [MaybeUninit<f32>], len: usize) {
+fn spread<V: Vector, const R: usize>(x: V, to: &mut [f32], len: usize) {
     let mut numbers = [0.0; LANES];
     x.store(&mut numbers);
     for (panel, numbers) in numbers.as_chunks::<R>().0.iter().enumerate() {
         if let Some(to) = to.get_mut(panel * len * R..).and_then(|to| to.first_chunk_mut()) {
-            *to = numbers.map(MaybeUninit::new);
+            *to = *numbers;
         }
     }
 }

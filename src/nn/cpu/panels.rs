@@ -14,6 +14,11 @@ pub const WIDTH: usize = PANEL * LANES;
 /// Input channels that one task packs.
 const PACKED: usize = 32;
 
+/// Vectors of a panel that hold any of `outputs` channels.
+pub fn vectors(outputs: usize, panel: usize) -> usize {
+    (outputs - panel * WIDTH).div_ceil(LANES).min(PANEL)
+}
+
 /// Weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32 output channels, zeros after the
 /// last, the right side of one matrix product.
 pub struct Pack {

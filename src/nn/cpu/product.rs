@@ -2,7 +2,7 @@
 //! holds it, and bias, residual and gate are applied to sums that have not left it yet.
 
 use super::copy::fresh;
-use super::panels::{PANEL, Pack, Panels, WIDTH};
+use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
@@ -40,17 +40,10 @@ pub fn with_memory<R>(memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>, 
 /// The output of a kernel, written by many tasks.
 pub struct Output(pub *mut f32);
 
-// SAFETY: those who write through `at` see to it that tasks write disjoint elements
+// SAFETY: those who write through `slice` see to it that tasks write disjoint elements
 unsafe impl Sync for Output {}
 
 impl Output {
-    /// # Safety
-    /// `offset` must lie inside of the output.
-    pub unsafe fn at(&self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's promise
-        unsafe { self.0.add(offset) }
-    }
-
     /// # Safety
     /// The elements must lie inside of the output, and nobody else may touch them meanwhile.
     #[expect(clippy::mut_from_ref, reason = "tasks share the output, not its elements")]
@@ -196,7 +189,7 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
 impl Finish<'_> {
     /// Vectors of a panel that hold columns.
     fn columns(&self, n: usize, panel: usize) -> usize {
-        if self.gated { PANEL } else { (n - panel * WIDTH).div_ceil(LANES).min(PANEL) }
+        if self.gated { PANEL } else { vectors(n, panel) }
     }
 
     /// Writes a panel's columns of one row of the result.

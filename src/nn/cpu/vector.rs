@@ -27,9 +27,7 @@ pub trait Vector: Copy {
     fn load_f16(from: &[f16]) -> Self;
     /// Panics if there are fewer than sixteen.
     fn load_bf16(from: &[bf16]) -> Self;
-    /// # Safety
-    /// There must be room for [`LANES`] numbers, which need not be initialised, and nobody else may touch it meanwhile.
-    unsafe fn write(self, to: *mut f32);
+    fn store(self, to: &mut [f32; LANES]);
     /// Asks for what will be loaded soon.
     fn prefetch(from: &Lanes);
     fn add(self, other: Self) -> Self;
@@ -44,12 +42,6 @@ pub trait Vector: Copy {
     fn times_power_of_two(self, shifted: Self) -> Self;
     /// self + a * b, rounded once where the processor can
     fn plus(self, a: Self, b: Self) -> Self;
-
-    #[inline(always)]
-    fn store(self, to: &mut [f32; LANES]) {
-        // SAFETY: an array of as many is borrowed alone
-        unsafe { self.write(to.as_mut_ptr()) }
-    }
 
     /// 2^x with a relative error below 3e-7, exact 1 at 0, for x up to 126. Below -100 it stays at 8e-31: small, but products
     /// with it are still normal numbers. NaN stays NaN.
@@ -214,9 +206,8 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    unsafe fn write(self, to: *mut f32) {
-        // SAFETY: the caller's promise
-        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    fn store(self, to: &mut [f32; LANES]) {
+        *to = self.0;
     }
 
     #[inline(always)]
@@ -336,8 +327,8 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn write(self, to: *mut f32) {
-            detected! { _mm512_storeu_ps(to, self.0) }
+        fn store(self, to: &mut [f32; LANES]) {
+            detected! { _mm512_storeu_ps(to.as_mut_ptr(), self.0) }
         }
 
         #[inline(always)]
@@ -457,10 +448,10 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn write(self, to: *mut f32) {
+        fn store(self, to: &mut [f32; LANES]) {
             detected! {
-                _mm256_storeu_ps(to, self.0);
-                _mm256_storeu_ps(to.add(8), self.1);
+                _mm256_storeu_ps(to.as_mut_ptr(), self.0);
+                _mm256_storeu_ps(to.as_mut_ptr().add(8), self.1);
             }
         }
 

@@ -15,7 +15,7 @@
 
 use super::conv::Pictures;
 use super::copy::fresh;
-use super::panels::{PANEL, Panels, WIDTH};
+use super::panels::{PANEL, Panels, WIDTH, vectors};
 use super::product::{Output, ROWS, multiply, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use rayon::prelude::*;
@@ -193,7 +193,7 @@ impl Kernel for Multiply<'_> {
                             v(block + 1).iter().for_each(V::prefetch);
                         }
                         let m = &mut m[position * ROWS * PANEL..][..ROWS * PANEL];
-                        multiply::<V>(v(block), lanes, u, self.plan.vectors(panel), m, input > 0);
+                        multiply::<V>(v(block), lanes, u, vectors(self.plan.outputs, panel), m, input > 0);
                     }
                 }
             }
@@ -205,11 +205,6 @@ impl Kernel for Multiply<'_> {
 }
 
 impl Plan<'_> {
-    /// Vectors of a panel that hold output channels.
-    fn vectors(&self, panel: usize) -> usize {
-        (self.outputs - panel * WIDTH).div_ceil(LANES).min(PANEL)
-    }
-
     /// Weighs the kernel of `count` input channels from `input` on for a panel, into u [36, lanes*LANES, PANEL].
     #[inline(always)]
     fn weigh<V: Vector>(&self, input: usize, count: usize, panel: usize, u: &mut [Lanes]) {
@@ -217,7 +212,7 @@ impl Plan<'_> {
         let plane = lanes * LANES * PANEL;
         let u = &mut u[..POSITIONS * plane];
         for k in 0..count {
-            for lane in 0..self.vectors(panel) {
+            for lane in 0..vectors(self.outputs, panel) {
                 let mut g = [[V::splat(0.0); 3]; 3];
                 for (i, line) in g.iter_mut().enumerate() {
                     for (j, g) in line.iter_mut().enumerate() {
@@ -241,7 +236,7 @@ impl Plan<'_> {
         for row in 0..rows.min(tiles - tile) {
             let (image, top, left) = self.corner(tile + row);
             let block = &m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
-            for lane in 0..self.vectors(panel) {
+            for lane in 0..vectors(self.outputs, panel) {
                 let first = panel * WIDTH + lane * LANES;
                 let len = LANES.min(outputs - first);
                 let bias = V::load_some(&bias[first..][..len]);

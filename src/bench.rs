@@ -23,12 +23,22 @@ pub enum Size {
     Sdxl,
 }
 
+/// What can be timed alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    Unet,
+    Vae,
+}
+
 /// What to time.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// Layer sizes of this model
     #[arg(long, default_value = "sd15")]
     size: Size,
+    /// This part alone, so that the peak of memory is its own [default: both]
+    #[arg(long, value_name = "PART")]
+    only: Option<Part>,
     /// Width in pixels [default: the model's]
     #[arg(short = 'W', long, value_name = "PX")]
     width: Option<usize>,
@@ -98,8 +108,9 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     if width == 0 || height == 0 || width > 512 || height > 512 {
         bail!("width and height of a benchmark go from {factor} to {} pixels", 512 * factor);
     }
-    let unet = time_unet(args, &compute, &sizes, (height, width))?;
-    let vae = time_vae(args, &compute, &sizes.vae, (height, width))?;
+    let runs = |part: Part| args.only.is_none_or(|only| only == part);
+    let unet = runs(Part::Unet).then(|| time_unet(args, &compute, &sizes, (height, width))).transpose()?;
+    let vae = runs(Part::Vae).then(|| time_vae(args, &compute, &sizes.vae, (height, width))).transpose()?;
     let ceiling = compute.device.is_cpu().then(|| cpu::ceiling() / 1e9);
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
@@ -121,7 +132,9 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     );
     let memory = peak_memory_mb().map(|mb| format!("{:<22}{mb:>8.0} MB\n", "peak memory")).unwrap_or_default();
     let ceiling = ceiling.map(|c| format!("{:<22}{c:>8.0} GFLOP/s, multiply-adds in registers\n", "ceiling")).unwrap_or_default();
-    Ok(title + &table("U-Net step, guided", &unet) + &table("VAE decode", &vae) + &ceiling + &memory)
+    let tables: String =
+        [("U-Net step, guided", unet), ("VAE decode", vae)].iter().filter_map(|(name, value)| Some(table(name, value.as_ref()?))).collect();
+    Ok(title + &tables + &ceiling + &memory)
 }
 
 /// A line for the whole, and one for each kind of layer.

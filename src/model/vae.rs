@@ -3,6 +3,7 @@
 use super::unet::require_neutral;
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
+use crate::nn::strips::Strips;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -141,15 +142,20 @@ impl Decoder {
             None => z.clone(),
         };
         let [first, second] = &self.mid_resnets;
-        let mut x = first.forward(&self.conv_in.forward(&z)?)?;
+        let mut x = first.forward(self.conv_in.forward(&z)?.try_into()?)?;
         if let Some(attention) = &self.mid_attention {
-            x = attention.forward(&x)?;
+            x = attention.forward(&x.whole()?)?.try_into()?;
         }
-        x = second.forward(&x)?;
+        x = second.forward(x)?;
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
-        self.conv_out.forward(&self.conv_norm_out.forward_act(&x, self.activation)?)
+        let normal = self.conv_norm_out.of(&x.parts())?;
+        let mut rgb = Strips::default();
+        for window in x.windows() {
+            rgb.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
+        }
+        rgb.whole()
     }
 }
 
@@ -159,13 +165,16 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    fn forward(&self, mut x: Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, mut x: Strips) -> TensorResult<Strips> {
         for resnet in &self.resnets {
-            x = resnet.forward(&x)?;
+            x = resnet.forward(x)?;
         }
         let Some(conv) = &self.upsample else { return Ok(x) };
-        let (_, h, w, _) = x.dims4()?;
-        conv.forward_scaled(&x, 2 * h, 2 * w)
+        let mut y = Strips::default();
+        for window in x.windows() {
+            y.push(&window?.convolve_doubled(conv)?)?;
+        }
+        Ok(y)
     }
 }
 
@@ -190,11 +199,21 @@ impl Resnet {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        // no name for what lies between: it would live on, and is a gigabyte at 1024 pixels
-        let h = self.norm2.forward_act(&self.conv1.forward(&self.norm1.forward_act(x, self.activation)?)?, self.activation)?;
-        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
-        self.conv2.forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
+    fn forward(&self, x: Strips) -> TensorResult<Strips> {
+        let normal = self.norm1.of(&x.parts())?;
+        let (mut h, mut shortcut) = (Strips::default(), Strips::default());
+        for window in x.windows() {
+            let window = window?;
+            h.push(&window.convolve_normal(&normal, self.activation, &self.conv1, None)?)?;
+            let strip = self.conv_shortcut.as_ref().map(|conv| conv.forward(&window.strip)).transpose()?;
+            shortcut.push(strip.as_ref().unwrap_or(&window.strip))?;
+        }
+        let normal = self.norm2.of(&h.parts())?;
+        let mut y = Strips::default();
+        for (window, shortcut) in h.windows().zip(shortcut) {
+            y.push(&window?.convolve_normal(&normal, self.activation, &self.conv2, Some(&shortcut))?)?;
+        }
+        Ok(y)
     }
 }
 

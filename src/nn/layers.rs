@@ -5,6 +5,7 @@ use super::cpu;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, Module, Result as TensorResult, Tensor};
+use std::ops::Range;
 
 /// The weights of a product in the layout that their device wants.
 enum Kernel {
@@ -103,6 +104,19 @@ fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: O
     x * gate.gelu_erf()?
 }
 
+/// What a convolution does besides.
+#[derive(Default)]
+struct Extra<'a> {
+    /// (height, width) to which the input is scaled first
+    scaled: Option<(usize, usize)>,
+    /// the rows of the output that are wanted: all, if none are named
+    rows: Option<Range<usize>>,
+    /// [out]: added everywhere
+    shift: Option<&'a Tensor>,
+    /// [b, rows, w', out]: added
+    residual: Option<&'a Tensor>,
+}
+
 /// A 2D convolution over [b, h, w, c].
 pub struct Conv2d {
     kernel: Kernel,
@@ -133,24 +147,36 @@ impl Conv2d {
 
     /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere, plus `residual` [b, h', w', out].
     pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
-        self.run(x, None, shift, residual)
+        self.run(x, Extra { shift, residual, ..Extra::default() })
     }
 
     /// The same of x scaled to `height` x `width`, each pixel from the nearest one before it.
     pub fn forward_scaled(&self, x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-        self.run(x, Some((height, width)), None, None)
+        self.run(x, Extra { scaled: Some((height, width)), ..Extra::default() })
     }
 
-    fn run(&self, x: &Tensor, scaled: Option<(usize, usize)>, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    /// What x [b, h, w, in] gives for `rows` of the output alone, plus `residual` [b, rows, w', out].
+    pub fn forward_rows(&self, x: &Tensor, rows: Range<usize>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+        self.run(x, Extra { rows: Some(rows), residual, ..Extra::default() })
+    }
+
+    /// The same of x scaled to twice its height and width.
+    pub fn forward_rows_doubled(&self, x: &Tensor, rows: Range<usize>) -> TensorResult<Tensor> {
+        let (_, h, w, _) = x.dims4()?;
+        self.run(x, Extra { rows: Some(rows), scaled: Some((2 * h, 2 * w)), ..Extra::default() })
+    }
+
+    fn run(&self, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
-        let (h, w) = scaled.unwrap_or((h, w));
+        let (h, w) = extra.scaled.unwrap_or((h, w));
         let out = |n: usize| (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size) / self.stride;
+        let rows = extra.rows.clone().unwrap_or(0..out(h));
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
-        let layer = (kind, [b * out(h) * out(w), self.size * self.size * c, self.bias.dim(0)?]);
-        measured(layer, || self.apply(x, scaled, shift, residual))
+        let layer = (kind, [b * rows.len() * out(w), self.size * self.size * c, self.bias.dim(0)?]);
+        measured(layer, || self.apply(x, rows, extra))
     }
 
-    fn apply(&self, x: &Tensor, scaled: Option<(usize, usize)>, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    fn apply(&self, x: &Tensor, rows: Range<usize>, Extra { scaled, shift, residual, .. }: Extra) -> TensorResult<Tensor> {
         let bias = match shift {
             Some(shift) => (&self.bias + shift)?,
             None => self.bias.clone(),
@@ -158,12 +184,13 @@ impl Conv2d {
         match &self.kernel {
             Kernel::Packed(weight) => {
                 let residual = residual.map(Tensor::contiguous).transpose()?;
-                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, scaled, residual };
+                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, rows, scaled, residual };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
             }
             Kernel::Plain(weight) => {
                 let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
-                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding)?.broadcast_add(&bias)?;
+                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding)?;
+                let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
                 residual.map_or(Ok(y.clone()), |residual| y + residual)
             }
         }
@@ -216,16 +243,55 @@ impl GroupNorm {
     }
 
     fn apply(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
-        measured(("group norm", [x.elem_count(), 0, 0]), || self.run(x, silu))
+        let x = x.contiguous()?;
+        self.of(&[&x])?.apply(&x, None, None, silu)
     }
 
-    fn run(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
-        if x.device().is_cpu() {
-            let op = cpu::GroupNorm { groups: self.groups, eps: self.eps, silu };
-            return x.contiguous()?.apply_op3_no_bwd(&self.weight, &self.bias, &op);
+    /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c] each, contiguous.
+    pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
+        let affine = match parts.first() {
+            Some(x) if x.device().is_cpu() => measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || {
+                let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
+                norm.statistics(parts, &self.weight, &self.bias).map(Some)
+            })?,
+            _ => None,
+        };
+        Ok(Normal { norm: self, affine })
+    }
+}
+
+/// A group norm with the statistics of one picture.
+pub struct Normal<'a> {
+    norm: &'a GroupNorm,
+    /// on the CPU; elsewhere they are found when a picture is normalised, which is then a whole one
+    affine: Option<Vec<cpu::Affine>>,
+}
+
+impl Normal<'_> {
+    /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows, w, c], perhaps
+    /// [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
+    pub fn forward_act(
+        &self,
+        x: &Tensor,
+        above: Option<&Tensor>,
+        below: Option<&Tensor>,
+        activation: Activation,
+    ) -> TensorResult<Tensor> {
+        match activation {
+            Activation::Silu => self.apply(x, above, below, true),
+            other => other.forward(&self.apply(x, above, below, false)?),
         }
-        let y = group_norm_plain(x, &self.weight, &self.bias, self.groups, self.eps)?;
-        if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
+    }
+
+    fn apply(&self, x: &Tensor, above: Option<&Tensor>, below: Option<&Tensor>, silu: bool) -> TensorResult<Tensor> {
+        measured(("normalise", [x.elem_count(), 0, 0]), || {
+            if let Some(affine) = &self.affine {
+                return x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below });
+            }
+            let GroupNorm { weight, bias, groups, eps } = self.norm;
+            let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
+            if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
+        })
     }
 }
 

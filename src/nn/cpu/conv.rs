@@ -36,15 +36,17 @@ impl<'a> Pictures<'a> {
     }
 }
 
-/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] -> [b, h', w', out].
+/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] -> rows of [b, h', w', out].
 pub struct Conv2d {
     pub size: usize,
     pub stride: usize,
     /// zeros before and after, in both directions
     pub padding: (usize, usize),
+    /// the rows of the output that are wanted
+    pub rows: Range<usize>,
     /// (height, width) to which the picture is scaled before it is convolved, each pixel from the nearest one before it
     pub scaled: Option<(usize, usize)>,
-    /// [b, h', w', out]: added to the result
+    /// [b, rows, w', out]: added to the result
     pub residual: Option<Tensor>,
 }
 
@@ -69,19 +71,20 @@ impl CustomOp3 for Conv2d {
         if lw.dims() != [outputs.div_ceil(WIDTH), self.size * self.size * c, WIDTH]
             || rows * columns * h * w == 0
             || self.padding.0 + self.padding.1 + h.min(w) < self.size
-            || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.out(h), self.out(w), outputs])
+            || self.rows.end > self.out(h)
+            || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.rows.len(), self.out(w), outputs])
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
         let pictures = Pictures { x, rows, columns, b, h, w, c };
-        let y = with_slice(&self.residual, |residual| {
-            if self.is_winograd() && winograd::pays(h, w) {
-                winograd::convolve(pictures, weight, bias, residual)
+        let y = with_slice(self.residual.as_ref(), |residual| {
+            if self.is_winograd() && winograd::pays(self.rows.len(), w) {
+                winograd::convolve(pictures, self.rows.clone(), weight, bias, residual)
             } else {
                 self.unfolded(pictures, weight, Finish { bias: Some(bias), residual, gated: false })
             }
         })?;
-        Ok((CpuStorage::F32(y), Shape::from((b, self.out(h), self.out(w), outputs))))
+        Ok((CpuStorage::F32(y), Shape::from((b, self.rows.len(), self.out(w), outputs))))
     }
 }
 
@@ -91,17 +94,17 @@ impl Conv2d {
         self.size == 3 && self.stride == 1 && self.padding == (1, 1)
     }
 
-    /// Height or width of the output.
+    /// Height or width of the whole output.
     fn out(&self, n: usize) -> usize {
         (n + self.padding.0 + self.padding.1 - self.size) / self.stride + 1
     }
 
     /// The convolution as a product of what each pixel of the output sees and the weights.
     pub(super) fn unfolded(&self, pictures: Pictures, weight: Panels, finish: Finish) -> Vec<f32> {
-        let (h, w) = (self.out(pictures.h), self.out(pictures.w));
+        let (h, w) = (self.rows.len(), self.out(pictures.w));
         let shape = (pictures.b * h * w, self.size * self.size * pictures.c, finish.bias.map_or(0, <[f32]>::len));
         let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
-            self.unfold(pictures, (pixel / (h * w), pixel / w % h, pixel % w), terms, patch);
+            self.unfold(pictures, (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w), terms, patch);
         };
         product(shape, left, weight, finish)
     }
@@ -109,18 +112,19 @@ impl Conv2d {
     /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with zeros outside.
     fn unfold(&self, pictures: Pictures, (picture, oy, ox): (usize, usize, usize), terms: Range<usize>, mut patch: &mut [f32]) {
         let Pictures { h, w, c, .. } = pictures;
-        let before = self.padding.0;
         let mut at = terms.start;
         while at < terms.end {
             let (tap, channel) = (at / c, at % c);
             let len = (c - channel).min(terms.end - at);
             let (part, rest) = patch.split_at_mut(len);
-            let (y, x) = (oy * self.stride + tap / self.size, ox * self.stride + tap % self.size);
-            if (before..before + h).contains(&y) && (before..before + w).contains(&x) {
-                let pixel = pictures.pixel(picture, pictures.row(y - before), pictures.column(x - before));
-                part.copy_from_slice(&pixel[channel..][..len]);
-            } else {
-                part.fill(0.0);
+            let seen = |at: usize, tap: usize| (at * self.stride + tap).checked_sub(self.padding.0);
+            let (y, x) = (seen(oy, tap / self.size), seen(ox, tap % self.size));
+            match (y.filter(|y| *y < h), x.filter(|x| *x < w)) {
+                (Some(y), Some(x)) => {
+                    let pixel = pictures.pixel(picture, pictures.row(y), pictures.column(x));
+                    part.copy_from_slice(&pixel[channel..][..len]);
+                }
+                _ => part.fill(0.0),
             }
             (patch, at) = (rest, at + len);
         }

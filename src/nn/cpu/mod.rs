@@ -17,6 +17,6 @@ pub use attention::Attention;
 pub use ceiling::ceiling;
 pub use conv::Conv2d;
 pub use copy::Concat;
-pub use norm::{GroupNorm, LayerNorm};
+pub use norm::{Affine, GroupNorm, LayerNorm, Normalise};
 pub use panels::Pack;
 pub use product::Product;

@@ -4,57 +4,23 @@
 
 use super::copy::fresh;
 use super::math::{layer_norm, moments};
-use super::product::slice;
+use super::product::{slice, with_slice};
 use super::vector::{Kernel, LANES, Vector, dispatch};
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 /// Numbers of one task, about: small enough for a processor's own cache, large enough that handing it out costs nothing.
 const BLOCK: usize = 1 << 15;
 
-/// x [b, h, w, c], weight [c], bias [c] -> [b, h, w, c].
+/// Group normalisation over pictures that may be in several parts.
 pub struct GroupNorm {
     pub groups: usize,
     pub eps: f64,
-    pub silu: bool,
-}
-
-impl CustomOp3 for GroupNorm {
-    fn name(&self) -> &'static str {
-        "group-norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        weight: &CpuStorage,
-        lw: &Layout,
-        bias: &CpuStorage,
-        lb: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (_, h, w, c) = lx.shape().dims4()?;
-        let (x, weight, bias) = (slice(x, lx)?, slice(weight, lw)?, slice(bias, lb)?);
-        if x.is_empty() || weight.len() != c || bias.len() != c || !c.is_multiple_of(self.groups) {
-            bail!("group norm of {:?} in {} groups with {} weights and {} biases", lx.shape(), self.groups, weight.len(), bias.len());
-        }
-        let mut y = fresh(x.len());
-        // blocks are cut from one image by its shape alone, so that its sums depend on nothing else
-        let (image, block) = (h * w * c, (BLOCK / c).max(1) * c);
-        let partial: Vec<Vec<[f64; 2]>> = x.par_chunks_exact(image).flat_map(|x| x.par_chunks(block)).map(|x| self.sums(x, c)).collect();
-        let affine: Vec<Affine> =
-            partial.chunks_exact(image.div_ceil(block)).map(|partial| self.affine(partial, h * w, weight, bias)).collect();
-        let images = y.par_chunks_exact_mut(image).zip(x.par_chunks_exact(image)).zip(&affine);
-        images.for_each(|((y, x), affine)| {
-            y.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(y, x)| dispatch(Apply { affine, silu: self.silu, x, y }));
-        });
-        Ok((CpuStorage::F32(y), lx.shape().clone()))
-    }
 }
 
 /// What normalises an image: per channel, y = (x - center) * scale + shift.
 #[derive(Default)]
-struct Affine {
+pub struct Affine {
     center: Vec<f32>,
     scale: Vec<f32>,
     shift: Vec<f32>,
@@ -85,7 +51,83 @@ impl Kernel for Apply<'_> {
     }
 }
 
+/// x [b, h, w, c] -> [b, above + h + below, w, c], normalised: its rows, with some of its neighbours'.
+pub struct Normalise<'a> {
+    /// one an image
+    pub affine: &'a [Affine],
+    pub silu: bool,
+    /// [b, above, w, c]
+    pub above: Option<&'a Tensor>,
+    /// [b, below, w, c]
+    pub below: Option<&'a Tensor>,
+}
+
+impl CustomOp1 for Normalise<'_> {
+    fn name(&self) -> &'static str {
+        "normalise"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (b, _, w, c) = layout.shape().dims4()?;
+        let fits = |rows: &&Tensor| matches!(rows.dims4(), Ok((rows_b, _, rows_w, rows_c)) if (rows_b, rows_w, rows_c) == (b, w, c));
+        if self.affine.len() != b || self.affine.iter().any(|a| a.center.len() != c) || ![self.above, self.below].iter().flatten().all(fits) {
+            bail!("normalisation of {:?}", layout.shape());
+        }
+        let x = slice(x, layout)?;
+        let (y, rows) = with_slice(self.above, |above| {
+            with_slice(self.below, |below| {
+                let parts = [above.unwrap_or_default(), x, below.unwrap_or_default()];
+                let len = parts.iter().map(|part| part.len()).sum();
+                let mut y = fresh(len);
+                let block = (BLOCK / c).max(1) * c;
+                let mut tasks = vec![];
+                for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine) {
+                    for x in parts {
+                        let x = &x[i * (x.len() / b)..][..x.len() / b];
+                        let (part, rest) = y.split_at_mut(x.len());
+                        let blocks = part.chunks_mut(block).zip(x.chunks(block));
+                        tasks.extend(blocks.map(|(y, x)| Apply { affine, silu: self.silu, x, y }));
+                        y = rest;
+                    }
+                }
+                tasks.into_par_iter().for_each(dispatch);
+                (y, len / (b * w * c))
+            })
+        })??;
+        Ok((CpuStorage::F32(y), Shape::from((b, rows, w, c))))
+    }
+}
+
 impl GroupNorm {
+    /// What normalises pictures, of which these are the parts from top to bottom: one an image, for weight and bias [c].
+    pub fn statistics(&self, parts: &[&Tensor], weight: &Tensor, bias: &Tensor) -> Result<Vec<Affine>> {
+        let mut images: Vec<Vec<Vec<[f64; 2]>>> = vec![];
+        let mut pixels = 0;
+        for part in parts {
+            let (b, h, w, c) = part.dims4()?;
+            if b * h * w * c == 0 || weight.dims() != [c] || bias.dims() != [c] || !c.is_multiple_of(self.groups) {
+                bail!("group norm of {:?} in {} groups with {:?} weights and {:?} biases", part.shape(), self.groups, weight, bias);
+            }
+            images.resize(b, vec![]);
+            pixels += h * w;
+            // blocks are cut from one image by its shape alone, so that its sums depend on nothing else
+            let (image, block) = (h * w * c, (BLOCK / c).max(1) * c);
+            let sums: Vec<_> = with_slice(Some(part), |x| {
+                let x = x.unwrap_or_default();
+                x.par_chunks_exact(image).flat_map(|x| x.par_chunks(block)).map(|x| self.sums(x, c)).collect()
+            })?;
+            for (image, sums) in images.iter_mut().zip(sums.chunks_exact(image.div_ceil(block))) {
+                image.extend_from_slice(sums);
+            }
+        }
+        with_slice(Some(weight), |weight| {
+            with_slice(Some(bias), |bias| {
+                let (weight, bias) = (weight.unwrap_or_default(), bias.unwrap_or_default());
+                images.iter().map(|partial| self.affine(partial, pixels, weight, bias)).collect()
+            })
+        })?
+    }
+
     /// Per group, the sums of the numbers of x [pixels, c] and of their squares.
     fn sums(&self, x: &[f32], c: usize) -> Vec<[f64; 2]> {
         let (mut sums, mut squares) = (vec![0.0; c], vec![0.0; c]);

@@ -238,23 +238,23 @@ impl CustomOp2 for Product {
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
         let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
         let (x, weight) = (slice(x, lx)?, Panels::of(weight, lw)?);
-        let count = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::elem_count);
+        let count = |tensor: Option<&Tensor>| tensor.map(Tensor::elem_count);
         if lw.dims() != [Pack { gated: self.gated }.panels(n), k, WIDTH]
-            || count(&self.bias).is_some_and(|count| count != n)
-            || count(&self.residual).is_some_and(|count| count != m * n || self.gated)
+            || count(self.bias.as_ref()).is_some_and(|count| count != n)
+            || count(self.residual.as_ref()).is_some_and(|count| count != m * n || self.gated)
         {
             bail!("product of {:?} and {:?} with {n} columns", lx.shape(), lw.shape());
         }
         let left = |row: usize, terms: Range<usize>, to: &mut [f32]| to.copy_from_slice(&x[row * k..][terms]);
-        let y = with_slice(&self.bias, |bias| {
-            with_slice(&self.residual, |residual| product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated }))
+        let y = with_slice(self.bias.as_ref(), |bias| {
+            with_slice(self.residual.as_ref(), |residual| product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated }))
         })??;
         Ok((CpuStorage::F32(y), Shape::from((m, if self.gated { n / 2 } else { n }))))
     }
 }
 
 /// The elements of a tensor on the CPU, if there is one.
-pub fn with_slice<R>(tensor: &Option<Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
+pub fn with_slice<R>(tensor: Option<&Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
     let Some(tensor) = tensor else { return Ok(work(None)) };
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { bail!("this kernel takes tensors on the CPU") };

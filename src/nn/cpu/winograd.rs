@@ -48,9 +48,11 @@ struct Plan<'a> {
     weight: Panels<'a>,
     /// [outputs]
     bias: &'a [f32],
-    /// [b, h, w, outputs]
+    /// [b, wanted, w, outputs]
     residual: Option<&'a [f32]>,
     outputs: usize,
+    /// the rows of the output that are wanted
+    wanted: Range<usize>,
     /// tiles in a column and a row of one picture, and in all pictures
     down: usize,
     across: usize,
@@ -74,17 +76,23 @@ pub fn pays(h: usize, w: usize) -> bool {
     rows * POSITIONS + WEIGHING < 2 * h * w * 9
 }
 
-/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs], perhaps residual [b, h, w, outputs] to add
-/// -> [b, h, w, outputs], with zeros around the pictures.
-pub fn convolve(pictures: Pictures, weight: Panels, bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
-    let (Pictures { b, h, w, c: inputs, .. }, outputs) = (pictures, bias.len());
-    let mut y = fresh(b * h * w * outputs);
+/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs], perhaps residual [b, wanted, w, outputs] to
+/// add -> the wanted rows of [b, h, w, outputs], with zeros around the pictures.
+pub fn convolve(
+    pictures: Pictures,
+    wanted: Range<usize>,
+    weight: Panels,
+    bias: &[f32],
+    residual: Option<&[f32]>,
+) -> Vec<f32> {
+    let (Pictures { b, w, c: inputs, .. }, outputs) = (pictures, bias.len());
+    let mut y = fresh(b * wanted.len() * w * outputs);
     let output = Output(y.as_mut_ptr());
-    let (down, across) = (h.div_ceil(TILE), w.div_ceil(TILE));
+    let (down, across) = (wanted.len().div_ceil(TILE), w.div_ceil(TILE));
     let tiles = b * down * across;
     let rows = tiles.div_ceil(tiles.div_ceil(TILES)).next_multiple_of(ROWS);
     let lanes = inputs.div_ceil(inputs.div_ceil(DEPTH)).div_ceil(LANES);
-    let plan = Plan { pictures, weight, bias, residual, outputs, down, across, tiles, rows, lanes };
+    let plan = Plan { pictures, weight, bias, residual, outputs, wanted, down, across, tiles, rows, lanes };
     let (groups, slabs, panels) = (tiles.div_ceil(rows), inputs.div_ceil(lanes * LANES), outputs.div_ceil(WIDTH));
     let slab = POSITIONS * rows * lanes;
     let (shares, at_once) = (panels.div_ceil(PANELS), rayon::current_num_threads().min(groups));
@@ -126,11 +134,12 @@ impl Kernel for Spread<'_> {
         let count = (lanes * LANES).min(inputs - self.input);
         for row in 0..rows.min(tiles - self.tile) {
             let (image, top, left) = self.plan.corner(self.tile + row);
-            // pixel (top - 1 + i, left - 1 + j) of the picture, if there is one
+            // pixel (wanted.start + top - 1 + i, left - 1 + j) of the picture, if there is one
             let mut pixels: [[&[f32]; SEEN]; SEEN] = [[&[]; SEEN]; SEEN];
             let columns: [usize; SEEN] = std::array::from_fn(|j| pictures.column((left + j).saturating_sub(1)));
-            for (i, line) in pixels.iter_mut().enumerate().filter(|(i, _)| (1..=h).contains(&(top + i))) {
-                let from = pictures.row(top + i - 1);
+            for (i, line) in pixels.iter_mut().enumerate() {
+                let Some(row) = (self.plan.wanted.start + top + i).checked_sub(1).filter(|row| *row < h) else { continue };
+                let from = pictures.row(row);
                 for (j, pixel) in line.iter_mut().enumerate().filter(|(j, _)| (1..=w).contains(&(left + j))) {
                     *pixel = &pictures.pixel(image, from, columns[j])[self.input..][..count];
                 }
@@ -232,7 +241,7 @@ impl Plan<'_> {
     /// Gathers the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on into pixels.
     #[inline(always)]
     fn gather<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
-        let Plan { pictures: Pictures { h, w, .. }, bias, residual, outputs, tiles, rows, .. } = *self;
+        let Plan { pictures: Pictures { w, .. }, bias, residual, outputs, ref wanted, tiles, rows, .. } = *self;
         for row in 0..rows.min(tiles - tile) {
             let (image, top, left) = self.corner(tile + row);
             let block = &m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
@@ -246,12 +255,12 @@ impl Plan<'_> {
                         *m = V::load(&block[((i * SEEN + j) * ROWS + row % ROWS) * PANEL + lane].0);
                     }
                 }
-                for (i, line) in Outputs::square(m).iter().enumerate().take(h - top) {
+                for (i, line) in Outputs::square(m).iter().enumerate().take(wanted.len() - top) {
                     for (j, sum) in line.iter().enumerate().take(w - left) {
-                        let at = ((image * h + top + i) * w + left + j) * outputs + first;
+                        let at = ((image * wanted.len() + top + i) * w + left + j) * outputs + first;
                         let sum = sum.add(bias);
                         let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
-                        // SAFETY: y holds [b, h, w, outputs], and no other task writes these channels of this tile
+                        // SAFETY: y holds [b, wanted, w, outputs], and no other task writes these channels of this tile
                         sum.store_some(unsafe { y.slice(at, len) });
                     }
                 }
@@ -348,8 +357,6 @@ mod tests {
     use super::*;
     use candle_core::{Device, Tensor};
 
-    const OP: Conv2d = Conv2d { size: 3, stride: 1, padding: (1, 1), scaled: None, residual: None };
-
     fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
@@ -366,7 +373,7 @@ mod tests {
 
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
         let packed = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
-        convolve(pictures(&values(x), x.dims4().unwrap()), Panels::F32(&packed), &values(bias), None)
+        convolve(pictures(&values(x), x.dims4().unwrap()), 0..x.dim(1).unwrap(), Panels::F32(&packed), &values(bias), None)
     }
 
     fn convolved_in_f64([x, weight, bias]: &[Tensor; 3]) -> Vec<f64> {
@@ -440,12 +447,13 @@ mod tests {
             let [x, weight, bias] = noise(b, side, side, inputs, outputs);
             let weight = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
             let (x, bias, shape) = (values(&x), values(&bias), (b, side, side, inputs));
+            let op = Conv2d { size: 3, stride: 1, padding: (1, 1), rows: 0..side, scaled: None, residual: None };
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    OP.unfolded(pictures(&x, shape), Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
+                    op.unfolded(pictures(&x, shape), Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
                 }));
-                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), Panels::F32(&weight), &bias, None)));
+                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, Panels::F32(&weight), &bias, None)));
             }
             println!("{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}", plain * 1e3, winograd * 1e3, winograd / plain);
         }

@@ -1,0 +1,180 @@
+//! Pictures in strips of rows, for activations that are too large to be held twice.
+//!
+//! What a strip was normalised into is still in a cache when the convolution reads it, and a strip's memory is free as soon
+//! as the one below it was read. On a GPU there is one strip.
+
+use super::layers::{Activation, Conv2d, Normal};
+use candle_core::{Result, Tensor};
+use std::collections::VecDeque;
+
+/// Numbers of a strip of one picture, about.
+const STRIP: usize = 1 << 22;
+/// Rows of a strip are a multiple of it: those of Winograd's tiles.
+const ROWS: usize = 4;
+
+/// A picture [b, h, w, c] in strips, from top to bottom.
+#[derive(Default)]
+pub struct Strips(VecDeque<Tensor>);
+
+impl Strips {
+    /// Adds [b, rows, w, c] at the bottom, cut into strips.
+    pub fn push(&mut self, x: &Tensor) -> Result<()> {
+        let (_, h, w, c) = x.dims4()?;
+        // whatever the batch: sums over a picture are sums of its strips' sums
+        let rows = (STRIP / (w * c).max(1) / ROWS).max(1) * ROWS;
+        self.push_cut(x, if x.device().is_cpu() { rows } else { h })
+    }
+
+    fn push_cut(&mut self, x: &Tensor, rows: usize) -> Result<()> {
+        let h = x.dim(1)?;
+        for top in (0..h).step_by(rows) {
+            self.0.push_back(x.narrow(1, top, rows.min(h - top))?.contiguous()?);
+        }
+        Ok(())
+    }
+
+    /// The strips, from top to bottom.
+    pub fn parts(&self) -> Vec<&Tensor> {
+        self.0.iter().collect()
+    }
+
+    /// The whole picture [b, h, w, c].
+    pub fn whole(self) -> Result<Tensor> {
+        match self.0.as_slices() {
+            ([one], []) => Ok(one.clone()),
+            _ => Tensor::cat(&self.parts(), 1)?.contiguous(),
+        }
+    }
+
+    /// The strips from top to bottom, each with the rows next to it. A strip is dropped when the one below it was taken.
+    pub fn windows(self) -> Windows {
+        Windows { above: None, strips: self.0 }
+    }
+}
+
+impl IntoIterator for Strips {
+    type Item = Tensor;
+    type IntoIter = std::collections::vec_deque::IntoIter<Tensor>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl TryFrom<Tensor> for Strips {
+    type Error = candle_core::Error;
+
+    fn try_from(x: Tensor) -> Result<Self> {
+        let mut strips = Self::default();
+        strips.push(&x)?;
+        Ok(strips)
+    }
+}
+
+/// See [`Strips::windows`].
+pub struct Windows {
+    above: Option<Tensor>,
+    strips: VecDeque<Tensor>,
+}
+
+impl Iterator for Windows {
+    type Item = Result<Window>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let strip = self.strips.pop_front()?;
+        let window = || {
+            let below = self.strips.front().map(|next| next.narrow(1, 0, 1)?.contiguous()).transpose()?;
+            let above = match below {
+                // a copy, as a view would keep the whole strip
+                Some(_) => self.above.replace(strip.narrow(1, strip.dim(1)? - 1, 1)?.force_contiguous()?),
+                None => self.above.take(),
+            };
+            Ok(Window { above, strip, below })
+        };
+        Some(window())
+    }
+}
+
+/// A strip, and what a 3x3 convolution sees besides.
+pub struct Window {
+    /// [b, 1, w, c]; none at the top
+    above: Option<Tensor>,
+    /// [b, rows, w, c]
+    pub strip: Tensor,
+    /// [b, 1, w, c]; none at the bottom
+    below: Option<Tensor>,
+}
+
+impl Window {
+    /// The strip's part of a convolution that keeps the size, of the picture normalised and activated, plus `residual`
+    /// [b, rows, w, out] -> [b, rows, w, out].
+    pub fn convolve_normal(&self, normal: &Normal, activation: Activation, conv: &Conv2d, residual: Option<&Tensor>) -> Result<Tensor> {
+        let x = normal.forward_act(&self.strip, self.above.as_ref(), self.below.as_ref(), activation)?;
+        let first = usize::from(self.above.is_some());
+        conv.forward_rows(&x, first..first + self.strip.dim(1)?, residual)
+    }
+
+    /// The strip's part of a convolution that keeps the size, of the picture scaled to twice its size
+    /// -> [b, 2*rows, 2*w, out].
+    pub fn convolve_doubled(&self, conv: &Conv2d) -> Result<Tensor> {
+        let parts: Vec<&Tensor> = self.above.iter().chain([&self.strip]).chain(&self.below).collect();
+        let x = if let [one] = parts[..] { one.clone() } else { Tensor::cat(&parts, 1)? };
+        let first = 2 * usize::from(self.above.is_some());
+        conv.forward_rows_doubled(&x, first..first + 2 * self.strip.dim(1)?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::nn::layers::GroupNorm;
+    use crate::weights::Weights;
+    use candle_core::{DType, Device};
+
+    fn cut(x: &Tensor, rows: usize) -> Strips {
+        let mut strips = Strips::default();
+        strips.push_cut(x, rows).unwrap();
+        strips
+    }
+
+    /// The largest difference; NaN where there is one.
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        assert_eq!(a.dims(), b.dims());
+        let off = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        off.into_iter().max_by(f32::total_cmp).unwrap()
+    }
+
+    #[test]
+    fn layers_give_the_same_for_strips_as_for_the_whole_picture() {
+        let weights = Weights::random(&Device::Cpu, DType::F32);
+        for ((h, w), b) in [(1, 1), (4, 5), (5, 4), (9, 17), (33, 20), (65, 67)].into_iter().zip([1, 2, 3].into_iter().cycle()) {
+            let (norm, conv) = (GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(), Conv2d::new(&weights, 35, 19, 3).unwrap());
+            let x = (Tensor::randn(0f32, 1.0, (b, h, w, 35), &Device::Cpu).unwrap() + 2.0).unwrap();
+            let residual = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
+            let whole = conv.forward_add(&norm.forward_act(&x, Activation::Silu).unwrap(), None, Some(&residual)).unwrap();
+            let doubled = conv.forward_scaled(&x, 2 * h, 2 * w).unwrap();
+            for rows in [1, 4, 8, 100] {
+                let normal = norm.of(&cut(&x, rows).parts()).unwrap();
+                let (mut strips, mut doubled_strips) = (Strips::default(), Strips::default());
+                for (window, residual) in cut(&x, rows).windows().zip(cut(&residual, rows)) {
+                    let window = window.unwrap();
+                    strips.push(&window.convolve_normal(&normal, Activation::Silu, &conv, Some(&residual)).unwrap()).unwrap();
+                    doubled_strips.push(&window.convolve_doubled(&conv).unwrap()).unwrap();
+                }
+                assert!(worst(&strips.whole().unwrap(), &whole) < 1e-4, "{h}x{w} in strips of {rows}");
+                assert!(worst(&doubled_strips.whole().unwrap(), &doubled) < 1e-4, "{h}x{w} in strips of {rows}, doubled");
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_picture_is_cut_alike_in_any_batch() {
+        let heights = |b: usize| {
+            let x = Tensor::zeros((b, 70, 1024, 128), DType::F32, &Device::Cpu).unwrap();
+            Strips::try_from(x).unwrap().parts().iter().map(|strip| strip.dim(1).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(heights(1), [32, 32, 6]);
+        assert_eq!(heights(2), heights(1));
+    }
+}

@@ -13,7 +13,7 @@ const LARGE: usize = 1 << 20;
 const KEPT: usize = 768 << 20;
 /// Idle blocks and those in use together hold at most the most that was ever in use, and this part of it: what is kept makes
 /// the program's peak of memory hardly larger.
-const SPARE: usize = 8;
+const SPARE: usize = 16;
 /// A block that so many large requests passed by goes back to the system: its stage is over.
 const STALE: u64 = 384;
 /// Idle blocks at most.
@@ -100,6 +100,7 @@ fn allocate(layout: Layout) -> *mut u8 {
         Some(address) => address as *mut u8,
         None => {
             release();
+            return_to_system();
             // SAFETY: the size is not zero
             let start = unsafe { System.alloc(wanted) };
             if start.is_null() {
@@ -128,6 +129,19 @@ fn release() {
     while let Some(block) = POOL.lock().ok().and_then(|mut pool| pool.excess()) {
         // SAFETY: it was allocated with this layout, and nobody has it any more
         unsafe { System.dealloc(block.address as *mut u8, Layout::from_size_align_unchecked(block.size, HEADER)) };
+    }
+}
+
+/// Lets the system's allocator take each large block from the kernel and give it back when it is freed. glibc would soon keep
+/// those of up to 32 MiB on its heap, whose holes stay the program's.
+fn return_to_system() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        // SAFETY: a setting of the allocator, which takes it at any time
+        ONCE.call_once(|| unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE as libc::c_int);
+        });
     }
 }
 

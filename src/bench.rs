@@ -2,7 +2,7 @@
 
 use crate::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
 use crate::guidance::{Guided, Reuse};
-use crate::model::unet::{UNet, UNetConfig};
+use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::{cost, cpu};
 use crate::schedule::Prediction;
@@ -92,6 +92,7 @@ impl Size {
                     "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
                     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
                     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 2048,
+                    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
                 });
                 Sizes { unet: UNetConfig::from_json(&config)?, vae, context: 2048, side: 1024 }
             }
@@ -173,9 +174,14 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
     let start = Instant::now();
     let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
     let load_s = start.elapsed().as_secs_f64();
-    let context = Tensor::randn(0f32, 1.0, (b, 77, sizes.context), device)?.to_dtype(compute.arithmetic())?;
-    let (negative, reuse) = (Some(context.clone()), Reuse::every(1));
-    let mut guided = Guided { unet: &unet, negative, context, scale: 7.5, prediction: Prediction::Epsilon, reuse };
+    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());
+    let added = config
+        .addition_embed_type
+        .is_some()
+        .then(|| Ok::<_, anyhow::Error>(Added { pooled: random(&[b, 1280])?, ids: vec![vec![0.0; 6]; b] }));
+    let conditioning = Conditioning { context: random(&[b, 77, sizes.context])?, added: added.transpose()? };
+    let (negative, reuse) = (Some(conditioning.clone()), Reuse::every(1));
+    let mut guided = Guided { unet: &unet, negative, conditioning, scale: 7.5, prediction: Prediction::Epsilon, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }

@@ -11,6 +11,7 @@ use crate::list::Seeds;
 use crate::progress::ProgressMode;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
+use crate::settings::{Point, Size};
 use crate::shard::Shard;
 use crate::weights::hub::Hub;
 use crate::weights::{Checkpoint, Origin, nearest};
@@ -25,7 +26,7 @@ const EXAMPLES: &str = "\
 Examples:
   sdgen \"a frog in a top hat\"                       the embedded model: no download
   sdgen -m sd15 \"a castle at dusk\" --seed 7 -c 4    Stable Diffusion 1.5 from the hub, seeds 7 to 10
-  sdgen -m model.safetensors \"a fox\" -o fox.jpg     any SD1.x/2.x checkpoint
+  sdgen -m model.safetensors \"a fox\" -o fox.jpg     any SD1.x, 2.x or XL checkpoint
   sdgen \"a cat\" -o - | display                      the picture's bytes on stdout
   sdgen \"a red fish\" --json | jq -r .path           one JSON object a picture
   sdgen --from prompts.txt -s 1..5 -o x/ --resume   once more, and it goes on where it ended
@@ -75,7 +76,7 @@ enum Command {
 pub struct DrawArgs {
     /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
     pub prompt: Option<String>,
-    /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sd21, turbo)
+    /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sd21, turbo, sdxl)
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
     /// What the network predicts if the checkpoint does not say: epsilon or v
@@ -163,8 +164,8 @@ pub struct DrawArgs {
     pub verbose: bool,
 }
 
-/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count` and `output`
-/// may be swept.
+/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count`, `crop` and
+/// `output` may be swept.
 #[derive(Debug, Clone, Args)]
 pub struct PictureArgs {
     /// What to steer away from
@@ -198,12 +199,22 @@ pub struct PictureArgs {
     /// Noise added each step, for ddim and its like (0 to 1)
     #[arg(long, value_parser = fraction, value_name = "X", help_heading = "Sampling")]
     pub eta: Option<f64>,
-    /// Which layer of the text encoder to use: 1 the last, 2 the one before, ...
+    /// Which layer of the text encoder to use: 1 the usual, 2 the one before, ...
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub clip_skip: Option<usize>,
     /// Run the U-Net's inner levels every Nth step only: faster, another picture
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub deep_cache: Option<usize>,
+
+    /// What the model is told of the picture's size before scaling [default: the picture's]
+    #[arg(long, value_name = "WxH", help_heading = "SDXL")]
+    pub original_size: Option<Size>,
+    /// What the model is told was cropped at the left and top [default: 0,0]
+    #[arg(long, value_name = "X,Y", help_heading = "SDXL")]
+    pub crop: Option<Point>,
+    /// What the model is told of the picture's size [default: the picture's]
+    #[arg(long, value_name = "WxH", help_heading = "SDXL")]
+    pub target_size: Option<Size>,
 
     /// File, folder/, template, or `-` for stdout [default: {prompt}-{seed}.png]
     #[arg(short, long, value_name = "PATH", help_heading = "Output")]

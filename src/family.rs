@@ -1,5 +1,7 @@
 //! The families of models, as data: how each is recognised and what it draws by default.
 
+use crate::model::unet::UNetConfig;
+use crate::text::encoder::EncoderConfig;
 use crate::weights::Checkpoint;
 use anyhow::{Result, bail};
 use serde_json::Value;
@@ -11,6 +13,10 @@ pub enum Family {
     Sd1,
     /// Stable Diffusion 2.x: OpenCLIP-H's penultimate layer, often v-prediction
     Sd2,
+    /// Stable Diffusion XL: both encoders' penultimate layers, pooled text, and the picture's sizes
+    Sdxl,
+    /// finishes what SDXL began: the second encoder alone, and an aesthetic score
+    SdxlRefiner,
 }
 
 /// What the plain command uses.
@@ -22,29 +28,42 @@ pub struct Defaults {
 
 /// As in the papers' and the model cards' examples.
 const STABLE_DIFFUSION: Defaults = Defaults { steps: 50, guidance: 7.5 };
+const SDXL: Defaults = Defaults { steps: 50, guidance: 5.0 };
+
+/// Numbers that SDXL's U-Net is told of a picture: its original size, its crop, and its size.
+pub const BASE_IDS: usize = 6;
+/// Those of its refiner's: original size, crop, and an aesthetic score.
+pub const REFINER_IDS: usize = 5;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 3] = [
+pub const SHORT_NAMES: [(&str, &str); 5] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
+    ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
+    ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 ];
 
 impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
-        if unet.get("addition_embed_type").is_some_and(|v| v == "text_time") || checkpoint.has("text_encoder_2") {
-            bail!("`{}` is an SDXL model, which sdgen does not draw yet\n\nhint: Stable Diffusion 1.x and 2.x work", checkpoint.name);
-        }
         if let Some(channels) = unet.get("in_channels").and_then(Value::as_u64) {
-            let latent = checkpoint.config("vae")?.get("latent_channels").and_then(Value::as_u64).unwrap_or(4);
+            let vae = checkpoint.configs.get("vae");
+            let latent = vae.and_then(|vae| vae.get("latent_channels")?.as_u64()).unwrap_or(4);
             if channels != latent {
                 bail!(
                     "the U-Net of `{}` takes {channels} channels, its VAE has {latent}: an inpainting, upscaling or editing model, which sdgen does not draw yet",
                     checkpoint.name
                 );
             }
+        }
+        if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
+            return match UNetConfig::from_json(unet)?.added_ids(pooled)? {
+                BASE_IDS => Ok(Self::Sdxl),
+                REFINER_IDS => Ok(Self::SdxlRefiner),
+                ids => bail!("the U-Net of `{}` is told {ids} numbers of a picture, which sdgen does not know", checkpoint.name),
+            };
         }
         let exact_gelu = checkpoint.config("text_encoder")?.get("hidden_act").is_some_and(|a| a == "gelu");
         Ok(if exact_gelu { Self::Sd2 } else { Self::Sd1 })
@@ -55,6 +74,8 @@ impl Family {
         match self {
             Self::Sd1 => "Stable Diffusion 1.x",
             Self::Sd2 => "Stable Diffusion 2.x",
+            Self::Sdxl => "Stable Diffusion XL",
+            Self::SdxlRefiner => "Stable Diffusion XL refiner",
         }
     }
 
@@ -62,9 +83,10 @@ impl Family {
     pub fn defaults(self, checkpoint: &Checkpoint) -> Defaults {
         let own = checkpoint.configs.get("defaults");
         let number = |key: &str| own.and_then(|d| d.get(key)?.as_f64());
-        Defaults {
-            steps: number("steps").map_or(STABLE_DIFFUSION.steps, |s| s as usize),
-            guidance: number("guidance").unwrap_or(STABLE_DIFFUSION.guidance),
-        }
+        let family = match self {
+            Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
+            Self::Sdxl | Self::SdxlRefiner => SDXL,
+        };
+        Defaults { steps: number("steps").map_or(family.steps, |s| s as usize), guidance: number("guidance").unwrap_or(family.guidance) }
     }
 }

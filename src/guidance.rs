@@ -1,16 +1,16 @@
 //! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler calls `denoise`.
 
-use crate::model::unet::UNet;
+use crate::model::unet::{Conditioning, UNet};
 use crate::schedule::Prediction;
 use candle_core::{Result, Tensor};
 
 /// A U-Net with its conditioning, seen as a denoiser.
 pub struct Guided<'a> {
     pub unet: &'a UNet,
-    /// prompt embeddings [b, n, d]
-    pub context: Tensor,
-    /// embeddings of what to steer away from [b, n, d]; none turns guidance off
-    pub negative: Option<Tensor>,
+    /// of the prompts
+    pub conditioning: Conditioning,
+    /// of what to steer away from; none turns guidance off
+    pub negative: Option<Conditioning>,
     pub scale: f64,
     pub prediction: Prediction,
     pub reuse: Reuse,
@@ -31,15 +31,15 @@ impl Reuse {
         Self { interval, calls: 0, inner: None }
     }
 
-    fn forward(&mut self, unet: &UNet, input: &Tensor, timestep: f64, context: &Tensor) -> Result<Tensor> {
+    fn forward(&mut self, unet: &UNet, input: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
         if self.interval <= 1 {
-            return unet.forward(input, timestep, context);
+            return unet.forward(input, timestep, conditioning);
         }
         if self.calls.is_multiple_of(self.interval) {
             self.inner = None;
         }
         self.calls += 1;
-        unet.forward_reusing(input, timestep, context, &mut self.inner)
+        unet.forward_reusing(input, timestep, conditioning, &mut self.inner)
     }
 }
 
@@ -47,14 +47,14 @@ impl Guided<'_> {
     /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in f32.
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
-        let input = (x * scalings.c_in)?.to_dtype(self.context.dtype())?;
+        let input = (x * scalings.c_in)?.to_dtype(self.conditioning.context.dtype())?;
         let output = match &self.negative {
-            None => self.reuse.forward(self.unet, &input, timestep, &self.context)?.to_dtype(x.dtype())?,
+            None => self.reuse.forward(self.unet, &input, timestep, &self.conditioning)?.to_dtype(x.dtype())?,
             Some(negative) => {
                 // unconditional half first, in picture order
                 let input = Tensor::cat(&[&input, &input], 0)?; // [2b, h, w, c]
-                let context = Tensor::cat(&[negative, &self.context], 0)?; // [2b, n, d]
-                let halves = self.reuse.forward(self.unet, &input, timestep, &context)?.to_dtype(x.dtype())?.chunk(2, 0)?;
+                let pair = negative.then(&self.conditioning)?;
+                let halves = self.reuse.forward(self.unet, &input, timestep, &pair)?.to_dtype(x.dtype())?.chunk(2, 0)?;
                 let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
                 (unconditional + ((conditional - unconditional)? * self.scale)?)?
             }

@@ -4,23 +4,31 @@ use crate::family::Family;
 use crate::model::unet::UNetConfig;
 use crate::model::vae::VaeConfig;
 use crate::schedule::SchedulerConfig;
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
 use serde_json::{Value, json};
+
+/// Pixels a latent of all known models, for one without a VAE.
+const USUAL_FACTOR: usize = 8;
+
+fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = &'static str> {
+    PARTS.into_iter().filter(|part| checkpoint.has(part))
+}
 
 /// One object: name, family, prediction, sampler, size, parts with parameters and stored types.
 pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let family = Family::detect(checkpoint)?;
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
     let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
-    let factor = VaeConfig::from_json(checkpoint.config("vae")?)?.factor();
+    let factor =
+        checkpoint.configs.get("vae").map_or(Ok(USUAL_FACTOR), |vae| Ok::<_, anyhow::Error>(VaeConfig::from_json(vae)?.factor()))?;
     let (height, width) = unet.sample_size()?;
     let defaults = family.defaults(checkpoint);
     let part = |name: &str| {
         let (parameters, dtypes) = checkpoint.summary(name);
         (name.to_string(), json!({ "parameters": parameters, "stored_as": dtypes }))
     };
-    let parts: serde_json::Map<_, _> = ["text_encoder", "unet", "vae"].into_iter().map(part).collect();
+    let parts: serde_json::Map<_, _> = parts(checkpoint).map(part).collect();
     Ok(json!({
         "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
         "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
@@ -47,10 +55,13 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
         text("guidance")
     );
     out += &format!("  file size     {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
-    for part in ["text_encoder", "unet", "vae"] {
+    for part in parts(checkpoint) {
         let (parameters, dtypes) = checkpoint.summary(part);
         let dtypes: Vec<&str> = dtypes.into_iter().collect();
         out += &format!("  {part:<14}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
+    }
+    if checkpoint.require_vae().is_err() {
+        out += "  vae           none: this model cannot draw by itself\n";
     }
     for assumed in checkpoint.doubt.iter().chain(&checkpoint.assumed) {
         out += &format!("  assumed       {}\n", assumed.trim_start_matches("assumed "));

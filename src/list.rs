@@ -230,7 +230,7 @@ impl Options {
         let mut options = base.clone();
         for (key, value) in keys {
             let long = self.long_name(&key)?;
-            let is_text = matches!(&*long, "negative" | "sampler" | "schedule" | "output");
+            let is_text = matches!(&*long, "negative" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output");
             let value = match value {
                 // what programs write for an option that is not given
                 Value::Null => continue,
@@ -250,7 +250,7 @@ impl Options {
         };
         let long = self.long_name(key).with_context(|| format!("`--sweep {text}`"))?;
         let values = match &*long {
-            "count" | "output" => bail!("`--sweep` cannot vary `{long}`"),
+            "count" | "crop" | "output" => bail!("`--sweep` cannot vary `{long}`"),
             "seed" => values.parse::<Seeds>()?.values(1)?.iter().map(u64::to_string).collect(),
             _ => values.split(',').map(String::from).collect(),
         };

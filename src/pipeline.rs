@@ -7,14 +7,13 @@
 use crate::device::Compute;
 use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
-use crate::model::unet::UNet;
+use crate::model::unet::{Added, Conditioning, UNet};
 use crate::model::vae::Decoder;
 use crate::noise::Generator;
 use crate::progress::Progress;
-use crate::request::{Job, Request};
+use crate::request::{Job, ModelConfig, Request};
 use crate::sampler;
-use crate::text::clip::Clip;
-use crate::text::tokenizer::Tokenizer;
+use crate::text::encoder::{Embedded, Encoder};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Error, Result};
 use candle_core::{DType, Result as TensorResult, Tensor};
@@ -76,23 +75,26 @@ pub fn generate<'a>(
     sink: &mut dyn FnMut(&'a Job, Result<Drawn>),
 ) -> Result<()> {
     let mut queue = Queue { jobs: jobs.iter().copied().collect(), again: vec![], batch_size: request.batch_size };
-    let mut contexts = Contexts::default();
-    let (mut clip, mut unet, mut decoder) = (None, None, None);
+    let mut contexts = Contexts { config: &request.model, known: HashMap::new() };
+    let (mut encoder, mut unet, mut decoder) = (None, None, None);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         if batch.iter().any(|job| !contexts.has(job)) {
-            let encoder = match clip.take() {
-                Some(encoder) => encoder,
-                None => Encoder::new(checkpoint, request, compute, progress)?,
+            let encoders = match encoder.take() {
+                Some(encoders) => encoders,
+                None => {
+                    progress.stage("encoding the prompt");
+                    Encoder::new(checkpoint, &request.model.encoder, compute).context(ModelError)?
+                }
             };
             let next = batch.iter().chain(queue.jobs.iter().take(AHEAD));
-            contexts = encoder.encode(next.copied(), contexts, progress)?;
-            clip = (queue.jobs.len() > AHEAD).then_some(encoder);
+            contexts.encode(next.copied(), &encoders, progress)?;
+            encoder = (queue.jobs.len() > AHEAD).then_some(encoders);
         }
         let network = match unet.take() {
             Some(network) => network,
             None => {
                 progress.stage("reading the U-Net");
-                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.unet).context(ModelError)?
+                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.model.unet).context(ModelError)?
             }
         };
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
@@ -181,66 +183,64 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// What the U-Net attends to: embeddings [1, n, d] by text and layers skipped.
-#[derive(Default)]
-struct Contexts(HashMap<(Arc<str>, usize), Tensor>);
+/// A text and the layers skipped for it; none for no text at all, whose embedding is zeros.
+type Key = Option<(Arc<str>, usize)>;
 
-impl Contexts {
-    /// The prompt's key, and with guidance the negative prompt's.
-    fn keys(job: &Job) -> impl Iterator<Item = (Arc<str>, usize)> {
-        let settings = &job.settings;
-        // as in diffusers, layers are skipped for the prompt alone
-        let negative = settings.guided().then(|| (settings.negative.clone(), 0));
-        std::iter::once((settings.prompt.clone(), settings.clip_skip - 1)).chain(negative)
-    }
+/// What the U-Net is told of prompts.
+struct Contexts<'a> {
+    config: &'a ModelConfig,
+    known: HashMap<Key, Embedded>,
+}
 
+/// The prompt's key, and with guidance the negative prompt's.
+fn keys(config: &ModelConfig, job: &Job) -> impl Iterator<Item = Key> + use<> {
+    let settings = &job.settings;
+    let is_nothing = config.empty_is_zeros && settings.negative.is_empty();
+    // as in diffusers, layers are skipped for the prompt alone
+    let negative = settings.guided().then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
+    std::iter::once(Some((settings.prompt.clone(), settings.clip_skip - 1))).chain(negative)
+}
+
+impl Contexts<'_> {
     fn has(&self, job: &Job) -> bool {
-        Self::keys(job).all(|key| self.0.contains_key(&key))
+        keys(self.config, job).all(|key| self.known.contains_key(&key))
     }
 
-    /// One of a batch's contexts: the prompts' (0), or with guidance the negative ones' (1), [b, n, d].
-    fn of(&self, batch: &[&Job], nth: usize) -> Result<Tensor> {
-        let embedded = |job: &&Job| Self::keys(job).nth(nth).and_then(|key| self.0.get(&key)).context("a prompt was not encoded");
-        Ok(Tensor::cat(&batch.iter().map(embedded).collect::<Result<Vec<_>>>()?, 0)?)
-    }
-}
-
-/// The text encoder with its tokenizer.
-struct Encoder {
-    tokenizer: Tokenizer,
-    clip: Clip,
-    positions: usize,
-}
-
-impl Encoder {
-    fn new(checkpoint: &Checkpoint, request: &Request, compute: &Compute, progress: &Progress) -> Result<Self> {
-        progress.stage("encoding the prompt");
-        let tokenizer = Tokenizer::new(&checkpoint.tokenizer, &checkpoint.tokenizer_config).context(ModelError)?;
-        let clip = Clip::new(&checkpoint.weights("text_encoder", &compute.device, compute.dtype), &request.clip).context(ModelError)?;
-        Ok(Self { tokenizer, clip, positions: request.clip.max_position_embeddings })
-    }
-
-    /// Embeds each text of these jobs once; what is known already is kept.
-    fn encode<'a>(&self, jobs: impl Iterator<Item = &'a Job>, mut known: Contexts, progress: &Progress) -> Result<Contexts> {
-        let mut contexts = Contexts::default();
-        for (text, skip) in jobs.flat_map(Contexts::keys) {
-            let key = (text, skip);
-            if contexts.0.contains_key(&key) {
+    /// Embeds each text of these jobs once; what is known already is kept, what they do not need is forgotten.
+    fn encode<'j>(&mut self, jobs: impl Iterator<Item = &'j Job>, encoder: &Encoder, progress: &Progress) -> Result<()> {
+        let mut before = std::mem::take(&mut self.known);
+        let config = self.config;
+        for key in jobs.flat_map(|job| keys(config, job)) {
+            if self.known.contains_key(&key) {
                 continue;
             }
-            let embedded = match known.0.remove(&key) {
-                Some(embedded) => embedded,
-                None => {
-                    let tokens = self.tokenizer.encode(&key.0, self.positions)?;
-                    if let Some(cut) = tokens.cut {
-                        progress.note(format!("warning: the prompt is longer than {} tokens; this was cut off: {cut}", tokens.ids.len()));
+            let embedded = match (before.remove(&key), &key) {
+                (Some(embedded), _) => embedded,
+                (None, None) => encoder.encode("", 0)?.0.zeros_like()?,
+                (None, Some((text, skip))) => {
+                    let (embedded, cut) = encoder.encode(text, *skip)?;
+                    if let Some(cut) = cut {
+                        let tokens = embedded.context.dim(1)?;
+                        progress.note(format!("warning: the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
                     }
-                    self.clip.forward(&tokens.ids, skip)?
+                    embedded
                 }
             };
-            contexts.0.insert(key, embedded);
+            self.known.insert(key, embedded);
         }
-        Ok(contexts)
+        Ok(())
+    }
+
+    /// What a batch is told: of the prompts (0), or with guidance of the negative ones (1).
+    fn of(&self, batch: &[&Job], nth: usize) -> Result<Conditioning> {
+        let embedded =
+            |job: &&Job| keys(self.config, job).nth(nth).and_then(|key| self.known.get(&key)).context("a prompt was not encoded");
+        let embedded = batch.iter().map(embedded).collect::<Result<Vec<_>>>()?;
+        let cat = |rows: Vec<&Tensor>| Tensor::cat(&rows, 0);
+        let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
+        let ids = || batch.iter().map(|job| job.settings.sizes().to_vec()).collect();
+        let added = (!pooled.is_empty()).then(|| Ok::<_, Error>(Added { pooled: cat(pooled)?, ids: ids() })).transpose()?;
+        Ok(Conditioning { context: cat(embedded.iter().map(|embedded| &embedded.context).collect())?, added })
     }
 }
 
@@ -248,10 +248,10 @@ impl Encoder {
 fn sample(unet: &UNet, batch: &[&Job], request: &Request, contexts: &Contexts, compute: &Compute, progress: &Progress) -> Result<Tensor> {
     let Some(Job { settings, plan, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
     let (h, w, c) = request.latent_shape(settings);
-    let context = contexts.of(batch, 0)?; // [b, n, d]
-    let negative = settings.guided().then(|| contexts.of(batch, 1)).transpose()?; // [b, n, d]
+    let conditioning = contexts.of(batch, 0)?;
+    let negative = settings.guided().then(|| contexts.of(batch, 1)).transpose()?;
     let reuse = Reuse::every(settings.deep_cache);
-    let mut guided = Guided { unet, context, negative, scale: settings.guidance, prediction: settings.prediction, reuse };
+    let mut guided = Guided { unet, conditioning, negative, scale: settings.guidance, prediction: settings.prediction, reuse };
     let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
     let mut noise = || -> TensorResult<Tensor> {
         let each = generators.iter_mut().map(|g| g.latents(h, w, c)).collect::<TensorResult<Vec<_>>>()?;

@@ -11,7 +11,7 @@ use crate::output::{Naming, plan_paths};
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
 use crate::settings::Settings;
-use crate::text::clip::ClipConfig;
+use crate::text::encoder::EncoderConfig;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Pixels of a side; more are mistakes.
-const MAX_SIDE_PX: usize = 16384;
+pub const MAX_SIDE_PX: usize = 16384;
 /// Pictures a forward pass where none are asked for: more bring little, and all of them wait for the last.
 const AUTO_BATCH: usize = 4;
 
@@ -52,11 +52,38 @@ pub struct Request {
     /// what [`Job::line`] counts in
     pub list: String,
     pub batch_size: usize,
-    pub unet: UNetConfig,
+    pub model: ModelConfig,
     pub vae: VaeConfig,
-    pub clip: ClipConfig,
-    pub scheduler: SchedulerConfig,
     plans: Vec<(PlanKey, Arc<Plan>)>,
+}
+
+/// What of a checkpoint makes latents from prompts.
+pub struct ModelConfig {
+    pub unet: UNetConfig,
+    pub encoder: EncoderConfig,
+    pub scheduler: SchedulerConfig,
+    /// how many numbers the U-Net is told of a picture's sizes
+    pub added_ids: usize,
+    /// whether no negative prompt means zeros, not the embedding of no text
+    pub empty_is_zeros: bool,
+}
+
+impl ModelConfig {
+    fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+        let encoder = EncoderConfig::of(checkpoint)?;
+        let added_ids = encoder.pooled().map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+        let pipeline = checkpoint.configs.get("pipeline");
+        let force_zeros = pipeline.and_then(|pipeline| pipeline.get("force_zeros_for_empty_prompt")?.as_bool());
+        Ok(Self {
+            scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
+            // diffusers' default, of pipelines that know it
+            empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
+            unet,
+            encoder,
+            added_ids,
+        })
+    }
 }
 
 type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction);
@@ -65,15 +92,16 @@ impl Request {
     /// A run of this checkpoint with nothing to draw yet. Errors if the checkpoint cannot be drawn with.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let parse = || -> Result<Self> {
-            Family::detect(checkpoint)?;
+            if Family::detect(checkpoint)? == Family::SdxlRefiner {
+                bail!("`{}` is a refiner, which finishes pictures and cannot begin any", checkpoint.name);
+            }
+            checkpoint.require_vae()?;
             Ok(Self {
                 jobs: vec![],
                 list: String::new(),
                 batch_size: 1,
-                unet: UNetConfig::from_json(checkpoint.config("unet")?)?,
+                model: ModelConfig::of(checkpoint)?,
                 vae: VaeConfig::from_json(checkpoint.config("vae")?)?,
-                clip: ClipConfig::from_json(checkpoint.config("text_encoder")?)?,
-                scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
                 plans: vec![],
             })
         };
@@ -84,10 +112,10 @@ impl Request {
     pub fn resolve(args: &DrawArgs, list: &List, checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
         let mut request = Self { list: list.name.clone(), ..Self::new(checkpoint)? };
         let defaults = Family::detect(checkpoint).context(ModelError)?.defaults(checkpoint);
-        let prediction = args.prediction.map_or(request.scheduler.prediction, Into::into);
-        let (height, width) = request.unet.sample_size()?;
+        let prediction = args.prediction.map_or(request.model.scheduler.prediction, Into::into);
+        let (height, width) = request.model.unet.sample_size()?;
         let (height, width) = (height * request.vae.factor(), width * request.vae.factor());
-        let sampler = request.scheduler.sampler();
+        let sampler = request.model.scheduler.sampler();
         let [version, dtype, model, no_negative] =
             [env!("CARGO_PKG_VERSION"), compute.dtype.as_str(), &checkpoint.name, ""].map(Arc::<str>::from);
         for item in &list.items {
@@ -104,6 +132,9 @@ impl Request {
                 sampler: options.sampler.unwrap_or(sampler),
                 schedule: options.schedule,
                 eta: options.eta,
+                original_size: options.original_size,
+                crop: options.crop,
+                target_size: options.target_size,
                 clip_skip: options.clip_skip.unwrap_or(1),
                 deep_cache: options.deep_cache.unwrap_or(1),
                 prediction,
@@ -132,7 +163,15 @@ impl Request {
     pub fn add(&mut self, settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
         check_size("width", settings.width, self.vae.factor())?;
         check_size("height", settings.height, self.vae.factor())?;
-        let (skip, layers) = (settings.clip_skip, self.clip.num_hidden_layers);
+        let sized = [
+            ("original-size", settings.original_size.is_some()),
+            ("crop", settings.crop.is_some()),
+            ("target-size", settings.target_size.is_some()),
+        ];
+        if let (0, Some((name, _))) = (self.model.added_ids, sized.into_iter().find(|(_, is_given)| *is_given)) {
+            bail!("`--{name}` means nothing to `{}`\n\nhint: leave it out; only models of SDXL's family are told of sizes", settings.model);
+        }
+        let (skip, layers) = (settings.clip_skip, self.model.encoder.layers());
         if skip > layers {
             bail!("`--clip-skip {skip}` leaves nothing of the text encoder's {layers} layers");
         }
@@ -141,7 +180,7 @@ impl Request {
         let plan = match self.plans.iter().find(|(known, _)| *known == key) {
             Some((_, plan)) => plan.clone(),
             None => {
-                let mut scheduler = self.scheduler.clone();
+                let mut scheduler = self.model.scheduler.clone();
                 scheduler.prediction = prediction;
                 let plan = Arc::new(plan(&scheduler, sampler, schedule, steps, eta)?);
                 self.plans.push((key, plan.clone()));
@@ -194,7 +233,7 @@ impl Request {
         let weights = |part: &str| 4 * checkpoint.summary(part).0 as u64;
         let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
         let (unet_weights, vae_weights) = (weights("unet"), weights("vae"));
-        let (unet_widest, vae_widest) = (widest(&self.unet.block_out_channels), widest(&self.vae.block_out_channels));
+        let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(&self.vae.block_out_channels));
         let of_job = |job: &Job| {
             let pixels = (job.settings.width * job.settings.height) as u64;
             let latents = pixels / (self.vae.factor() * self.vae.factor()) as u64;
@@ -207,7 +246,7 @@ impl Request {
 
     /// (height, width, channels) of a picture's latents.
     pub fn latent_shape(&self, settings: &Settings) -> (usize, usize, usize) {
-        (settings.height / self.vae.factor(), settings.width / self.vae.factor(), self.unet.in_channels)
+        (settings.height / self.vae.factor(), settings.width / self.vae.factor(), self.model.unet.in_channels)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What one picture is: everything that determines its pixels, as the metadata in its file says it.
 
 use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
+use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,12 @@ pub struct Settings {
     pub schedule: Option<Schedule>,
     /// none: the sampler's own
     pub eta: Option<f64>,
+    /// of the picture as SDXL is to believe it was before it was scaled; none: the picture's own
+    pub original_size: Option<Size>,
+    /// left and top, as SDXL is to believe it was cropped; none: not at all
+    pub crop: Option<Point>,
+    /// of the picture as SDXL is to believe it is; none: the picture's own
+    pub target_size: Option<Size>,
     /// 1: the last layer of the text encoder, 2: the one before, ...
     pub clip_skip: usize,
     /// the U-Net's inner levels run in every so manyth step
@@ -41,7 +48,54 @@ pub struct Settings {
     pub model_hash: Arc<str>,
 }
 
+/// Two numbers of pixels: 1024x768, or 4,60.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Pair<const SEPARATOR: char>(pub usize, pub usize);
+/// Width and height.
+pub type Size = Pair<'x'>;
+/// Left and top.
+pub type Point = Pair<','>;
+
+impl<const SEPARATOR: char> std::str::FromStr for Pair<SEPARATOR> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| text.trim().parse().ok().filter(|n| *n <= MAX_SIDE_PX);
+        let pair = text.split_once(SEPARATOR).and_then(|(a, b)| Some(Self(number(a)?, number(b)?)));
+        pair.ok_or_else(|| format!("expected two numbers up to {MAX_SIDE_PX} with `{SEPARATOR}` between"))
+    }
+}
+
+impl<const SEPARATOR: char> TryFrom<String> for Pair<SEPARATOR> {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl<const SEPARATOR: char> std::fmt::Display for Pair<SEPARATOR> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}{SEPARATOR}{}", self.0, self.1)
+    }
+}
+
+impl<const SEPARATOR: char> From<Pair<SEPARATOR>> for String {
+    fn from(pair: Pair<SEPARATOR>) -> Self {
+        pair.to_string()
+    }
+}
+
 impl Settings {
+    /// What SDXL is told of the picture: original height and width, top and left of the crop, height and width.
+    pub fn sizes(&self) -> [f64; 6] {
+        let own = Pair(self.width, self.height);
+        let (original, Pair(left, top), target) =
+            (self.original_size.unwrap_or(own), self.crop.unwrap_or(Pair(0, 0)), self.target_size.unwrap_or(own));
+        [original.1, original.0, top, left, target.1, target.0].map(|n| n as f64)
+    }
+
     /// Whether the network runs twice a step. As in diffusers, guidance at or below 1 is off.
     pub fn guided(&self) -> bool {
         self.guidance > 1.0
@@ -55,7 +109,10 @@ impl Settings {
     /// What the picture's file remembers: these settings as JSON, and as A1111's text.
     pub fn metadata(&self) -> Metadata {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
-        let extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
+        extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
+        extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,

@@ -270,14 +270,54 @@ fn batches_are_packed_across_prompts_and_lines_and_stdout_keeps_the_order_of_the
     assert_eq!(drawn.len(), 2);
 }
 
+#[test]
+fn what_sdxl_is_told_of_sizes_is_a_setting_like_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = [
+        r#"{"prompt": "a frog", "seed": 1, "output": "plain.png"}"#,
+        r#"{"prompt": "a frog", "seed": 1, "output": "own.png", "original_size": "16x24", "crop": "0,0", "target-size": "16x24"}"#,
+        r#"{"prompt": "a frog", "seed": 1, "output": "told.png", "original_size": "300x512", "crop": "60,4", "target-size": "700x1024"}"#,
+    ];
+    std::fs::write(dir.path().join("list.jsonl"), list.join("\n")).unwrap();
+    let draw = |extra: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["--from", "list.jsonl", "-W", "16", "-H", "24", "--steps", "2", "--json", "-m"]).arg(fixture("sdxl")).args(extra);
+        let output = succeed(&mut command);
+        stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let drawn = draw(&[]);
+    assert_eq!(drawn[0]["sha256"], drawn[1]["sha256"], "the defaults are the picture's own");
+    assert_ne!(drawn[0]["sha256"], drawn[2]["sha256"]);
+    assert_eq!([&drawn[2]["original_size"], &drawn[2]["crop"], &drawn[2]["target_size"]], ["300x512", "60,4", "700x1024"]);
+    let text = String::from_utf8_lossy(&std::fs::read(dir.path().join("told.png")).unwrap()).into_owned();
+    assert!(text.contains("Original size: 300x512, Crop: \"60,4\", Target size: 700x1024"));
+    // batches of mixed sizes change nothing, and what is there is found again
+    let one_by_one = draw(&["--force", "-b", "1"]);
+    assert!(drawn.iter().zip(&one_by_one).all(|(a, b)| a["sha256"] == b["sha256"]));
+    assert!(draw(&["--resume"]).iter().all(|line| line["skipped"] == true));
+    std::fs::write(dir.path().join("list.jsonl"), list.join("\n").replace("60,4", "60,5")).unwrap();
+    let again = draw(&["--resume"]);
+    assert_eq!([&again[1]["skipped"], &again[2]["skipped"]], [&Value::Bool(true), &Value::Null]);
+    succeed(sdgen(dir.path()).args(["check", "told.png", "-m"]).arg(fixture("sdxl")));
+    let wrong = [("--crop=4", "expected two numbers up to 16384 with `,` between"), ("--original-size=4,4", "with `x` between")];
+    for (option, text) in wrong {
+        fail(sdgen(dir.path()).args(["x", option, "-m"]).arg(fixture("sdxl")), 2, &[text]);
+    }
+    for option in ["--original-size=8x8", "--crop=1,1", "--target-size=8x8"] {
+        let name = option.split('=').next().unwrap();
+        fail(sdgen(dir.path()).args(["x", option, "-m"]).arg(fixture("sd1")), 2, &[&format!("`{name}` means nothing to `sd1`")]);
+    }
+    fail(sdgen(dir.path()).args(["x", "--sweep", "crop=1,1"]), 2, &["`--sweep` cannot vary `crop`"]);
+}
+
 // Failures
 
 /// A checkpoint that has no number for the word `frog`.
 fn without_frogs(to: &Path) {
     copy_folder(&fixture("sd1"), to);
-    let tokenizer = sdgen::weights::Checkpoint::open(sdgen::weights::Origin::Path(to)).unwrap();
-    let ids =
-        |text: &str| sdgen::text::tokenizer::Tokenizer::new(&tokenizer.tokenizer, &tokenizer.tokenizer_config).unwrap().ids(text).unwrap();
+    let checkpoint = sdgen::weights::Checkpoint::open(sdgen::weights::Origin::Path(to)).unwrap();
+    let tokenizer = &checkpoint.tokenizers["text_encoder"];
+    let ids = |text: &str| sdgen::text::tokenizer::Tokenizer::new(&tokenizer.files, &tokenizer.config).unwrap().ids(text).unwrap();
     let (frog, others) = (ids("frog"), ids("a house the cat"));
     let token = frog.into_iter().find(|id| !others.contains(id)).unwrap() as usize;
     let path = to.join("text_encoder/model.safetensors");

@@ -1,23 +1,25 @@
-//! The same numbers as diffusers, stage by stage, on tiny random checkpoints of three kinds (tests/fixtures/README.md).
+//! The same numbers as diffusers, stage by stage, on tiny random checkpoints of four kinds (tests/fixtures/README.md).
 //! Every comparison names the first tensor that differs, by how much, and what was allowed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{DType, Device, Tensor};
+use sdgen::device::Compute;
 use sdgen::guidance::{Guided, Reuse};
 use sdgen::image::Picture;
-use sdgen::model::unet::{UNet, UNetConfig};
+use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::noise::Generator;
 use sdgen::sampler::{self, Sampler};
 use sdgen::schedule::{Schedule, SchedulerConfig, plan};
-use sdgen::text::clip::{Clip, ClipConfig};
+use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
 use sdgen::text::tokenizer::Tokenizer;
-use sdgen::weights::{Checkpoint, Origin};
+use sdgen::weights::{Checkpoint, ENCODERS, Origin};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-const MODELS: [&str; 3] = ["sd1", "sd2", "odd"];
+const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
+const REFINER: &str = "sdxl_refiner";
 /// f32 sums in another order than torch's
 const NETWORK: f32 = 1e-4;
 /// several guided steps multiply those differences
@@ -51,10 +53,22 @@ impl Fixture {
         compare(name, got, self.golden(name), tolerance);
     }
 
-    fn clip(&self) -> (Tokenizer, Clip, ClipConfig) {
-        let config = ClipConfig::from_json(self.checkpoint.config("text_encoder").unwrap()).unwrap();
-        let clip = Clip::new(&self.checkpoint.weights("text_encoder", &Device::Cpu, DType::F32), &config).unwrap();
-        (Tokenizer::new(&self.checkpoint.tokenizer, &self.checkpoint.tokenizer_config).unwrap(), clip, config)
+    fn encoder(&self) -> Encoder {
+        let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+        Encoder::new(&self.checkpoint, &EncoderConfig::of(&self.checkpoint).unwrap(), &compute).unwrap()
+    }
+
+    /// What the pictures of the U-Net's goldens are told, or one of them.
+    fn told(&self, one: Option<usize>) -> Conditioning {
+        let rows = |name: &str| {
+            let all = self.golden(name);
+            one.map_or(all.clone(), |i| all.narrow(0, i, 1).unwrap())
+        };
+        let added = self
+            .tensors
+            .contains_key("unet.ids")
+            .then(|| Added { pooled: rows("unet.pooled"), ids: rows("unet.ids").to_dtype(DType::F64).unwrap().to_vec2().unwrap() });
+        Conditioning { context: rows("unet.context"), added }
     }
 
     fn unet(&self) -> UNet {
@@ -88,21 +102,31 @@ fn head(t: &Tensor) -> Vec<f32> {
 
 #[test]
 fn prompts_become_the_same_ids_and_embeddings() {
-    for model in MODELS {
+    for model in MODELS.into_iter().chain([REFINER]) {
         let f = fixture(model);
-        let (tokenizer, clip, config) = f.clip();
+        let encoder = f.encoder();
         for (i, case) in f.json["text"].as_array().unwrap().iter().enumerate() {
             let prompt = case["prompt"].as_str().unwrap();
             let ids = |key: &str| -> Vec<u32> { case[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect() };
-            let tokens = tokenizer.encode(prompt, config.max_position_embeddings).unwrap();
-            assert_eq!(tokens.ids, ids("ids"), "{model}: ids of `{prompt}`");
-            assert_eq!(tokenizer.ids(prompt).unwrap(), ids("ids_uncut"), "{model}: uncut ids of `{prompt}`");
-            assert_eq!(tokens.cut.is_some(), ids("ids_uncut").len() > ids("ids").len(), "{model}: cut of `{prompt}`");
-            f.check(&format!("text.{i}.embeds"), &clip.forward(&tokens.ids, 0).unwrap(), NETWORK);
+            let (embedded, cut) = encoder.encode(prompt, 0).unwrap();
+            for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
+                let Some(source) = f.checkpoint.tokenizers.get(part) else { continue };
+                let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
+                let tokens = tokenizer.encode(prompt, ids(key).len()).unwrap();
+                let uncut = ids(&format!("{key}_uncut"));
+                assert_eq!(tokens.ids, ids(key), "{model}: {key} of `{prompt}`");
+                assert_eq!(tokenizer.ids(prompt).unwrap(), uncut, "{model}: uncut {key} of `{prompt}`");
+                assert_eq!(tokens.cut.is_some(), uncut.len() > tokens.ids.len(), "{model}: cut of `{prompt}`");
+                assert_eq!(cut, tokens.cut, "{model}: cut of `{prompt}`");
+            }
+            compare(&format!("{model} text.{i}.embeds"), &embedded.context, f.golden(&format!("text.{i}.embeds")), NETWORK);
+            if let Some(pooled) = embedded.pooled {
+                compare(&format!("{model} text.{i}.pooled"), &pooled, f.golden(&format!("text.{i}.pooled")), NETWORK);
+            }
             for skip in [1, 2] {
                 let name = format!("text.{i}.embeds_clip_skip_{skip}");
                 if f.tensors.contains_key(&name) {
-                    f.check(&name, &clip.forward(&tokens.ids, skip).unwrap(), NETWORK);
+                    compare(&format!("{model} {name}"), &encoder.encode(prompt, skip).unwrap().0.context, f.golden(&name), NETWORK);
                 }
             }
         }
@@ -111,7 +135,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
 
 #[test]
 fn the_unet_predicts_the_same_after_every_block() {
-    for model in MODELS {
+    for model in MODELS.into_iter().chain([REFINER]) {
         let f = fixture(model);
         let unet = f.unet();
         for case in f.json["unet"].as_array().unwrap() {
@@ -120,14 +144,13 @@ fn the_unet_predicts_the_same_after_every_block() {
             let timesteps = f.golden(&format!("unet.{name}.timesteps")).to_vec1::<f32>().unwrap();
             for (i, timestep) in timesteps.into_iter().enumerate() {
                 let one = |t: &Tensor| t.narrow(0, i, 1).unwrap();
-                let context = one(f.golden("unet.context"));
                 let mut show = |block: &str, got: &Tensor| {
                     let golden = format!("unet.{name}.{block}");
                     if let Some(want) = f.tensors.get(&golden) {
                         compare(&format!("{model} {golden}[{i}]"), got, &one(want), NETWORK);
                     }
                 };
-                let out = unet.traced(&one(latents), f64::from(timestep), &context, &mut show).unwrap();
+                let out = unet.traced(&one(latents), f64::from(timestep), &f.told(Some(i)), &mut show).unwrap();
                 compare(&format!("{model} unet.{name}.out[{i}]"), &out, &one(f.golden(&format!("unet.{name}.out"))), NETWORK);
             }
         }
@@ -148,7 +171,7 @@ fn the_vae_decodes_the_same() {
 
 /// The sampler and schedule of our names for one of diffusers' schedulers.
 fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
-    let class = run["scheduler"].as_str().unwrap();
+    let Some(class) = run["scheduler"].as_str() else { return (default, None) };
     let sampler = match class {
         "DDIMScheduler" => "ddim",
         "PNDMScheduler" => "pndm",
@@ -166,6 +189,17 @@ fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
     (sampler.parse().unwrap(), karras.then(|| "karras".parse().unwrap()))
 }
 
+/// What all pictures of a run are told.
+fn told(embedded: &Embedded, run: &Value) -> Conditioning {
+    let count = run["count"].as_u64().unwrap() as usize;
+    // (height, width), then (top, left), then (height, width)
+    let own = [run["height"].clone(), run["width"].clone()];
+    let pair = |key: &str| run[key].as_array().cloned().unwrap_or(own.to_vec());
+    let ids: Vec<f64> = ["original_size", "crop", "target_size"].into_iter().flat_map(pair).map(|n| n.as_f64().unwrap()).collect();
+    let added = embedded.pooled.as_ref().map(|pooled| Added { pooled: pooled.repeat((count, 1)).unwrap(), ids: vec![ids; count] });
+    Conditioning { context: embedded.context.repeat((count, 1, 1)).unwrap(), added }
+}
+
 /// DeepCache has no counterpart in diffusers; for the same input what is reused is what would be computed.
 #[test]
 fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_another() {
@@ -173,14 +207,14 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
         let f = fixture(model);
         let unet = f.unet();
         let shape = f.json["unet"][0]["name"].as_str().unwrap();
-        let (latents, context) = (f.golden(&format!("unet.{shape}.latents")), f.golden("unet.context"));
-        let full = unet.forward(latents, 500.0, context).unwrap();
+        let (latents, told) = (f.golden(&format!("unet.{shape}.latents")), f.told(None));
+        let full = unet.forward(latents, 500.0, &told).unwrap();
         let mut inner = None;
         for _ in 0..2 {
-            compare(&format!("{model} reused"), &unet.forward_reusing(latents, 500.0, context, &mut inner).unwrap(), &full, 0.0);
+            compare(&format!("{model} reused"), &unet.forward_reusing(latents, 500.0, &told, &mut inner).unwrap(), &full, 0.0);
         }
         let other = (latents * 0.5).unwrap();
-        let (reused, exact) = (unet.forward_reusing(&other, 100.0, context, &mut inner), unet.forward(&other, 100.0, context).unwrap());
+        let (reused, exact) = (unet.forward_reusing(&other, 100.0, &told, &mut inner), unet.forward(&other, 100.0, &told).unwrap());
         let difference = (reused.unwrap() - exact).unwrap().abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(difference > 1e-6, "{model}: the inner levels were not reused");
     }
@@ -190,12 +224,8 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
 fn latents_after_every_step_and_pictures_are_the_same() {
     for model in MODELS {
         let f = fixture(model);
-        let (tokenizer, clip, clip_config) = f.clip();
-        let (unet, decoder) = (f.unet(), f.decoder());
+        let (encoder, unet, decoder) = (f.encoder(), f.unet(), f.decoder());
         let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap().for_pipeline();
-        let embed = |text: &str, skip: usize| {
-            clip.forward(&tokenizer.encode(text, clip_config.max_position_embeddings).unwrap().ids, skip).unwrap()
-        };
         for run in f.json["runs"].as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
             let count = run["count"].as_u64().unwrap() as usize;
@@ -205,10 +235,14 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
             let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
             let guidance = run["guidance"].as_f64().unwrap();
-            let context = embed(run["prompt"].as_str().unwrap(), skip).repeat((count, 1, 1)).unwrap();
-            let negative = (guidance > 1.0).then(|| embed(run["negative_prompt"].as_str().unwrap(), 0).repeat((count, 1, 1)).unwrap());
+            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), skip).unwrap().0;
+            let negative = (guidance > 1.0).then(|| match run["negative_prompt"].as_str() {
+                Some(text) => encoder.encode(text, 0).unwrap().0,
+                None => prompt.zeros_like().unwrap(),
+            });
+            let (conditioning, negative) = (told(&prompt, run), negative.map(|negative| told(&negative, run)));
             let reuse = Reuse::every(1);
-            let mut guided = Guided { unet: &unet, context, negative, scale: guidance, prediction: config.prediction, reuse };
+            let mut guided = Guided { unet: &unet, conditioning, negative, scale: guidance, prediction: config.prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them

@@ -60,6 +60,12 @@ pub struct UNetConfig {
     /// the number of heads, in spite of its name (diffusers' issue 2011)
     pub attention_head_dim: PerBlock<usize>,
     pub time_embedding_dim: Option<usize>,
+    /// none, or `text_time`: pooled text and sinusoids of numbers are embedded beside the timestep
+    pub addition_embed_type: Option<String>,
+    /// sinusoids of each of those numbers
+    pub addition_time_embed_dim: Option<usize>,
+    /// pooled text and all sinusoids together
+    pub projection_class_embeddings_input_dim: Option<usize>,
     pub conv_in_kernel: usize,
     pub conv_out_kernel: usize,
 }
@@ -90,6 +96,9 @@ impl Default for UNetConfig {
             reverse_transformer_layers_per_block: None,
             attention_head_dim: PerBlock::One(8),
             time_embedding_dim: None,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            projection_class_embeddings_input_dim: None,
             conv_in_kernel: 3,
             conv_out_kernel: 3,
         }
@@ -105,7 +114,6 @@ impl UNetConfig {
             ("encoder_hid_dim_type", Value::Null),
             ("dual_cross_attention", json!(false)),
             ("class_embed_type", Value::Null),
-            ("addition_embed_type", Value::Null),
             ("num_class_embeds", Value::Null),
             ("resnet_time_scale_shift", json!("default")),
             ("resnet_skip_time_act", json!(false)),
@@ -122,6 +130,9 @@ impl UNetConfig {
         require_neutral("U-Net", value, &neutral)?;
         let config: Self = serde_json::from_value(value.clone())
             .context("the U-Net's config.json is damaged or uses a value that sdgen does not support")?;
+        if let Some(other) = config.addition_embed_type.as_deref().filter(|kind| *kind != "text_time") {
+            bail!("`addition_embed_type` of the U-Net is `{other}`, which sdgen does not support");
+        }
         let blocks = config.block_out_channels.len();
         if blocks == 0 || config.down_block_types.len() != blocks || config.up_block_types.len() != blocks {
             bail!("block_out_channels, down_block_types and up_block_types of the U-Net differ in length");
@@ -137,6 +148,28 @@ impl UNetConfig {
     /// Height and width of the latents that the model was trained on.
     pub fn sample_size(&self) -> Result<(usize, usize)> {
         Ok((self.sample_size.get(0, "sample_size")?, self.sample_size.get(1, "sample_size")?))
+    }
+
+    /// How many numbers the network is told of a picture's sizes, besides pooled text of width `pooled`; 0 if neither.
+    /// Errors if its configuration does not add up.
+    pub fn added_ids(&self, pooled: usize) -> Result<usize> {
+        if self.addition_embed_type.is_none() {
+            return Ok(0);
+        }
+        let (dim, inputs) = self.added_dims()?;
+        match inputs.checked_sub(pooled) {
+            Some(rest) if rest.is_multiple_of(dim) => Ok(rest / dim),
+            _ => bail!(
+                "projection_class_embeddings_input_dim {inputs} of the U-Net is not {pooled} of pooled text and a multiple of addition_time_embed_dim {dim}"
+            ),
+        }
+    }
+
+    /// `addition_time_embed_dim` and `projection_class_embeddings_input_dim`.
+    fn added_dims(&self) -> Result<(usize, usize)> {
+        let dim = self.addition_time_embed_dim.filter(|dim| *dim > 0).context("the U-Net has no `addition_time_embed_dim`")?;
+        let inputs = self.projection_class_embeddings_input_dim;
+        Ok((dim, inputs.context("the U-Net has no `projection_class_embeddings_input_dim`")?))
     }
 
     fn heads(&self, block: usize) -> Result<usize> {
@@ -180,10 +213,46 @@ pub fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)])
     Ok(())
 }
 
+/// What the network is told of the pictures of a batch besides their noise.
+#[derive(Clone)]
+pub struct Conditioning {
+    /// prompt embeddings [b, n, d]
+    pub context: Tensor,
+    /// for networks with [`UNetConfig::added_ids`]
+    pub added: Option<Added>,
+}
+
+/// SDXL's further conditioning (Podell et al. 2023, arXiv 2307.01952).
+#[derive(Clone)]
+pub struct Added {
+    /// pooled prompt embeddings [b, p]
+    pub pooled: Tensor,
+    /// sizes and crops, a list for each picture
+    pub ids: Vec<Vec<f64>>,
+}
+
+impl From<Tensor> for Conditioning {
+    fn from(context: Tensor) -> Self {
+        Self { context, added: None }
+    }
+}
+
+impl Conditioning {
+    /// These pictures, then those.
+    pub fn then(&self, other: &Self) -> TensorResult<Self> {
+        let added = match (&self.added, &other.added) {
+            (Some(a), Some(b)) => Some(Added { pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?, ids: [&*a.ids, &b.ids].concat() }),
+            _ => None,
+        };
+        Ok(Self { context: Tensor::cat(&[&self.context, &other.context], 0)?, added })
+    }
+}
+
 /// The network.
 pub struct UNet {
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
+    add_embedding: Option<AddEmbedding>,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
     up_blocks: Vec<UpBlock>,
@@ -241,6 +310,11 @@ impl UNet {
         Ok(Self {
             conv_in: Conv2d::new(&w.at("conv_in"), config.in_channels, first, conv_in)?,
             time_embedding: TimeEmbedding::new(&w.at("time_embedding"), config, time_dim, activation)?,
+            add_embedding: config
+                .addition_embed_type
+                .is_some()
+                .then(|| AddEmbedding::new(&w.at("add_embedding"), config, time_dim))
+                .transpose()?,
             down_blocks,
             mid_block,
             up_blocks,
@@ -251,31 +325,51 @@ impl UNet {
         })
     }
 
-    /// Latents [b, h, w, c], one timestep, context [b, n, d] -> prediction [b, h, w, c].
-    pub fn forward(&self, latents: &Tensor, timestep: f64, context: &Tensor) -> TensorResult<Tensor> {
-        self.traced(latents, timestep, context, &mut |_, _| {})
+    /// Latents [b, h, w, c], one timestep, conditioning of b pictures -> prediction [b, h, w, c].
+    pub fn forward(&self, latents: &Tensor, timestep: f64, conditioning: &Conditioning) -> TensorResult<Tensor> {
+        self.traced(latents, timestep, conditioning, &mut |_, _| {})
     }
 
     /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below gave in an earlier step;
     /// else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
-    pub fn forward_reusing(&self, latents: &Tensor, timestep: f64, context: &Tensor, inner: &mut Option<Tensor>) -> TensorResult<Tensor> {
-        self.run(latents, timestep, context, Some(inner), &mut |_, _| {})
+    pub fn forward_reusing(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        conditioning: &Conditioning,
+        inner: &mut Option<Tensor>,
+    ) -> TensorResult<Tensor> {
+        self.run(latents, timestep, conditioning, Some(inner), &mut |_, _| {})
     }
 
     /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
-    pub fn traced(&self, latents: &Tensor, timestep: f64, context: &Tensor, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
-        self.run(latents, timestep, context, None, show)
+    pub fn traced(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        conditioning: &Conditioning,
+        show: &mut dyn FnMut(&str, &Tensor),
+    ) -> TensorResult<Tensor> {
+        self.run(latents, timestep, conditioning, None, show)
     }
 
     fn run(
         &self,
         latents: &Tensor,
         timestep: f64,
-        context: &Tensor,
+        conditioning: &Conditioning,
         inner: Option<&mut Option<Tensor>>,
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
-        let time = self.time_embedding.forward(timestep, latents)?; // [1, time_dim]
+        let context = &conditioning.context;
+        let time = self.time_embedding.forward(timestep, latents)?; // [time_dim]
+        let time = match (&self.add_embedding, &conditioning.added) {
+            (None, _) => time,
+            (Some(embedding), Some(added)) => embedding.forward(added)?.broadcast_add(&time)?, // [b, time_dim]
+            (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
+        };
+        // as every residual block would apply it
+        let time = self.activation.forward(&time)?;
         let latents = if self.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
         let mut x = self.conv_in.forward(&latents)?;
         show("conv_in", &x);
@@ -334,11 +428,39 @@ impl TimeEmbedding {
         })
     }
 
-    /// Already through the activation that every residual block would apply to it.
     fn forward(&self, timestep: f64, like: &Tensor) -> TensorResult<Tensor> {
-        let t = embed::timestep(timestep, self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?.to_dtype(like.dtype())?;
+        let t = embed::sinusoids(&[timestep], self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?.to_dtype(like.dtype())?;
         let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
-        self.activation.forward(&self.linear_2.forward(&h)?) // [1, time_dim]
+        self.linear_2.forward(&h)?.squeeze(0) // [time_dim]
+    }
+}
+
+/// Pooled text and sinusoids of a picture's sizes -> two linear layers.
+struct AddEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    dim: usize,
+    flip_sin_to_cos: bool,
+    freq_shift: f64,
+}
+
+impl AddEmbedding {
+    fn new(w: &Weights, config: &UNetConfig, time_dim: usize) -> Result<Self> {
+        let (dim, inputs) = config.added_dims()?;
+        Ok(Self {
+            linear_1: Linear::new(&w.at("linear_1"), inputs, time_dim)?,
+            linear_2: Linear::new(&w.at("linear_2"), time_dim, time_dim)?,
+            dim,
+            flip_sin_to_cos: config.flip_sin_to_cos,
+            freq_shift: config.freq_shift,
+        })
+    }
+
+    fn forward(&self, Added { pooled, ids }: &Added) -> TensorResult<Tensor> {
+        let sinusoids = embed::sinusoids(&ids.concat(), self.dim, self.flip_sin_to_cos, self.freq_shift, pooled.device())?;
+        let sinusoids = sinusoids.reshape((ids.len(), ()))?.to_dtype(pooled.dtype())?; // [b, ids*dim]
+        let h = Activation::Silu.forward(&self.linear_1.forward(&Tensor::cat(&[pooled, &sinusoids], 1)?)?)?;
+        self.linear_2.forward(&h) // [b, time_dim]
     }
 }
 
@@ -502,7 +624,7 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
-        let time = self.time_emb_proj.forward(time)?.squeeze(0)?; // [c]
+        let time = self.time_emb_proj.forward(time)?; // [c] or [b, c]
         let h = self.conv1.forward_add(&self.norm1.forward_act(x, self.activation)?, Some(&time), None)?;
         let h = self.norm2.forward_act(&h, self.activation)?;
         let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;

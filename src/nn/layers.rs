@@ -145,7 +145,8 @@ impl Conv2d {
         self.forward_add(x, None, None)
     }
 
-    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere, plus `residual` [b, h', w', out].
+    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere or [b, out] for each picture, plus `residual`
+    /// [b, h', w', out].
     pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         self.run(x, Extra { shift, residual, ..Extra::default() })
     }
@@ -176,7 +177,13 @@ impl Conv2d {
         measured(layer, || self.apply(x, rows, extra))
     }
 
-    fn apply(&self, x: &Tensor, rows: Range<usize>, Extra { scaled, shift, residual, .. }: Extra) -> TensorResult<Tensor> {
+    fn apply(&self, x: &Tensor, rows: Range<usize>, extra: Extra) -> TensorResult<Tensor> {
+        if let Some((b, out)) = extra.shift.and_then(|shift| shift.dims2().ok()) {
+            let shift = extra.shift.map(|shift| shift.reshape((b, 1, 1, out))).transpose()?;
+            let y = self.apply(x, rows, Extra { shift: None, ..extra })?;
+            return shift.map_or(Ok(y.clone()), |shift| y.broadcast_add(&shift));
+        }
+        let Extra { scaled, shift, residual, .. } = extra;
         let bias = match shift {
             Some(shift) => (&self.bias + shift)?,
             None => self.bias.clone(),

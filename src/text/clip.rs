@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
+use std::ops::Range;
 
 /// `text_encoder/config.json`, with transformers' defaults.
 #[derive(Debug, Clone, Deserialize)]
@@ -20,6 +21,8 @@ pub struct ClipConfig {
     pub max_position_embeddings: usize,
     pub hidden_act: String,
     pub layer_norm_eps: f64,
+    pub projection_dim: usize,
+    pub eos_token_id: u32,
 }
 
 impl Default for ClipConfig {
@@ -33,6 +36,8 @@ impl Default for ClipConfig {
             max_position_embeddings: 77,
             hidden_act: "quick_gelu".into(),
             layer_norm_eps: 1e-5,
+            projection_dim: 512,
+            eos_token_id: 49407,
         }
     }
 }
@@ -52,6 +57,9 @@ impl ClipConfig {
     }
 }
 
+/// What configurations of before transformers 4.31 say, whatever the token is.
+const WRONG_EOS: u32 = 2;
+
 /// The text encoder.
 pub struct Clip {
     /// [vocabulary, hidden]
@@ -60,6 +68,8 @@ pub struct Clip {
     positions: Tensor,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
+    text_projection: Option<Linear>,
+    eos_token_id: u32,
 }
 
 impl Clip {
@@ -75,26 +85,54 @@ impl Clip {
                 .map(|i| Layer::new(&w.at(format!("encoder.layers.{i}")), config, activation))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::new(&w.at("final_layer_norm"), hidden, config.layer_norm_eps)?,
+            text_projection: None,
+            eos_token_id: config.eos_token_id,
         })
+    }
+
+    /// The same with `text_projection`, which [`Self::penultimate`] then applies.
+    pub fn projected(w: &Weights, config: &ClipConfig) -> Result<Self> {
+        let projection = Linear::without_bias(&w.at("text_projection"), config.hidden_size, config.projection_dim)?;
+        Ok(Self { text_projection: Some(projection), ..Self::new(w, config)? })
     }
 
     /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last `skip` layers.
     /// Errors if an id is outside of the vocabulary or `skip` is not below the number of layers.
     pub fn forward(&self, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
-        let (n, device) = (ids.len(), self.tokens.device());
         let depth = self.layers.len().saturating_sub(skip);
-        let ids = Tensor::new(ids, device)?;
-        let mut x = self.tokens.index_select(&ids, 0)?.add(&self.positions.narrow(0, 0, n)?)?.unsqueeze(0)?; // [1, n, hidden]
-        let mask = causal_mask(n, device)?.to_dtype(x.dtype())?;
-        for layer in self.layers.iter().take(depth) {
-            x = layer.forward(&x, &mask)?;
-        }
-        self.final_layer_norm.forward(&x)
+        self.final_layer_norm.forward(&self.run(self.embed(ids)?, 0..depth)?)
     }
 
-    /// Number of layers.
-    pub fn depth(&self) -> usize {
-        self.layers.len()
+    /// Token ids [n] -> hidden states [1, n, hidden] as they enter the last layer, or one `skip` layers before it, without
+    /// the final norm; and of an encoder with a projection that of the whole text, [1, projection]. Errors as `forward`.
+    pub fn penultimate(&self, ids: &[u32], skip: usize) -> TensorResult<(Tensor, Option<Tensor>)> {
+        let depth = self.layers.len().saturating_sub(1 + skip);
+        let hidden = self.run(self.embed(ids)?, 0..depth)?;
+        let Some(projection) = &self.text_projection else { return Ok((hidden, None)) };
+        let last = self.run(hidden.clone(), depth..self.layers.len())?;
+        let end = self.final_layer_norm.forward(&last.narrow(1, self.end(ids), 1)?)?.squeeze(1)?; // [1, hidden]
+        Ok((hidden, Some(projection.forward(&end)?)))
+    }
+
+    /// Where the text ends, whose state stands for all of it: padding may be the same token, and added tokens larger ones.
+    fn end(&self, ids: &[u32]) -> usize {
+        let end = if self.eos_token_id == WRONG_EOS { ids.iter().max() } else { Some(&self.eos_token_id) };
+        ids.iter().position(|id| Some(id) == end).unwrap_or(0)
+    }
+
+    /// Token ids [n] -> [1, n, hidden].
+    fn embed(&self, ids: &[u32]) -> TensorResult<Tensor> {
+        let positions = self.positions.narrow(0, 0, ids.len())?;
+        self.tokens.index_select(&Tensor::new(ids, self.tokens.device())?, 0)?.add(&positions)?.unsqueeze(0)
+    }
+
+    /// [1, n, hidden] through some of the layers.
+    fn run(&self, mut x: Tensor, layers: Range<usize>) -> TensorResult<Tensor> {
+        let mask = causal_mask(x.dim(1)?, x.device())?.to_dtype(x.dtype())?;
+        for layer in self.layers.get(layers).unwrap_or_default() {
+            x = layer.forward(&x, &mask)?;
+        }
+        Ok(x)
     }
 }
 

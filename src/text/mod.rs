@@ -1,4 +1,5 @@
-//! From a prompt to the embedding that the U-Net attends to: [`tokenizer`], then [`clip`].
+//! From a prompt to the embedding that the U-Net attends to: [`tokenizer`], then [`clip`], put together in [`encoder`].
 
 pub mod clip;
+pub mod encoder;
 pub mod tokenizer;

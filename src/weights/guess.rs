@@ -1,11 +1,11 @@
 //! The configuration of a single original file, from its header's shapes: such files bring no config.json.
 //! What shapes cannot tell (heads, norm groups, schedule, prediction) is the family's, and is listed as assumed.
 
-use super::Checkpoint;
 use super::source::Source;
+use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result};
 use candle_core::DType;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Hints about the prediction type that single files carry besides their weights.
 pub struct Extra {
@@ -30,37 +30,52 @@ impl Extra {
 
 /// Fills in the configurations that a diffusers folder would hold.
 pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
-    let unet = unet(checkpoint)?;
-    let second_generation = unet.get("use_linear_projection") == Some(&Value::Bool(true));
+    let mut unet = unet(checkpoint)?;
+    let xl = checkpoint.has(ENCODERS[1]);
+    let second_generation = !xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
     let v_prediction = extra.v_prediction.unwrap_or(second_generation);
     if extra.v_prediction.is_none() && second_generation {
         checkpoint.doubt =
             Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
     }
-    let unet = with(unet, "sample_size", json!(if second_generation && v_prediction { 96 } else { 64 }));
+    let side = if xl { 128 } else { [64, 96][usize::from(second_generation && v_prediction)] };
+    unet.insert("sample_size".into(), side.into());
     let prediction = if v_prediction { "v_prediction" } else { "epsilon" };
-    let text = text(checkpoint, second_generation)?;
-    let vae = vae(checkpoint)?;
+    let class = if xl { "EulerDiscreteScheduler" } else { ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation)] };
     let scheduler = json!({
-        "_class_name": if second_generation { "DDIMScheduler" } else { "PNDMScheduler" },
+        "_class_name": class,
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "set_alpha_to_one": false, "clip_sample": false, "skip_prk_steps": true, "steps_offset": 1,
         "timestep_spacing": "leading", "prediction_type": prediction, "rescale_betas_zero_snr": extra.zero_snr,
     });
-    checkpoint.assumed.push("32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale 0.18215".into());
-    let pad = if second_generation { "!" } else { "<|endoftext|>" };
-    checkpoint.tokenizer_config = json!({ "pad_token": pad, "model_max_length": text["max_position_embeddings"] });
-    for (part, config) in [("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)] {
-        checkpoint.configs.insert(part.into(), config);
+    let scale = if xl { 0.13025 } else { 0.18215 };
+    let assumed = format!("32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}");
+    checkpoint.assumed.push(assumed);
+    let has_first = checkpoint.has(ENCODERS[0]);
+    for encoder in ENCODERS.into_iter().filter(|encoder| checkpoint.has(encoder)).collect::<Vec<_>>() {
+        // CLIP-L was trained with quick_gelu and its end as padding, OpenCLIP's encoders with the exact one and `!`
+        let open_clip = second_generation || encoder == ENCODERS[1];
+        let config = text(checkpoint, encoder, if open_clip { "gelu" } else { "quick_gelu" })?;
+        let pad = if open_clip { "!" } else { "<|endoftext|>" };
+        let tokenizer = json!({ "pad_token": pad, "model_max_length": config["max_position_embeddings"] });
+        checkpoint.tokenizers.insert(encoder, TokenizerSource { files: TokenizerFiles::Clip, config: tokenizer });
+        checkpoint.configs.insert(encoder.into(), config);
     }
+    if xl {
+        // pooled text, then numbers: six of a model that starts from noise, five of a refiner
+        let inputs = size(checkpoint, "unet.add_embedding.linear_1.weight", 1)?;
+        let pooled = size(checkpoint, "text_encoder_2.text_projection.weight", 0)?;
+        let dim = inputs.saturating_sub(pooled) / if has_first { 6 } else { 5 };
+        unet.insert("addition_embed_type".into(), "text_time".into());
+        unet.insert("addition_time_embed_dim".into(), dim.into());
+        unet.insert("projection_class_embeddings_input_dim".into(), inputs.into());
+        checkpoint.configs.insert("pipeline".into(), json!({ "force_zeros_for_empty_prompt": has_first }));
+    }
+    if checkpoint.has("vae") {
+        checkpoint.configs.insert("vae".into(), vae(checkpoint, scale)?);
+    }
+    checkpoint.configs.extend([("unet".into(), unet.into()), ("scheduler".into(), scheduler)]);
     Ok(())
-}
-
-fn with(mut config: Value, key: &str, value: Value) -> Value {
-    if let Some(map) = config.as_object_mut() {
-        map.insert(key.into(), value);
-    }
-    config
 }
 
 /// Size of one dimension of a tensor that must be there.
@@ -72,7 +87,7 @@ fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
         .with_context(|| format!("tensor `{name}` of `{}` has shape {shape:?}, with too few dimensions", checkpoint.name))
 }
 
-fn unet(c: &Checkpoint) -> Result<Value> {
+fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
     let blocks = c.count("unet.down_blocks.");
     let (mut widths, mut layers, mut depths, mut down, mut up) = (vec![], vec![], vec![], vec![], vec![]);
     let (mut context, mut linear) = (None, false);
@@ -81,7 +96,9 @@ fn unet(c: &Checkpoint) -> Result<Value> {
         widths.push(size(c, &format!("{block}.resnets.0.conv1.weight"), 0)?);
         layers.push(c.count(&format!("{block}.resnets.")));
         let depth = c.count(&format!("{block}.attentions.0.transformer_blocks."));
-        depths.push(depth.max(1));
+        // the last block's depth is the middle's too, which has attention whether or not the block has
+        let middle = if i + 1 == blocks { c.count("unet.mid_block.attentions.0.transformer_blocks.") } else { 1 };
+        depths.push(if depth > 0 { depth } else { middle.max(1) });
         down.push(if depth > 0 { "CrossAttnDownBlock2D" } else { "DownBlock2D" });
         let attended = c.count(&format!("unet.up_blocks.{i}.attentions.")) > 0;
         up.push(if attended { "CrossAttnUpBlock2D" } else { "UpBlock2D" });
@@ -90,19 +107,19 @@ fn unet(c: &Checkpoint) -> Result<Value> {
             linear = c.shape(&format!("{block}.attentions.0.proj_in.weight")).is_some_and(|s| s.len() == 2);
         }
     }
-    // 1.x: eight heads at every width; 2.x: as many heads of 64 as fit
-    let heads = if linear { json!(widths.iter().map(|w| w / 64).collect::<Vec<_>>()) } else { json!(8) };
-    Ok(json!({
+    // 1.x: eight heads at every width; 2.x and XL: as many heads of 64 as fit
+    let heads = if linear { json!(widths.iter().map(|w| (w / 64).max(1)).collect::<Vec<_>>()) } else { json!(8) };
+    let config = json!({
         "in_channels": size(c, "unet.conv_in.weight", 1)?, "out_channels": size(c, "unet.conv_out.weight", 0)?,
         "block_out_channels": widths, "layers_per_block": layers, "transformer_layers_per_block": depths,
         "down_block_types": down, "up_block_types": up,
         "cross_attention_dim": context.context("the U-Net has no cross attention")?,
         "use_linear_projection": linear, "attention_head_dim": heads,
-        "addition_embed_type": if c.shape("unet.add_embedding.linear_1.weight").is_some() { json!("text_time") } else { Value::Null },
-    }))
+    });
+    Ok(config.as_object().cloned().unwrap_or_default())
 }
 
-fn vae(c: &Checkpoint) -> Result<Value> {
+fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     let blocks = c.count("vae.decoder.up_blocks.");
     let mut widths = vec![];
     for i in (0..blocks).rev() {
@@ -111,21 +128,21 @@ fn vae(c: &Checkpoint) -> Result<Value> {
     let layers = c.count("vae.decoder.up_blocks.0.resnets.").saturating_sub(1);
     Ok(json!({
         "latent_channels": size(c, "vae.decoder.conv_in.weight", 1)?, "out_channels": size(c, "vae.decoder.conv_out.weight", 0)?,
-        "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": 0.18215,
+        "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": scaling_factor,
         "use_post_quant_conv": c.shape("vae.post_quant_conv.weight").is_some(),
     }))
 }
 
-fn text(c: &Checkpoint, second_generation: bool) -> Result<Value> {
-    let model = "text_encoder.text_model";
+fn text(c: &Checkpoint, component: &str, activation: &str) -> Result<Value> {
+    let model = format!("{component}.text_model");
     let width = size(c, &format!("{model}.embeddings.token_embedding.weight"), 1)?;
     let vocab = size(c, &format!("{model}.embeddings.token_embedding.weight"), 0)?;
+    let projection = c.shape(&format!("{component}.text_projection.weight")).and_then(|shape| shape.first());
     Ok(json!({
-        "hidden_size": width, "vocab_size": vocab,
+        "hidden_size": width, "vocab_size": vocab, "projection_dim": projection.unwrap_or(&width),
         "max_position_embeddings": size(c, &format!("{model}.embeddings.position_embedding.weight"), 0)?,
         "num_hidden_layers": c.count(&format!("{model}.encoder.layers.")), "num_attention_heads": (width / 64).max(1),
         "intermediate_size": size(c, &format!("{model}.encoder.layers.0.mlp.fc1.weight"), 0)?,
-        // CLIP-L was trained with quick_gelu, OpenCLIP's encoders with the exact one
-        "hidden_act": if second_generation { "gelu" } else { "quick_gelu" },
+        "hidden_act": activation,
     }))
 }

@@ -43,6 +43,13 @@ pub enum TokenizerFiles {
     Clip,
 }
 
+/// A tokenizer as a checkpoint holds it.
+pub struct TokenizerSource {
+    pub files: TokenizerFiles,
+    /// `tokenizer_config.json`, empty if there is none
+    pub config: Value,
+}
+
 /// Where a checkpoint's bytes come from.
 pub enum Origin<'a> {
     Embedded,
@@ -62,11 +69,10 @@ struct Entry {
 pub struct Checkpoint {
     /// for people and file names: the folder's or file's name
     pub name: String,
-    /// component -> its configuration, in diffusers' words
+    /// component -> its configuration, in diffusers' words; `pipeline` is `model_index.json`
     pub configs: BTreeMap<String, Value>,
-    pub tokenizer: TokenizerFiles,
-    /// `tokenizer_config.json`, empty if there is none
-    pub tokenizer_config: Value,
+    /// by the text encoder that reads its tokens
+    pub tokenizers: BTreeMap<&'static str, TokenizerSource>,
     /// keys that belong to no component
     pub ignored: Vec<String>,
     /// what had to be assumed because no configuration says it
@@ -77,11 +83,13 @@ pub struct Checkpoint {
     entries: BTreeMap<String, Entry>,
 }
 
-/// The parts without which nothing can be drawn.
-const PARTS: [&str; 3] = ["text_encoder", "unet", "vae"];
+/// The parts that hold weights. The first or the second encoder may be missing, and a refiner needs no VAE.
+pub const PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "unet", "vae"];
+/// The parts that read a prompt; the second projects it too.
+pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];
 
-/// Keys of single files of families that are not drawn: SDXL's encoders, SD3's and Flux' transformers.
-const OTHER_FAMILIES: [&str; 3] = ["conditioner.embedders.", "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks."];
+/// Keys of single files of families that are not drawn: SD3's and Flux' transformers.
+const OTHER_FAMILIES: [&str; 2] = ["model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks."];
 
 impl Checkpoint {
     /// Opens a folder, a file or the embedded model; reads headers and configuration only.
@@ -103,8 +111,7 @@ impl Checkpoint {
         Self {
             name,
             configs: BTreeMap::new(),
-            tokenizer: TokenizerFiles::Clip,
-            tokenizer_config: Value::Object(Default::default()),
+            tokenizers: BTreeMap::new(),
             ignored: vec![],
             assumed: vec![],
             doubt: None,
@@ -137,9 +144,16 @@ impl Checkpoint {
         }
         let index = read_json(&index_path)?;
         let mut checkpoint = Self::empty(folder_name(path));
-        for part in PARTS.into_iter().chain(["scheduler", "tokenizer"]) {
+        let listed = |part: &str| index.get(part).is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()));
+        let joint = listed(ENCODERS[1]);
+        let needed = |part: &str| match part {
+            "text_encoder" | "tokenizer" | "vae" => listed(part) || !joint,
+            "text_encoder_2" | "tokenizer_2" => joint,
+            _ => true,
+        };
+        for part in PARTS.into_iter().chain(["scheduler", "tokenizer", "tokenizer_2"]).filter(|part| needed(part)) {
             if !path.join(part).is_dir() {
-                let listed = index.get(part).is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()));
+                let listed = listed(part);
                 let also = if listed { ", though model_index.json lists it" } else { "" };
                 bail!(
                     "`{}` has no folder `{part}`{also}\n\nhint: fetch the whole model again, for example with `sdgen pull`",
@@ -147,7 +161,7 @@ impl Checkpoint {
                 );
             }
         }
-        for part in PARTS {
+        for part in PARTS.into_iter().filter(|part| needed(part)) {
             let folder = path.join(part);
             checkpoint.configs.insert(part.into(), read_json(&folder.join("config.json"))?);
             for file in weight_files(&folder)? {
@@ -155,22 +169,10 @@ impl Checkpoint {
             }
         }
         checkpoint.configs.insert("scheduler".into(), read_json(&path.join("scheduler/scheduler_config.json"))?);
-        let tokenizer = path.join("tokenizer");
-        // special_tokens_map.json wins over tokenizer_config.json, as in transformers: SD2.1 pads with `!` only by it
-        for file in ["tokenizer_config.json", "special_tokens_map.json"] {
-            let path = tokenizer.join(file);
-            if let (true, Some(config)) = (path.exists(), checkpoint.tokenizer_config.as_object_mut()) {
-                config.extend(read_json(&path)?.as_object().cloned().unwrap_or_default());
-            }
+        for (encoder, folder) in ENCODERS.into_iter().zip(["tokenizer", "tokenizer_2"]).filter(|(_, folder)| needed(folder)) {
+            checkpoint.tokenizers.insert(encoder, tokenizer(&path.join(folder))?);
         }
-        checkpoint.tokenizer = if tokenizer.join("vocab.json").exists() && tokenizer.join("merges.txt").exists() {
-            TokenizerFiles::VocabMerges {
-                vocab: read_text(&tokenizer.join("vocab.json"))?,
-                merges: read_text(&tokenizer.join("merges.txt"))?,
-            }
-        } else {
-            TokenizerFiles::Json(read_text(&tokenizer.join("tokenizer.json"))?)
-        };
+        checkpoint.configs.insert("pipeline".into(), index);
         Ok(checkpoint)
     }
 
@@ -209,8 +211,9 @@ impl Checkpoint {
         };
         let configs: BTreeMap<String, Value> =
             serde_json::from_str(text("sdgen.configs")?).context("the embedded configuration is damaged")?;
-        checkpoint.tokenizer = TokenizerFiles::VocabMerges { vocab: text("sdgen.vocab")?.into(), merges: text("sdgen.merges")?.into() };
-        checkpoint.tokenizer_config = configs.get("tokenizer").cloned().unwrap_or_default();
+        let files = TokenizerFiles::VocabMerges { vocab: text("sdgen.vocab")?.into(), merges: text("sdgen.merges")?.into() };
+        let config = configs.get("tokenizer").cloned().unwrap_or_default();
+        checkpoint.tokenizers.insert(ENCODERS[0], TokenizerSource { files, config });
         checkpoint.configs = configs;
         checkpoint.add_source(source, |key| vec![Named { name: key.into(), part: Part::Whole }])?;
         checkpoint.require_parts(&path)?;
@@ -218,17 +221,25 @@ impl Checkpoint {
     }
 
     fn require_parts(&self, path: &Path) -> Result<()> {
-        let missing: Vec<&str> = PARTS.into_iter().filter(|p| !self.has(p)).collect();
-        if missing.is_empty() {
+        if (self.has(ENCODERS[0]) || self.has(ENCODERS[1])) && self.has("unet") {
             return Ok(());
         }
+        bail!("{}", self.lacks(&path.display().to_string()));
+    }
+
+    /// What is wrong with a checkpoint that is only a part of one.
+    fn lacks(&self, name: &str) -> String {
         let found: Vec<&str> = PARTS.into_iter().filter(|p| self.has(p)).collect();
+        let is_missing = |part: &&str| !found.contains(part) && (*part != ENCODERS[1]) && (*part != ENCODERS[0] || !self.has(ENCODERS[1]));
+        let missing: Vec<&str> = PARTS.into_iter().filter(is_missing).collect();
         let found = if found.is_empty() { "nothing that is known".into() } else { found.join(", ") };
-        bail!(
-            "`{}` has no {} (it has: {found})\n\nhint: pass a whole checkpoint; this file is only a part of one",
-            path.display(),
-            missing.join(" and no ")
-        );
+        let missing = missing.join(" and no ");
+        format!("`{name}` has no {missing} (it has: {found})\n\nhint: pass a whole checkpoint; this file is only a part of one")
+    }
+
+    /// Errors if there is no VAE, without which latents cannot be decoded.
+    pub fn require_vae(&self) -> Result<()> {
+        if self.configs.contains_key("vae") { Ok(()) } else { bail!("{}", self.lacks(&self.name)) }
     }
 
     /// Whether any tensor of a component is there.
@@ -317,6 +328,7 @@ impl Checkpoint {
                 let rows = tensor.dim(0)? / of;
                 tensor.narrow(0, index * rows, rows)?
             }
+            Part::Transposed => tensor.t()?.contiguous()?,
         })
     }
 
@@ -396,8 +408,10 @@ fn trimmed(shape: &[usize]) -> &[usize] {
 
 fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {
     let mut shape = shape.to_vec();
-    if let (Part::Rows { of, .. }, Some(rows)) = (part, shape.first_mut()) {
-        *rows /= of;
+    match (part, shape.first_mut()) {
+        (Part::Rows { of, .. }, Some(rows)) => *rows /= of,
+        (Part::Transposed, _) => shape.reverse(),
+        _ => (),
     }
     shape
 }
@@ -410,6 +424,24 @@ fn folder_name(path: &Path) -> String {
         Some(name) => name.replace("--", "/"),
         None => path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into()),
     }
+}
+
+fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
+    let mut config = serde_json::Map::new();
+    // special_tokens_map.json wins over tokenizer_config.json, as in transformers: SD2.1 pads with `!` only by it
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let path = folder.join(file);
+        if path.exists() {
+            config.extend(read_json(&path)?.as_object().cloned().unwrap_or_default());
+        }
+    }
+    let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
+    let files = if vocab.exists() && merges.exists() {
+        TokenizerFiles::VocabMerges { vocab: read_text(&vocab)?, merges: read_text(&merges)? }
+    } else {
+        TokenizerFiles::Json(read_text(&folder.join("tokenizer.json"))?)
+    };
+    Ok(TokenizerSource { files, config: config.into() })
 }
 
 /// The weight files of one component's folder: full precision first, then `fp16`; one file, or all shards of an index.
@@ -481,7 +513,7 @@ fn unknown(path: &Path, keys: &[String]) -> String {
     let shown = path.display();
     let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
     let (what, hint) = if OTHER_FAMILIES.into_iter().chain(["double_blocks.", "transformer."]).any(starts) {
-        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x and 2.x work today")
+        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x, 2.x and XL work today")
     } else if starts("decoder.") || starts("encoder.down") {
         ("is a VAE alone, no whole model", "pass a whole checkpoint with `--model`")
     } else if starts("down_blocks.") {

@@ -12,6 +12,8 @@ pub enum Part {
     Whole,
     /// rows `index * rows / of ..` of the first dimension: one of several matrices stored as one
     Rows { index: usize, of: usize },
+    /// all of it, a matrix whose rows are the stored columns
+    Transposed,
 }
 
 /// One tensor under its canonical name.
@@ -81,7 +83,7 @@ fn vae_attention(key: &str) -> String {
 }
 
 /// Maps every key of a single original file. Keys that belong to no component (EMA copies, betas, ...) map to nothing.
-/// The last layer of an OpenCLIP encoder is left out: SD2.x conditions on the layer before it.
+/// The last layer of SD2.x's encoder is left out: it conditions on the layer before it.
 pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     let keys: BTreeSet<&str> = keys.collect();
     let unet = UnetMap::new(&keys);
@@ -96,7 +98,13 @@ pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
             } else if let Some(rest) = key.strip_prefix("cond_stage_model.transformer.") {
                 Some(from_diffusers("text_encoder", rest))
             } else if let Some(rest) = key.strip_prefix("cond_stage_model.model.") {
-                open_clip_key(rest, last_layer)
+                open_clip_key("text_encoder", rest, last_layer)
+            } else if let Some((_, rest)) = key.strip_prefix("conditioner.embedders.").and_then(|rest| rest.split_once('.')) {
+                match (rest.strip_prefix("transformer."), rest.strip_prefix("model.")) {
+                    (Some(rest), _) => Some(from_diffusers("text_encoder", rest)),
+                    (_, Some(rest)) => open_clip_key("text_encoder_2", rest, None),
+                    _ => None,
+                }
             } else {
                 None
             };
@@ -237,8 +245,8 @@ fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
     Some(format!("{side}.{}", name.replace(".nin_shortcut.", ".conv_shortcut.")))
 }
 
-/// One OpenCLIP text key without its prefix; `last_layer` is left out.
-fn open_clip_key(key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
+/// One OpenCLIP text key without its prefix; `last_layer` is left out, and with it the projection.
+fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
     let fixed = [
         ("positional_embedding", "embeddings.position_embedding.weight"),
         ("token_embedding.weight", "embeddings.token_embedding.weight"),
@@ -246,13 +254,16 @@ fn open_clip_key(key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
         ("ln_final.bias", "final_layer_norm.bias"),
     ];
     if let Some((_, new)) = fixed.iter().find(|(old, _)| *old == key) {
-        return Some(Named::whole(format!("text_encoder.text_model.{new}")));
+        return Some(Named::whole(format!("{component}.text_model.{new}")));
+    }
+    if key == "text_projection" && last_layer.is_none() {
+        return Some(vec![Named { name: format!("{component}.text_projection.weight"), part: Part::Transposed }]);
     }
     let (layer, rest) = key.strip_prefix("transformer.resblocks.")?.split_once('.')?;
     if Some(layer.parse().ok()?) == last_layer {
         return None;
     }
-    let layer = format!("text_encoder.text_model.encoder.layers.{layer}");
+    let layer = format!("{component}.text_model.encoder.layers.{layer}");
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
         let part = |(index, name)| Named { name: format!("{layer}.self_attn.{name}_proj.{kind}"), part: Part::Rows { index, of: 3 } };
         return Some(["q", "k", "v"].into_iter().enumerate().map(part).collect());

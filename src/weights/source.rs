@@ -15,6 +15,9 @@ use std::sync::Mutex;
 /// Headers beyond this are hostile or broken (safetensors' own limit).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// Bytes of a tensor that go into a fingerprint.
+const SAMPLE_BYTES: usize = 4096;
+
 /// `name` in 8 bits goes with `name_scale` [rows]: what a step is worth in each row of its first dimension.
 const SCALE: &str = "_scale";
 
@@ -88,7 +91,7 @@ impl Source {
         self.header.tensors().into_iter().filter(move |(name, _)| !scales(name)).map(|(name, t)| (name, t.shape.clone(), t.dtype))
     }
 
-    /// The first bytes of a tensor's part (at most 4 KiB), for fingerprints.
+    /// The first bytes of a tensor's part, for fingerprints.
     pub fn sample(&self, key: &str, part: &Part) -> Result<Vec<u8>> {
         let info = self.header.info(key).with_context(|| format!("no tensor `{key}`"))?;
         let (mut from, mut to) = info.data_offsets;
@@ -96,7 +99,12 @@ impl Source {
             let bytes = (to - from) / of;
             (from, to) = (from + index * bytes, from + (index + 1) * bytes);
         }
-        self.bytes_of(from, to.min(from + 4096)).with_context(|| format!("cannot read tensor `{key}` of `{}`", self.path.display()))
+        let read = |to| self.bytes_of(from, to).with_context(|| format!("cannot read tensor `{key}` of `{}`", self.path.display()));
+        let (Part::Transposed, [rows, columns]) = (part, &*info.shape) else { return read(to.min(from + SAMPLE_BYTES)) };
+        let raw = read(to)?;
+        let size = raw.len() / (rows * columns).max(1);
+        let elements = (0..*columns).flat_map(|column| (0..*rows).map(move |row| (row * columns + column) * size));
+        Ok(elements.take(SAMPLE_BYTES.div_ceil(size.max(1))).filter_map(|at| raw.get(at..at + size)).flatten().copied().collect())
     }
 
     fn bytes_of(&self, from: usize, to: usize) -> Result<Vec<u8>> {

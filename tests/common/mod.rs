@@ -83,19 +83,25 @@ pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
 /// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding rows are repeated.
 pub fn with_full_vocabulary(name: &str, to: &Path) {
     copy_folder(&fixture(name), to);
-    let weights = to.join("text_encoder/model.safetensors");
-    let mut text = load(&weights);
-    let key = text.keys().find(|k| k.ends_with("token_embedding.weight")).unwrap().clone();
-    let small = text[&key].clone();
-    let rows: Vec<u32> = (0..49408u32).map(|i| i % small.dim(0).unwrap() as u32).collect();
-    text.insert(key, small.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap());
-    save(&text, &weights);
-    edit_json(&to.join("text_encoder/config.json"), |c| {
-        c.insert("vocab_size".into(), 49408.into());
-    });
     let merges = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/clip/merges.txt")).unwrap();
-    std::fs::write(to.join("tokenizer/vocab.json"), vocabulary(&merges)).unwrap();
-    std::fs::write(to.join("tokenizer/merges.txt"), merges).unwrap();
+    for part in sdgen::weights::ENCODERS.into_iter().filter(|part| to.join(part).is_dir()) {
+        let weights = to.join(part).join("model.safetensors");
+        let mut text = load(&weights);
+        let key = text.keys().find(|k| k.ends_with("token_embedding.weight")).unwrap().clone();
+        let small = text[&key].clone();
+        let rows: Vec<u32> = (0..49408u32).map(|i| i % small.dim(0).unwrap() as u32).collect();
+        text.insert(key, small.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap());
+        save(&text, &weights);
+        edit_json(&to.join(part).join("config.json"), |c| {
+            c.insert("vocab_size".into(), 49408.into());
+            if c["eos_token_id"] != 2 {
+                c.insert("eos_token_id".into(), 49407.into());
+            }
+        });
+        let tokenizer = to.join(part.replace("text_encoder", "tokenizer"));
+        std::fs::write(tokenizer.join("vocab.json"), vocabulary(&merges)).unwrap();
+        std::fs::write(tokenizer.join("merges.txt"), &merges).unwrap();
+    }
 }
 
 fn vocabulary(merges: &str) -> String {
@@ -112,7 +118,8 @@ fn vocabulary(merges: &str) -> String {
 pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
     let recipe = json(&fixture(recipe));
     let mut parts = HashMap::new();
-    for (part, file) in [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")] {
+    for part in sdgen::weights::PARTS.into_iter().filter(|part| folder.join(part).is_dir()) {
+        let file = if part.starts_with("text_encoder") { "model" } else { "diffusion_pytorch_model" };
         for (key, tensor) in load(&folder.join(part).join(format!("{file}.safetensors"))) {
             parts.insert(format!("{part}.{key}"), tensor);
         }
@@ -124,6 +131,7 @@ pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
             "same" => from[0].clone(),
             "conv1x1" => from[0].unsqueeze(2).unwrap().unsqueeze(3).unwrap(),
             "concat" => Tensor::cat(&from, 0).unwrap(),
+            "transpose" => from[0].t().unwrap().contiguous().unwrap(),
             other => panic!("unknown op {other}"),
         };
         out.insert(entry["key"].as_str().unwrap().to_string(), tensor);

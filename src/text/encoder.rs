@@ -1,0 +1,87 @@
+//! All text encoders of a checkpoint: from a prompt to what its U-Net is told of it.
+//!
+//! Hides that SDXL has two encoders, which are asked for other hidden states than a single one is.
+
+use super::clip::{Clip, ClipConfig};
+use super::tokenizer::Tokenizer;
+use crate::device::Compute;
+use crate::weights::{Checkpoint, ENCODERS};
+use anyhow::{Context, Result};
+use candle_core::{Result as TensorResult, Tensor};
+
+/// What a U-Net is told of a prompt.
+#[derive(Clone)]
+pub struct Embedded {
+    /// [1, n, d]
+    pub context: Tensor,
+    /// of the whole text, [1, p], where an encoder gives it
+    pub pooled: Option<Tensor>,
+}
+
+impl Embedded {
+    /// Nothing at all, in the shape of this.
+    pub fn zeros_like(&self) -> TensorResult<Self> {
+        Ok(Self { context: self.context.zeros_like()?, pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()? })
+    }
+}
+
+/// The encoders that a checkpoint has, by their component.
+#[derive(Debug, Clone)]
+pub struct EncoderConfig(Vec<(&'static str, ClipConfig)>);
+
+impl EncoderConfig {
+    /// Parses the configuration of every text encoder.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let there = ENCODERS.into_iter().filter(|name| checkpoint.configs.contains_key(*name));
+        Ok(Self(there.map(|name| Ok((name, ClipConfig::from_json(checkpoint.config(name)?)?))).collect::<Result<_>>()?))
+    }
+
+    /// Width of the pooled embedding: none unless there is a second encoder, which projects.
+    pub fn pooled(&self) -> Option<usize> {
+        self.0.iter().find(|(name, _)| *name == ENCODERS[1]).map(|(_, config)| config.projection_dim)
+    }
+
+    /// How many layers can be counted back from the last one that is used.
+    pub fn layers(&self) -> usize {
+        let unused = usize::from(self.pooled().is_some());
+        self.0.iter().map(|(_, config)| config.num_hidden_layers.saturating_sub(unused)).min().unwrap_or(0)
+    }
+}
+
+/// The text encoders with their tokenizers.
+pub struct Encoder {
+    parts: Vec<(Tokenizer, Clip, ClipConfig)>,
+    /// whether the U-Net is told of the whole text too
+    is_pooled: bool,
+}
+
+impl Encoder {
+    /// Reads the encoders.
+    pub fn new(checkpoint: &Checkpoint, config: &EncoderConfig, compute: &Compute) -> Result<Self> {
+        let part = |(name, config): &(&'static str, ClipConfig)| {
+            let source =
+                checkpoint.tokenizers.get(*name).with_context(|| format!("`{}` has no tokenizer for its {name}", checkpoint.name))?;
+            let weights = checkpoint.weights(name, &compute.device, compute.dtype);
+            let clip = if *name == ENCODERS[1] { Clip::projected(&weights, config) } else { Clip::new(&weights, config) };
+            Ok((Tokenizer::new(&source.files, &source.config)?, clip?, config.clone()))
+        };
+        Ok(Self { parts: config.0.iter().map(part).collect::<Result<_>>()?, is_pooled: config.pooled().is_some() })
+    }
+
+    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit.
+    pub fn encode(&self, text: &str, skip: usize) -> Result<(Embedded, Option<String>)> {
+        let (mut contexts, mut whole, mut rest) = (vec![], None, None);
+        for (tokenizer, clip, config) in &self.parts {
+            let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
+            rest = rest.or(tokens.cut);
+            if !self.is_pooled {
+                contexts.push(clip.forward(&tokens.ids, skip)?);
+                continue;
+            }
+            let (hidden, pooled) = clip.penultimate(&tokens.ids, skip)?;
+            contexts.push(hidden);
+            whole = whole.or(pooled);
+        }
+        Ok((Embedded { context: Tensor::cat(&contexts, 2)?, pooled: whole }, rest))
+    }
+}

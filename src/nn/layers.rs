@@ -111,7 +111,7 @@ struct Extra<'a> {
     scaled: Option<(usize, usize)>,
     /// the rows of the output that are wanted: all, if none are named
     rows: Option<Range<usize>>,
-    /// [out]: added everywhere
+    /// [out]: added everywhere, or [b, out]
     shift: Option<&'a Tensor>,
     /// [b, rows, w', out]: added
     residual: Option<&'a Tensor>,
@@ -177,15 +177,9 @@ impl Conv2d {
         measured(layer, || self.apply(x, rows, extra))
     }
 
-    fn apply(&self, x: &Tensor, rows: Range<usize>, extra: Extra) -> TensorResult<Tensor> {
-        if let Some((b, out)) = extra.shift.and_then(|shift| shift.dims2().ok()) {
-            let shift = extra.shift.map(|shift| shift.reshape((b, 1, 1, out))).transpose()?;
-            let y = self.apply(x, rows, Extra { shift: None, ..extra })?;
-            return shift.map_or(Ok(y.clone()), |shift| y.broadcast_add(&shift));
-        }
-        let Extra { scaled, shift, residual, .. } = extra;
+    fn apply(&self, x: &Tensor, rows: Range<usize>, Extra { scaled, shift, residual, .. }: Extra) -> TensorResult<Tensor> {
         let bias = match shift {
-            Some(shift) => (&self.bias + shift)?,
+            Some(shift) => shift.broadcast_add(&self.bias)?,
             None => self.bias.clone(),
         };
         match &self.kernel {
@@ -197,6 +191,7 @@ impl Conv2d {
             Kernel::Plain(weight) => {
                 let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
                 let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding)?;
+                let bias = if bias.rank() == 2 { bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))? } else { bias };
                 let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
                 residual.map_or(Ok(y.clone()), |residual| y + residual)
             }
@@ -526,6 +521,10 @@ mod tests {
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
+            let shifts = (Tensor::arange(0f32, b as f32, &Device::Cpu).unwrap().unsqueeze(1).unwrap() * 3.0).unwrap();
+            let shifts = shifts.broadcast_add(&shift).unwrap(); // [b, outputs]
+            let added = plain.broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap()).unwrap();
+            assert!(worst(&conv.forward_add(&x, Some(&shifts), None).unwrap(), &added) < 1e-4);
             assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4, "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}");
         }
     }

@@ -4,7 +4,7 @@
 use super::panels::{Panels, WIDTH};
 use super::product::{Finish, product, slice, with_slice};
 use super::winograd;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
 /// Pictures [b, rows, columns, c], seen as if they were scaled to [b, h, w, c]: each pixel from the nearest one before it.
@@ -36,7 +36,7 @@ impl<'a> Pictures<'a> {
     }
 }
 
-/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] -> rows of [b, h', w', out].
+/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] or [b, out] -> rows of [b, h', w', out].
 pub struct Conv2d {
     pub size: usize,
     pub stride: usize,
@@ -67,9 +67,10 @@ impl CustomOp3 for Conv2d {
         let (b, rows, columns, c) = lx.shape().dims4()?;
         let (h, w) = self.scaled.unwrap_or((rows, columns));
         let (x, weight, bias) = (slice(x, lx)?, Panels::of(weight, lw)?, slice(bias, lb)?);
-        let outputs = bias.len();
+        let outputs = lb.shape().dim(D::Minus1)?;
         if lw.dims() != [outputs.div_ceil(WIDTH), self.size * self.size * c, WIDTH]
             || rows * columns * h * w == 0
+            || (bias.len() != outputs && bias.len() != b * outputs)
             || self.padding.0 + self.padding.1 + h.min(w) < self.size
             || self.rows.end > self.out(h)
             || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.rows.len(), self.out(w), outputs])
@@ -79,9 +80,9 @@ impl CustomOp3 for Conv2d {
         let pictures = Pictures { x, rows, columns, b, h, w, c };
         let y = with_slice(self.residual.as_ref(), |residual| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
-                winograd::convolve(pictures, self.rows.clone(), weight, bias, residual)
+                winograd::convolve(pictures, self.rows.clone(), outputs, weight, bias, residual)
             } else {
-                self.unfolded(pictures, weight, Finish { bias: Some(bias), residual, gated: false })
+                self.unfolded(pictures, outputs, weight, Finish { bias: Some(bias), residual, gated: false })
             }
         })?;
         Ok((CpuStorage::F32(y), Shape::from((b, self.rows.len(), self.out(w), outputs))))
@@ -100,9 +101,9 @@ impl Conv2d {
     }
 
     /// The convolution as a product of what each pixel of the output sees and the weights.
-    pub(super) fn unfolded(&self, pictures: Pictures, weight: Panels, finish: Finish) -> Vec<f32> {
+    pub(super) fn unfolded(&self, pictures: Pictures, outputs: usize, weight: Panels, finish: Finish) -> Vec<f32> {
         let (h, w) = (self.rows.len(), self.out(pictures.w));
-        let shape = (pictures.b * h * w, self.size * self.size * pictures.c, finish.bias.map_or(0, <[f32]>::len));
+        let shape = (pictures.b * h * w, self.size * self.size * pictures.c, outputs);
         let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
             self.unfold(pictures, (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w), terms, patch);
         };

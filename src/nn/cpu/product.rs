@@ -96,7 +96,7 @@ pub fn multiply<V: Vector>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usiz
 /// What is added to a product, or done with it.
 #[derive(Clone, Copy)]
 pub struct Finish<'a> {
-    /// [n]
+    /// [n], or [parts, n]: one for each of as many equal parts of the rows
     pub bias: Option<&'a [f32]>,
     /// [m, n]
     pub residual: Option<&'a [f32]>,
@@ -180,7 +180,7 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
         }
         for (i, sums) in sums.chunks_exact(tiles * ROWS * PANEL).enumerate() {
             for (row, sums) in sums.chunks_exact(PANEL).enumerate().take(m - first) {
-                finish.write::<V>(first + row, panel + i, n, sums, y);
+                finish.write::<V>(first + row, panel + i, (m, n), sums, y);
             }
         }
     }
@@ -194,10 +194,11 @@ impl Finish<'_> {
 
     /// Writes a panel's columns of one row of the result.
     #[inline(always)]
-    fn write<V: Vector>(&self, row: usize, panel: usize, n: usize, sums: &[Lanes], y: &Output) {
+    fn write<V: Vector>(&self, row: usize, panel: usize, (m, n): (usize, usize), sums: &[Lanes], y: &Output) {
+        let bias = self.bias.map(|bias| &bias[row * (bias.len() / n) / m * n..][..n]);
         let with_bias = |sums: &Lanes, first: usize, len: usize| {
             let sums = V::load(&sums.0);
-            self.bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
+            bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
         };
         if self.gated {
             let (half, first) = (n / 2, panel * LANES);

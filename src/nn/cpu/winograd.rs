@@ -46,7 +46,7 @@ struct Plan<'a> {
     pictures: Pictures<'a>,
     /// [panels, 3, 3, inputs, 32]
     weight: Panels<'a>,
-    /// [outputs]
+    /// [outputs] or [b, outputs]
     bias: &'a [f32],
     /// [b, wanted, w, outputs]
     residual: Option<&'a [f32]>,
@@ -76,16 +76,17 @@ pub fn pays(h: usize, w: usize) -> bool {
     rows * POSITIONS + WEIGHING < 2 * h * w * 9
 }
 
-/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs], perhaps residual [b, wanted, w, outputs] to
+/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs], perhaps residual [b, wanted, w, outputs] to
 /// add -> the wanted rows of [b, h, w, outputs], with zeros around the pictures.
 pub fn convolve(
     pictures: Pictures,
     wanted: Range<usize>,
+    outputs: usize,
     weight: Panels,
     bias: &[f32],
     residual: Option<&[f32]>,
 ) -> Vec<f32> {
-    let (Pictures { b, w, c: inputs, .. }, outputs) = (pictures, bias.len());
+    let Pictures { b, w, c: inputs, .. } = pictures;
     let mut y = fresh(b * wanted.len() * w * outputs);
     let output = Output(y.as_mut_ptr());
     let (down, across) = (wanted.len().div_ceil(TILE), w.div_ceil(TILE));
@@ -244,6 +245,7 @@ impl Plan<'_> {
         let Plan { pictures: Pictures { w, .. }, bias, residual, outputs, ref wanted, tiles, rows, .. } = *self;
         for row in 0..rows.min(tiles - tile) {
             let (image, top, left) = self.corner(tile + row);
+            let bias = if bias.len() == outputs { bias } else { &bias[image * outputs..][..outputs] };
             let block = &m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
             for lane in 0..vectors(self.outputs, panel) {
                 let first = panel * WIDTH + lane * LANES;
@@ -373,7 +375,7 @@ mod tests {
 
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
         let packed = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
-        convolve(pictures(&values(x), x.dims4().unwrap()), 0..x.dim(1).unwrap(), Panels::F32(&packed), &values(bias), None)
+        convolve(pictures(&values(x), x.dims4().unwrap()), 0..x.dim(1).unwrap(), weight.dim(0).unwrap(), Panels::F32(&packed), &values(bias), None)
     }
 
     fn convolved_in_f64([x, weight, bias]: &[Tensor; 3]) -> Vec<f64> {
@@ -451,9 +453,9 @@ mod tests {
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    op.unfolded(pictures(&x, shape), Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
+                    op.unfolded(pictures(&x, shape), outputs, Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
                 }));
-                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, Panels::F32(&weight), &bias, None)));
+                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, outputs, Panels::F32(&weight), &bias, None)));
             }
             println!("{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}", plain * 1e3, winograd * 1e3, winograd / plain);
         }

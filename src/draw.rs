@@ -225,8 +225,8 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
     if args.resume {
         progress.note(format!("{skipped} of {} pictures are there already", request.jobs.len()));
     }
-    if request.jobs.iter().any(|Job { settings, .. }| !settings.guided() && !settings.negative.is_empty()) {
-        progress.note("warning: the negative prompt has no effect without guidance");
+    if request.jobs.iter().any(|job| !job.guided && !job.settings.negative.is_empty()) {
+        progress.note("warning: the negative prompt has no effect without classifier-free guidance");
     }
     if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
         progress.note(format!("warning: {doubt}"));
@@ -238,7 +238,7 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
         progress.detail(format!("{} tensors are not needed: {}", checkpoint.ignored.len(), checkpoint.ignored.join(", ")));
     }
     if let Some(Job { settings, .. }) = request.jobs.first() {
-        let guidance = if settings.guided() { format!("guidance {}", settings.guidance) } else { "no guidance".into() };
+        let guidance = if settings.guidance > 1.0 { format!("guidance {}", settings.guidance) } else { "no guidance".into() };
         let Settings { model, width, height, steps, sampler, .. } = settings;
         progress.detail(format!("{model}: {width}x{height}, {steps} steps of {sampler}, {guidance}"));
     }

@@ -23,12 +23,15 @@ pub enum Family {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Defaults {
     pub steps: usize,
+    /// 1 is off
     pub guidance: f64,
+    /// for people: how the model was made to need few steps
+    pub distilled: Option<&'static str>,
 }
 
 /// As in the papers' and the model cards' examples.
-const STABLE_DIFFUSION: Defaults = Defaults { steps: 50, guidance: 7.5 };
-const SDXL: Defaults = Defaults { steps: 50, guidance: 5.0 };
+const STABLE_DIFFUSION: Defaults = Defaults { steps: 50, guidance: 7.5, distilled: None };
+const SDXL: Defaults = Defaults { steps: 50, guidance: 5.0, distilled: None };
 
 /// Numbers that SDXL's U-Net is told of a picture: its original size, its crop, and its size.
 pub const BASE_IDS: usize = 6;
@@ -36,10 +39,11 @@ pub const BASE_IDS: usize = 6;
 pub const REFINER_IDS: usize = 5;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 5] = [
+pub const SHORT_NAMES: [(&str, &str); 6] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
+    ("lcm", "SimianLuo/LCM_Dreamshaper_v7"),
     ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 ];
@@ -79,7 +83,7 @@ impl Family {
         }
     }
 
-    /// Steps and guidance of the family, or the checkpoint's own (the embedded model brings some).
+    /// Steps and guidance of the family, of the model's distillation, or the checkpoint's own (the embedded model brings some).
     pub fn defaults(self, checkpoint: &Checkpoint) -> Defaults {
         let own = checkpoint.configs.get("defaults");
         let number = |key: &str| own.and_then(|d| d.get(key)?.as_f64());
@@ -87,6 +91,31 @@ impl Family {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
             Self::Sdxl | Self::SdxlRefiner => SDXL,
         };
-        Defaults { steps: number("steps").map_or(family.steps, |s| s as usize), guidance: number("guidance").unwrap_or(family.guidance) }
+        let defaults = distilled(checkpoint).unwrap_or(family);
+        Defaults {
+            steps: number("steps").map_or(defaults.steps, |s| s as usize),
+            guidance: number("guidance").unwrap_or(defaults.guidance),
+            ..defaults
+        }
+    }
+}
+
+/// What a model that was distilled to a few steps draws with, by what its configuration says of its distillation. Numbers are
+/// those of diffusers' pipelines and of the model cards.
+fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let config = |part: &str, key: &str| checkpoint.configs.get(part)?.get(key).filter(|value| !value.is_null());
+    let scheduler = |key: &str| config("scheduler", key).and_then(Value::as_str).unwrap_or_default();
+    let of = |steps, guidance, distilled| Some(Defaults { steps, guidance, distilled: Some(distilled) });
+    match scheduler("_class_name") {
+        _ if config("unet", "time_cond_proj_dim").is_some() => of(4, 8.5, "latent consistency, guidance built in"),
+        "LCMScheduler" => of(4, 1.0, "latent consistency"),
+        "TCDScheduler" => of(4, 1.0, "trajectory consistency"),
+        // what was trained on all timesteps and draws from the last one on predicts v, as noise is no answer there
+        "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler"
+            if scheduler("timestep_spacing") == "trailing" && matches!(scheduler("prediction_type"), "" | "epsilon") =>
+        {
+            of(1, 1.0, "adversarial distillation")
+        }
+        _ => None,
     }
 }

@@ -9,7 +9,7 @@ pub struct Guided<'a> {
     pub unet: &'a UNet,
     /// of the prompts
     pub conditioning: Conditioning,
-    /// of what to steer away from; none turns guidance off
+    /// of what to steer away from; none: the network runs once a step
     pub negative: Option<Conditioning>,
     pub scale: f64,
     pub prediction: Prediction,

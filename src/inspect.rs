@@ -32,7 +32,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     Ok(json!({
         "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
         "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
-        "steps": defaults.steps, "guidance": defaults.guidance, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
+        "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
         "parts": parts,
         "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),
     }))
@@ -52,8 +52,11 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
         text("height"),
         text("steps"),
         text("sampler"),
-        text("guidance")
+        if json.get("guidance").and_then(Value::as_f64) == Some(1.0) { "off".into() } else { text("guidance") }
     );
+    if let Some(distilled) = json.get("distilled").and_then(Value::as_str) {
+        out += &format!("  distilled     {distilled}\n");
+    }
     out += &format!("  file size     {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
     for part in parts(checkpoint) {
         let (parameters, dtypes) = checkpoint.summary(part);

@@ -197,7 +197,7 @@ fn keys(config: &ModelConfig, job: &Job) -> impl Iterator<Item = Key> + use<> {
     let settings = &job.settings;
     let is_nothing = config.empty_is_zeros && settings.negative.is_empty();
     // as in diffusers, layers are skipped for the prompt alone
-    let negative = settings.guided().then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
+    let negative = job.guided.then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
     std::iter::once(Some((settings.prompt.clone(), settings.clip_skip - 1))).chain(negative)
 }
 
@@ -240,16 +240,17 @@ impl Contexts<'_> {
         let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
         let ids = || batch.iter().map(|job| job.settings.sizes().to_vec()).collect();
         let added = (!pooled.is_empty()).then(|| Ok::<_, Error>(Added { pooled: cat(pooled)?, ids: ids() })).transpose()?;
-        Ok(Conditioning { context: cat(embedded.iter().map(|embedded| &embedded.context).collect())?, added })
+        let guidance = batch.first().map(|job| job.settings.guidance);
+        Ok(Conditioning { context: cat(embedded.iter().map(|embedded| &embedded.context).collect())?, added, guidance })
     }
 }
 
 /// Denoises one batch: latents [b, h, w, c]. Every picture has its own generator, so neighbours never matter.
 fn sample(unet: &UNet, batch: &[&Job], request: &Request, contexts: &Contexts, compute: &Compute, progress: &Progress) -> Result<Tensor> {
-    let Some(Job { settings, plan, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
+    let Some(Job { settings, guided, plan, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
     let (h, w, c) = request.latent_shape(settings);
     let conditioning = contexts.of(batch, 0)?;
-    let negative = settings.guided().then(|| contexts.of(batch, 1)).transpose()?;
+    let negative = guided.then(|| contexts.of(batch, 1)).transpose()?;
     let reuse = Reuse::every(settings.deep_cache);
     let mut guided = Guided { unet, conditioning, negative, scale: settings.guidance, prediction: settings.prediction, reuse };
     let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();

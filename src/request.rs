@@ -31,6 +31,8 @@ pub struct Job {
     /// its line in the list that it comes from, from 1
     pub line: Option<usize>,
     pub settings: Settings,
+    /// whether the network runs twice a step, for the prompt and the negative one
+    pub guided: bool,
     pub plan: Arc<Plan>,
     /// none for stdout
     pub path: Option<PathBuf>,
@@ -187,7 +189,9 @@ impl Request {
                 plan
             }
         };
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, plan, path: None, format });
+        // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
+        let guided = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
+        self.jobs.push(Job { index: self.jobs.len(), line, settings, guided, plan, path: None, format });
         Ok(())
     }
 
@@ -237,7 +241,7 @@ impl Request {
         let of_job = |job: &Job| {
             let pixels = (job.settings.width * job.settings.height) as u64;
             let latents = pixels / (self.vae.factor() * self.vae.factor()) as u64;
-            let pair = if job.settings.guided() { 2 } else { 1 };
+            let pair = if job.guided { 2 } else { 1 };
             let unet = unet_weights + 4 * 12 * pair * batch_size as u64 * latents * unet_widest;
             unet.max(vae_weights + 4 * 5 * pixels * vae_widest)
         };

@@ -96,11 +96,6 @@ impl Settings {
         [original.1, original.0, top, left, target.1, target.0].map(|n| n as f64)
     }
 
-    /// Whether the network runs twice a step. As in diffusers, guidance at or below 1 is off.
-    pub fn guided(&self) -> bool {
-        self.guidance > 1.0
-    }
-
     /// Whether these settings draw the same picture: all is equal but the program's version.
     pub fn draws_the_same_as(&self, other: &Self) -> bool {
         *self == Self { version: self.version.clone(), ..other.clone() }

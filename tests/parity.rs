@@ -2,7 +2,10 @@
 //! Every comparison names the first tensor that differs, by how much, and what was allowed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use candle_core::{DType, Device, Tensor};
+use common::with_base;
 use sdgen::device::Compute;
 use sdgen::guidance::{Guided, Reuse};
 use sdgen::image::Picture;
@@ -20,6 +23,8 @@ use std::path::PathBuf;
 
 const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
 const REFINER: &str = "sdxl_refiner";
+/// those that share parts with one of the others
+const DISTILLED: [&str; 2] = ["turbo", "lcm"];
 /// f32 sums in another order than torch's
 const NETWORK: f32 = 1e-4;
 /// several guided steps multiply those differences
@@ -37,8 +42,10 @@ fn folder(name: &str) -> PathBuf {
 
 fn fixture(name: &str) -> Fixture {
     let folder = folder(name);
+    let whole = tempfile::tempdir().unwrap();
+    with_base(name, whole.path());
     Fixture {
-        checkpoint: Checkpoint::open(Origin::Path(&folder)).unwrap(),
+        checkpoint: Checkpoint::open(Origin::Path(whole.path())).unwrap(),
         tensors: candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu).unwrap(),
         json: serde_json::from_str(&std::fs::read_to_string(folder.join("goldens.json")).unwrap().replace("-Infinity", "null")).unwrap(),
     }
@@ -68,7 +75,7 @@ impl Fixture {
             .tensors
             .contains_key("unet.ids")
             .then(|| Added { pooled: rows("unet.pooled"), ids: rows("unet.ids").to_dtype(DType::F64).unwrap().to_vec2().unwrap() });
-        Conditioning { context: rows("unet.context"), added }
+        Conditioning { context: rows("unet.context"), added, guidance: None }
     }
 
     fn unet(&self) -> UNet {
@@ -135,10 +142,10 @@ fn prompts_become_the_same_ids_and_embeddings() {
 
 #[test]
 fn the_unet_predicts_the_same_after_every_block() {
-    for model in MODELS.into_iter().chain([REFINER]) {
+    for model in MODELS.into_iter().chain([REFINER]).chain(DISTILLED) {
         let f = fixture(model);
         let unet = f.unet();
-        for case in f.json["unet"].as_array().unwrap() {
+        for case in f.json["unet"].as_array().into_iter().flatten() {
             let name = case["name"].as_str().unwrap();
             let latents = f.golden(&format!("unet.{name}.latents"));
             let timesteps = f.golden(&format!("unet.{name}.timesteps")).to_vec1::<f32>().unwrap();
@@ -150,7 +157,8 @@ fn the_unet_predicts_the_same_after_every_block() {
                         compare(&format!("{model} {golden}[{i}]"), got, &one(want), NETWORK);
                     }
                 };
-                let out = unet.traced(&one(latents), f64::from(timestep), &f.told(Some(i)), &mut show).unwrap();
+                let told = Conditioning { guidance: case["guidance"].as_f64(), ..f.told(Some(i)) };
+                let out = unet.traced(&one(latents), f64::from(timestep), &told, &mut show).unwrap();
                 compare(&format!("{model} unet.{name}.out[{i}]"), &out, &one(f.golden(&format!("unet.{name}.out"))), NETWORK);
             }
         }
@@ -183,6 +191,8 @@ fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
         "UniPCMultistepScheduler" => "unipc",
         "DEISMultistepScheduler" => "deis",
         "DDPMScheduler" => "ddpm",
+        "LCMScheduler" => "lcm",
+        "TCDScheduler" => "tcd",
         other => panic!("no name for {other}, default {default}"),
     };
     let karras = run["scheduler_kwargs"]["use_karras_sigmas"].as_bool() == Some(true);
@@ -197,7 +207,7 @@ fn told(embedded: &Embedded, run: &Value) -> Conditioning {
     let pair = |key: &str| run[key].as_array().cloned().unwrap_or(own.to_vec());
     let ids: Vec<f64> = ["original_size", "crop", "target_size"].into_iter().flat_map(pair).map(|n| n.as_f64().unwrap()).collect();
     let added = embedded.pooled.as_ref().map(|pooled| Added { pooled: pooled.repeat((count, 1)).unwrap(), ids: vec![ids; count] });
-    Conditioning { context: embedded.context.repeat((count, 1, 1)).unwrap(), added }
+    Conditioning { context: embedded.context.repeat((count, 1, 1)).unwrap(), added, guidance: run["guidance"].as_f64() }
 }
 
 /// DeepCache has no counterpart in diffusers; for the same input what is reused is what would be computed.
@@ -222,9 +232,10 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
 
 #[test]
 fn latents_after_every_step_and_pictures_are_the_same() {
-    for model in MODELS {
+    for model in MODELS.into_iter().chain(DISTILLED) {
         let f = fixture(model);
         let (encoder, unet, decoder) = (f.encoder(), f.unet(), f.decoder());
+        let embeds_guidance = f.checkpoint.config("unet").unwrap()["time_cond_proj_dim"].is_u64();
         let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap().for_pipeline();
         for run in f.json["runs"].as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
@@ -236,7 +247,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
             let guidance = run["guidance"].as_f64().unwrap();
             let prompt = encoder.encode(run["prompt"].as_str().unwrap(), skip).unwrap().0;
-            let negative = (guidance > 1.0).then(|| match run["negative_prompt"].as_str() {
+            let negative = (guidance > 1.0 && !embeds_guidance).then(|| match run["negative_prompt"].as_str() {
                 Some(text) => encoder.encode(text, 0).unwrap().0,
                 None => prompt.zeros_like().unwrap(),
             });

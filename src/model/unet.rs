@@ -60,6 +60,8 @@ pub struct UNetConfig {
     /// the number of heads, in spite of its name (diffusers' issue 2011)
     pub attention_head_dim: PerBlock<usize>,
     pub time_embedding_dim: Option<usize>,
+    /// width of the guidance's embedding, where the network was distilled with guidance as an input
+    pub time_cond_proj_dim: Option<usize>,
     /// none, or `text_time`: pooled text and sinusoids of numbers are embedded beside the timestep
     pub addition_embed_type: Option<String>,
     /// sinusoids of each of those numbers
@@ -96,6 +98,7 @@ impl Default for UNetConfig {
             reverse_transformer_layers_per_block: None,
             attention_head_dim: PerBlock::One(8),
             time_embedding_dim: None,
+            time_cond_proj_dim: None,
             addition_embed_type: None,
             addition_time_embed_dim: None,
             projection_class_embeddings_input_dim: None,
@@ -122,7 +125,6 @@ impl UNetConfig {
             ("time_embedding_type", json!("positional")),
             ("time_embedding_act_fn", Value::Null),
             ("timestep_post_act", Value::Null),
-            ("time_cond_proj_dim", Value::Null),
             ("attention_type", json!("default")),
             ("class_embeddings_concat", json!(false)),
             ("cross_attention_norm", Value::Null),
@@ -220,6 +222,8 @@ pub struct Conditioning {
     pub context: Tensor,
     /// for networks with [`UNetConfig::added_ids`]
     pub added: Option<Added>,
+    /// the scale of guidance, for networks with [`UNetConfig::time_cond_proj_dim`]; others do not look at it
+    pub guidance: Option<f64>,
 }
 
 /// SDXL's further conditioning (Podell et al. 2023, arXiv 2307.01952).
@@ -233,7 +237,7 @@ pub struct Added {
 
 impl From<Tensor> for Conditioning {
     fn from(context: Tensor) -> Self {
-        Self { context, added: None }
+        Self { context, added: None, guidance: None }
     }
 }
 
@@ -244,7 +248,7 @@ impl Conditioning {
             (Some(a), Some(b)) => Some(Added { pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?, ids: [&*a.ids, &b.ids].concat() }),
             _ => None,
         };
-        Ok(Self { context: Tensor::cat(&[&self.context, &other.context], 0)?, added })
+        Ok(Self { context: Tensor::cat(&[&self.context, &other.context], 0)?, added, guidance: self.guidance })
     }
 }
 
@@ -362,7 +366,7 @@ impl UNet {
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
         let context = &conditioning.context;
-        let time = self.time_embedding.forward(timestep, latents)?; // [time_dim]
+        let time = self.time_embedding.forward(timestep, conditioning.guidance, latents)?; // [time_dim]
         let time = match (&self.add_embedding, &conditioning.added) {
             (None, _) => time,
             (Some(embedding), Some(added)) => embedding.forward(added)?.broadcast_add(&time)?, // [b, time_dim]
@@ -405,8 +409,9 @@ impl UNet {
     }
 }
 
-/// Timestep -> sinusoids -> two linear layers.
+/// Timestep -> sinusoids, perhaps plus those of guidance (Meng et al. 2023, arXiv 2210.03142) -> two linear layers.
 struct TimeEmbedding {
+    cond_proj: Option<Linear>,
     linear_1: Linear,
     linear_2: Linear,
     activation: Activation,
@@ -418,7 +423,9 @@ struct TimeEmbedding {
 impl TimeEmbedding {
     fn new(w: &Weights, config: &UNetConfig, time_dim: usize, activation: Activation) -> Result<Self> {
         let dim = config.width(0)?;
+        let cond_proj = config.time_cond_proj_dim.map(|guidance_dim| Linear::without_bias(&w.at("cond_proj"), guidance_dim, dim));
         Ok(Self {
+            cond_proj: cond_proj.transpose()?,
             linear_1: Linear::new(&w.at("linear_1"), dim, time_dim)?,
             linear_2: Linear::new(&w.at("linear_2"), time_dim, time_dim)?,
             activation,
@@ -428,8 +435,13 @@ impl TimeEmbedding {
         })
     }
 
-    fn forward(&self, timestep: f64, like: &Tensor) -> TensorResult<Tensor> {
-        let t = embed::sinusoids(&[timestep], self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?.to_dtype(like.dtype())?;
+    fn forward(&self, timestep: f64, guidance: Option<f64>, like: &Tensor) -> TensorResult<Tensor> {
+        let t = embed::sinusoids(&[timestep], self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?;
+        let mut t = t.to_dtype(like.dtype())?;
+        if let (Some(cond_proj), Some(guidance)) = (&self.cond_proj, guidance) {
+            let w = embed::guidance(guidance, cond_proj.inputs(), like.device())?.to_dtype(like.dtype())?;
+            t = cond_proj.forward_add(&w, &t)?;
+        }
         let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
         self.linear_2.forward(&h)?.squeeze(0) // [time_dim]
     }

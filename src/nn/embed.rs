@@ -16,3 +16,9 @@ pub fn sinusoids(numbers: &[f64], dim: usize, flip_sin_to_cos: bool, freq_shift:
     };
     Tensor::from_vec(numbers.iter().flat_map(embed).collect::<Vec<f32>>(), (numbers.len(), dim), device)
 }
+
+/// Embeds a scale of guidance as [1, dim] in f32, as latent consistency models take it (Luo et al. 2023, arXiv 2310.04378):
+/// they count from 0 where classifier-free guidance is off at 1.
+pub fn guidance(scale: f64, dim: usize, device: &Device) -> Result<Tensor> {
+    sinusoids(&[1000.0 * (scale - 1.0)], dim, false, 1.0, device)
+}

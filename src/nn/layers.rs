@@ -53,6 +53,11 @@ impl Linear {
         Ok(Self { weight, bias: Some(w.get("bias", &[2 * outputs])?), inputs, outputs: 2 * outputs, gated: true })
     }
 
+    /// Width of what it takes.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
     /// [.., in] -> [.., out].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         self.apply(x, None)
@@ -272,13 +277,7 @@ pub struct Normal<'a> {
 impl Normal<'_> {
     /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows, w, c], perhaps
     /// [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
-    pub fn forward_act(
-        &self,
-        x: &Tensor,
-        above: Option<&Tensor>,
-        below: Option<&Tensor>,
-        activation: Activation,
-    ) -> TensorResult<Tensor> {
+    pub fn forward_act(&self, x: &Tensor, above: Option<&Tensor>, below: Option<&Tensor>, activation: Activation) -> TensorResult<Tensor> {
         match activation {
             Activation::Silu => self.apply(x, above, below, true),
             other => other.forward(&self.apply(x, above, below, false)?),

@@ -62,6 +62,14 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+/// A copy of a fixture; where it holds only what it does not share with another, with what they share.
+pub fn with_base(name: &str, to: &Path) {
+    if !fixture(name).join("model_index.json").exists() {
+        copy_folder(&fixture(json(&fixture(name).join("goldens.json"))["base"].as_str().unwrap()), to);
+    }
+    copy_folder(&fixture(name), to);
+}
+
 pub fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }

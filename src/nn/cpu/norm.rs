@@ -70,7 +70,8 @@ impl CustomOp1 for Normalise<'_> {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (b, _, w, c) = layout.shape().dims4()?;
         let fits = |rows: &&Tensor| matches!(rows.dims4(), Ok((rows_b, _, rows_w, rows_c)) if (rows_b, rows_w, rows_c) == (b, w, c));
-        if self.affine.len() != b || self.affine.iter().any(|a| a.center.len() != c) || ![self.above, self.below].iter().flatten().all(fits) {
+        if self.affine.len() != b || self.affine.iter().any(|a| a.center.len() != c) || ![self.above, self.below].iter().flatten().all(fits)
+        {
             bail!("normalisation of {:?}", layout.shape());
         }
         let x = slice(x, layout)?;

@@ -375,7 +375,14 @@ mod tests {
 
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
         let packed = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
-        convolve(pictures(&values(x), x.dims4().unwrap()), 0..x.dim(1).unwrap(), weight.dim(0).unwrap(), Panels::F32(&packed), &values(bias), None)
+        convolve(
+            pictures(&values(x), x.dims4().unwrap()),
+            0..x.dim(1).unwrap(),
+            weight.dim(0).unwrap(),
+            Panels::F32(&packed),
+            &values(bias),
+            None,
+        )
     }
 
     fn convolved_in_f64([x, weight, bias]: &[Tensor; 3]) -> Vec<f64> {
@@ -453,7 +460,12 @@ mod tests {
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    op.unfolded(pictures(&x, shape), outputs, Panels::F32(&weight), Finish { bias: Some(&bias), residual: None, gated: false })
+                    op.unfolded(
+                        pictures(&x, shape),
+                        outputs,
+                        Panels::F32(&weight),
+                        Finish { bias: Some(&bias), residual: None, gated: false },
+                    )
                 }));
                 winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, outputs, Panels::F32(&weight), &bias, None)));
             }

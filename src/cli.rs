@@ -190,6 +190,9 @@ pub struct PictureArgs {
     /// Strength of the prompt; 1 is off and halves the work [default: the model's]
     #[arg(short, long, aliases = ["cfg-scale", "guidance-scale"], value_parser = finite, value_name = "X", help_heading = "Sampling")]
     pub guidance: Option<f64>,
+    /// Bring what guidance overshoots back by this share (0 to 1); 0.7 for zero-terminal-SNR models
+    #[arg(long, value_parser = fraction, value_name = "X", help_heading = "Sampling")]
+    pub guidance_rescale: Option<f64>,
     /// ddim, pndm, euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun, lms, unipc, deis, ddpm, lcm, ... [default: the checkpoint's]
     #[arg(long, alias = "sampling-method", value_name = "NAME", help_heading = "Sampling")]
     pub sampler: Option<Sampler>,

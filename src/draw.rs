@@ -225,8 +225,14 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
     if args.resume {
         progress.note(format!("{skipped} of {} pictures are there already", request.jobs.len()));
     }
-    if request.jobs.iter().any(|job| !job.guided && !job.settings.negative.is_empty()) {
-        progress.note("warning: the negative prompt has no effect without classifier-free guidance");
+    let unguided = |has: fn(&Settings) -> bool| request.jobs.iter().any(|job| !job.guided && has(&job.settings));
+    for (has, what) in [
+        (unguided(|settings| !settings.negative.is_empty()), "the negative prompt"),
+        (unguided(|settings| settings.guidance_rescale > 0.0), "`--guidance-rescale`"),
+    ] {
+        if has {
+            progress.note(format!("warning: {what} has no effect without classifier-free guidance"));
+        }
     }
     if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
         progress.note(format!("warning: {doubt}"));

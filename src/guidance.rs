@@ -2,7 +2,7 @@
 
 use crate::model::unet::{Conditioning, UNet};
 use crate::schedule::Prediction;
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
 /// A U-Net with its conditioning, seen as a denoiser.
 pub struct Guided<'a> {
@@ -12,6 +12,8 @@ pub struct Guided<'a> {
     /// of what to steer away from; none: the network runs once a step
     pub negative: Option<Conditioning>,
     pub scale: f64,
+    /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
+    pub rescale: f64,
     pub prediction: Prediction,
     pub reuse: Reuse,
 }
@@ -56,9 +58,20 @@ impl Guided<'_> {
                 let pair = negative.then(&self.conditioning)?;
                 let halves = self.reuse.forward(self.unet, &input, timestep, &pair)?.to_dtype(x.dtype())?.chunk(2, 0)?;
                 let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
-                (unconditional + ((conditional - unconditional)? * self.scale)?)?
+                let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
+                if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
             }
         };
         (x * scalings.c_skip)? + (output * scalings.c_out)?
     }
+}
+
+/// Lin et al. 2023 (arXiv 2305.08891), section 3.4: guidance makes a picture's values spread too far. Both [b, h, w, c].
+fn rescaled(guided: &Tensor, conditional: &Tensor, share: f64) -> Result<Tensor> {
+    let spread = |x: &Tensor| {
+        let x = x.flatten_from(1)?; // [b, h*w*c]
+        x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?.sqr()?.sum_keepdim(D::Minus1)?.sqrt() // [b, 1]
+    };
+    let factor = (((spread(conditional)? / spread(guided)?)? * share)? + (1.0 - share))?; // [b, 1]
+    guided.broadcast_mul(&factor.reshape(((), 1, 1, 1))?)
 }

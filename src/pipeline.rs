@@ -252,7 +252,8 @@ fn sample(unet: &UNet, batch: &[&Job], request: &Request, contexts: &Contexts, c
     let conditioning = contexts.of(batch, 0)?;
     let negative = guided.then(|| contexts.of(batch, 1)).transpose()?;
     let reuse = Reuse::every(settings.deep_cache);
-    let mut guided = Guided { unet, conditioning, negative, scale: settings.guidance, prediction: settings.prediction, reuse };
+    let (scale, rescale, prediction) = (settings.guidance, settings.guidance_rescale, settings.prediction);
+    let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
     let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
     let mut noise = || -> TensorResult<Tensor> {
         let each = generators.iter_mut().map(|g| g.latents(h, w, c)).collect::<TensorResult<Vec<_>>>()?;

@@ -44,7 +44,8 @@ impl Job {
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
-            && (a.width, a.height, a.guidance, a.deep_cache) == (b.width, b.height, b.guidance, b.deep_cache)
+            && (a.width, a.height, a.deep_cache) == (b.width, b.height, b.deep_cache)
+            && (a.guidance, a.guidance_rescale) == (b.guidance, b.guidance_rescale)
     }
 }
 
@@ -131,6 +132,7 @@ impl Request {
                 height: options.height.unwrap_or(height),
                 steps: options.steps.unwrap_or(defaults.steps),
                 guidance: options.guidance.unwrap_or(defaults.guidance),
+                guidance_rescale: options.guidance_rescale.unwrap_or(0.0),
                 sampler: options.sampler.unwrap_or(sampler),
                 schedule: options.schedule,
                 eta: options.eta,

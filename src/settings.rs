@@ -25,6 +25,9 @@ pub struct Settings {
     pub height: usize,
     pub steps: usize,
     pub guidance: f64,
+    /// 0: not at all; pictures of older versions do not say it
+    #[serde(default)]
+    pub guidance_rescale: f64,
     pub sampler: Sampler,
     /// none: the checkpoint's own
     pub schedule: Option<Schedule>,
@@ -105,6 +108,7 @@ impl Settings {
     pub fn metadata(&self) -> Metadata {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
         let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
         extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
         extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));

@@ -67,7 +67,7 @@ fn a_text_list_has_one_prompt_a_line_and_skips_empty_ones() {
 fn a_line_of_objects_may_set_every_option_of_a_picture_and_the_command_line_gives_the_rest() {
     let dir = tempfile::tempdir().unwrap();
     let list = r#"
-        {"prompt": "one", "negative": "x", "width": 24, "height": 8, "seed": 7, "steps": 3, "guidance": 2.5, "sampler": "DPM++ 2M", "schedule": "karras", "clip_skip": 2, "deep_cache": 2}
+        {"prompt": "one", "negative": "x", "width": 24, "height": 8, "seed": 7, "steps": 3, "guidance": 2.5, "sampler": "DPM++ 2M", "schedule": "karras", "clip_skip": 2, "deep_cache": 2, "guidance_rescale": 0.5}
         {"prompt": "two", "seed": "3,9", "cfg-scale": 1, "sampling_method": "ddim", "eta": 0.5, "output": "own/{seed}.webp", "negative_prompt": null}
 
         {"prompt": "three", "seed": "0..2", "clip-skip": 1}
@@ -91,7 +91,10 @@ fn a_line_of_objects_may_set_every_option_of_a_picture_and_the_command_line_give
     );
     let first = &records[0];
     assert_eq!(json!([first["width"], first["height"], first["steps"]]), json!([24, 8, 3]));
-    assert_eq!(json!([first["schedule"], first["clip_skip"], first["deep_cache"]]), json!(["karras", 2, 2]));
+    assert_eq!(
+        json!([first["schedule"], first["clip_skip"], first["deep_cache"], first["guidance_rescale"]]),
+        json!(["karras", 2, 2, 0.5])
+    );
     assert_eq!(json!([records[1]["eta"], records[3]["eta"], records[3]["dtype"]]), json!([0.5, null, "f32"]));
     // and they are drawn so
     let drawn = succeed(tiny(dir.path()).args(["--from", "list.jsonl", "--json", "-n", "toad", "-s", "5", "-g", "4", "-o", "out/"]));
@@ -198,6 +201,7 @@ fn every_option_of_a_picture_can_be_swept() {
     assert_eq!(swept("eta=0,0.5", "eta"), json!([0.0, 0.5]));
     assert_eq!(swept("schedule=karras,beta", "schedule"), json!(["karras", "beta"]));
     assert_eq!(swept("deep_cache=1,2", "deep_cache"), json!([1, 2]));
+    assert_eq!(swept("guidance_rescale=0,0.7", "guidance_rescale"), json!([0.0, 0.7]));
     assert_eq!(swept("negative=,blue", "negative"), json!(["", "blue"]));
     assert_eq!(swept("cfg-scale=2,3", "guidance"), json!([2.0, 3.0]));
 }
@@ -230,6 +234,7 @@ fn pictures_of_a_mixed_list_are_the_same_in_any_batch_any_order_and_alone() {
         json!({"prompt": "a frog", "seed": 9, "width": 32, "sampler": "euler-a"}),
         json!({"prompt": "the cat", "seed": "5,6", "guidance": 1}),
         json!({"prompt": "the cat", "seed": 7, "sampler": "euler-a", "deep_cache": 2}),
+        json!({"prompt": "the cat", "seed": 8, "sampler": "euler-a", "guidance_rescale": 0.7}),
         json!({"prompt": "the house", "seed": "3,1", "sampler": "euler-a", "steps": 3}),
     ];
     let write = |name: &str, list: &[Value]| {
@@ -245,7 +250,7 @@ fn pictures_of_a_mixed_list_are_the_same_in_any_batch_any_order_and_alone() {
         (lines(&output).len(), contents(&dir.path().join(folder)))
     };
     let (count, expected) = draw("one", &["--from", "list.jsonl", "-b", "1"]);
-    assert_eq!((count, expected.len()), (10, 10));
+    assert_eq!((count, expected.len()), (11, 11));
     assert!(draw("two", &["--from", "list.jsonl", "-b", "2"]).1 == expected);
     assert!(draw("five", &["--from", "list.jsonl", "-b", "5"]).1 == expected);
     assert!(draw("auto", &["--from", "list.jsonl"]).1 == expected);

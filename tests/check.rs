@@ -41,6 +41,22 @@ fn pictures_that_are_drawn_the_same_again_are_identical_in_every_format() {
 }
 
 #[test]
+fn guidance_rescale_is_remembered_changes_the_picture_and_was_zero_before_it_was_an_option() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "plain.png", &["-W", "32", "-H", "32"]);
+    draw(dir.path(), "rescaled.png", &["-W", "32", "-H", "32", "--guidance-rescale", "0.7"]);
+    let read = |name: &str| sdgen::image::read_metadata(&std::fs::read(dir.path().join(name)).unwrap()).unwrap().unwrap();
+    assert!(read("rescaled.png").parameters.contains("CFG Rescale: 0.7"), "{}", read("rescaled.png").parameters);
+    assert_eq!(check(dir.path(), &["plain.png", "--expect", "rescaled.png"]).0, 1);
+    // a picture of a version that did not know the option
+    let mut metadata = read("plain.png");
+    metadata.sdgen.as_object_mut().unwrap().remove("guidance_rescale").unwrap();
+    let picture = sdgen::image::Picture::decode(&std::fs::read(dir.path().join("plain.png")).unwrap()).unwrap();
+    std::fs::write(dir.path().join("old.png"), picture.encode(sdgen::image::Format::Png, Some(&metadata)).unwrap()).unwrap();
+    assert_eq!(check(dir.path(), &["old.png", "rescaled.png"]).1, "old.png: identical\nrescaled.png: identical\n");
+}
+
+#[test]
 fn a_picture_that_differs_is_an_error_unless_it_is_close_enough() {
     let dir = tempfile::tempdir().unwrap();
     draw(dir.path(), "a.png", &[]);

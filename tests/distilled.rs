@@ -55,4 +55,7 @@ fn a_network_that_takes_guidance_as_an_input_draws_by_it_and_has_no_negative_pro
     let (negative, said) = draw(&["-n", "a house"], "c.png");
     assert!(said.contains("warning: the negative prompt has no effect without classifier-free guidance"), "{said}");
     assert!(plain == negative);
+    let (rescaled, said) = draw(&["--guidance-rescale", "0.5"], "d.png");
+    assert!(said.contains("warning: `--guidance-rescale` has no effect without classifier-free guidance"), "{said}");
+    assert!(plain == rescaled);
 }

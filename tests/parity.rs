@@ -24,7 +24,7 @@ use std::path::PathBuf;
 const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
 const REFINER: &str = "sdxl_refiner";
 /// those that share parts with one of the others
-const DISTILLED: [&str; 2] = ["turbo", "lcm"];
+const VARIANTS: [&str; 3] = ["turbo", "lcm", "ztsnr"];
 /// f32 sums in another order than torch's
 const NETWORK: f32 = 1e-4;
 /// several guided steps multiply those differences
@@ -142,7 +142,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
 
 #[test]
 fn the_unet_predicts_the_same_after_every_block() {
-    for model in MODELS.into_iter().chain([REFINER]).chain(DISTILLED) {
+    for model in MODELS.into_iter().chain([REFINER]).chain(VARIANTS) {
         let f = fixture(model);
         let unet = f.unet();
         for case in f.json["unet"].as_array().into_iter().flatten() {
@@ -232,7 +232,7 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
 
 #[test]
 fn latents_after_every_step_and_pictures_are_the_same() {
-    for model in MODELS.into_iter().chain(DISTILLED) {
+    for model in MODELS.into_iter().chain(VARIANTS) {
         let f = fixture(model);
         let (encoder, unet, decoder) = (f.encoder(), f.unet(), f.decoder());
         let embeds_guidance = f.checkpoint.config("unet").unwrap()["time_cond_proj_dim"].is_u64();
@@ -253,7 +253,8 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             });
             let (conditioning, negative) = (told(&prompt, run), negative.map(|negative| told(&negative, run)));
             let reuse = Reuse::every(1);
-            let mut guided = Guided { unet: &unet, conditioning, negative, scale: guidance, prediction: config.prediction, reuse };
+            let (scale, rescale, prediction) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0), config.prediction);
+            let mut guided = Guided { unet: &unet, conditioning, negative, scale, rescale, prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them

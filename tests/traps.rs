@@ -331,6 +331,7 @@ fn the_prediction_of_a_single_file_is_found_or_said_to_be_assumed() {
     let cases = [
         ("real_sd1.json", &[][..], None, None, "epsilon", 512),
         ("real_sd1.json", &["v_pred"], None, None, "v", 512),
+        ("real_sd1.json", &["v_pred", "ztsnr"], None, None, "v", 512),
         ("real_sd1.json", &[], spec("v"), None, "v", 512),
         ("real_sd1.json", &[], None, Some(840_000), "epsilon", 512),
         ("real_sd2.json", &[], None, None, "v", 768),
@@ -353,8 +354,10 @@ fn the_prediction_of_a_single_file_is_found_or_said_to_be_assumed() {
         let assumed = said["assumed"].to_string().contains("--prediction epsilon");
         assert_eq!(assumed, recipe == "real_sd2.json" && !told, "{case}: {}", said["assumed"]);
         let checkpoint = Checkpoint::open(Origin::Path(&dir.path().join("m.safetensors"))).unwrap();
-        let zero_snr = &checkpoint.config("scheduler").unwrap()["rescale_betas_zero_snr"];
-        assert_eq!(*zero_snr, json!(markers.contains(&"ztsnr")), "{case}");
+        let (scheduler, zero_snr) = (checkpoint.config("scheduler").unwrap(), markers.contains(&"ztsnr"));
+        assert_eq!(scheduler["rescale_betas_zero_snr"], json!(zero_snr), "{case}");
+        // a sampler that knows what that is, from the timestep where it matters
+        assert_eq!(scheduler["timestep_spacing"] == "trailing" && scheduler["_class_name"] == "DDIMScheduler", zero_snr, "{case}");
     }
 }
 

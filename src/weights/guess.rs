@@ -41,12 +41,16 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let side = if xl { 128 } else { [64, 96][usize::from(second_generation && v_prediction)] };
     unet.insert("sample_size".into(), side.into());
     let prediction = if v_prediction { "v_prediction" } else { "epsilon" };
-    let class = if xl { "EulerDiscreteScheduler" } else { ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation)] };
+    // PNDM knows no zero terminal SNR
+    let class =
+        if xl { "EulerDiscreteScheduler" } else { ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation || extra.zero_snr)] };
     let scheduler = json!({
         "_class_name": class,
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "set_alpha_to_one": false, "clip_sample": false, "skip_prk_steps": true, "steps_offset": 1,
-        "timestep_spacing": "leading", "prediction_type": prediction, "rescale_betas_zero_snr": extra.zero_snr,
+        // only a run from the very last timestep starts where such a model saw no picture at all
+        "timestep_spacing": if extra.zero_snr { "trailing" } else { "leading" }, "prediction_type": prediction,
+        "rescale_betas_zero_snr": extra.zero_snr,
     });
     let scale = if xl { 0.13025 } else { 0.18215 };
     let assumed = format!("32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}");

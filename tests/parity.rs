@@ -24,7 +24,7 @@ use std::path::PathBuf;
 const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
 const REFINER: &str = "sdxl_refiner";
 /// those that share parts with one of the others
-const VARIANTS: [&str; 3] = ["turbo", "lcm", "ztsnr"];
+const VARIANTS: [&str; 6] = ["turbo", "lcm", "ztsnr", "bksdm", "ssd", "vega"];
 /// f32 sums in another order than torch's
 const NETWORK: f32 = 1e-4;
 /// several guided steps multiply those differences

@@ -34,6 +34,26 @@ impl<T: Copy> PerBlock<T> {
     }
 }
 
+/// How many transformer blocks layers have: one number for all, or for each block one, or one for each of its layers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Depths {
+    One(usize),
+    Each(Vec<PerBlock<usize>>),
+}
+
+impl Depths {
+    /// Those of a block's layers.
+    fn get(&self, block: usize, key: &str) -> Result<PerBlock<usize>> {
+        match self {
+            Self::One(depth) => Ok(PerBlock::One(*depth)),
+            Self::Each(depths) => {
+                depths.get(block).cloned().with_context(|| format!("`{key}` of the U-Net has no value for block {block}"))
+            }
+        }
+    }
+}
+
 /// `unet/config.json`, with diffusers' defaults.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
@@ -55,8 +75,9 @@ pub struct UNetConfig {
     pub norm_num_groups: usize,
     pub norm_eps: f64,
     pub cross_attention_dim: PerBlock<usize>,
-    pub transformer_layers_per_block: PerBlock<usize>,
-    pub reverse_transformer_layers_per_block: Option<Vec<usize>>,
+    pub transformer_layers_per_block: Depths,
+    /// of the up blocks, where they do not mirror the down blocks
+    pub reverse_transformer_layers_per_block: Option<Depths>,
     /// the number of heads, in spite of its name (diffusers' issue 2011)
     pub attention_head_dim: PerBlock<usize>,
     pub time_embedding_dim: Option<usize>,
@@ -94,7 +115,7 @@ impl Default for UNetConfig {
             norm_num_groups: 32,
             norm_eps: 1e-5,
             cross_attention_dim: PerBlock::One(1280),
-            transformer_layers_per_block: PerBlock::One(1),
+            transformer_layers_per_block: Depths::One(1),
             reverse_transformer_layers_per_block: None,
             attention_head_dim: PerBlock::One(8),
             time_embedding_dim: None,
@@ -187,13 +208,13 @@ impl UNetConfig {
     }
 
     /// What the attention of one block needs; none if the block has none.
-    fn attention(&self, block: usize, kind: &str, depth: usize) -> Result<Option<AttentionConfig>> {
+    fn attention(&self, block: usize, kind: &str, depths: PerBlock<usize>) -> Result<Option<AttentionConfig>> {
         match kind {
-            "DownBlock2D" | "UpBlock2D" => Ok(None),
+            "DownBlock2D" | "UpBlock2D" | "UNetMidBlock2D" => Ok(None),
             "CrossAttnDownBlock2D" | "CrossAttnUpBlock2D" | "UNetMidBlock2DCrossAttn" => Ok(Some(AttentionConfig {
                 width: self.width(block)?,
                 heads: self.heads(block)?,
-                depth,
+                depths,
                 context: self.cross_attention_dim.get(block, "cross_attention_dim")?,
                 groups: self.norm_num_groups,
                 only_cross: kind != "UNetMidBlock2DCrossAttn" && self.only_cross_attention.get(block, "only_cross_attention")?,
@@ -289,22 +310,19 @@ impl UNet {
         let mid_block = match config.mid_block_type.as_deref() {
             None => None,
             Some(kind) => {
-                let depth = config.transformer_layers_per_block.get(blocks - 1, "transformer_layers_per_block")?;
-                let attention = config
-                    .attention(blocks - 1, kind, depth)?
-                    .context("the U-Net's middle block has no attention, which sdgen does not support")?;
-                Some(MidBlock::new(&w.at("mid_block"), width, attention, &resnet)?)
+                let depths = config.transformer_layers_per_block.get(blocks - 1, "transformer_layers_per_block")?;
+                Some(MidBlock::new(&w.at("mid_block"), width, config.attention(blocks - 1, kind, depths)?, &resnet)?)
             }
         };
         let mut up_blocks = vec![];
         for (i, kind) in config.up_block_types.iter().enumerate() {
             let level = blocks - 1 - i;
             let (out, layers) = (config.width(level)?, config.layers_per_block.get(level, "layers_per_block")? + 1);
-            let depth = match &config.reverse_transformer_layers_per_block {
-                Some(depths) => depths.get(i).copied().context("`reverse_transformer_layers_per_block` is too short")?,
+            let depths = match &config.reverse_transformer_layers_per_block {
+                Some(depths) => depths.get(i, "reverse_transformer_layers_per_block")?,
                 None => config.transformer_layers_per_block.get(level, "transformer_layers_per_block")?,
             };
-            let attention = config.attention(level, kind, depth)?;
+            let attention = config.attention(level, kind, depths)?;
             let from = skips.len().checked_sub(layers).context("the U-Net's layers_per_block do not mirror")?;
             let mut skip = skips.split_off(from);
             skip.reverse();
@@ -533,28 +551,31 @@ fn layer(
     attention: Option<&AttentionConfig>,
     resnet: &ResnetConfig,
 ) -> Result<(Resnet, Option<Transformer>)> {
-    let transformer = attention.map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a)).transpose()?;
+    let transformer = attention.map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i)).transpose()?;
     Ok((Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?, transformer))
 }
 
 struct MidBlock {
     first: Resnet,
-    transformer: Transformer,
-    second: Resnet,
+    /// none in some distilled networks
+    attended: Option<(Transformer, Resnet)>,
 }
 
 impl MidBlock {
-    fn new(w: &Weights, width: usize, attention: AttentionConfig, resnet: &ResnetConfig) -> Result<Self> {
-        Ok(Self {
-            first: Resnet::new(&w.at("resnets.0"), width, width, resnet)?,
-            transformer: Transformer::new(&w.at("attentions.0"), &attention)?,
-            second: Resnet::new(&w.at("resnets.1"), width, width, resnet)?,
-        })
+    fn new(w: &Weights, width: usize, attention: Option<AttentionConfig>, resnet: &ResnetConfig) -> Result<Self> {
+        let attended = |attention| -> Result<_> {
+            Ok((Transformer::new(&w.at("attentions.0"), &attention, 0)?, Resnet::new(&w.at("resnets.1"), width, width, resnet)?))
+        };
+        let first = Resnet::new(&w.at("resnets.0"), width, width, resnet)?;
+        Ok(Self { first, attended: attention.map(attended).transpose()? })
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
         let x = self.first.forward(x, time)?;
-        self.second.forward(&self.transformer.forward(&x, context)?, time)
+        match &self.attended {
+            Some((transformer, second)) => second.forward(&transformer.forward(&x, context)?, time),
+            None => Ok(x),
+        }
     }
 }
 
@@ -648,7 +669,8 @@ impl Resnet {
 struct AttentionConfig {
     width: usize,
     heads: usize,
-    depth: usize,
+    /// transformer blocks of each layer
+    depths: PerBlock<usize>,
     context: usize,
     groups: usize,
     only_cross: bool,
@@ -663,16 +685,15 @@ struct Transformer {
 }
 
 impl Transformer {
-    /// `use_linear_projection` needs no care: a 1x1 convolution and a linear layer are the same on [b, h, w, c], and
-    /// their stored shapes differ by trailing ones.
-    fn new(w: &Weights, config: &AttentionConfig) -> Result<Self> {
+    /// Reads that of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a linear layer are the same
+    /// on [b, h, w, c], and their stored shapes differ by trailing ones.
+    fn new(w: &Weights, config: &AttentionConfig, layer: usize) -> Result<Self> {
+        let depth = config.depths.get(layer, "transformer_layers_per_block")?;
         let projection = |name: &str| Linear::new(&w.at(name), config.width, config.width);
         Ok(Self {
             norm: GroupNorm::new(&w.at("norm"), config.groups, config.width, TRANSFORMER_NORM_EPS)?,
             proj_in: projection("proj_in")?,
-            blocks: (0..config.depth)
-                .map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config))
-                .collect::<Result<_>>()?,
+            blocks: (0..depth).map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config)).collect::<Result<_>>()?,
             proj_out: projection("proj_out")?,
         })
     }

@@ -61,7 +61,7 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     for part in parts(checkpoint) {
         let (parameters, dtypes) = checkpoint.summary(part);
         let dtypes: Vec<&str> = dtypes.into_iter().collect();
-        out += &format!("  {part:<14}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
+        out += &format!("  {part:<16}{:.1} M parameters, {}\n", parameters as f64 / 1e6, dtypes.join(" and "));
     }
     if checkpoint.require_vae().is_err() {
         out += "  vae           none: this model cannot draw by itself\n";

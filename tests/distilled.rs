@@ -16,7 +16,7 @@ fn plan(folder: &Path) -> (Value, Value, Value) {
 
 #[test]
 fn the_plain_command_takes_steps_and_guidance_from_the_distillation() {
-    let cases: [(&str, Value, (&str, usize, f64), &str); 10] = [
+    let cases = [
         ("turbo", json!({}), ("euler", 1, 1.0), "1 steps of euler, guidance off"),
         ("turbo", json!({ "_class_name": "EulerAncestralDiscreteScheduler" }), ("euler-a", 1, 1.0), "adversarial distillation"),
         ("turbo", json!({ "_class_name": "LCMScheduler" }), ("lcm", 4, 1.0), "latent consistency"),

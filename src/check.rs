@@ -1,6 +1,6 @@
 //! `sdgen check`: draws pictures again from what their files say of them, and compares. A regression test in one line.
 
-use crate::cli::{open, say};
+use crate::cli::{open_both, say};
 use crate::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::failure::{Code, Failure};
 use crate::image::{Difference, Format, Picture, read_metadata};
@@ -24,6 +24,9 @@ pub struct CheckArgs {
     /// The model that they were drawn with [default: the one that each names]
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF")]
     model: Option<OsString>,
+    /// The refiner that they were drawn with [default: the one that each names]
+    #[arg(long, value_name = "REF")]
+    refiner: Option<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -87,14 +90,16 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     }
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
-        let (model, dtype) = (first.settings.model.clone(), first.settings.dtype.clone());
-        let (group, rest): (Vec<Known>, Vec<Known>) =
-            known.into_iter().partition(|k| k.settings.dtype == dtype && (args.model.is_some() || k.settings.model == model));
+        let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
+        let (group, rest): (Vec<Known>, Vec<Known>) = known
+            .into_iter()
+            .partition(|Known { settings: s, .. }| s.dtype == dtype && s.refiner == refiner && (args.model.is_some() || s.model == model));
         known = rest;
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
         let compute = Compute::choose(args.device, dtype).code(2)?;
         let reference = args.model.as_deref().unwrap_or(OsStr::new(&*model));
-        let checkpoint = open(Some(reference), args.offline, !args.quiet)
+        let refiner = refiner.as_deref().map(|refiner| args.refiner.as_deref().unwrap_or(OsStr::new(refiner)));
+        let checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
             .with_context(|| format!("the model of `{}` cannot be opened", group[0].path.display()))
             .code(3)?;
         compare(group, &checkpoint, &compute, &progress, &mut tell)?;
@@ -121,10 +126,11 @@ fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
 /// Draws the pictures of one model again and tells how each differs.
 fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progress: &Progress, tell: &mut Tell) -> Result<(), Failure> {
     let hash = checkpoint.hash().code(3)?;
+    let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
     let mut drawn_again: Vec<&Known> = vec![];
     for known in &group {
-        let added = if *known.settings.model_hash == *hash {
+        let added = if *known.settings.model_hash == *hash && known.settings.refiner_hash.as_deref() == refiner_hash.as_deref() {
             request.add(known.settings.clone(), None, known.format)
         } else {
             let hint = "pass the model that drew it with `--model`";

@@ -82,6 +82,9 @@ pub struct DrawArgs {
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
+    /// A model that draws the last steps, such as sdxl-refiner
+    #[arg(long, value_name = "REF", help_heading = "SDXL")]
+    pub refiner: Option<OsString>,
     /// Never touch the network; also HF_HUB_OFFLINE=1
     #[arg(long, help_heading = "Model")]
     pub offline: bool,
@@ -218,6 +221,9 @@ pub struct PictureArgs {
     /// What the model is told of the picture's size [default: the picture's]
     #[arg(long, value_name = "WxH", help_heading = "SDXL")]
     pub target_size: Option<Size>,
+    /// Share of the way from noise to picture at which the refiner takes over [default: 0.8]
+    #[arg(long, value_parser = fraction, value_name = "X", help_heading = "SDXL")]
+    pub refine_at: Option<f64>,
 
     /// File, folder/, template, or `-` for stdout [default: {prompt}-{seed}.png]
     #[arg(short, long, value_name = "PATH", help_heading = "Output")]
@@ -305,6 +311,13 @@ pub(crate) fn say(text: &str) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write to stdout"),
     }
+}
+
+/// Finds a model and perhaps the one that refines what it draws.
+pub(crate) fn open_both(model: Option<&OsStr>, refiner: Option<&OsStr>, offline: bool, progress: bool) -> Result<Checkpoint> {
+    let mut checkpoint = open(model, offline, progress)?;
+    checkpoint.refiner = refiner.map(|refiner| open(Some(refiner), offline, progress)).transpose()?.map(Box::new);
+    Ok(checkpoint)
 }
 
 /// Finds a model: the embedded one, a path, or the hub.

@@ -3,7 +3,7 @@
 //! [`run`] tells the whole story. Hides what happens around the drawing: what is there already, what fails, what ends the
 //! run early, and that files are written beside the drawing of the next pictures.
 
-use crate::cli::{DrawArgs, open, say};
+use crate::cli::{DrawArgs, open_both, say};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
 use crate::image::{Format, Picture, read_metadata};
@@ -60,7 +60,8 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     let list = List::read(args).code(2)?;
     check(args, &list).code(2)?;
     let compute = Compute::choose(args.device, args.dtype).code(2)?;
-    let checkpoint = open(args.model.as_deref(), args.offline, !args.quiet && args.progress != ProgressMode::Json).code(3)?;
+    let shows = !args.quiet && args.progress != ProgressMode::Json;
+    let checkpoint = open_both(args.model.as_deref(), args.refiner.as_deref(), args.offline, shows).code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
         shard.take(&mut request.jobs).code(2)?;

@@ -37,6 +37,10 @@ const SDXL: Defaults = Defaults { steps: 50, guidance: 5.0, distilled: None };
 pub const BASE_IDS: usize = 6;
 /// Those of its refiner's: original size, crop, and an aesthetic score.
 pub const REFINER_IDS: usize = 5;
+/// That score, of what to draw and of what to steer away from: diffusers' defaults.
+pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
+/// Where a refiner takes over, as a share of the way from noise to picture.
+pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
 pub const SHORT_NAMES: [(&str, &str); 6] = [

@@ -5,6 +5,7 @@
 //! soon as its batch is.
 
 use crate::device::Compute;
+use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
 use crate::model::unet::{Added, Conditioning, UNet};
@@ -75,34 +76,26 @@ pub fn generate<'a>(
     sink: &mut dyn FnMut(&'a Job, Result<Drawn>),
 ) -> Result<()> {
     let mut queue = Queue { jobs: jobs.iter().copied().collect(), again: vec![], batch_size: request.batch_size };
-    let mut contexts = Contexts { config: &request.model, known: HashMap::new() };
-    let (mut encoder, mut unet, mut decoder) = (None, None, None);
+    let mut base = Stage::new(checkpoint, &request.model);
+    let refiner = checkpoint.refiner.as_deref().zip(request.refiner.as_ref());
+    let mut refiner = refiner.map(|(checkpoint, config)| Stage::new(checkpoint, config));
+    let mut decoder = None;
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
-        if batch.iter().any(|job| !contexts.has(job)) {
-            let encoders = match encoder.take() {
-                Some(encoders) => encoders,
-                None => {
-                    progress.stage("encoding the prompt");
-                    Encoder::new(checkpoint, &request.model.encoder, compute).context(ModelError)?
-                }
-            };
-            let next = batch.iter().chain(queue.jobs.iter().take(AHEAD));
-            contexts.encode(next.copied(), &encoders, progress)?;
-            encoder = (queue.jobs.len() > AHEAD).then_some(encoders);
-        }
-        let network = match unet.take() {
-            Some(network) => network,
-            None => {
-                progress.stage("reading the U-Net");
-                UNet::new(&checkpoint.weights("unet", &compute.device, compute.dtype), &request.model.unet).context(ModelError)?
-            }
-        };
+        let mut steps = Steps::of(&batch, request)?;
+        base.prepare(&batch, &queue, compute, progress)?;
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
         let start = Instant::now();
-        let latents = match sample(&network, &batch, request, &contexts, compute, progress).map_err(known) {
+        let mut sampled = base.sample(&batch, &mut steps, None, compute, progress);
+        if let (Some(refiner), Ok(begun)) = (&mut refiner, &sampled) {
+            // kept for the next batch; after the last its memory is free for the refiner
+            base.unet = base.unet.take().filter(|_| queue.len() > 0);
+            refiner.prepare(&batch, &queue, compute, progress)?;
+            progress.stage("refining");
+            sampled = refiner.sample(&batch, &mut steps, Some(begun), compute, progress);
+        }
+        let latents = match sampled.map_err(known) {
             Ok(latents) => latents,
             Err(error) => {
-                unet = Some(network);
                 if error.is::<OutOfMemory>() && batch.len() > 1 {
                     queue.batch_size = batch.len().div_ceil(2);
                     progress.note(format!("warning: no memory for a batch of {}; going on with {}", batch.len(), queue.batch_size));
@@ -114,8 +107,10 @@ pub fn generate<'a>(
             }
         };
         let sampling_s = start.elapsed().as_secs_f64() / batch.len() as f64;
-        // kept for the next batch; after the last its memory is free for the VAE
-        unet = (queue.len() > 0).then_some(network);
+        // the same for the VAE
+        if queue.len() == 0 {
+            (base.unet, refiner) = (None, None);
+        }
         let decoder = match &mut decoder {
             Some(decoder) => decoder,
             none => {
@@ -238,45 +233,112 @@ impl Contexts<'_> {
         let embedded = batch.iter().map(embedded).collect::<Result<Vec<_>>>()?;
         let cat = |rows: Vec<&Tensor>| Tensor::cat(&rows, 0);
         let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
-        let ids = || batch.iter().map(|job| job.settings.sizes().to_vec()).collect();
+        let numbers = |job: &&Job| match (job.settings.sizes(), self.config.added_ids) {
+            ([original_height, original_width, top, left, ..], REFINER_IDS) => {
+                vec![original_height, original_width, top, left, AESTHETIC_SCORES[nth]]
+            }
+            (sizes, _) => sizes.to_vec(),
+        };
+        let ids = || batch.iter().map(numbers).collect();
         let added = (!pooled.is_empty()).then(|| Ok::<_, Error>(Added { pooled: cat(pooled)?, ids: ids() })).transpose()?;
         let guidance = batch.first().map(|job| job.settings.guidance);
         Ok(Conditioning { context: cat(embedded.iter().map(|embedded| &embedded.context).collect())?, added, guidance })
     }
 }
 
-/// Denoises one batch: latents [b, h, w, c]. Every picture has its own generator, so neighbours never matter.
-fn sample(unet: &UNet, batch: &[&Job], request: &Request, contexts: &Contexts, compute: &Compute, progress: &Progress) -> Result<Tensor> {
-    let Some(Job { settings, guided, plan, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
-    let (h, w, c) = request.latent_shape(settings);
-    let conditioning = contexts.of(batch, 0)?;
-    let negative = guided.then(|| contexts.of(batch, 1)).transpose()?;
-    let reuse = Reuse::every(settings.deep_cache);
-    let (scale, rescale, prediction) = (settings.guidance, settings.guidance_rescale, settings.prediction);
-    let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
-    let mut generators: Vec<Generator> = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
-    let mut noise = || -> TensorResult<Tensor> {
-        let each = generators.iter_mut().map(|g| g.latents(h, w, c)).collect::<TensorResult<Vec<_>>>()?;
-        Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
-    };
-    let first = (noise()? * plan.init_noise_sigma())?;
-    let total = plan.evaluations();
-    let mut done = 0;
-    let mut bad_step = None;
-    let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
-        let denoised = guided.denoise(x, sigma, timestep)?;
-        done += 1;
-        progress.step(done, total);
-        if bad_step.is_none() && !finite(&denoised)? {
-            bad_step = Some(done);
-            candle_core::bail!("not finite");
+/// A U-Net with its text encoders: read when needed, freed when not needed any more.
+struct Stage<'a> {
+    checkpoint: &'a Checkpoint,
+    contexts: Contexts<'a>,
+    encoder: Option<Encoder>,
+    unet: Option<UNet>,
+}
+
+impl<'a> Stage<'a> {
+    fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig) -> Self {
+        Self { checkpoint, contexts: Contexts { config, known: HashMap::new() }, encoder: None, unet: None }
+    }
+
+    /// Embeds the batch's prompts, and those of what comes next, and has the U-Net there.
+    fn prepare(&mut self, batch: &[&Job], queue: &Queue, compute: &Compute, progress: &Progress) -> Result<()> {
+        let config = self.contexts.config;
+        if batch.iter().any(|job| !self.contexts.has(job)) {
+            let encoder = match self.encoder.take() {
+                Some(encoder) => encoder,
+                None => {
+                    progress.stage("encoding the prompt");
+                    Encoder::new(self.checkpoint, &config.encoder, compute).context(ModelError)?
+                }
+            };
+            let next = batch.iter().chain(queue.jobs.iter().take(AHEAD));
+            self.contexts.encode(next.copied(), &encoder, progress)?;
+            self.encoder = (queue.jobs.len() > AHEAD).then_some(encoder);
         }
-        Ok(denoised)
-    };
-    let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut |_| Ok(()));
-    match bad_step {
-        Some(step) => Err(NotFinite { place: format!("after {step} of {total} denoising steps") }.into()),
-        None => Ok(result?),
+        if self.unet.is_none() {
+            progress.stage("reading the U-Net");
+            let weights = self.checkpoint.weights("unet", &compute.device, compute.dtype);
+            self.unet = Some(UNet::new(&weights, &config.unet).context(ModelError)?);
+        }
+        Ok(())
+    }
+
+    /// Denoises one batch, or goes on with latents that another stage has begun: latents [b, h, w, c].
+    fn sample(&self, batch: &[&Job], steps: &mut Steps, begun: Option<&Tensor>, compute: &Compute, progress: &Progress) -> Result<Tensor> {
+        let (Some(Job { settings, guided, plan, refine, .. }), Some(unet)) = (batch.first(), &self.unet) else {
+            anyhow::bail!("nothing to draw")
+        };
+        let (plan, prediction) = match refine.as_ref().filter(|_| begun.is_some()) {
+            Some(refine) => (refine, self.contexts.config.scheduler.prediction),
+            None => (plan, settings.prediction),
+        };
+        let conditioning = self.contexts.of(batch, 0)?;
+        let negative = guided.then(|| self.contexts.of(batch, 1)).transpose()?;
+        let reuse = Reuse::every(settings.deep_cache);
+        let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
+        let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
+        let Steps { generators, latent_shape: (h, w, c), done, total } = steps;
+        let mut noise = || -> TensorResult<Tensor> {
+            let each = generators.iter_mut().map(|g| g.latents(*h, *w, *c)).collect::<TensorResult<Vec<_>>>()?;
+            Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
+        };
+        let first = match begun {
+            Some(begun) => (begun * plan.handover_scale())?,
+            None => (noise()? * plan.init_noise_sigma())?,
+        };
+        let mut bad_step = None;
+        let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
+            let denoised = guided.denoise(x, sigma, timestep)?;
+            *done += 1;
+            progress.step(*done, *total);
+            if bad_step.is_none() && !finite(&denoised)? {
+                bad_step = Some(*done);
+                candle_core::bail!("not finite");
+            }
+            Ok(denoised)
+        };
+        let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut |_| Ok(()));
+        match bad_step {
+            Some(step) => Err(NotFinite { place: format!("after {step} of {total} denoising steps") }.into()),
+            None => Ok(result?),
+        }
+    }
+}
+
+/// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.
+struct Steps {
+    generators: Vec<Generator>,
+    latent_shape: (usize, usize, usize),
+    /// evaluations of networks
+    done: usize,
+    total: usize,
+}
+
+impl Steps {
+    fn of(batch: &[&Job], request: &Request) -> Result<Self> {
+        let Some(Job { settings, plan, refine, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
+        let total = plan.evaluations() + refine.as_ref().map_or(0, |plan| plan.evaluations());
+        let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
+        Ok(Self { generators, latent_shape: request.latent_shape(settings), done: 0, total })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::cli::DrawArgs;
 use crate::device::{Compute, require_memory};
-use crate::family::Family;
+use crate::family::{Family, REFINE_AT};
 use crate::image::Format;
 use crate::list::List;
 use crate::model::unet::UNetConfig;
@@ -34,6 +34,8 @@ pub struct Job {
     /// whether the network runs twice a step, for the prompt and the negative one
     pub guided: bool,
     pub plan: Arc<Plan>,
+    /// what the refiner does then
+    pub refine: Option<Arc<Plan>>,
     /// none for stdout
     pub path: Option<PathBuf>,
     pub format: Format,
@@ -56,8 +58,9 @@ pub struct Request {
     pub list: String,
     pub batch_size: usize,
     pub model: ModelConfig,
+    pub refiner: Option<ModelConfig>,
     pub vae: VaeConfig,
-    plans: Vec<(PlanKey, Arc<Plan>)>,
+    plans: Vec<(PlanKey, Plans)>,
 }
 
 /// What of a checkpoint makes latents from prompts.
@@ -87,23 +90,39 @@ impl ModelConfig {
             added_ids,
         })
     }
+
+    /// The configuration of a model that takes over latents of this one. Errors if their latents are not the same.
+    fn refined_by(&self, refiner: &Checkpoint) -> Result<Self> {
+        let other = Self::of(refiner)?;
+        if self.added_ids == 0 || other.added_ids == 0 || self.unet.in_channels != other.unet.in_channels {
+            bail!("`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models of SDXL's family", refiner.name);
+        }
+        Ok(other)
+    }
 }
 
-type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction);
+type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>);
+type Plans = (Arc<Plan>, Option<Arc<Plan>>);
 
 impl Request {
     /// A run of this checkpoint with nothing to draw yet. Errors if the checkpoint cannot be drawn with.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let parse = || -> Result<Self> {
             if Family::detect(checkpoint)? == Family::SdxlRefiner {
-                bail!("`{}` is a refiner, which finishes pictures and cannot begin any", checkpoint.name);
+                bail!(
+                    "`{}` is a refiner, which finishes pictures and cannot begin any\n\nhint: pass it with `--refiner`, for example beside `--model sdxl`",
+                    checkpoint.name
+                );
             }
             checkpoint.require_vae()?;
+            let model = ModelConfig::of(checkpoint)?;
+            let refiner = checkpoint.refiner.as_deref().map(|refiner| model.refined_by(refiner)).transpose()?;
             Ok(Self {
                 jobs: vec![],
                 list: String::new(),
                 batch_size: 1,
-                model: ModelConfig::of(checkpoint)?,
+                model,
+                refiner,
                 vae: VaeConfig::from_json(checkpoint.config("vae")?)?,
                 plans: vec![],
             })
@@ -121,6 +140,7 @@ impl Request {
         let sampler = request.model.scheduler.sampler();
         let [version, dtype, model, no_negative] =
             [env!("CARGO_PKG_VERSION"), compute.dtype.as_str(), &checkpoint.name, ""].map(Arc::<str>::from);
+        let refiner = checkpoint.refiner.as_ref().map(|refiner| Arc::<str>::from(&*refiner.name));
         for item in &list.items {
             let options = &item.options;
             let settings = Settings {
@@ -139,6 +159,9 @@ impl Request {
                 original_size: options.original_size,
                 crop: options.crop,
                 target_size: options.target_size,
+                refiner: refiner.clone(),
+                refiner_hash: None,
+                refine_at: options.refine_at.or(refiner.as_ref().map(|_| REFINE_AT)),
                 clip_skip: options.clip_skip.unwrap_or(1),
                 deep_cache: options.deep_cache.unwrap_or(1),
                 prediction,
@@ -155,8 +178,10 @@ impl Request {
         request.name(list)?;
         // last, as it looks into the files
         let model_hash: Arc<str> = checkpoint.hash().context(ModelError)?.into();
+        let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
         for job in &mut request.jobs {
             job.settings.model_hash = model_hash.clone();
+            job.settings.refiner_hash = refiner_hash.clone();
         }
         let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();
         request.batch_size = args.batch_size.unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));
@@ -179,21 +204,30 @@ impl Request {
         if skip > layers {
             bail!("`--clip-skip {skip}` leaves nothing of the text encoder's {layers} layers");
         }
-        let Settings { sampler, schedule, steps, eta, prediction, .. } = settings;
-        let key = (sampler, schedule, steps, eta, prediction);
-        let plan = match self.plans.iter().find(|(known, _)| *known == key) {
-            Some((_, plan)) => plan.clone(),
+        let Settings { sampler, schedule, steps, eta, prediction, refine_at, .. } = settings;
+        let key = (sampler, schedule, steps, eta, prediction, refine_at);
+        let (plan, refine) = match self.plans.iter().find(|(known, _)| *known == key) {
+            Some((_, plans)) => plans.clone(),
             None => {
                 let mut scheduler = self.model.scheduler.clone();
                 scheduler.prediction = prediction;
-                let plan = Arc::new(plan(&scheduler, sampler, schedule, steps, eta)?);
-                self.plans.push((key, plan.clone()));
-                plan
+                let whole = plan(&scheduler, sampler, schedule, steps, eta)?;
+                let plans = match (&self.refiner, refine_at) {
+                    (None, None) => (Arc::new(whole), None),
+                    (Some(refiner), Some(at)) => {
+                        let [first, _] = whole.split(at)?;
+                        let [_, second] = plan(&refiner.scheduler, sampler, schedule, steps, eta)?.split(at)?;
+                        (Arc::new(first), Some(Arc::new(second)))
+                    }
+                    _ => bail!("`--refine-at` without `--refiner`\n\nhint: `--refiner sdxl-refiner`"),
+                };
+                self.plans.push((key, plans.clone()));
+                plans
             }
         };
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
         let guided = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, guided, plan, path: None, format });
+        self.jobs.push(Job { index: self.jobs.len(), line, settings, guided, plan, refine, path: None, format });
         Ok(())
     }
 
@@ -238,7 +272,11 @@ impl Request {
     pub fn memory_bytes(&self, checkpoint: &Checkpoint, batch_size: usize) -> u64 {
         let weights = |part: &str| 4 * checkpoint.summary(part).0 as u64;
         let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
-        let (unet_weights, vae_weights) = (weights("unet"), weights("vae"));
+        let refiner_weights = checkpoint.refiner.as_ref().map_or(0, |refiner| 4 * refiner.summary("unet").0 as u64);
+        // a single batch's base is freed before its refiner is read
+        let both = weights("unet") + refiner_weights;
+        let unet_weights = if self.jobs.len() > batch_size { both } else { weights("unet").max(refiner_weights) };
+        let vae_weights = weights("vae");
         let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(&self.vae.block_out_channels));
         let of_job = |job: &Job| {
             let pixels = (job.settings.width * job.settings.height) as u64;

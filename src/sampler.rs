@@ -470,7 +470,7 @@ struct Weights {
 fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let n = plan.timesteps.len();
-    let short = plan.solver.lower_order_final && n < 15;
+    let short = plan.solver.lower_order_final && plan.steps() < 15;
     let mut history: VecDeque<Tensor> = VecDeque::new();
     for i in 0..n {
         let (sigma, next) = (plan.sigmas[i], plan.sigmas[i + 1]);
@@ -480,7 +480,7 @@ fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
             Algorithm::Plain | Algorithm::Sde => derivative(&x, &denoised, sigma)?,
         });
         history.truncate(3);
-        let order = match n - i {
+        let order = match n - i + plan.after {
             1 if plan.solver.euler_at_final || short => 1,
             2 if short => plan.solver.order.min(2),
             _ => plan.solver.order,
@@ -695,7 +695,7 @@ fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.denoised_at(&x, i)?;
         slopes.push_front(derivative(&x, &denoised, sigma)?);
         slopes.truncate(3);
-        let left = if plan.solver.lower_order_final && n < 15 { n - i } else { n };
+        let left = if plan.solver.lower_order_final && plan.steps() < 15 { n - i + plan.after } else { n };
         let order = plan.solver.order.min(i + 1).min(left);
         let nodes: Vec<f64> = (0..order).map(|k| plan.sigmas[i - k].ln()).collect();
         let mut terms = vec![(1.0, &x)];
@@ -733,13 +733,13 @@ fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
             true => denoised.clone(),
             false => derivative(&x, &denoised, plan.sigmas[i])?,
         };
-        if let Some((before, order)) = last.take().filter(|_| !solver.disable_corrector.contains(&(i - 1))) {
+        if let Some((before, order)) = last.take().filter(|_| !solver.disable_corrector.contains(&(plan.before + i - 1))) {
             let step = UniPcStep::new(plan, i - 1, order);
             x = step.advance(&before, &history, Some(&output), &step.corrector())?;
         }
         history.push_front(output);
         history.truncate(solver.order);
-        let left = if solver.lower_order_final { n - i } else { n };
+        let left = if solver.lower_order_final { n - i + plan.after } else { n };
         let order = solver.order.min(left).min(i + 1);
         let step = UniPcStep::new(plan, i, order);
         let ahead = step.advance(&x, &history, None, &step.predictor())?;

@@ -774,6 +774,10 @@ pub struct Plan {
     /// Evaluations of PNDM's Runge-Kutta start.
     pub(crate) prk_evaluations: usize,
     pub(crate) timestep_scaling: f64,
+    /// Steps of the whole run that others take before and after this part of it.
+    pub(crate) before: usize,
+    pub(crate) after: usize,
+    train_timesteps: usize,
     init_noise_sigma: f64,
 }
 
@@ -785,10 +789,53 @@ impl Plan {
 
     /// How often the network runs.
     pub fn evaluations(&self) -> usize {
+        let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));
         match self.sampler.is_two_stage() {
-            true => 2 * self.timesteps.len() - 1,
-            false => self.timesteps.len(),
+            true => 2 * steps - usize::from(ends),
+            false => steps,
         }
+    }
+
+    fn own_steps(&self) -> usize {
+        self.sigmas.len().saturating_sub(1)
+    }
+
+    /// Steps of the whole run, of which this may be a part.
+    pub(crate) fn steps(&self) -> usize {
+        self.before + self.own_steps() + self.after
+    }
+
+    /// Cuts a run in two at a share of the way from noise to picture, by timesteps, as diffusers' `denoising_end` and
+    /// `denoising_start` do. A second part has no history of the first. Errors if one of them would have no step.
+    pub fn split(&self, at: f64) -> Result<[Self; 2]> {
+        ensure!(self.sampler != Sampler::Pndm, "`pndm` cannot be handed over to a refiner\n\nhint: use another sampler, such as `euler`");
+        let train = self.train_timesteps as f64;
+        let (cut, steps) = ((train - at * train).round_ties_even(), self.own_steps());
+        let k = self.timesteps.iter().take_while(|t| **t >= cut).count();
+        ensure!(
+            (1..steps).contains(&k),
+            "`--refine-at {at}` leaves the model {k} and its refiner {} of {steps} steps",
+            steps - k.min(steps)
+        );
+        let (mut first, mut second) = (self.clone(), self.clone());
+        // methods of two stages look at the timestep where a step ends
+        first.timesteps.truncate(k + usize::from(self.sampler.is_two_stage()));
+        first.sigmas.truncate(k + 1);
+        first.after = steps - k;
+        second.timesteps.drain(..k);
+        second.sigmas.drain(..k);
+        second.before = k;
+        for list in [&mut second.middle_timesteps, &mut second.middle_sigmas] {
+            list.drain(..k.min(list.len()));
+        }
+        second.transfers.drain(..k.min(self.transfers.len()));
+        Ok([first, second])
+    }
+
+    /// The factor of diffusers' latents of another run that this one takes over.
+    pub fn handover_scale(&self) -> f64 {
+        let top = self.sigmas.first().copied().unwrap_or(0.0);
+        if self.is_variance_preserving() { top.hypot(1.0) } else { 1.0 }
     }
 
     /// Whether diffusers' latents for this sampler are variance-preserving:
@@ -822,6 +869,9 @@ pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedul
         large_variance: config.variance == Variance::Large,
         prk_evaluations: 0,
         timestep_scaling: config.timestep_scaling,
+        before: 0,
+        after: 0,
+        train_timesteps: train,
         init_noise_sigma: 1.0,
     };
     match sampler.grid() {

@@ -39,6 +39,10 @@ pub struct Settings {
     pub crop: Option<Point>,
     /// of the picture as SDXL is to believe it is; none: the picture's own
     pub target_size: Option<Size>,
+    /// the model that takes over, its hash, and at which share of the way from noise to picture
+    pub refiner: Option<Arc<str>>,
+    pub refiner_hash: Option<Arc<str>>,
+    pub refine_at: Option<f64>,
     /// 1: the last layer of the text encoder, 2: the one before, ...
     pub clip_skip: usize,
     /// the U-Net's inner levels run in every so manyth step
@@ -112,6 +116,8 @@ impl Settings {
         extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
         extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));
+        extra.extend(self.refiner.as_ref().map(|refiner| ("Refiner", refiner.to_string())));
+        extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,

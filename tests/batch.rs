@@ -315,6 +315,78 @@ fn what_sdxl_is_told_of_sizes_is_a_setting_like_others() {
     fail(sdgen(dir.path()).args(["x", "--sweep", "crop=1,1"]), 2, &["`--sweep` cannot vary `crop`"]);
 }
 
+#[test]
+fn a_refiner_works_in_batches_and_is_a_setting_like_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = |extra: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["-W", "16", "-H", "16", "-s", "1..4", "-m"]).arg(fixture("sdxl")).args(extra);
+        command
+    };
+    let refiner = fixture("sdxl_refiner");
+    let refined = |extra: &[&str]| {
+        let mut command = command(&["a frog", "--steps", "4", "--refine-at", "0.5", "--refiner", refiner.to_str().unwrap(), "--json"]);
+        let output = succeed(command.args(extra));
+        let lines: Vec<Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        (lines, output)
+    };
+    let hashes = |lines: &[Value]| lines.iter().map(|line| line["sha256"].clone()).collect::<Vec<_>>();
+    // no step twice, no weights twice: both networks stay for the batches to come
+    let (alone, output) = refined(&["-b", "1", "-v", "-o", "alone/"]);
+    let said = stderr(&output);
+    for (stage, times) in [("encoding the prompt", 2), ("reading the U-Net", 2), ("drawing", 3), ("refining", 3), ("decoding", 3)] {
+        assert_eq!(said.lines().filter(|l| l.starts_with(&format!("{stage}: "))).count(), times, "{stage} in {said}");
+    }
+    let (batched, output) = refined(&["-b", "3", "-o", "batch/", "--progress", "json"]);
+    assert_eq!(hashes(&batched), hashes(&alone));
+    let steps: Vec<u64> =
+        events(&output, "step").iter().filter(|step| step["index"] == 0).map(|step| step["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [1, 2, 3, 4]);
+    let plain = succeed(command(&["a frog", "--steps", "4", "--json", "-o", "plain/"]).arg("-q"));
+    let plain: Vec<Value> = stdout(&plain).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_ne!(hashes(&plain), hashes(&alone));
+    assert_eq!((&alone[0]["refiner"], &alone[0]["refine_at"]), (&Value::from("sdxl_refiner"), &Value::from(0.5)));
+    // in files, for `--resume` and `check`
+    assert!(refined(&["-o", "alone/", "--resume"]).0.iter().all(|line| line["skipped"] == true));
+    assert!(refined(&["-o", "alone/", "--resume", "--refine-at", "0.4"]).0.iter().all(|line| line["skipped"].is_null()));
+    let path = batched[0]["path"].as_str().unwrap();
+    let text = String::from_utf8_lossy(&std::fs::read(dir.path().join(path)).unwrap()).into_owned();
+    assert!(text.contains("Refiner: sdxl_refiner, Refiner switch at: 0.5"));
+    succeed(sdgen(dir.path()).args(["check", path, "-m"]).arg(fixture("sdxl")).arg("--refiner").arg(&refiner));
+    let output = sdgen(dir.path()).args(["check", path, "-m"]).arg(fixture("sdxl")).arg("--refiner").arg(fixture("sdxl")).output().unwrap();
+    assert!(stderr(&output).contains("other weights"), "{}", stderr(&output));
+    // every sampler but one can hand over
+    for sampler in [
+        "ddim",
+        "euler-a",
+        "dpmpp-2m",
+        "dpmpp-2m-sde",
+        "dpmpp-sde",
+        "dpmpp-2s-a",
+        "heun",
+        "dpm2",
+        "lms",
+        "unipc",
+        "deis",
+        "ddpm",
+        "lcm",
+        "tcd",
+    ] {
+        refined(&["--sampler", sampler, "-o", &format!("{sampler}/")]);
+    }
+    let refiner = refiner.to_str().unwrap();
+    let sd1 = fixture("sd1");
+    fail(&mut command(&["x", "--refiner", refiner, "--sampler", "pndm"]), 2, &["`pndm` cannot be handed over"]);
+    fail(
+        &mut command(&["x", "--refiner", refiner, "--steps", "4", "--refine-at", "0.999"]),
+        2,
+        &["the model 4 and its refiner 0 of 4 steps"],
+    );
+    fail(&mut command(&["x", "--refine-at", "0.5"]), 2, &["`--refine-at` without `--refiner`", "hint: "]);
+    fail(&mut command(&["x", "--refiner", sd1.to_str().unwrap()]), 3, &["`sd1` cannot refine"]);
+    fail(sdgen(dir.path()).args(["x", "-m", refiner]), 3, &["`sdxl_refiner` is a refiner", "hint: pass it with `--refiner`"]);
+}
+
 // Failures
 
 /// A checkpoint that has no number for the word `frog`.

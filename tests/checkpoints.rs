@@ -16,8 +16,8 @@ fn small(command: &mut std::process::Command, model: &Path, output: &str) {
 
 #[test]
 fn a_folder_and_its_single_file_give_the_same_bytes() {
-    for model in ["sd1", "sd2", "sdxl"] {
-        let dir = tempfile::tempdir().unwrap();
+    for model in ["sd1", "sd2", "sdxl", "sdxl_refiner"] {
+        let (dir, is_refiner) = (tempfile::tempdir().unwrap(), model == "sdxl_refiner");
         let (folder, file) = (dir.path().join("tiny"), dir.path().join("tiny.safetensors"));
         with_full_vocabulary(model, &folder);
         // what single files do not say and all known ones have
@@ -25,7 +25,12 @@ fn a_folder_and_its_single_file_give_the_same_bytes() {
         single_file(&format!("single_{model}.json"), &folder, &file);
         for (model, output) in [(&folder, "folder.png"), (&file, "file.png")] {
             let mut command = sdgen(dir.path());
-            small(&mut command, model, output);
+            if is_refiner {
+                small(&mut command, &fixture("sdxl"), output);
+                command.args(["--refine-at", "0.5", "--refiner"]).arg(model);
+            } else {
+                small(&mut command, model, output);
+            }
             succeed(&mut command);
         }
         let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();

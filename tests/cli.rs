@@ -345,6 +345,8 @@ fn help_names_every_option_of_the_contract() {
         "--original-size",
         "--crop",
         "--target-size",
+        "--refiner",
+        "--refine-at",
         "--format",
         "--force",
         "--resume",

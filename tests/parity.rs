@@ -199,13 +199,16 @@ fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
     (sampler.parse().unwrap(), karras.then(|| "karras".parse().unwrap()))
 }
 
-/// What all pictures of a run are told.
-fn told(embedded: &Embedded, run: &Value) -> Conditioning {
+/// What all pictures of a run are told, a refiner's with a score.
+fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
     let count = run["count"].as_u64().unwrap() as usize;
     // (height, width), then (top, left), then (height, width)
     let own = [run["height"].clone(), run["width"].clone()];
     let pair = |key: &str| run[key].as_array().cloned().unwrap_or(own.to_vec());
-    let ids: Vec<f64> = ["original_size", "crop", "target_size"].into_iter().flat_map(pair).map(|n| n.as_f64().unwrap()).collect();
+    let mut ids: Vec<f64> = ["original_size", "crop", "target_size"].into_iter().flat_map(pair).map(|n| n.as_f64().unwrap()).collect();
+    if let Some(score) = score {
+        ids.splice(4.., [score]);
+    }
     let added = embedded.pooled.as_ref().map(|pooled| Added { pooled: pooled.repeat((count, 1)).unwrap(), ids: vec![ids; count] });
     Conditioning { context: embedded.context.repeat((count, 1, 1)).unwrap(), added, guidance: run["guidance"].as_f64() }
 }
@@ -251,7 +254,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 Some(text) => encoder.encode(text, 0).unwrap().0,
                 None => prompt.zeros_like().unwrap(),
             });
-            let (conditioning, negative) = (told(&prompt, run), negative.map(|negative| told(&negative, run)));
+            let (conditioning, negative) = (told(&prompt, run, None), negative.map(|negative| told(&negative, run, None)));
             let reuse = Reuse::every(1);
             let (scale, rescale, prediction) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0), config.prediction);
             let mut guided = Guided { unet: &unet, conditioning, negative, scale, rescale, prediction, reuse };
@@ -287,5 +290,55 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 assert!(worst <= 1 && mean < 0.02, "{model} run.{name}: picture {i} differs by up to {worst} levels, {mean} on average");
             }
         }
+    }
+}
+
+/// Step by step; the pictures themselves are compared in traps.rs: `the_program_draws_diffusers_pictures`.
+#[test]
+fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
+    let (base, refiner) = (fixture("sdxl"), fixture(REFINER));
+    let stages = [(&base, base.encoder(), base.unet()), (&refiner, refiner.encoder(), refiner.unet())];
+    for run in refiner.json["runs"].as_array().unwrap() {
+        let name = run["name"].as_str().unwrap();
+        let count = run["count"].as_u64().unwrap() as usize;
+        let guidance = run["guidance"].as_f64().unwrap();
+        let golden = refiner.golden(&format!("run.{name}.latents"));
+        let (mut latents, mut compared) = (None::<Tensor>, 0);
+        for (i, (f, encoder, unet)) in stages.iter().enumerate() {
+            let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap().for_pipeline();
+            let whole = plan(&config, Sampler::Euler, None, run["steps"].as_u64().unwrap() as usize, None).unwrap();
+            let plan = whole.split(run["refine_at"].as_f64().unwrap()).unwrap()[i].clone();
+            if i == 0 {
+                assert_eq!(plan.evaluations() as u64, run["base_steps"].as_u64().unwrap(), "{name}: steps of the base");
+            }
+            let scores = [[None, None], [Some(6.0), Some(2.5)]][i];
+            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), 0).unwrap().0;
+            // zeros for the base, the embedding of no text for the refiner
+            let negative = match (run["negative_prompt"].as_str(), i) {
+                (None, 0) => prompt.zeros_like().unwrap(),
+                (text, _) => encoder.encode(text.unwrap_or(""), 0).unwrap().0,
+            };
+            let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
+            let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
+            let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
+            let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
+            let first = match latents.take() {
+                None => {
+                    let noise = refiner.golden(&format!("run.{name}.noise"));
+                    assert_eq!(noise.dim(0).unwrap(), count);
+                    (noise * plan.init_noise_sigma()).unwrap()
+                }
+                Some(begun) => (begun * plan.handover_scale()).unwrap(),
+            };
+            let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| guided.denoise(x, sigma, timestep);
+            let mut on_step = |step: &sampler::Step| {
+                compare(&format!("run.{name}.latents[{compared}]"), step.latents, &golden.get(compared)?, LATENTS);
+                compared += 1;
+                Ok(())
+            };
+            let mut no_noise = || candle_core::bail!("euler draws no noise");
+            latents = Some(sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap());
+        }
+        assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");
     }
 }

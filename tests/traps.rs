@@ -97,7 +97,7 @@ fn the_timestep_embedding_is_exact_to_1e_4_at_t_999() {
 #[test]
 fn the_program_draws_diffusers_pictures() {
     let dir = tempfile::tempdir().unwrap();
-    for model in ["sd1", "sd2", "odd", "sdxl"] {
+    for model in ["sd1", "sd2", "odd", "sdxl", "sdxl_refiner"] {
         let goldens = load(&fixture(model).join("goldens.safetensors"));
         let runs = std::fs::read_to_string(fixture(model).join("goldens.json")).unwrap().replace("-Infinity", "null");
         let runs: Value = serde_json::from_str(&runs).unwrap();
@@ -107,7 +107,11 @@ fn the_program_draws_diffusers_pictures() {
             let own =
                 [&json(&fixture(model).join("scheduler/scheduler_config.json"))["_class_name"], &Value::Null].contains(&&run["scheduler"]);
             let mut command = sdgen(dir.path());
-            command.args(["--threads", "1", "-o", &format!("{model}-{name}-{{seed}}.png"), "-m"]).arg(fixture(model));
+            command.args(["--threads", "1", "-o", &format!("{model}-{name}-{{seed}}.png"), "-m"]);
+            match run["refine_at"].as_f64() {
+                Some(at) => command.arg(fixture("sdxl")).arg("--refiner").arg(fixture(model)).arg(format!("--refine-at={at}")),
+                None => command.arg(fixture(model)),
+            };
             command.args([
                 &text("prompt"),
                 "-n",

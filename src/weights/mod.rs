@@ -79,6 +79,8 @@ pub struct Checkpoint {
     pub assumed: Vec<String>,
     /// an assumption that is wrong for some known models
     pub doubt: Option<String>,
+    /// what finishes pictures that this one begins
+    pub refiner: Option<Box<Self>>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
 }
@@ -115,6 +117,7 @@ impl Checkpoint {
             ignored: vec![],
             assumed: vec![],
             doubt: None,
+            refiner: None,
             sources: vec![],
             entries: BTreeMap::new(),
         }

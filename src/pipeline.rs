@@ -335,10 +335,9 @@ struct Steps {
 
 impl Steps {
     fn of(batch: &[&Job], request: &Request) -> Result<Self> {
-        let Some(Job { settings, plan, refine, .. }) = batch.first() else { anyhow::bail!("the batch is empty") };
-        let total = plan.evaluations() + refine.as_ref().map_or(0, |plan| plan.evaluations());
+        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
         let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
-        Ok(Self { generators, latent_shape: request.latent_shape(settings), done: 0, total })
+        Ok(Self { generators, latent_shape: request.latent_shape(&first.settings), done: 0, total: first.evaluations() })
     }
 }
 

@@ -42,6 +42,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// How often networks run for it, a guided pair counted once.
+    pub fn evaluations(&self) -> usize {
+        self.plan.evaluations() + self.refine.as_ref().map_or(0, |plan| plan.evaluations())
+    }
+
     /// Whether both can be denoised in one batch: they share all that one forward pass shares.
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
@@ -270,13 +275,11 @@ impl Request {
     /// A rough estimate of the memory that drawing needs at its peak, in bytes: the larger of the U-Net with its
     /// activations and the VAE with its own (five of its widest full-size ones live at once, in f32).
     pub fn memory_bytes(&self, checkpoint: &Checkpoint, batch_size: usize) -> u64 {
-        let weights = |part: &str| 4 * checkpoint.summary(part).0 as u64;
         let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
-        let refiner_weights = checkpoint.refiner.as_ref().map_or(0, |refiner| 4 * refiner.summary("unet").0 as u64);
+        let (base, vae_weights) = (checkpoint.stored_bytes("unet"), checkpoint.stored_bytes("vae"));
+        let refiner = checkpoint.refiner.as_ref().map_or(0, |refiner| refiner.stored_bytes("unet"));
         // a single batch's base is freed before its refiner is read
-        let both = weights("unet") + refiner_weights;
-        let unet_weights = if self.jobs.len() > batch_size { both } else { weights("unet").max(refiner_weights) };
-        let vae_weights = weights("vae");
+        let unet_weights = if self.jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
         let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(&self.vae.block_out_channels));
         let of_job = |job: &Job| {
             let pixels = (job.settings.width * job.settings.height) as u64;

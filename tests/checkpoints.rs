@@ -61,6 +61,17 @@ fn real_headers_are_recognised_without_reading_weights() {
     }
 }
 
+#[test]
+fn weights_in_half_precision_need_half_the_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    sparse(&json(&fixture("real_sdxl.json")), &dir.path().join("real.safetensors"));
+    let output = succeed(sdgen(dir.path()).args(["x", "-m", "real.safetensors", "--dry-run", "-b", "1", "-s", "1", "-o", "x.png"]));
+    let said = stderr(&output);
+    let gb: f64 = said.split("about ").nth(1).and_then(|rest| rest.split(" GB").next()).unwrap().parse().unwrap();
+    // 5.1 GB of U-Net, and activations
+    assert!((5.1..8.0).contains(&gb), "{said}");
+}
+
 /// A file with a real header and holes for data.
 fn sparse(shapes: &Value, path: &Path) {
     let mut offset = 0;

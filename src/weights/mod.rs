@@ -285,11 +285,21 @@ impl Checkpoint {
             .count()
     }
 
+    fn entries_of(&self, component: &str) -> impl Iterator<Item = &Entry> {
+        let prefix = format!("{component}.");
+        self.entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix)).map(|(_, e)| e)
+    }
+
     /// (parameters, stored types) of a component.
     pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
-        let prefix = format!("{component}.");
-        let of = || self.entries.range(prefix.clone()..).take_while(|(k, _)| k.starts_with(&prefix)).map(|(_, e)| e);
+        let of = || self.entries_of(component);
         (of().map(|e| e.shape.iter().product::<usize>()).sum(), of().map(|e| e.dtype.as_str()).collect())
+    }
+
+    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`].
+    pub fn stored_bytes(&self, component: &str) -> u64 {
+        let width = |dtype: &str| if matches!(dtype, "f16" | "bf16") { 2 } else { 4 };
+        self.entries_of(component).map(|e| width(&e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
     }
 
     /// Bytes of all files.

@@ -8,6 +8,7 @@ use crate::pipeline;
 use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
 use crate::settings::Settings;
+use crate::trace::Trace;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -54,32 +55,51 @@ pub struct CheckArgs {
 struct Known {
     path: PathBuf,
     settings: Settings,
+    trace: Option<Trace>,
     format: Format,
     /// what the drawn one should look like
     expected: Picture,
 }
 
+/// How a picture that was drawn again compares.
+struct Compared {
+    difference: Difference,
+    /// the first stage that is not as traced, if any; none without a trace
+    first_difference: Option<Option<String>>,
+}
+
 /// Takes what came of a picture.
-type Tell<'a> = dyn FnMut(&Path, Result<Difference>) -> Result<(), Failure> + 'a;
+type Tell<'a> = dyn FnMut(&Path, Result<Compared>) -> Result<(), Failure> + 'a;
 
 /// Compares every picture and prints a line for each. Errors if any differs or cannot be drawn again.
 pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
-    let mut bad = 0;
-    let mut tell = |path: &Path, outcome: Result<Difference>| -> Result<(), Failure> {
-        let same = outcome.as_ref().is_ok_and(|difference| match args.min_psnr {
+    let (mut bad, mut hint) = (0, "");
+    let mut tell = |path: &Path, outcome: Result<Compared>| -> Result<(), Failure> {
+        let same = outcome.as_ref().is_ok_and(|Compared { difference, .. }| match args.min_psnr {
             Some(least) => difference.psnr_db >= least,
             None => difference.pixels == 0,
         });
         bad += usize::from(!same);
-        let difference = match outcome {
-            Ok(difference) => Some(difference),
+        let compared = match outcome {
+            Ok(compared) => {
+                match &compared.first_difference {
+                    Some(Some(stage)) => progress.note(format!("`{}`: first differs at {stage}", path.display())),
+                    Some(None) if compared.difference.pixels > 0 => {
+                        progress
+                            .note(format!("`{}`: no stage differs: the pixels it is compared with come from elsewhere", path.display()));
+                    }
+                    None if !same => hint = "\n\nhint: of pictures drawn with `--trace` this tells the first stage that differs",
+                    _ => {}
+                }
+                Some(compared)
+            }
             Err(error) => {
                 progress.say(&Failure { code: 1, error: error.context(format!("`{}`", path.display())) }.text());
                 None
             }
         };
-        say(&line(path, same, difference.as_ref(), args.json)).code(1)
+        say(&line(path, same, compared.as_ref(), args.json)).code(1)
     };
     let mut known: Vec<Known> = vec![];
     for path in &args.pictures {
@@ -104,14 +124,16 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
             .code(3)?;
         compare(group, &checkpoint, &compute, &progress, &mut tell)?;
     }
-    if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same", args.pictures.len())).code(1) }
+    if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same{hint}", args.pictures.len())).code(1) }
 }
 
 /// Reads a picture, and the one that it should look like if that is another.
 fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
     let bytes = std::fs::read(path).context("it cannot be read")?;
     let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
-    let settings = serde_json::from_value(metadata.sdgen).context("what it says of its drawing cannot be read")?;
+    let unreadable = "what it says of its drawing cannot be read";
+    let trace = Trace::of(&metadata.sdgen).context(unreadable)?;
+    let settings = serde_json::from_value(metadata.sdgen).context(unreadable)?;
     let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
     let expected = match expect {
         Some(path) => {
@@ -120,7 +142,7 @@ fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
         }
         None => Picture::decode(&bytes).context("it is damaged")?,
     };
-    Ok(Known { path: path.into(), settings, format, expected })
+    Ok(Known { path: path.into(), settings, trace, format, expected })
 }
 
 /// Draws the pictures of one model again and tells how each differs.
@@ -128,6 +150,7 @@ fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progre
     let hash = checkpoint.hash().code(3)?;
     let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
+    request.trace = group.iter().any(|known| known.trace.is_some());
     let mut drawn_again: Vec<&Known> = vec![];
     for known in &group {
         let added = if *known.settings.model_hash == *hash && known.settings.refiner_hash.as_deref() == refiner_hash.as_deref() {
@@ -148,7 +171,11 @@ fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progre
     let mut told = Ok(());
     pipeline::generate(checkpoint, &request, &jobs, compute, progress, &|| false, &mut |job, drawn| {
         let Some(known) = drawn_again.get(job.index) else { return };
-        let outcome = drawn.and_then(|drawn| difference(&drawn.picture, known));
+        let outcome = drawn.and_then(|drawn| {
+            let difference = difference(&drawn.picture, known)?;
+            let traces = known.trace.as_ref().zip(drawn.trace.as_ref());
+            Ok(Compared { difference, first_difference: traces.map(|(known, drawn)| known.first_difference(drawn)) })
+        });
         if told.is_ok() {
             told = tell(&known.path, outcome);
         }
@@ -168,14 +195,18 @@ fn difference(drawn: &Picture, known: &Known) -> Result<Difference> {
     Ok(drawn.difference(&known.expected))
 }
 
-fn line(path: &Path, same: bool, difference: Option<&Difference>, json: bool) -> String {
+fn line(path: &Path, same: bool, compared: Option<&Compared>, json: bool) -> String {
+    let difference = compared.map(|compared| &compared.difference);
     if json {
         let number = |value: fn(&Difference) -> serde_json::Value| difference.map(value);
-        let record = json!({
+        let mut record = json!({
             "path": path.to_string_lossy(), "same": same,
             "psnr_db": number(|d| if d.psnr_db.is_finite() { d.psnr_db.into() } else { serde_json::Value::Null }),
             "pixels": number(|d| d.pixels.into()), "largest": number(|d| d.largest.into()),
         });
+        if let (Some(stage), Some(record)) = (compared.and_then(|c| c.first_difference.as_ref()), record.as_object_mut()) {
+            record.insert("first_difference".into(), json!(stage));
+        }
         return format!("{record}\n");
     }
     let path = path.display();

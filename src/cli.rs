@@ -132,6 +132,9 @@ pub struct DrawArgs {
     /// One JSON object a picture on stdout
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// Keep a hash of every stage, so that `sdgen check` can name the first that differs
+    #[arg(long, help_heading = "Output")]
+    pub trace: bool,
 
     /// auto, cpu, cuda[:N] or metal
     #[arg(long, default_value = "auto", hide_default_value = true, value_name = "NAME", help_heading = "Machine")]

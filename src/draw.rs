@@ -15,6 +15,7 @@ use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
 use crate::settings::Settings;
 use crate::sheet::{Cell, sheet};
+use crate::trace::Trace;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, anyhow};
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
@@ -69,7 +70,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size);
     let mut records = Records::new(args, &request);
     if args.resume || args.verify {
-        let present = request.jobs.par_iter().filter_map(|job| Some((job.index, Some(present(job, records.wanted)?))));
+        let present = request.jobs.par_iter().filter_map(|job| Some((job.index, Some(present(job, records.wanted, args.trace)?))));
         records.landed = present.collect();
     }
     if args.verify {
@@ -173,6 +174,9 @@ fn check(args: &DrawArgs, list: &List) -> Result<()> {
     if to_stdout && args.json {
         return Err(anyhow!("`-o -` and `--json` both want stdout"));
     }
+    if args.trace && args.no_metadata && !args.json && args.manifest.is_none() {
+        return Err(anyhow!("with `--no-metadata` nothing keeps what `--trace` finds\n\nhint: `--json` or `--manifest FILE` does"));
+    }
     if to_stdout && args.grid.is_some() {
         return Err(anyhow!("`--grid` is made of files, but `-o -` writes none"));
     }
@@ -204,18 +208,21 @@ fn check_files(args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
         output::check_writable(&paths, make_folders, args.force || args.resume)?;
     }
     for job in request.jobs.iter().filter(|job| job.format == Format::Jpg && !args.no_metadata) {
-        job.settings.metadata().check(job.format).with_context(|| request.place(job))?;
+        let trace = args.trace.then(|| Trace::blank(1 + usize::from(job.guided), job.evaluations()));
+        job.settings.metadata(trace.as_ref()).check(job.format).with_context(|| request.place(job))?;
     }
     Ok(())
 }
 
 /// A picture's file, if it is whole and has these very settings.
-fn present(job: &Job, wants_hash: bool) -> Option<Landed> {
+fn present(job: &Job, wants_hash: bool, wants_trace: bool) -> Option<Landed> {
     let bytes = std::fs::read(job.path.as_ref()?).ok()?;
-    let settings: Settings = serde_json::from_value(read_metadata(&bytes).ok()??.sdgen).ok()?;
+    let sdgen = read_metadata(&bytes).ok()??.sdgen;
+    let trace = wants_trace.then(|| Trace::of(&sdgen).ok()?).flatten();
+    let settings: Settings = serde_json::from_value(sdgen).ok()?;
     let picture = settings.draws_the_same_as(&job.settings).then(|| Picture::decode(&bytes).ok()).flatten()?;
     let sha256 = (wants_hash && job.format != Format::Jpg).then(|| picture.sha256());
-    Some(Landed { sha256, skipped: true, ..Landed::default() })
+    Some(Landed { sha256, trace, skipped: true, ..Landed::default() })
 }
 
 /// Says what was chosen for the person: the seed if it is random, what is skipped, and what could not be known.
@@ -305,7 +312,7 @@ impl<'a> Writer<'a> {
         if drawn.picture.is_flat() {
             self.progress.note(format!("warning: {} has one colour everywhere; the checkpoint may be damaged", self.request.place(job)));
         }
-        let metadata = (!self.args.no_metadata).then(|| job.settings.metadata());
+        let metadata = (!self.args.no_metadata).then(|| job.settings.metadata(drawn.trace.as_ref()));
         let bytes = drawn.picture.encode(job.format, metadata.as_ref())?;
         match &job.path {
             Some(path) => {
@@ -318,7 +325,7 @@ impl<'a> Writer<'a> {
             }
         }
         let sha256 = self.records.wanted.then(|| drawn.picture.sha256());
-        Ok(Landed { sha256, timings: Some((drawn.sampling_s, drawn.decoding_s)), skipped: false })
+        Ok(Landed { sha256, timings: Some((drawn.sampling_s, drawn.decoding_s)), trace: drawn.trace, skipped: false })
     }
 }
 
@@ -329,6 +336,8 @@ struct Landed {
     sha256: Option<String>,
     /// seconds of sampling and decoding
     timings: Option<(f64, f64)>,
+    /// none without `--trace`, or of an earlier run without it
+    trace: Option<Trace>,
     /// it is of an earlier run
     skipped: bool,
 }
@@ -421,6 +430,7 @@ fn as_json(path: &Path, settings: &Settings, landed: Landed) -> Value {
         record.extend(settings);
         let timings = |(sampling_s, decoding_s)| ("timings".into(), json!({ "sampling_s": sampling_s, "decoding_s": decoding_s }));
         record.extend(landed.timings.map(timings));
+        record.extend(landed.trace.map(|trace| (Trace::KEY.into(), json!(trace))));
         record.extend(landed.skipped.then(|| ("skipped".into(), true.into())));
     }
     record

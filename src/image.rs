@@ -236,7 +236,9 @@ impl Metadata {
         // A segment's length counts itself (2 bytes) and `Exif\0\0` (6).
         const MOST_BYTES: usize = u16::MAX as usize - 8;
         if format == Format::Jpg && exif::write(self).len() > MOST_BYTES {
-            bail!("the prompt is too long to be stored in a JPEG\n\nhint: use `--format png`, or leave it out with `--no-metadata`");
+            bail!(
+                "prompt and settings are too long to be stored in a JPEG\n\nhint: use `--format png`, or leave them out with `--no-metadata`"
+            );
         }
         Ok(())
     }

@@ -31,4 +31,5 @@ pub mod settings;
 pub mod shard;
 pub mod sheet;
 pub mod text;
+pub mod trace;
 pub mod weights;

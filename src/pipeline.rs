@@ -13,8 +13,9 @@ use crate::model::vae::Decoder;
 use crate::noise::Generator;
 use crate::progress::Progress;
 use crate::request::{Job, ModelConfig, Request};
-use crate::sampler;
+use crate::sampler::{self, Step};
 use crate::text::encoder::{Embedded, Encoder};
+use crate::trace::Trace;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Error, Result};
 use candle_core::{DType, Result as TensorResult, Tensor};
@@ -59,6 +60,8 @@ pub struct Drawn {
     /// seconds of denoising and decoding, divided by the batch
     pub sampling_s: f64,
     pub decoding_s: f64,
+    /// if the request asks for it
+    pub trace: Option<Trace>,
 }
 
 /// Pictures that are looked ahead at: how far a batch reaches for its pictures, and whose prompts are embedded together.
@@ -123,7 +126,11 @@ pub fn generate<'a>(
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
             let drawn = decode(decoder, &latents, i).map_err(known);
-            sink(job, drawn.map(|picture| Drawn { picture, sampling_s, decoding_s: start.elapsed().as_secs_f64() }));
+            let mut trace = steps.traces.get_mut(i).map(std::mem::take);
+            if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
+                trace.picture(picture);
+            }
+            sink(job, drawn.map(|picture| Drawn { picture, sampling_s, decoding_s: start.elapsed().as_secs_f64(), trace }));
         }
     }
     progress.finish();
@@ -226,11 +233,19 @@ impl Contexts<'_> {
         Ok(())
     }
 
+    /// A job's prompt (0), or with guidance its negative prompt (1).
+    fn get(&self, job: &Job, nth: usize) -> Result<&Embedded> {
+        keys(self.config, job).nth(nth).and_then(|key| self.known.get(&key)).context("a prompt was not encoded")
+    }
+
+    /// Adds a job's texts to its trace.
+    fn trace(&self, job: &Job, trace: &mut Trace) -> Result<()> {
+        (0..keys(self.config, job).count()).try_for_each(|nth| Ok(trace.text(nth, self.get(job, nth)?)?))
+    }
+
     /// What a batch is told: of the prompts (0), or with guidance of the negative ones (1).
     fn of(&self, batch: &[&Job], nth: usize) -> Result<Conditioning> {
-        let embedded =
-            |job: &&Job| keys(self.config, job).nth(nth).and_then(|key| self.known.get(&key)).context("a prompt was not encoded");
-        let embedded = batch.iter().map(embedded).collect::<Result<Vec<_>>>()?;
+        let embedded = batch.iter().map(|job| self.get(job, nth)).collect::<Result<Vec<_>>>()?;
         let cat = |rows: Vec<&Tensor>| Tensor::cat(&rows, 0);
         let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
         let numbers = |job: &&Job| match (job.settings.sizes(), self.config.added_ids) {
@@ -296,15 +311,23 @@ impl<'a> Stage<'a> {
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
         let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
-        let Steps { generators, latent_shape: (h, w, c), done, total } = steps;
+        let Steps { generators, traces, latent_shape: (h, w, c), done, total } = steps;
         let mut noise = || -> TensorResult<Tensor> {
             let each = generators.iter_mut().map(|g| g.latents(*h, *w, *c)).collect::<TensorResult<Vec<_>>>()?;
             Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
         };
         let first = match begun {
             Some(begun) => (begun * plan.handover_scale())?,
-            None => (noise()? * plan.init_noise_sigma())?,
+            None => {
+                let first = noise()?;
+                for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate() {
+                    self.contexts.trace(job, trace)?;
+                    trace.noise(&first.narrow(0, i, 1)?)?;
+                }
+                (first * plan.init_noise_sigma())?
+            }
         };
+        let (before, steps) = (*done, *total);
         let mut bad_step = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
             let denoised = guided.denoise(x, sigma, timestep)?;
@@ -316,7 +339,13 @@ impl<'a> Stage<'a> {
             }
             Ok(denoised)
         };
-        let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut |_| Ok(()));
+        let mut on_step = |step: &Step| {
+            let each = |i: usize, trace: &mut Trace| {
+                trace.step(before + step.index + 1, steps, &step.denoised.narrow(0, i, 1)?, &step.latents.narrow(0, i, 1)?)
+            };
+            traces.iter_mut().enumerate().try_for_each(|(i, trace)| each(i, trace))
+        };
+        let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut on_step);
         match bad_step {
             Some(step) => Err(NotFinite { place: format!("after {step} of {total} denoising steps") }.into()),
             None => Ok(result?),
@@ -327,6 +356,8 @@ impl<'a> Stage<'a> {
 /// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.
 struct Steps {
     generators: Vec<Generator>,
+    /// of each picture, where they are asked for
+    traces: Vec<Trace>,
     latent_shape: (usize, usize, usize),
     /// evaluations of networks
     done: usize,
@@ -337,7 +368,8 @@ impl Steps {
     fn of(batch: &[&Job], request: &Request) -> Result<Self> {
         let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
         let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
-        Ok(Self { generators, latent_shape: request.latent_shape(&first.settings), done: 0, total: first.evaluations() })
+        let traces = batch.iter().filter(|_| request.trace).map(|_| Trace::default()).collect();
+        Ok(Self { generators, traces, latent_shape: request.latent_shape(&first.settings), done: 0, total: first.evaluations() })
     }
 }
 

@@ -62,6 +62,8 @@ pub struct Request {
     /// what [`Job::line`] counts in
     pub list: String,
     pub batch_size: usize,
+    /// whether every picture brings a trace
+    pub trace: bool,
     pub model: ModelConfig,
     pub refiner: Option<ModelConfig>,
     pub vae: VaeConfig,
@@ -126,6 +128,7 @@ impl Request {
                 jobs: vec![],
                 list: String::new(),
                 batch_size: 1,
+                trace: false,
                 model,
                 refiner,
                 vae: VaeConfig::from_json(checkpoint.config("vae")?)?,
@@ -137,7 +140,7 @@ impl Request {
 
     /// Resolves a work list for this checkpoint. Errors name the option and what it may be, and the line of the list.
     pub fn resolve(args: &DrawArgs, list: &List, checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
-        let mut request = Self { list: list.name.clone(), ..Self::new(checkpoint)? };
+        let mut request = Self { list: list.name.clone(), trace: args.trace, ..Self::new(checkpoint)? };
         let defaults = Family::detect(checkpoint).context(ModelError)?.defaults(checkpoint);
         let prediction = args.prediction.map_or(request.model.scheduler.prediction, Into::into);
         let (height, width) = request.model.unet.sample_size()?;

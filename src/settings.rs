@@ -4,6 +4,7 @@ use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, paramete
 use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
+use crate::trace::Trace;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::sync::Arc;
@@ -108,8 +109,8 @@ impl Settings {
         *self == Self { version: self.version.clone(), ..other.clone() }
     }
 
-    /// What the picture's file remembers: these settings as JSON, and as A1111's text.
-    pub fn metadata(&self) -> Metadata {
+    /// What the picture's file remembers: these settings as JSON, beside them the trace, and as A1111's text.
+    pub fn metadata(&self, trace: Option<&Trace>) -> Metadata {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
         let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
         extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
@@ -132,6 +133,10 @@ impl Settings {
             model: &self.model,
             extra: &extra,
         };
-        Metadata { parameters: parameters(&fields), sdgen: json!(self) }
+        let mut sdgen = json!(self);
+        if let (Some(trace), Some(sdgen)) = (trace, sdgen.as_object_mut()) {
+            sdgen.insert(Trace::KEY.into(), json!(trace));
+        }
+        Metadata { parameters: parameters(&fields), sdgen }
     }
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use common::*;
+use serde_json::Value;
 use std::path::Path;
 
 /// Draws a quick picture with the embedded model.
@@ -109,4 +110,140 @@ fn a_golden_picture_can_stand_for_the_file() {
     assert_eq!(check(dir.path(), &["a.png", "--expect", "golden.webp"]).0, 0);
     let (code, said, _) = check(dir.path(), &["a.png", "--expect", "other.png"]);
     assert!(code == 1 && said.starts_with("a.png: differs"), "{said}");
+}
+
+/// What a PNG says of its drawing.
+fn said_of_drawing(folder: &Path, name: &str) -> Value {
+    sdgen::image::read_metadata(&std::fs::read(folder.join(name)).unwrap()).unwrap().unwrap().sdgen
+}
+
+/// Changes what a PNG says of its drawing and leaves the pixels.
+fn tamper(folder: &Path, name: &str, change: impl Fn(&mut Value)) {
+    let path = folder.join(name);
+    let bytes = std::fs::read(&path).unwrap();
+    let mut metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
+    change(&mut metadata.sdgen);
+    let picture = sdgen::image::Picture::decode(&bytes).unwrap();
+    std::fs::write(&path, picture.encode(sdgen::image::Format::Png, Some(&metadata)).unwrap()).unwrap();
+}
+
+#[test]
+fn a_trace_names_every_stage_and_changes_neither_pixels_nor_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "plain.png", &[]);
+    let output = succeed(sdgen(dir.path()).args(["a frog", "--steps", "2", "-s", "1", "-o", "traced.png", "--trace", "--json"]));
+    let record: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let (plain, mut traced) = (said_of_drawing(dir.path(), "plain.png"), said_of_drawing(dir.path(), "traced.png"));
+    let pixels = |name: &str| sdgen::image::Picture::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap();
+    assert!(pixels("plain.png") == pixels("traced.png"));
+    let trace = traced.as_object_mut().unwrap().remove("trace").unwrap();
+    assert_eq!((&traced, &record["trace"]), (&plain, &trace));
+    let stages: Vec<&String> = trace.as_object().unwrap().keys().collect();
+    let [texts, steps] = [
+        ["tokens", "text embedding", "negative tokens", "negative embedding"],
+        ["step 1 of 2, U-Net", "step 1 of 2, sampler", "step 2 of 2, U-Net", "step 2 of 2, sampler"],
+    ];
+    assert_eq!(stages, [&texts[..], &["noise"], &steps, &["pixels"]].concat());
+    assert!(pixels("traced.png").sha256().starts_with(trace["pixels"].as_str().unwrap()));
+    let mut hashes: Vec<&str> = trace.as_object().unwrap().values().map(|hash| hash.as_str().unwrap()).collect();
+    hashes.sort();
+    hashes.dedup();
+    // the last step ends at the network's guess
+    assert!(hashes.len() == stages.len() - 1 && hashes.iter().all(|hash| hash.len() == 16), "{trace}");
+    // without guidance there is no negative prompt
+    draw(dir.path(), "alone.png", &["--trace", "-g", "1"]);
+    assert_eq!(said_of_drawing(dir.path(), "alone.png")["trace"].as_object().unwrap().len(), stages.len() - 2);
+}
+
+#[test]
+fn a_trace_is_the_same_in_any_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("sd1");
+    let run = |batch: &str| {
+        let size = ["-W", "16", "-H", "24", "--steps", "3", "--sampler", "euler-a"];
+        let command = ["a frog", "-s", "0..3", "-q", "--trace", "-m", model.to_str().unwrap(), "-b", batch, "-o", &format!("{batch}/")];
+        succeed(sdgen(dir.path()).args(command).args(size));
+        [0, 1, 2].map(|seed| said_of_drawing(dir.path(), &format!("{batch}/a-frog-{seed}.png"))["trace"].clone())
+    };
+    let (alone, together) = (run("1"), run("3"));
+    assert_eq!(alone, together);
+    assert!(alone[0]["noise"] != alone[1]["noise"] && alone[0]["tokens"] == alone[1]["tokens"]);
+}
+
+#[test]
+fn the_first_stage_that_is_not_as_traced_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = || Value::from("0123456789abcdef");
+    // and whether the pixels differ
+    let cases = [
+        ("tokens", true, "/prompt", "a cat".into()),
+        ("text embedding", true, "/clip_skip", 2.into()),
+        ("negative tokens", true, "/negative", "blue".into()),
+        ("noise", true, "/seed", 2.into()),
+        ("step 1 of 3, U-Net", true, "/guidance", 2.0.into()),
+        ("step 1 of 3, sampler", true, "/sampler", "ddpm".into()),
+        ("step 2 of 3, U-Net", true, "/deep_cache", 2.into()),
+        ("step 2 of 3, U-Net", false, "/trace/step 2 of 3, U-Net", other()),
+        ("step 3 of 3, sampler", false, "/trace/step 3 of 3, sampler", other()),
+        ("pixels", false, "/trace/pixels", other()),
+    ];
+    for (stage, differs, at, value) in cases {
+        draw(dir.path(), "a.png", &["--trace", "--force", "--steps", "3", "--sampler", "ddim"]);
+        tamper(dir.path(), "a.png", |sdgen| *sdgen.pointer_mut(at).unwrap() = value.clone());
+        let (code, said, errors) = check(dir.path(), &["a.png", "--json"]);
+        let record: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(
+            (code, &record["same"], &record["first_difference"]),
+            (i32::from(differs), &(!differs).into(), &stage.into()),
+            "{errors}"
+        );
+        assert!(errors.starts_with(&format!("`a.png`: first differs at {stage}\n")) && !errors.contains("--trace"), "{errors}");
+    }
+}
+
+#[test]
+fn a_file_that_was_changed_after_drawing_is_told_from_a_drawing_that_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, options) in [("traced.png", &["--trace"][..]), ("plain.png", &[])] {
+        draw(dir.path(), name, options);
+        edit(dir.path(), name, |picture| picture.rgb[0] ^= 4);
+    }
+    let (code, _, errors) = check(dir.path(), &["traced.png"]);
+    assert!(code == 1 && errors.contains("`traced.png`: no stage differs") && !errors.contains("--trace"), "{errors}");
+    let (_, said, _) = check(dir.path(), &["traced.png", "--json"]);
+    assert!(said.contains(r#""first_difference":null"#), "{said}");
+    let (code, said, errors) = check(dir.path(), &["plain.png", "--json"]);
+    assert!(code == 1 && errors.contains("hint: ") && errors.contains("--trace") && !said.contains("first_difference"), "{said}{errors}");
+    let (code, _, errors) = check(dir.path(), &["plain.png", "--min-psnr", "60"]);
+    assert!(code == 0 && errors.is_empty(), "{errors}");
+}
+
+#[test]
+fn resume_takes_pictures_with_and_without_a_trace_for_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |options: &[&str]| {
+        let output = succeed(sdgen(dir.path()).args(["a frog", "--steps", "2", "-s", "1", "-q", "--json", "--resume"]).args(options));
+        serde_json::from_str::<Value>(&stdout(&output)).unwrap()
+    };
+    let drawn = run(&["--trace", "-o", "traced.png"]);
+    run(&["-o", "plain.png"]);
+    let skipped = run(&["--trace", "-o", "traced.png"]);
+    assert_eq!((&skipped["skipped"], &skipped["trace"]), (&true.into(), &drawn["trace"]));
+    let skipped = run(&["-o", "traced.png"]);
+    assert_eq!((&skipped["skipped"], &skipped["trace"]), (&true.into(), &Value::Null));
+    assert_eq!(run(&["--trace", "-o", "plain.png"])["skipped"], true);
+}
+
+#[test]
+fn a_trace_that_nothing_keeps_or_that_does_not_fit_is_an_error_before_drawing() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["a frog", "-s", "1", "--trace"]).args(options);
+        command
+    };
+    fail(&mut command(&["--no-metadata"]), 2, &["--trace", "--json"]);
+    fail(&mut command(&["--steps", "1000", "-o", "a.jpg"]), 2, &["too long to be stored in a JPEG"]);
+    let output = succeed(&mut command(&["--no-metadata", "--json", "--steps", "1", "-q"]));
+    assert!(stdout(&output).contains(r#""trace":{"tokens":""#));
 }

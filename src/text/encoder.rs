@@ -12,6 +12,8 @@ use candle_core::{Result as TensorResult, Tensor};
 /// What a U-Net is told of a prompt.
 #[derive(Clone)]
 pub struct Embedded {
+    /// token ids of all encoders, one after the other; none for nothing at all
+    pub ids: Vec<u32>,
     /// [1, n, d]
     pub context: Tensor,
     /// of the whole text, [1, p], where an encoder gives it
@@ -21,7 +23,7 @@ pub struct Embedded {
 impl Embedded {
     /// Nothing at all, in the shape of this.
     pub fn zeros_like(&self) -> TensorResult<Self> {
-        Ok(Self { context: self.context.zeros_like()?, pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()? })
+        Ok(Self { ids: vec![], context: self.context.zeros_like()?, pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()? })
     }
 }
 
@@ -70,10 +72,11 @@ impl Encoder {
 
     /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit.
     pub fn encode(&self, text: &str, skip: usize) -> Result<(Embedded, Option<String>)> {
-        let (mut contexts, mut whole, mut rest) = (vec![], None, None);
+        let (mut ids, mut contexts, mut whole, mut rest) = (vec![], vec![], None, None);
         for (tokenizer, clip, config) in &self.parts {
             let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
             rest = rest.or(tokens.cut);
+            ids.extend_from_slice(&tokens.ids);
             if !self.is_pooled {
                 contexts.push(clip.forward(&tokens.ids, skip)?);
                 continue;
@@ -82,6 +85,6 @@ impl Encoder {
             contexts.push(hidden);
             whole = whole.or(pooled);
         }
-        Ok((Embedded { context: Tensor::cat(&contexts, 2)?, pooled: whole }, rest))
+        Ok((Embedded { ids, context: Tensor::cat(&contexts, 2)?, pooled: whole }, rest))
     }
 }

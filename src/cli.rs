@@ -13,6 +13,7 @@ use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
 use crate::settings::{Point, Size};
 use crate::shard::Shard;
+use crate::terminal::ShowChoice;
 use crate::weights::hub::Hub;
 use crate::weights::{Checkpoint, Origin, nearest};
 use anyhow::{Context, Result, bail};
@@ -126,13 +127,16 @@ pub struct DrawArgs {
     /// Overwrite what is there
     #[arg(long, help_heading = "Output")]
     pub force: bool,
+    /// Draw in the terminal too: auto, kitty, iterm, sixel, blocks, blocks256
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "auto", hide_possible_values = true, value_name = "HOW", help_heading = "Output")]
+    pub show: Option<ShowChoice>,
     /// Leave prompt and settings out of the file
     #[arg(long, help_heading = "Output")]
     pub no_metadata: bool,
     /// One JSON object a picture on stdout
     #[arg(long, help_heading = "Output")]
     pub json: bool,
-    /// Keep a hash of every stage, so that `sdgen check` can name the first that differs
+    /// Keep a hash of every stage, for `sdgen check` to compare
     #[arg(long, help_heading = "Output")]
     pub trace: bool,
 

@@ -15,6 +15,7 @@ use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
 use crate::settings::Settings;
 use crate::sheet::{Cell, sheet};
+use crate::terminal::Terminal;
 use crate::trace::Trace;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, anyhow};
@@ -44,9 +45,13 @@ struct Tally {
 /// Draws, says how it ends, and returns the exit code.
 pub fn draw(args: &DrawArgs) -> u8 {
     let start = Instant::now();
-    let progress = Arc::new(Progress::new(args.progress, args.quiet, args.verbose));
+    let (terminal, chosen) = match args.show.map(Terminal::choose).transpose() {
+        Ok(terminal) => (terminal, Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    let progress = Arc::new(Progress::new(args.progress, args.quiet, args.verbose).showing(terminal));
     let mut tally = Tally::default();
-    let result = run(args, &progress, &mut tally);
+    let result = chosen.code(2).and_then(|()| run(args, &progress, &mut tally));
     progress.finish();
     let seconds = start.elapsed().as_secs_f64();
     progress.detail(format!("all: {seconds:.2} s"));
@@ -68,7 +73,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
         shard.take(&mut request.jobs).code(2)?;
     }
     let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size);
-    let mut records = Records::new(args, &request);
+    let mut records = Records::new(args, &request, progress);
     if args.resume || args.verify {
         let present = request.jobs.par_iter().filter_map(|job| Some((job.index, Some(present(job, records.wanted, args.trace)?))));
         records.landed = present.collect();
@@ -176,6 +181,9 @@ fn check(args: &DrawArgs, list: &List) -> Result<()> {
     }
     if args.trace && args.no_metadata && !args.json && args.manifest.is_none() {
         return Err(anyhow!("with `--no-metadata` nothing keeps what `--trace` finds\n\nhint: `--json` or `--manifest FILE` does"));
+    }
+    if args.show.is_some() && args.progress == ProgressMode::Json {
+        return Err(anyhow!("`--show` and `--progress json` both want stderr"));
     }
     if to_stdout && args.grid.is_some() {
         return Err(anyhow!("`--grid` is made of files, but `-o -` writes none"));
@@ -324,6 +332,7 @@ impl<'a> Writer<'a> {
                 stdout.write_all(&bytes).and_then(|()| stdout.flush()).context("cannot write the picture to stdout")?;
             }
         }
+        self.progress.show(&drawn.picture);
         let sha256 = self.records.wanted.then(|| drawn.picture.sha256());
         Ok(Landed { sha256, timings: Some((drawn.sampling_s, drawn.decoding_s)), trace: drawn.trace, skipped: false })
     }
@@ -344,6 +353,7 @@ struct Landed {
 
 /// What is said of each picture on stdout and in the manifest, in the order of the list.
 struct Records<'a> {
+    progress: &'a Progress,
     json: bool,
     /// whether anybody wants to know more than the path
     wanted: bool,
@@ -354,8 +364,9 @@ struct Records<'a> {
 }
 
 impl<'a> Records<'a> {
-    fn new(args: &DrawArgs, request: &'a Request) -> Self {
+    fn new(args: &DrawArgs, request: &'a Request, progress: &'a Progress) -> Self {
         Self {
+            progress,
             json: args.json,
             wanted: args.json || args.manifest.is_some(),
             next: request.jobs.iter(),
@@ -418,7 +429,7 @@ impl<'a> Records<'a> {
                 record = json;
             }
         }
-        say(&record)
+        self.progress.aside(|| say(&record))
     }
 }
 

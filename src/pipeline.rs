@@ -11,6 +11,7 @@ use crate::image::Picture;
 use crate::model::unet::{Added, Conditioning, UNet};
 use crate::model::vae::Decoder;
 use crate::noise::Generator;
+use crate::preview::Preview;
 use crate::progress::Progress;
 use crate::request::{Job, ModelConfig, Request};
 use crate::sampler::{self, Step};
@@ -311,7 +312,7 @@ impl<'a> Stage<'a> {
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
         let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
-        let Steps { generators, traces, latent_shape: (h, w, c), done, total } = steps;
+        let Steps { generators, traces, preview, latent_shape: (h, w, c), done, total } = steps;
         let mut noise = || -> TensorResult<Tensor> {
             let each = generators.iter_mut().map(|g| g.latents(*h, *w, *c)).collect::<TensorResult<Vec<_>>>()?;
             Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
@@ -340,6 +341,9 @@ impl<'a> Stage<'a> {
             Ok(denoised)
         };
         let mut on_step = |step: &Step| {
+            if let Some(preview) = preview {
+                progress.preview(settings.width * batch.len(), settings.height, || preview.picture(step.denoised));
+            }
             let each = |i: usize, trace: &mut Trace| {
                 trace.step(before + step.index + 1, steps, &step.denoised.narrow(0, i, 1)?, &step.latents.narrow(0, i, 1)?)
             };
@@ -354,22 +358,24 @@ impl<'a> Stage<'a> {
 }
 
 /// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.
-struct Steps {
+struct Steps<'a> {
     generators: Vec<Generator>,
     /// of each picture, where they are asked for
     traces: Vec<Trace>,
+    preview: Option<&'a Preview>,
     latent_shape: (usize, usize, usize),
     /// evaluations of networks
     done: usize,
     total: usize,
 }
 
-impl Steps {
-    fn of(batch: &[&Job], request: &Request) -> Result<Self> {
+impl<'a> Steps<'a> {
+    fn of(batch: &[&Job], request: &'a Request) -> Result<Self> {
         let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
         let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
         let traces = batch.iter().filter(|_| request.trace).map(|_| Trace::default()).collect();
-        Ok(Self { generators, traces, latent_shape: request.latent_shape(&first.settings), done: 0, total: first.evaluations() })
+        let (preview, latent_shape) = (request.preview.as_ref(), request.latent_shape(&first.settings));
+        Ok(Self { generators, traces, preview, latent_shape, done: 0, total: first.evaluations() })
     }
 }
 

@@ -13,10 +13,14 @@
 //! | `note` | `text`: what a person would be told, the error that ends the run too |
 //! | `end` | `saved`, `failed`, `skipped`, `seconds` of the whole run; always the last line |
 
+use crate::image::Picture;
+use crate::terminal::Terminal;
+use candle_core::Result as TensorResult;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,9 +34,16 @@ pub enum ProgressMode {
     None,
 }
 
+/// Previews come no more often: a step of a small model takes less time than a terminal needs.
+const PREVIEW_INTERVAL: Duration = Duration::from_millis(100);
+
 /// Says what is going on; may be shared by threads.
 pub struct Progress {
     show: Show,
+    /// where pictures are shown, if they are
+    terminal: Option<Terminal>,
+    /// lines of the preview right above the bar
+    preview_rows: AtomicUsize,
     quiet: bool,
     verbose: bool,
     now: Mutex<Now>,
@@ -51,6 +62,7 @@ struct Now {
     batch: Vec<usize>,
     /// which pictures of how many, for people
     title: String,
+    previewed: Option<Instant>,
 }
 
 impl Progress {
@@ -66,7 +78,12 @@ impl Progress {
                 Show::Bar(bar)
             }
         };
-        Self { show, quiet, verbose, now: Mutex::default() }
+        Self { show, terminal: None, preview_rows: AtomicUsize::new(0), quiet, verbose, now: Mutex::default() }
+    }
+
+    /// Shows pictures there too.
+    pub fn showing(self, terminal: Option<Terminal>) -> Self {
+        Self { terminal, ..self }
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -127,6 +144,56 @@ impl Progress {
         bar.set_message(format!("{}, {per_step:.2} s a step, {left:.0} s left", now.title));
     }
 
+    /// Shows a finished picture, in the place of a preview. It is drawn and saved by then: an error is no reason to stop.
+    pub fn show(&self, picture: &Picture) {
+        let Some(terminal) = &self.terminal else { return };
+        if let Ok((text, _)) = terminal.draw(picture, picture.width, picture.height, false) {
+            self.overwrite(terminal, &text, 0);
+        }
+    }
+
+    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be; only above a bar.
+    pub fn preview(&self, width: usize, height: usize, picture: impl FnOnce() -> TensorResult<Picture>) {
+        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else { return };
+        let mut now = self.now();
+        let is_time = now.previewed.is_none_or(|before| before.elapsed() >= PREVIEW_INTERVAL);
+        if !is_time || !terminal.can_overwrite() || !std::io::stderr().is_terminal() {
+            return;
+        }
+        now.previewed = Some(Instant::now());
+        drop(now);
+        let drawn = picture().map_err(Into::into).and_then(|picture| terminal.draw(&picture, width, height, true));
+        if let Ok((text, rows)) = drawn {
+            self.overwrite(terminal, &text, rows);
+        }
+    }
+
+    /// Writes over the preview; what is written is one of so many lines, or stays.
+    fn overwrite(&self, terminal: &Terminal, text: &str, rows: usize) {
+        let write = || {
+            let before = match self.preview_rows.swap(rows, Ordering::Relaxed) {
+                0 => String::new(),
+                before => terminal.erase(before),
+            };
+            write!(std::io::stderr(), "{before}{text}").ok();
+        };
+        match &self.show {
+            Show::Bar(bar) => bar.suspend(write),
+            _ => write(),
+        }
+    }
+
+    /// Lets others write to the terminal. A preview stays there, and the next begins below.
+    pub fn aside<R>(&self, write: impl FnOnce() -> R) -> R {
+        match &self.show {
+            Show::Bar(bar) => bar.suspend(|| {
+                self.preview_rows.store(0, Ordering::Relaxed);
+                write()
+            }),
+            _ => write(),
+        }
+    }
+
     /// A line for the person, unless `--quiet`.
     pub fn note(&self, line: impl AsRef<str>) {
         if !self.quiet {
@@ -144,9 +211,8 @@ impl Progress {
     /// What has to be said: an error.
     pub fn say(&self, text: &str) {
         match &self.show {
-            Show::Bar(bar) => bar.suspend(|| write_line(text)),
             Show::Events => self.event("note", json!({ "text": text })),
-            Show::Lines => write_line(text),
+            Show::Bar(_) | Show::Lines => self.aside(|| write_line(text)),
         }
     }
 
@@ -159,6 +225,9 @@ impl Progress {
     /// Nothing more is drawn: clears the bar.
     pub fn finish(&self) {
         self.end_stage();
+        if let Some(terminal) = &self.terminal {
+            self.overwrite(terminal, "", 0);
+        }
         if let Show::Bar(bar) = &self.show {
             bar.finish_and_clear();
         }

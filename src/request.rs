@@ -8,6 +8,7 @@ use crate::list::List;
 use crate::model::unet::UNetConfig;
 use crate::model::vae::VaeConfig;
 use crate::output::{Naming, plan_paths};
+use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
 use crate::settings::Settings;
@@ -67,6 +68,8 @@ pub struct Request {
     pub model: ModelConfig,
     pub refiner: Option<ModelConfig>,
     pub vae: VaeConfig,
+    /// for people who watch, if the VAE is one that it is known of
+    pub preview: Option<Preview>,
     plans: Vec<(PlanKey, Plans)>,
 }
 
@@ -124,6 +127,7 @@ impl Request {
             checkpoint.require_vae()?;
             let model = ModelConfig::of(checkpoint)?;
             let refiner = checkpoint.refiner.as_deref().map(|refiner| model.refined_by(refiner)).transpose()?;
+            let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
             Ok(Self {
                 jobs: vec![],
                 list: String::new(),
@@ -131,7 +135,8 @@ impl Request {
                 trace: false,
                 model,
                 refiner,
-                vae: VaeConfig::from_json(checkpoint.config("vae")?)?,
+                preview: Preview::of(&vae),
+                vae,
                 plans: vec![],
             })
         };

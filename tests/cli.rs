@@ -358,6 +358,8 @@ fn help_names_every_option_of_the_contract() {
         "--dtype",
         "--threads",
         "--json",
+        "--show",
+        "--trace",
         "--progress",
         "--offline",
         "Examples:",
@@ -372,4 +374,60 @@ fn help_names_every_option_of_the_contract() {
 fn a_picture_that_does_not_fit_into_memory_is_refused_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
     fail(tiny(dir.path(), "x").args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]), 4, &["GB of memory", "--width"]);
+}
+
+/// What `script` sees of a command in a terminal of its own that knows 24-bit colours; none where there is no `script`.
+#[cfg(target_os = "linux")]
+fn in_terminal(folder: &Path, options: &str) -> Option<String> {
+    let command = format!("'{}' 'a frog' -s 1 -o a.png --force {options}", env!("CARGO_BIN_EXE_sdgen"));
+    let mut script = std::process::Command::new("script");
+    for name in ["TMUX", "STY", "ZELLIJ", "KITTY_WINDOW_ID", "TERM_PROGRAM", "LC_TERMINAL", "SDGEN_MODEL"] {
+        script.env_remove(name);
+    }
+    script.args(["-qec", &command, "/dev/null"]).current_dir(folder).stdin(std::process::Stdio::null());
+    let output = script.env("TERM", "xterm-256color").env("COLORTERM", "truecolor").output().ok()?;
+    assert!(output.status.success(), "{}", stdout(&output));
+    Some(stdout(&output))
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(seen) = in_terminal(dir.path(), "--show") else { return };
+    // 128x128 pixels in 22 of the usual 24 lines
+    let (erase, row) = ("\x1b[22A\r\x1b[J", "\x1b[38;2;");
+    assert!(seen.matches(erase).count() >= 1, "no preview was replaced");
+    let (_, last) = seen.rsplit_once(erase).unwrap();
+    assert_eq!(last.lines().filter(|line| line.contains('▀')).count(), 22, "{last}");
+    assert!(last.contains(row) && last.contains("a.png"), "{last}");
+    for options in ["--show -q", "--show --progress none"] {
+        let seen = in_terminal(dir.path(), options).unwrap();
+        assert_eq!((seen.matches(erase).count(), seen.lines().filter(|line| line.contains('▀')).count()), (0, 22), "{options}");
+    }
+    assert!(!in_terminal(dir.path(), "").unwrap().contains('▀'));
+}
+
+#[test]
+fn a_shown_picture_goes_to_stderr_and_its_bytes_to_stdout() {
+    use base64::Engine;
+    let dir = tempfile::tempdir().unwrap();
+    let output = succeed(sdgen(dir.path()).args(["a frog", "--steps", "2", "-s", "1", "-o", "-", "--no-metadata", "--show=kitty"]));
+    let said = stderr(&output);
+    let pieces = said.strip_prefix("\x1b_Ga=T,").unwrap().strip_suffix("\x1b\\\n").unwrap();
+    let data: String = pieces.split("\x1b\\").filter_map(|piece| piece.split_once(';')).map(|(_, data)| data).collect();
+    assert!(base64::engine::general_purpose::STANDARD.decode(data).unwrap() == output.stdout);
+}
+
+#[test]
+fn show_without_a_terminal_or_beside_events_is_an_error_before_drawing() {
+    let dir = tempfile::tempdir().unwrap();
+    fail(sdgen(dir.path()).args(["a frog", "--show"]), 2, &["stderr is no terminal", "--show=blocks"]);
+    fail_events(sdgen(dir.path()).args(["a frog", "--show=blocks", "--progress", "json"]));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+fn fail_events(command: &mut std::process::Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("`--show` and `--progress json` both want stderr"));
 }

@@ -281,7 +281,7 @@ fn guidance_negative_prompt_prediction_and_clip_skip_change_the_picture() {
     ];
     assert!(others.iter().all(|other| *other != plain));
     let output = succeed(tiny(dir.path(), "a frog").args(["-s", "1", "-g", "1", "-n", "the house"]));
-    assert!(stderr(&output).contains("no effect without guidance"));
+    assert!(stderr(&output).contains("no effect without classifier-free guidance"));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! `sdgen inspect`: what a checkpoint is, from its headers alone.
 
 use crate::family::Family;
+use crate::model::Autoencoder;
 use crate::model::unet::UNetConfig;
-use crate::model::vae::VaeConfig;
 use crate::schedule::SchedulerConfig;
 use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
@@ -21,7 +21,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
     let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
     let factor =
-        checkpoint.configs.get("vae").map_or(Ok(USUAL_FACTOR), |vae| Ok::<_, anyhow::Error>(VaeConfig::from_json(vae)?.factor()))?;
+        checkpoint.configs.get("vae").map_or(Ok(USUAL_FACTOR), |vae| Ok::<_, anyhow::Error>(Autoencoder::from_json(vae)?.factor()))?;
     let (height, width) = unet.sample_size()?;
     let defaults = family.defaults(checkpoint);
     let part = |name: &str| {

@@ -8,8 +8,8 @@ use crate::device::Compute;
 use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
+use crate::model::Decoder;
 use crate::model::unet::{Added, Conditioning, UNet};
-use crate::model::vae::Decoder;
 use crate::noise::Generator;
 use crate::preview::Preview;
 use crate::progress::Progress;
@@ -119,7 +119,7 @@ pub fn generate<'a>(
             Some(decoder) => decoder,
             none => {
                 progress.stage("reading the VAE");
-                none.insert(Decoder::new(&checkpoint.weights("vae", &compute.device, DType::F32), &request.vae).context(ModelError)?)
+                none.insert(request.vae.decoder(&checkpoint.weights("vae", &compute.device, DType::F32)).context(ModelError)?)
             }
         };
         progress.stage("decoding");

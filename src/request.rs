@@ -5,8 +5,8 @@ use crate::device::{Compute, require_memory};
 use crate::family::{Family, REFINE_AT};
 use crate::image::Format;
 use crate::list::List;
+use crate::model::Autoencoder;
 use crate::model::unet::UNetConfig;
-use crate::model::vae::VaeConfig;
 use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
@@ -67,7 +67,7 @@ pub struct Request {
     pub trace: bool,
     pub model: ModelConfig,
     pub refiner: Option<ModelConfig>,
-    pub vae: VaeConfig,
+    pub vae: Autoencoder,
     /// for people who watch, if the VAE is one that it is known of
     pub preview: Option<Preview>,
     plans: Vec<(PlanKey, Plans)>,
@@ -127,7 +127,7 @@ impl Request {
             checkpoint.require_vae()?;
             let model = ModelConfig::of(checkpoint)?;
             let refiner = checkpoint.refiner.as_deref().map(|refiner| model.refined_by(refiner)).transpose()?;
-            let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
+            let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
             Ok(Self {
                 jobs: vec![],
                 list: String::new(),
@@ -135,7 +135,11 @@ impl Request {
                 trace: false,
                 model,
                 refiner,
-                preview: Preview::of(&vae),
+                preview: match &vae {
+                    Autoencoder::Kl(vae) => Preview::of(vae),
+                    // its scale does not tell whose latents it decodes
+                    Autoencoder::Tiny(_) => None,
+                },
                 vae,
                 plans: vec![],
             })
@@ -288,7 +292,7 @@ impl Request {
         let refiner = checkpoint.refiner.as_ref().map_or(0, |refiner| refiner.stored_bytes("unet"));
         // a single batch's base is freed before its refiner is read
         let unet_weights = if self.jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
-        let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(&self.vae.block_out_channels));
+        let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(self.vae.widths()));
         let of_job = |job: &Job| {
             let pixels = (job.settings.width * job.settings.height) as u64;
             let latents = pixels / (self.vae.factor() * self.vae.factor()) as u64;

@@ -408,6 +408,12 @@ impl<'a> Weights<'a> {
         Ok(tensor.reshape(shape)?)
     }
 
+    /// Zeros in place of a tensor that a layer has not, in the type of the arithmetic.
+    pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
+        let dtype = if self.device.is_cpu() { DType::F32 } else { self.dtype };
+        Ok(Tensor::zeros(shape, dtype, self.device)?)
+    }
+
     /// Where the weights go.
     pub fn device(&self) -> &Device {
         self.device

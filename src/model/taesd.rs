@@ -1,0 +1,142 @@
+//! The decoder of TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers' `AutoencoderTiny`.
+//!
+//! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by training.
+
+use super::unet::require_neutral;
+use crate::nn::layers::{Activation, Conv2d};
+use crate::weights::Weights;
+use anyhow::{Context, Result, bail};
+use candle_core::{Result as TensorResult, Tensor};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Latents are squeezed into -3..=3, softly.
+const LATENT_MAGNITUDE: f64 = 3.0;
+/// Sizes between latents and picture; more are mistakes.
+const MAX_STAGES: usize = 8;
+
+/// `vae/config.json`, with diffusers' defaults.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct TaesdConfig {
+    pub out_channels: usize,
+    pub latent_channels: usize,
+    pub decoder_block_out_channels: Vec<usize>,
+    pub num_decoder_blocks: Vec<usize>,
+    pub act_fn: String,
+    pub scaling_factor: f64,
+}
+
+impl Default for TaesdConfig {
+    fn default() -> Self {
+        Self {
+            out_channels: 3,
+            latent_channels: 4,
+            decoder_block_out_channels: vec![64; 4],
+            num_decoder_blocks: vec![3, 3, 3, 1],
+            act_fn: "relu".into(),
+            scaling_factor: 1.0,
+        }
+    }
+}
+
+impl TaesdConfig {
+    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        require_neutral("VAE", value, &[("upsample_fn", json!("nearest")), ("upsampling_scaling_factor", json!(2))])?;
+        let config: Self = serde_json::from_value(value.clone())
+            .context("the VAE's config.json is damaged or uses a value that sdgen does not support")?;
+        let widths = &config.decoder_block_out_channels;
+        let fit = widths.len() == config.num_decoder_blocks.len() && widths.windows(2).all(|pair| pair[0] == pair[1]);
+        if !fit || !(1..=MAX_STAGES).contains(&widths.len()) {
+            bail!("decoder_block_out_channels of the VAE are {widths:?}, which sdgen does not support");
+        }
+        if config.out_channels != 3 {
+            bail!("out_channels of the VAE is {}, pictures need 3", config.out_channels);
+        }
+        Ok(config)
+    }
+
+    /// Pixels a latent, in each direction.
+    pub fn factor(&self) -> usize {
+        1 << (self.num_decoder_blocks.len() - 1)
+    }
+}
+
+/// The decoder.
+pub struct Decoder {
+    conv_in: Conv2d,
+    /// the blocks of one size, and the convolution to the next
+    stages: Vec<(Vec<Block>, Conv2d)>,
+    activation: Activation,
+    latent_channels: usize,
+    scaling_factor: f64,
+}
+
+impl Decoder {
+    /// Reads the decoder of the VAE at `w`. Its layers are numbered through, those without weights too.
+    pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
+        let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let width = config.decoder_block_out_channels.first().copied().context("the VAE has no blocks")?;
+        let at = |layer: usize| w.at(format!("decoder.layers.{layer}"));
+        let (mut stages, mut layer) = (vec![], 2);
+        for (i, blocks) in config.num_decoder_blocks.iter().enumerate() {
+            let each = (layer..layer + blocks).map(|layer| Block::new(&at(layer), width, activation)).collect::<Result<_>>()?;
+            let is_last = i + 1 == config.num_decoder_blocks.len();
+            layer += blocks + usize::from(!is_last);
+            stages.push((
+                each,
+                match is_last {
+                    true => Conv2d::new(&at(layer), width, config.out_channels, 3)?,
+                    false => Conv2d::without_bias(&at(layer), width, width, 3)?,
+                },
+            ));
+            layer += 1;
+        }
+        Ok(Self {
+            conv_in: Conv2d::new(&at(0), config.latent_channels, width, 3)?,
+            stages,
+            activation,
+            latent_channels: config.latent_channels,
+            scaling_factor: config.scaling_factor,
+        })
+    }
+
+    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3], nominally in 0..=1.
+    /// Errors if the channel count is not the VAE's.
+    pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
+        let channels = latents.dim(3)?;
+        if channels != self.latent_channels {
+            candle_core::bail!("the VAE decodes {} channels, the latents have {channels}", self.latent_channels);
+        }
+        let z = ((latents / (self.scaling_factor * LATENT_MAGNITUDE))?.tanh()? * LATENT_MAGNITUDE)?;
+        let mut x = self.activation.forward(&self.conv_in.forward(&z)?)?;
+        for (i, (blocks, conv)) in self.stages.iter().enumerate() {
+            for block in blocks {
+                x = block.forward(&x)?;
+            }
+            let (_, h, w, _) = x.dims4()?;
+            x = if i + 1 < self.stages.len() { conv.forward_scaled(&x, 2 * h, 2 * w)? } else { conv.forward(&x)? };
+        }
+        Ok(x)
+    }
+}
+
+struct Block {
+    convs: [Conv2d; 3],
+    activation: Activation,
+}
+
+impl Block {
+    fn new(w: &Weights, width: usize, activation: Activation) -> Result<Self> {
+        let conv = |i: usize| Conv2d::new(&w.at(format!("conv.{i}")), width, width, 3);
+        Ok(Self { convs: [conv(0)?, conv(2)?, conv(4)?], activation })
+    }
+
+    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let [first, second, third] = &self.convs;
+        let h = self.activation.forward(&first.forward(x)?)?;
+        let h = self.activation.forward(&second.forward(&h)?)?;
+        third.forward_add(&h, None, Some(x))?.relu()
+    }
+}

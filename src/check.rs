@@ -28,6 +28,9 @@ pub struct CheckArgs {
     /// The refiner that they were drawn with [default: the one that each names]
     #[arg(long, value_name = "REF")]
     refiner: Option<OsString>,
+    /// The VAE that they were drawn with, for those drawn with another than the model's own
+    #[arg(long, value_name = "PATH")]
+    vae: Option<PathBuf>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -111,17 +114,22 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
-        let (group, rest): (Vec<Known>, Vec<Known>) = known
-            .into_iter()
-            .partition(|Known { settings: s, .. }| s.dtype == dtype && s.refiner == refiner && (args.model.is_some() || s.model == model));
+        let own_vae = first.settings.vae.is_none();
+        let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
+            let same_model = args.model.is_some() || s.model == model;
+            same_model && s.dtype == dtype && s.refiner == refiner && s.vae.is_none() == own_vae
+        });
         known = rest;
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
         let compute = Compute::choose(args.device, dtype).code(2)?;
         let reference = args.model.as_deref().unwrap_or(OsStr::new(&*model));
         let refiner = refiner.as_deref().map(|refiner| args.refiner.as_deref().unwrap_or(OsStr::new(refiner)));
-        let checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
+        let mut checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
             .with_context(|| format!("the model of `{}` cannot be opened", group[0].path.display()))
             .code(3)?;
+        if let Some(vae) = args.vae.as_ref().filter(|_| !own_vae) {
+            checkpoint.use_vae(vae).code(3)?;
+        }
         compare(group, &checkpoint, &compute, &progress, &mut tell)?;
     }
     if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same{hint}", args.pictures.len())).code(1) }
@@ -148,16 +156,21 @@ fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
 /// Draws the pictures of one model again and tells how each differs.
 fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progress: &Progress, tell: &mut Tell) -> Result<(), Failure> {
     let hash = checkpoint.hash().code(3)?;
+    let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().code(3)?;
     let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
     request.trace = group.iter().any(|known| known.trace.is_some());
     let mut drawn_again: Vec<&Known> = vec![];
     for known in &group {
-        let added = if *known.settings.model_hash == *hash && known.settings.refiner_hash.as_deref() == refiner_hash.as_deref() {
-            request.add(known.settings.clone(), None, known.format)
-        } else {
+        let of = &known.settings;
+        let added = if *of.model_hash != *hash || of.refiner_hash.as_deref() != refiner_hash.as_deref() {
             let hint = "pass the model that drew it with `--model`";
             Err(anyhow::anyhow!("it was drawn with other weights than those of `{}`\n\nhint: {hint}", checkpoint.name))
+        } else if of.vae_hash.as_deref() != vae_hash.as_deref() {
+            let vae = of.vae.as_deref().unwrap_or_default();
+            Err(anyhow::anyhow!("it was drawn with the VAE `{vae}`\n\nhint: pass that with `--vae`"))
+        } else {
+            request.add(known.settings.clone(), None, known.format)
         };
         match added {
             Ok(()) => drawn_again.push(known),

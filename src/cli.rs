@@ -83,6 +83,9 @@ pub struct DrawArgs {
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
+    /// Decode with another VAE: a diffusers folder or .safetensors file, TAESD's too
+    #[arg(long, value_name = "PATH", help_heading = "Model")]
+    pub vae: Option<PathBuf>,
     /// A model that draws the last steps, such as sdxl-refiner
     #[arg(long, value_name = "REF", help_heading = "SDXL")]
     pub refiner: Option<OsString>,

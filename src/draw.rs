@@ -67,7 +67,10 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     check(args, &list).code(2)?;
     let compute = Compute::choose(args.device, args.dtype).code(2)?;
     let shows = !args.quiet && args.progress != ProgressMode::Json;
-    let checkpoint = open_both(args.model.as_deref(), args.refiner.as_deref(), args.offline, shows).code(3)?;
+    let mut checkpoint = open_both(args.model.as_deref(), args.refiner.as_deref(), args.offline, shows).code(3)?;
+    if let Some(vae) = &args.vae {
+        checkpoint.use_vae(vae).code(3)?;
+    }
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
         shard.take(&mut request.jobs).code(2)?;

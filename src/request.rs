@@ -158,6 +158,7 @@ impl Request {
         let [version, dtype, model, no_negative] =
             [env!("CARGO_PKG_VERSION"), compute.dtype.as_str(), &checkpoint.name, ""].map(Arc::<str>::from);
         let refiner = checkpoint.refiner.as_ref().map(|refiner| Arc::<str>::from(&*refiner.name));
+        let vae = checkpoint.vae.as_ref().map(|vae| Arc::<str>::from(&*vae.name));
         for item in &list.items {
             let options = &item.options;
             let settings = Settings {
@@ -185,6 +186,8 @@ impl Request {
                 dtype: dtype.clone(),
                 model: model.clone(),
                 model_hash: no_negative.clone(),
+                vae: vae.clone(),
+                vae_hash: None,
             };
             let (_, format) = list.outputs.get(item.output).context("a picture has no destination")?;
             match item.line {
@@ -196,9 +199,11 @@ impl Request {
         // last, as it looks into the files
         let model_hash: Arc<str> = checkpoint.hash().context(ModelError)?.into();
         let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
+        let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().context(ModelError)?.map(Arc::from);
         for job in &mut request.jobs {
             job.settings.model_hash = model_hash.clone();
             job.settings.refiner_hash = refiner_hash.clone();
+            job.settings.vae_hash = vae_hash.clone();
         }
         let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();
         request.batch_size = args.batch_size.unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));

@@ -54,6 +54,10 @@ pub struct Settings {
     pub model: Arc<str>,
     /// [`crate::weights::Checkpoint::hash`]
     pub model_hash: Arc<str>,
+    /// none: the model's own
+    pub vae: Option<Arc<str>>,
+    /// as of the model
+    pub vae_hash: Option<Arc<str>>,
 }
 
 /// Two numbers of pixels: 1024x768, or 4,60.
@@ -119,6 +123,8 @@ impl Settings {
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));
         extra.extend(self.refiner.as_ref().map(|refiner| ("Refiner", refiner.to_string())));
         extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
+        extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
+        extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,

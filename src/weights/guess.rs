@@ -123,6 +123,30 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
     Ok(config.as_object().cloned().unwrap_or_default())
 }
 
+/// The configuration of a VAE alone.
+pub fn autoencoder(c: &Checkpoint, scaling_factor: Option<f64>) -> Result<Value> {
+    if c.shape("vae.decoder.layers.0.weight").is_none() {
+        return vae(c, scaling_factor.unwrap_or(0.18215));
+    }
+    // TAESD: layers are numbered through; blocks, then scaling, which has no weights, and a convolution
+    let has = |layer: usize, name: &str| c.shape(&format!("vae.decoder.layers.{layer}.{name}")).is_some();
+    let (mut layer, mut blocks) = (2, vec![]);
+    let out_channels = loop {
+        let run = (layer..).take_while(|layer| has(*layer, "conv.0.weight")).count();
+        blocks.push(run);
+        layer += run;
+        if !has(layer + 1, "weight") {
+            break size(c, &format!("vae.decoder.layers.{layer}.weight"), 0)?;
+        }
+        layer += 2;
+    };
+    let width = size(c, "vae.decoder.layers.0.weight", 0)?;
+    Ok(json!({
+        "_class_name": "AutoencoderTiny", "latent_channels": size(c, "vae.decoder.layers.0.weight", 1)?, "out_channels": out_channels,
+        "decoder_block_out_channels": vec![width; blocks.len()], "num_decoder_blocks": blocks,
+    }))
+}
+
 fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     let blocks = c.count("vae.decoder.up_blocks.");
     let mut widths = vec![];

@@ -81,6 +81,8 @@ pub struct Checkpoint {
     pub doubt: Option<String>,
     /// what finishes pictures that this one begins
     pub refiner: Option<Box<Self>>,
+    /// decodes in place of its own VAE
+    pub vae: Option<Box<Self>>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
 }
@@ -118,6 +120,7 @@ impl Checkpoint {
             assumed: vec![],
             doubt: None,
             refiner: None,
+            vae: None,
             sources: vec![],
             entries: BTreeMap::new(),
         }
@@ -223,6 +226,57 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Decodes with another VAE: a folder with its config.json, a model's folder, or one .safetensors file, which brings no
+    /// scaling factor and takes this model's. Errors if there is none at `path`, or one for other latents.
+    pub fn use_vae(&mut self, path: &Path) -> Result<()> {
+        let own = self.configs.get("vae").filter(|own| own.get("_class_name").is_none_or(|class| class != "AutoencoderTiny"));
+        let vae = Self::open_vae(path, own.and_then(|own| own.get("scaling_factor")?.as_f64()))?;
+        let channels = |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
+        let config = vae.config("vae")?.clone();
+        let (decodes, draws) = (channels(&config, "latent_channels"), channels(self.config("unet")?, "in_channels"));
+        if decodes != draws {
+            bail!(
+                "`{}` decodes {decodes} channels, `{}` draws in {draws}\n\nhint: a VAE goes with the family it was made for",
+                vae.name,
+                self.name
+            );
+        }
+        self.configs.insert("vae".into(), config);
+        self.vae = Some(Box::new(vae));
+        Ok(())
+    }
+
+    fn open_vae(path: &Path, scaling_factor: Option<f64>) -> Result<Self> {
+        let shown = path.display();
+        if path.is_dir() {
+            let nested = path.join("vae");
+            let folder = if path.join("config.json").exists() { path } else { &nested };
+            let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+            let model = whole.parent().filter(|_| whole.ends_with("vae"));
+            let mut vae = Self::empty(folder_name(model.unwrap_or(&whole)));
+            let config = read_json(&folder.join("config.json"))
+                .with_context(|| format!("`{shown}` is no VAE\n\nhint: pass the folder that holds its config.json"))?;
+            vae.configs.insert("vae".into(), config);
+            for file in weight_files(folder)? {
+                vae.add_source(Source::open(&file)?, |key| names::from_diffusers("vae", key))?;
+            }
+            return Ok(vae);
+        }
+        let source = Source::open(path)?;
+        let mut vae = Self::empty(path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default());
+        let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
+        let map = names::from_vae(keys.iter().map(String::as_str));
+        vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+        let config = guess::autoencoder(&vae, scaling_factor).with_context(|| format!("`{shown}` is no VAE that sdgen knows"))?;
+        vae.configs.insert("vae".into(), config);
+        Ok(vae)
+    }
+
+    /// What holds the weights of a component.
+    fn holder(&self, component: &str) -> &Self {
+        self.vae.as_deref().filter(|_| component == "vae").unwrap_or(self)
+    }
+
     fn require_parts(&self, path: &Path) -> Result<()> {
         if (self.has(ENCODERS[0]) || self.has(ENCODERS[1])) && self.has("unet") {
             return Ok(());
@@ -287,7 +341,7 @@ impl Checkpoint {
 
     fn entries_of(&self, component: &str) -> impl Iterator<Item = &Entry> {
         let prefix = format!("{component}.");
-        self.entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix)).map(|(_, e)| e)
+        self.holder(component).entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix)).map(|(_, e)| e)
     }
 
     /// (parameters, stored types) of a component.
@@ -328,7 +382,7 @@ impl Checkpoint {
 
     /// The weights of one component, to build a network from.
     pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
-        Weights { checkpoint: Some(self), prefix: component.into(), device, dtype }
+        Weights { checkpoint: Some(self.holder(component)), prefix: component.into(), device, dtype }
     }
 
     fn read(&self, name: &str) -> Result<Tensor> {

@@ -113,6 +113,25 @@ pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
         .collect()
 }
 
+/// Maps every key of a file that is a VAE, or holds one: by diffusers' names, the original ones, or those of TAESD's decoder.
+pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
+    const WHOLE: &str = "first_stage_model.";
+    let keys: BTreeSet<&str> = keys.collect();
+    let prefix = if keys.iter().any(|key| key.starts_with(WHOLE)) { WHOLE } else { "" };
+    let inner: BTreeSet<&str> = keys.iter().filter_map(|key| key.strip_prefix(prefix)).collect();
+    let up_blocks = max_index(&inner, "decoder.up.").map(|last| last + 1);
+    let map = |key: &str| match (key.split_once('.'), up_blocks) {
+        (_, Some(up_blocks)) => vae_key(key, up_blocks).map(|name| Named::whole(format!("vae.{name}"))),
+        // TAESD's own code counts the squeezing of the latents as a layer
+        (Some((layer, rest)), _) if layer.bytes().all(|b| b.is_ascii_digit()) => {
+            let layer = layer.parse::<usize>().ok()?.checked_sub(1)?;
+            Some(Named::whole(format!("vae.decoder.layers.{layer}.{rest}")))
+        }
+        _ => Some(from_diffusers("vae", key)),
+    };
+    keys.iter().map(|key| (key.to_string(), key.strip_prefix(prefix).and_then(map).unwrap_or_default())).collect()
+}
+
 /// The largest number that follows `prefix` in any key.
 fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
     keys.iter().filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok()).max()

@@ -77,7 +77,7 @@ enum Command {
 pub struct DrawArgs {
     /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
     pub prompt: Option<String>,
-    /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sd21, turbo, sdxl)
+    /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sdxl, turbo, lcm, ...)
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
     /// What the network predicts if the checkpoint does not say: epsilon or v

@@ -43,14 +43,23 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 6] = [
+pub const SHORT_NAMES: [(&str, &str); 12] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
     ("lcm", "SimianLuo/LCM_Dreamshaper_v7"),
+    ("sdxs", "IDKiro/sdxs-512-dreamshaper"),
+    ("tiny-sd", "segmind/tiny-sd"),
+    ("small-sd", "segmind/small-sd"),
     ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
+    ("sdxl-turbo", "stabilityai/sdxl-turbo"),
+    ("ssd1b", "segmind/SSD-1B"),
+    ("vega", "segmind/Segmind-Vega"),
     ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 ];
+
+/// Models of one step that do not say so in their files.
+const ONE_STEP: [&str; 2] = ["IDKiro/sdxs-512-dreamshaper", "IDKiro/sdxs-512-0.9"];
 
 impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are not drawn yet.
@@ -111,6 +120,7 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
     let scheduler = |key: &str| config("scheduler", key).and_then(Value::as_str).unwrap_or_default();
     let of = |steps, guidance, distilled| Some(Defaults { steps, guidance, distilled: Some(distilled) });
     match scheduler("_class_name") {
+        _ if ONE_STEP.contains(&&*checkpoint.name) => of(1, 1.0, "one-step distillation"),
         _ if config("unet", "time_cond_proj_dim").is_some() => of(4, 8.5, "latent consistency, guidance built in"),
         "LCMScheduler" => of(4, 1.0, "latent consistency"),
         "TCDScheduler" => of(4, 1.0, "trajectory consistency"),

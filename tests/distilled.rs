@@ -59,3 +59,15 @@ fn a_network_that_takes_guidance_as_an_input_draws_by_it_and_has_no_negative_pro
     assert!(said.contains("warning: `--guidance-rescale` has no effect without classifier-free guidance"), "{said}");
     assert!(plain == rescaled);
 }
+
+#[test]
+fn a_model_of_one_step_that_does_not_say_so_is_known_by_its_name_on_the_hub() {
+    for (name, steps) in [("models--IDKiro--sdxs-512-dreamshaper", 1), ("models--someone--else", 50)] {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshot = dir.path().join(name).join("snapshots/0123");
+        with_base("bksdm", &snapshot);
+        let output = succeed(sdgen(dir.path()).args(["x", "-s", "1", "--dry-run", "--json", "-m"]).arg(&snapshot));
+        let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(said["steps"], steps, "{name}");
+    }
+}

@@ -180,8 +180,9 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
         .is_some()
         .then(|| Ok::<_, anyhow::Error>(Added { pooled: random(&[b, 1280])?, ids: vec![vec![0.0; 6]; b] }));
     let conditioning = Conditioning { context: random(&[b, 77, sizes.context])?, added: added.transpose()?, guidance: None };
-    let (negative, reuse) = (Some(conditioning.clone()), Reuse::every(1));
-    let mut guided = Guided { unet: &unet, negative, conditioning, scale: 7.5, rescale: 0.0, prediction: Prediction::Epsilon, reuse };
+    let told = unet.told(&conditioning.clone().after(Some(&conditioning))?)?;
+    let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
+    let mut guided = Guided { unet: told, pairs: true, scale: 7.5, rescale: 0.0, prediction, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }

@@ -1,16 +1,14 @@
 //! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler calls `denoise`.
 
-use crate::model::unet::{Conditioning, UNet};
+use crate::model::unet::Told;
 use crate::schedule::Prediction;
 use candle_core::{D, Result, Tensor};
 
 /// A U-Net with its conditioning, seen as a denoiser.
 pub struct Guided<'a> {
-    pub unet: &'a UNet,
-    /// of the prompts
-    pub conditioning: Conditioning,
-    /// of what to steer away from; none: the network runs once a step
-    pub negative: Option<Conditioning>,
+    /// told of the prompts; with `pairs`, of what to steer away from and then of the prompts
+    pub unet: Told<'a>,
+    pub pairs: bool,
     pub scale: f64,
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
@@ -33,15 +31,15 @@ impl Reuse {
         Self { interval, calls: 0, inner: None }
     }
 
-    fn forward(&mut self, unet: &UNet, input: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+    fn forward(&mut self, unet: &Told, input: &Tensor, timestep: f64) -> Result<Tensor> {
         if self.interval <= 1 {
-            return unet.forward(input, timestep, conditioning);
+            return unet.forward(input, timestep);
         }
         if self.calls.is_multiple_of(self.interval) {
             self.inner = None;
         }
         self.calls += 1;
-        unet.forward_reusing(input, timestep, conditioning, &mut self.inner)
+        unet.forward_reusing(input, timestep, &mut self.inner)
     }
 }
 
@@ -49,18 +47,16 @@ impl Guided<'_> {
     /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in f32.
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
-        let input = (x * scalings.c_in)?.to_dtype(self.conditioning.context.dtype())?;
-        let output = match &self.negative {
-            None => self.reuse.forward(self.unet, &input, timestep, &self.conditioning)?.to_dtype(x.dtype())?,
-            Some(negative) => {
-                // unconditional half first, in picture order
-                let input = Tensor::cat(&[&input, &input], 0)?; // [2b, h, w, c]
-                let pair = negative.then(&self.conditioning)?;
-                let halves = self.reuse.forward(self.unet, &input, timestep, &pair)?.to_dtype(x.dtype())?.chunk(2, 0)?;
-                let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
-                let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
-                if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
-            }
+        let input = (x * scalings.c_in)?.to_dtype(self.unet.dtype())?;
+        let input = if self.pairs { Tensor::cat(&[&input, &input], 0)? } else { input }; // [b, h, w, c] or [2b, h, w, c]
+        let output = self.reuse.forward(&self.unet, &input, timestep)?.to_dtype(x.dtype())?;
+        let output = if self.pairs {
+            let halves = output.chunk(2, 0)?;
+            let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
+            let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
+            if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
+        } else {
+            output
         };
         (x * scalings.c_skip)? + (output * scalings.c_out)?
     }

@@ -311,7 +311,9 @@ impl<'a> Stage<'a> {
         let negative = guided.then(|| self.contexts.of(batch, 1)).transpose()?;
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
-        let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
+        let pairs = negative.is_some();
+        let unet = unet.told(&conditioning.after(negative.as_ref())?)?;
+        let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
         let Steps { generators, traces, preview, latent_shape: (h, w, c), done, total } = steps;
         let mut noise = || -> TensorResult<Tensor> {
             let each = generators.iter_mut().map(|g| g.latents(*h, *w, *c)).collect::<TensorResult<Vec<_>>>()?;

@@ -154,7 +154,7 @@ fn the_unet_predicts_the_same_after_every_block() {
                     }
                 };
                 let told = Conditioning { guidance: case["guidance"].as_f64(), ..f.told(Some(i)) };
-                let out = unet.traced(&one(latents), f64::from(timestep), &told, &mut show).unwrap();
+                let out = unet.told(&told).unwrap().traced(&one(latents), f64::from(timestep), &mut show).unwrap();
                 compare(&format!("{model} unet.{name}.out[{i}]"), &out, &one(f.golden(&format!("unet.{name}.out"))), NETWORK);
             }
         }
@@ -221,14 +221,14 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
         let f = fixture(model);
         let unet = f.unet();
         let shape = f.json["unet"][0]["name"].as_str().unwrap();
-        let (latents, told) = (f.golden(&format!("unet.{shape}.latents")), f.told(None));
-        let full = unet.forward(latents, 500.0, &told).unwrap();
+        let (latents, unet) = (f.golden(&format!("unet.{shape}.latents")), unet.told(&f.told(None)).unwrap());
+        let full = unet.forward(latents, 500.0).unwrap();
         let mut inner = None;
         for _ in 0..2 {
-            compare(&format!("{model} reused"), &unet.forward_reusing(latents, 500.0, &told, &mut inner).unwrap(), &full, 0.0);
+            compare(&format!("{model} reused"), &unet.forward_reusing(latents, 500.0, &mut inner).unwrap(), &full, 0.0);
         }
         let other = (latents * 0.5).unwrap();
-        let (reused, exact) = (unet.forward_reusing(&other, 100.0, &told, &mut inner), unet.forward(&other, 100.0, &told).unwrap());
+        let (reused, exact) = (unet.forward_reusing(&other, 100.0, &mut inner), unet.forward(&other, 100.0).unwrap());
         let difference = (reused.unwrap() - exact).unwrap().abs().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(difference > 1e-6, "{model}: the inner levels were not reused");
     }
@@ -258,7 +258,9 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let (conditioning, negative) = (told(&prompt, run, None), negative.map(|negative| told(&negative, run, None)));
             let reuse = Reuse::every(1);
             let (scale, rescale, prediction) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0), config.prediction);
-            let mut guided = Guided { unet: &unet, conditioning, negative, scale, rescale, prediction, reuse };
+            let pairs = negative.is_some();
+            let unet = unet.told(&conditioning.after(negative.as_ref()).unwrap()).unwrap();
+            let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them
@@ -322,7 +324,9 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
             let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
             let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
-            let mut guided = Guided { unet, conditioning, negative, scale, rescale, prediction, reuse };
+            let pairs = negative.is_some();
+            let unet = unet.told(&conditioning.after(negative.as_ref()).unwrap()).unwrap();
+            let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
             let first = match latents.take() {
                 None => {
                     let noise = refiner.golden(&format!("run.{name}.noise"));

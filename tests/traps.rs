@@ -509,7 +509,7 @@ fn every_norm_has_its_own_epsilon() {
         let clip = Clip::new(&weights("text_encoder"), &config).unwrap();
         let latents = wave(&[1, 4, 4, c]);
         let outputs = [
-            unet.forward(&latents, 100.0, &wave(&[1, 5, width]).into()).unwrap(),
+            unet.told(&wave(&[1, 5, width]).into()).unwrap().forward(&latents, 100.0).unwrap(),
             vae.forward(&latents).unwrap(),
             clip.forward(&[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),
         ];

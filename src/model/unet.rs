@@ -7,9 +7,11 @@ use crate::nn::embed;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
-use candle_core::{Result as TensorResult, Tensor};
+use candle_core::{DType, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::collections::HashMap;
 
 /// Transformer2D's own norm, whatever `norm_eps` says.
 const TRANSFORMER_NORM_EPS: f64 = 1e-6;
@@ -263,8 +265,12 @@ impl From<Tensor> for Conditioning {
 }
 
 impl Conditioning {
-    /// These pictures, then those.
-    pub fn then(&self, other: &Self) -> TensorResult<Self> {
+    /// Of the negative prompts and then of these, if there are any: the halves of a guided pair, in picture order.
+    pub fn after(self, negative: Option<&Self>) -> TensorResult<Self> {
+        negative.map_or(Ok(self.clone()), |negative| negative.then(&self))
+    }
+
+    fn then(&self, other: &Self) -> TensorResult<Self> {
         let added = match (&self.added, &other.added) {
             (Some(a), Some(b)) => Some(Added { pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?, ids: [&*a.ids, &b.ids].concat() }),
             _ => None,
@@ -347,83 +353,113 @@ impl UNet {
         })
     }
 
-    /// Latents [b, h, w, c], one timestep, conditioning of b pictures -> prediction [b, h, w, c].
-    pub fn forward(&self, latents: &Tensor, timestep: f64, conditioning: &Conditioning) -> TensorResult<Tensor> {
-        self.traced(latents, timestep, conditioning, &mut |_, _| {})
+    /// The network, told of b pictures. Errors if it wants to know more of them.
+    pub fn told(&self, conditioning: &Conditioning) -> TensorResult<Told<'_>> {
+        let added = match (&self.add_embedding, &conditioning.added) {
+            (None, _) => None,
+            (Some(embedding), Some(added)) => Some(embedding.forward(added)?),
+            (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
+        };
+        let prompts = Prompts { embedding: conditioning.context.clone(), projected: RefCell::default() };
+        Ok(Told { unet: self, prompts, added, guidance: conditioning.guidance })
+    }
+}
+
+/// A network that was told of the pictures of a batch. What follows from that alone is worked out in the first step.
+pub struct Told<'a> {
+    unet: &'a UNet,
+    prompts: Prompts,
+    /// [b, time_dim]
+    added: Option<Tensor>,
+    guidance: Option<f64>,
+}
+
+impl Told<'_> {
+    /// Type of the latents that it takes.
+    pub fn dtype(&self) -> DType {
+        self.prompts.embedding.dtype()
+    }
+
+    /// Latents [b, h, w, c], one timestep -> prediction [b, h, w, c].
+    pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
+        self.traced(latents, timestep, &mut |_, _| {})
     }
 
     /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below gave in an earlier step;
     /// else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
-    pub fn forward_reusing(
-        &self,
-        latents: &Tensor,
-        timestep: f64,
-        conditioning: &Conditioning,
-        inner: &mut Option<Tensor>,
-    ) -> TensorResult<Tensor> {
-        self.run(latents, timestep, conditioning, Some(inner), &mut |_, _| {})
+    pub fn forward_reusing(&self, latents: &Tensor, timestep: f64, inner: &mut Option<Tensor>) -> TensorResult<Tensor> {
+        self.run(latents, timestep, Some(inner), &mut |_, _| {})
     }
 
     /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
-    pub fn traced(
-        &self,
-        latents: &Tensor,
-        timestep: f64,
-        conditioning: &Conditioning,
-        show: &mut dyn FnMut(&str, &Tensor),
-    ) -> TensorResult<Tensor> {
-        self.run(latents, timestep, conditioning, None, show)
+    pub fn traced(&self, latents: &Tensor, timestep: f64, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
+        self.run(latents, timestep, None, show)
     }
 
     fn run(
         &self,
         latents: &Tensor,
         timestep: f64,
-        conditioning: &Conditioning,
         inner: Option<&mut Option<Tensor>>,
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
-        let context = &conditioning.context;
-        let time = self.time_embedding.forward(timestep, conditioning.guidance, latents)?; // [time_dim]
-        let time = match (&self.add_embedding, &conditioning.added) {
-            (None, _) => time,
-            (Some(embedding), Some(added)) => embedding.forward(added)?.broadcast_add(&time)?, // [b, time_dim]
-            (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
-        };
+        let Self { unet, prompts, .. } = self;
+        let time = unet.time_embedding.forward(timestep, self.guidance, latents)?; // [time_dim]
+        let time = self.added.as_ref().map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?; // or [b, time_dim]
         // as every residual block would apply it
-        let time = self.activation.forward(&time)?;
-        let latents = if self.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
-        let mut x = self.conv_in.forward(&latents)?;
+        let time = unet.activation.forward(&time)?;
+        let latents = if unet.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
+        let mut x = unet.conv_in.forward(&latents)?;
         show("conv_in", &x);
         let mut skips = vec![x.clone()];
-        let (Some((first, lower)), Some((last, upper))) = (self.down_blocks.split_first(), self.up_blocks.split_last()) else {
+        let (Some((first, lower)), Some((last, upper))) = (unet.down_blocks.split_first(), unet.up_blocks.split_last()) else {
             candle_core::bail!("a U-Net without blocks");
         };
-        x = first.layers(&x, &time, context, &mut skips)?;
+        x = first.layers(&x, &time, prompts, &mut skips)?;
         if let Some(Some(inner)) = &inner {
             x = inner.clone();
         } else {
             x = first.downsample(&x, &mut skips)?;
             show("down_blocks.0", &x);
             for (i, block) in lower.iter().enumerate() {
-                x = block.downsample(&block.layers(&x, &time, context, &mut skips)?, &mut skips)?;
+                x = block.downsample(&block.layers(&x, &time, prompts, &mut skips)?, &mut skips)?;
                 show(&format!("down_blocks.{}", i + 1), &x);
             }
-            if let Some(mid_block) = &self.mid_block {
-                x = mid_block.forward(&x, &time, context)?;
+            if let Some(mid_block) = &unet.mid_block {
+                x = mid_block.forward(&x, &time, prompts)?;
                 show("mid_block", &x);
             }
             for (i, block) in upper.iter().enumerate() {
-                x = block.forward(&x, &time, context, &mut skips)?;
+                x = block.forward(&x, &time, prompts, &mut skips)?;
                 show(&format!("up_blocks.{i}"), &x);
             }
             if let Some(inner) = inner {
                 *inner = Some(x.clone());
             }
         }
-        x = last.forward(&x, &time, context, &mut skips)?;
+        x = last.forward(&x, &time, prompts, &mut skips)?;
         show(&format!("up_blocks.{}", upper.len()), &x);
-        self.conv_out.forward(&self.conv_norm_out.forward_act(&x, self.activation)?)
+        unet.conv_out.forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
+    }
+}
+
+/// Prompt embeddings, with the keys and values that cross attentions make of them: the same in every step.
+struct Prompts {
+    /// [b, n, d]
+    embedding: Tensor,
+    /// by the address of the attention, which is borrowed as long
+    projected: RefCell<HashMap<*const Attention, [Tensor; 2]>>,
+}
+
+impl Prompts {
+    /// Keys and values [b, n, width] of an attention of this network.
+    fn of(&self, attention: &Attention) -> TensorResult<[Tensor; 2]> {
+        if let Some(known) = self.projected.borrow().get(&std::ptr::from_ref(attention)) {
+            return Ok(known.clone());
+        }
+        let projected = attention.keys_values(&self.embedding)?;
+        self.projected.borrow_mut().insert(attention, projected.clone());
+        Ok(projected)
     }
 }
 
@@ -521,12 +557,12 @@ impl DownBlock {
         Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, downsample: downsample.transpose()? })
     }
 
-    fn layers(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn layers(&self, x: &Tensor, time: &Tensor, prompts: &Prompts, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             x = resnet.forward(&x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, context)?;
+                x = transformer.forward(&x, prompts)?;
             }
             skips.push(x.clone());
         }
@@ -570,10 +606,10 @@ impl MidBlock {
         Ok(Self { first, attended: attention.map(attended).transpose()? })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let x = self.first.forward(x, time)?;
         match &self.attended {
-            Some((transformer, second)) => second.forward(&transformer.forward(&x, context)?, time),
+            Some((transformer, second)) => second.forward(&transformer.forward(&x, prompts)?, time),
             None => Ok(x),
         }
     }
@@ -602,7 +638,7 @@ impl UpBlock {
         Ok(Self { layers: skips.iter().enumerate().map(layer).collect::<Result<_>>()?, upsample })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             if let Some(skip) = skips.pop() {
@@ -610,7 +646,7 @@ impl UpBlock {
             }
             x = resnet.forward(&x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, context)?;
+                x = transformer.forward(&x, prompts)?;
             }
         }
         let Some(conv) = &self.upsample else { return Ok(x) };
@@ -698,11 +734,11 @@ impl Transformer {
         })
     }
 
-    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let mut tokens = self.proj_in.forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
         for block in &self.blocks {
-            tokens = block.forward(&tokens, context)?;
+            tokens = block.forward(&tokens, prompts)?;
         }
         self.proj_out.forward_add(&tokens, x)?.reshape((b, h, w, c))
     }
@@ -733,10 +769,11 @@ impl TransformerBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor, context: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let h = self.norm1.forward(x)?;
-        let x = self.attn1.forward_add(&h, if self.only_cross { context } else { &h }, x)?;
-        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, context, &x)?;
+        let seen = if self.only_cross { prompts.of(&self.attn1)? } else { self.attn1.keys_values(&h)? };
+        let x = self.attn1.forward_add(&h, &seen, x)?;
+        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, &prompts.of(&self.attn2)?, &x)?;
         self.ff.forward_add(&self.norm3.forward(&x)?, &x)
     }
 }
@@ -760,10 +797,14 @@ impl Attention {
         })
     }
 
-    /// x [b, n, width] attends to context [b, m, context]; the result is added to residual [b, n, width].
-    fn forward_add(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        self.to_out.forward_add(&attention(&q, &k, &v, self.heads)?, residual)
+    /// Keys and values [b, m, width] of what is attended to [b, m, context].
+    fn keys_values(&self, context: &Tensor) -> TensorResult<[Tensor; 2]> {
+        Ok([self.to_k.forward(context)?, self.to_v.forward(context)?])
+    }
+
+    /// x [b, n, width] attends to keys and values [b, m, width]; the result is added to residual [b, n, width].
+    fn forward_add(&self, x: &Tensor, [k, v]: &[Tensor; 2], residual: &Tensor) -> TensorResult<Tensor> {
+        self.to_out.forward_add(&attention(&self.to_q.forward(x)?, k, v, self.heads)?, residual)
     }
 }
 

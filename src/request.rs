@@ -172,7 +172,10 @@ impl Request {
                 guidance: options.guidance.unwrap_or(defaults.guidance),
                 guidance_rescale: options.guidance_rescale.unwrap_or(0.0),
                 sampler: options.sampler.unwrap_or(sampler),
-                schedule: options.schedule,
+                schedule: options.schedule.map(|schedule| match schedule {
+                    Schedule::Ays if request.model.added_ids > 0 => Schedule::AysSdxl,
+                    other => other,
+                }),
                 eta: options.eta,
                 original_size: options.original_size,
                 crop: options.crop,

@@ -312,6 +312,10 @@ fn what_sdxl_is_told_of_sizes_is_a_setting_like_others() {
         let name = option.split('=').next().unwrap();
         fail(sdgen(dir.path()).args(["x", option, "-m"]).arg(fixture("sd1")), 2, &[&format!("`{name}` means nothing to `sd1`")]);
     }
+    // its noise levels were aligned by themselves
+    let mut command = sdgen(dir.path());
+    command.args(["x", "-W", "16", "-H", "16", "--steps", "2", "--schedule", "ays", "--json", "-m"]).arg(fixture("sdxl"));
+    assert!(stdout(&succeed(&mut command)).contains(r#""schedule":"ays-sdxl""#));
     fail(sdgen(dir.path()).args(["x", "--sweep", "crop=1,1"]), 2, &["`--sweep` cannot vary `crop`"]);
 }
 

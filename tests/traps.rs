@@ -415,7 +415,7 @@ fn a_model_without_a_vae_is_inspected_and_not_drawn_with() {
         assert!(said.contains("  vae           none"), "{said}");
         assert!(inspected(dir.path(), "m.safetensors")["parts"].get("vae").is_none());
         let lacks = format!("`m` has no vae (it has: {encoders}, unet)");
-        fail(sdgen(dir.path()).args(["x", "-m", "m.safetensors"]), 3, &[&lacks, "hint: "]);
+        fail(sdgen(dir.path()).args(["x", "-m", "m.safetensors"]), 3, &[&lacks, "hint: pass one with `--vae`"]);
     }
 }
 

@@ -52,7 +52,7 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
         "timestep_spacing": if extra.zero_snr { "trailing" } else { "leading" }, "prediction_type": prediction,
         "rescale_betas_zero_snr": extra.zero_snr,
     });
-    let scale = if xl { 0.13025 } else { 0.18215 };
+    let scale = vae_scale(checkpoint);
     let assumed = format!("32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}");
     checkpoint.assumed.push(assumed);
     let has_first = checkpoint.has(ENCODERS[0]);
@@ -124,9 +124,9 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
 }
 
 /// The configuration of a VAE alone.
-pub fn autoencoder(c: &Checkpoint, scaling_factor: Option<f64>) -> Result<Value> {
+pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     if c.shape("vae.decoder.layers.0.weight").is_none() {
-        return vae(c, scaling_factor.unwrap_or(0.18215));
+        return vae(c, scaling_factor);
     }
     // TAESD: layers are numbered through; blocks, then scaling, which has no weights, and a convolution
     let has = |layer: usize, name: &str| c.shape(&format!("vae.decoder.layers.{layer}.{name}")).is_some();
@@ -145,6 +145,11 @@ pub fn autoencoder(c: &Checkpoint, scaling_factor: Option<f64>) -> Result<Value>
         "_class_name": "AutoencoderTiny", "latent_channels": size(c, "vae.decoder.layers.0.weight", 1)?, "out_channels": out_channels,
         "decoder_block_out_channels": vec![width; blocks.len()], "num_decoder_blocks": blocks,
     }))
+}
+
+/// The scale of the latents of a model's family.
+pub fn vae_scale(model: &Checkpoint) -> f64 {
+    if model.has(ENCODERS[1]) { 0.13025 } else { 0.18215 }
 }
 
 fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {

@@ -230,7 +230,8 @@ impl Checkpoint {
     /// scaling factor and takes this model's. Errors if there is none at `path`, or one for other latents.
     pub fn use_vae(&mut self, path: &Path) -> Result<()> {
         let own = self.configs.get("vae").filter(|own| own.get("_class_name").is_none_or(|class| class != "AutoencoderTiny"));
-        let vae = Self::open_vae(path, own.and_then(|own| own.get("scaling_factor")?.as_f64()))?;
+        let scale = own.and_then(|own| own.get("scaling_factor")?.as_f64());
+        let vae = Self::open_vae(path, scale.unwrap_or_else(|| guess::vae_scale(self)))?;
         let channels = |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
         let config = vae.config("vae")?.clone();
         let (decodes, draws) = (channels(&config, "latent_channels"), channels(self.config("unet")?, "in_channels"));
@@ -246,7 +247,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn open_vae(path: &Path, scaling_factor: Option<f64>) -> Result<Self> {
+    fn open_vae(path: &Path, scaling_factor: f64) -> Result<Self> {
         let shown = path.display();
         if path.is_dir() {
             let nested = path.join("vae");
@@ -281,7 +282,8 @@ impl Checkpoint {
         if (self.has(ENCODERS[0]) || self.has(ENCODERS[1])) && self.has("unet") {
             return Ok(());
         }
-        bail!("{}", self.lacks(&path.display().to_string()));
+        let hint = "pass a whole checkpoint; this file is only a part of one";
+        bail!("{}\n\nhint: {hint}", self.lacks(&path.display().to_string()));
     }
 
     /// What is wrong with a checkpoint that is only a part of one.
@@ -291,12 +293,12 @@ impl Checkpoint {
         let missing: Vec<&str> = PARTS.into_iter().filter(is_missing).collect();
         let found = if found.is_empty() { "nothing that is known".into() } else { found.join(", ") };
         let missing = missing.join(" and no ");
-        format!("`{name}` has no {missing} (it has: {found})\n\nhint: pass a whole checkpoint; this file is only a part of one")
+        format!("`{name}` has no {missing} (it has: {found})")
     }
 
     /// Errors if there is no VAE, without which latents cannot be decoded.
     pub fn require_vae(&self) -> Result<()> {
-        if self.configs.contains_key("vae") { Ok(()) } else { bail!("{}", self.lacks(&self.name)) }
+        if self.configs.contains_key("vae") { Ok(()) } else { bail!("{}\n\nhint: pass one with `--vae`", self.lacks(&self.name)) }
     }
 
     /// Whether any tensor of a component is there.

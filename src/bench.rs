@@ -197,6 +197,7 @@ fn time_vae(args: &BenchArgs, compute: &Compute, config: &VaeConfig, (h, w): (us
 
 /// Times `work`, whose result is read back so that a device has finished it.
 fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Result<Value> {
+    let _attended = cpu::Attended::start();
     work()?;
     cost::take();
     let mut seconds = vec![];

@@ -10,6 +10,7 @@ use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
 use crate::model::Decoder;
 use crate::model::unet::{Added, Conditioning, UNet};
+use crate::nn::cpu;
 use crate::noise::Generator;
 use crate::preview::Preview;
 use crate::progress::Progress;
@@ -86,6 +87,7 @@ pub fn generate<'a>(
     let mut decoder = None;
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         let mut steps = Steps::of(&batch, request)?;
+        let _attended = cpu::Attended::start();
         base.prepare(&batch, &queue, compute, progress)?;
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
         let start = Instant::now();

@@ -2,6 +2,7 @@
 //! cut by shape alone and partial sums are added in order. Each has its plain composition, and the test that compares
 //! them, in [`super::layers`].
 
+mod attend;
 mod attention;
 mod ceiling;
 mod conv;
@@ -13,6 +14,7 @@ mod product;
 mod vector;
 mod winograd;
 
+pub use attend::Attended;
 pub use attention::Attention;
 pub use ceiling::ceiling;
 pub use conv::Conv2d;

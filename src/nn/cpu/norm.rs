@@ -12,6 +12,12 @@ use rayon::prelude::*;
 /// Numbers of one task, about: small enough for a processor's own cache, large enough that handing it out costs nothing.
 const BLOCK: usize = 1 << 15;
 
+/// Numbers of one task that does the same to each row of n of `len` numbers: so that each thread has one, and whole rows.
+fn share(len: usize, n: usize) -> usize {
+    let block = BLOCK.min(len / rayon::current_num_threads());
+    block.div_ceil(n).max(1) * n
+}
+
 /// Group normalisation over pictures that may be in several parts.
 pub struct GroupNorm {
     pub groups: usize,
@@ -80,7 +86,7 @@ impl CustomOp1 for Normalise<'_> {
                 let parts = [above.unwrap_or_default(), x, below.unwrap_or_default()];
                 let len = parts.iter().map(|part| part.len()).sum();
                 let mut y = fresh(len);
-                let block = (BLOCK / c).max(1) * c;
+                let block = share(len, c);
                 let mut tasks = vec![];
                 for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine) {
                     for x in parts {
@@ -185,7 +191,7 @@ impl CustomOp3 for LayerNorm {
             bail!("layer norm of {:?} with {} weights and {} biases", lx.shape(), weight.len(), bias.len());
         }
         let mut y = fresh(x.len());
-        let block = (BLOCK / n).max(1) * n;
+        let block = share(x.len(), n);
         y.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(y, x)| {
             for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
                 layer_norm(y, x, weight, bias, self.eps as f32);

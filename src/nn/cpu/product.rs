@@ -21,6 +21,9 @@ const GROUP: usize = 10;
 /// Tasks to have at least, so that no thread waits long for the last.
 const TASKS: usize = 8;
 
+/// Rows of a thread's share at least.
+const SHARE: usize = 32;
+
 thread_local! {
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
@@ -117,9 +120,14 @@ pub fn product(
     }
     let output = Output(y.as_mut_ptr());
     let panels = Pack { gated: finish.gated }.panels(n);
-    let blocks = m.div_ceil(BLOCK);
+    // A thread finds in its own cache the rows that it wrote before, and each gets a share of them. Where there are more
+    // weights than rows, it is those that are shared out.
+    let threads = rayon::current_num_threads();
+    let shares = if n <= 2 * m { threads.min(m / SHARE) } else { 1 };
+    let blocks = m.div_ceil(BLOCK).max(shares);
     let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
-    let group = panels.div_ceil(TASKS.div_ceil(blocks)).min(GROUP);
+    let tasks = if shares > 1 { threads } else { TASKS };
+    let group = panels.div_ceil(tasks.div_ceil(blocks)).min(GROUP);
     let groups = panels.div_ceil(group);
     (0..blocks * groups).into_par_iter().for_each(|task| {
         let (first, panel) = (task / groups * rows, task % groups * group);

@@ -83,9 +83,19 @@ pub struct DrawArgs {
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
-    /// Decode with another VAE: a diffusers folder or .safetensors file, TAESD's too
+    /// Another VAE, TAESD's too: a diffusers folder or a .safetensors file
     #[arg(long, value_name = "PATH", help_heading = "Model")]
     pub vae: Option<PathBuf>,
+    /// Decode in tiles: on, off or auto, where the whole does not fit in memory
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "WHEN",
+        help_heading = "Model"
+    )]
+    pub vae_tiling: VaeTiling,
     /// A model that draws the last steps, such as sdxl-refiner
     #[arg(long, value_name = "REF", help_heading = "SDXL")]
     pub refiner: Option<OsString>,
@@ -255,6 +265,15 @@ impl From<PredictionChoice> for Prediction {
             PredictionChoice::V => Self::V,
         }
     }
+}
+
+/// `--vae-tiling`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VaeTiling {
+    /// where the whole does not fit into memory; on CPUs, as GPUs do not say what they have left
+    Auto,
+    On,
+    Off,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

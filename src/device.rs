@@ -113,7 +113,7 @@ pub fn require_memory(needed: u64) -> Result<()> {
 }
 
 /// Bytes that can be had without swapping (Linux).
-fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     proc_bytes("/proc/meminfo", "MemAvailable:")
 }
 

@@ -3,7 +3,7 @@
 //! [`run`] tells the whole story. Hides what happens around the drawing: what is there already, what fails, what ends the
 //! run early, and that files are written beside the drawing of the next pictures.
 
-use crate::cli::{DrawArgs, open_both, say};
+use crate::cli::{DrawArgs, VaeTiling, open_both, say};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
 use crate::image::{Format, Picture, read_metadata};
@@ -19,7 +19,7 @@ use crate::terminal::Terminal;
 use crate::trace::Trace;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, anyhow};
-use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
+use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs::File;
@@ -75,12 +75,12 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     if let Some(shard) = args.shard {
         shard.take(&mut request.jobs).code(2)?;
     }
-    let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size);
-    let mut records = Records::new(args, &request, progress);
+    let mut landed = HashMap::new();
     if args.resume || args.verify {
-        let present = request.jobs.par_iter().filter_map(|job| Some((job.index, Some(present(job, records.wanted, args.trace)?))));
-        records.landed = present.collect();
+        landed = request.jobs.par_iter_mut().filter_map(|job| Some((job.index, Some(present(job, args)?)))).collect();
     }
+    let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size);
+    let mut records = Records { landed, ..Records::new(args, &request, progress) };
     if args.verify {
         return verify(&request, &mut records);
     }
@@ -225,15 +225,26 @@ fn check_files(args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// A picture's file, if it is whole and has these very settings.
-fn present(job: &Job, wants_hash: bool, wants_trace: bool) -> Option<Landed> {
+/// A picture's file, if it is whole and has these very settings. Where nobody asks for tiles or for none, it has what the
+/// file has: the free memory of another moment is no reason to draw again.
+fn present(job: &mut Job, args: &DrawArgs) -> Option<Landed> {
     let bytes = std::fs::read(job.path.as_ref()?).ok()?;
     let sdgen = read_metadata(&bytes).ok()??.sdgen;
-    let trace = wants_trace.then(|| Trace::of(&sdgen).ok()?).flatten();
+    let trace = args.trace.then(|| Trace::of(&sdgen).ok()?).flatten();
     let settings: Settings = serde_json::from_value(sdgen).ok()?;
-    let picture = settings.draws_the_same_as(&job.settings).then(|| Picture::decode(&bytes).ok()).flatten()?;
-    let sha256 = (wants_hash && job.format != Format::Jpg).then(|| picture.sha256());
+    let asked = match args.vae_tiling {
+        VaeTiling::Auto => Settings { vae_tiling: settings.vae_tiling, ..job.settings.clone() },
+        _ => job.settings.clone(),
+    };
+    let picture = settings.draws_the_same_as(&asked).then(|| Picture::decode(&bytes).ok()).flatten()?;
+    job.settings = asked;
+    let sha256 = (wants_hash(args) && job.format != Format::Jpg).then(|| picture.sha256());
     Some(Landed { sha256, trace, skipped: true, ..Landed::default() })
+}
+
+/// Whether anybody wants to know more of a picture than its path.
+fn wants_hash(args: &DrawArgs) -> bool {
+    args.json || args.manifest.is_some()
 }
 
 /// Says what was chosen for the person: the seed if it is random, what is skipped, and what could not be known.
@@ -255,6 +266,11 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
     }
     if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
         progress.note(format!("warning: {doubt}"));
+    }
+    if let (Some(Job { settings, .. }), VaeTiling::Auto) = (request.jobs.iter().find(|job| job.settings.vae_tiling), args.vae_tiling) {
+        let whole = request.vae_bytes(checkpoint, &Settings { vae_tiling: false, ..settings.clone() }) as f64 / 1e9;
+        let Settings { width, height, .. } = settings;
+        progress.note(format!("{width}x{height} is decoded in tiles: the whole would need about {whole:.1} GB of memory"));
     }
     for assumed in &checkpoint.assumed {
         progress.detail(format!("assumed: {assumed}"));
@@ -368,14 +384,7 @@ struct Records<'a> {
 
 impl<'a> Records<'a> {
     fn new(args: &DrawArgs, request: &'a Request, progress: &'a Progress) -> Self {
-        Self {
-            progress,
-            json: args.json,
-            wanted: args.json || args.manifest.is_some(),
-            next: request.jobs.iter(),
-            landed: HashMap::new(),
-            manifest: None,
-        }
+        Self { progress, json: args.json, wanted: wants_hash(args), next: request.jobs.iter(), landed: HashMap::new(), manifest: None }
     }
 
     fn open_manifest(&mut self, args: &DrawArgs) -> Result<()> {

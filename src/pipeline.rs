@@ -8,8 +8,8 @@ use crate::device::Compute;
 use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::guidance::{Guided, Reuse};
 use crate::image::Picture;
-use crate::model::Decoder;
 use crate::model::unet::{Added, Conditioning, UNet};
+use crate::model::{Decoder, tiles};
 use crate::nn::cpu;
 use crate::noise::Generator;
 use crate::preview::Preview;
@@ -50,7 +50,7 @@ pub struct OutOfMemory;
 
 impl std::fmt::Display for OutOfMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str("the device has not enough memory\n\nhint: draw a smaller picture with `--width` and `--height`, or use `--dtype f16`")
+        f.write_str("the device has not enough memory\n\nhint: draw a smaller picture with `--width` and `--height`, or use `--vae-tiling on` or `--dtype f16`")
     }
 }
 
@@ -128,7 +128,8 @@ pub fn generate<'a>(
         // one at a time: a decode needs far more memory than a latent
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
-            let drawn = decode(decoder, &latents, i).map_err(known);
+            let tile = job.settings.vae_tiling.then(|| request.vae.tile());
+            let drawn = decode(decoder, &latents, i, tile).map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
                 trace.picture(picture);
@@ -383,9 +384,13 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Picture `i` of latents [b, h, w, c].
-fn decode(decoder: &Decoder, latents: &Tensor, i: usize) -> Result<Picture> {
-    let rgb = decoder.decode(&latents.narrow(0, i, 1)?)?; // [1, h, w, 3]
+/// Picture `i` of latents [b, h, w, c], perhaps in tiles with this many latents a side.
+fn decode(decoder: &Decoder, latents: &Tensor, i: usize, tile: Option<usize>) -> Result<Picture> {
+    let latents = latents.narrow(0, i, 1)?;
+    let rgb = match tile {
+        Some(side) => tiles::decode(&latents, side, |tile| decoder.decode(tile))?,
+        None => decoder.decode(&latents)?,
+    }; // [1, h, w, 3]
     if !finite(&rgb)? {
         return Err(NotFinite { place: "after decoding".into() }.into());
     }

@@ -1,7 +1,7 @@
 //! A work list + what a checkpoint brings -> what will be drawn. Every contradiction dies here, before a weight is read.
 
-use crate::cli::DrawArgs;
-use crate::device::{Compute, require_memory};
+use crate::cli::{DrawArgs, VaeTiling};
+use crate::device::{Compute, available_memory, require_memory};
 use crate::family::{Family, REFINE_AT};
 use crate::image::Format;
 use crate::list::List;
@@ -191,6 +191,7 @@ impl Request {
                 model_hash: no_negative.clone(),
                 vae: vae.clone(),
                 vae_hash: None,
+                vae_tiling: false,
             };
             let (_, format) = list.outputs.get(item.output).context("a picture has no destination")?;
             match item.line {
@@ -203,11 +204,19 @@ impl Request {
         let model_hash: Arc<str> = checkpoint.hash().context(ModelError)?.into();
         let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
         let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().context(ModelError)?.map(Arc::from);
-        for job in &mut request.jobs {
+        let available = compute.device.is_cpu().then(available_memory).flatten();
+        let mut jobs = std::mem::take(&mut request.jobs);
+        for job in &mut jobs {
+            job.settings.vae_tiling = request.has_tiles(&job.settings)
+                && match args.vae_tiling {
+                    VaeTiling::Auto => available.is_some_and(|available| request.vae_bytes(checkpoint, &job.settings) > available),
+                    choice => choice == VaeTiling::On,
+                };
             job.settings.model_hash = model_hash.clone();
             job.settings.refiner_hash = refiner_hash.clone();
             job.settings.vae_hash = vae_hash.clone();
         }
+        request.jobs = jobs;
         let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();
         request.batch_size = args.batch_size.unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));
         Ok(request)
@@ -293,22 +302,33 @@ impl Request {
     }
 
     /// A rough estimate of the memory that drawing needs at its peak, in bytes: the larger of the U-Net with its
-    /// activations and the VAE with its own (five of its widest full-size ones live at once, in f32).
+    /// activations and the VAE with its own.
     pub fn memory_bytes(&self, checkpoint: &Checkpoint, batch_size: usize) -> u64 {
-        let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
-        let (base, vae_weights) = (checkpoint.stored_bytes("unet"), checkpoint.stored_bytes("vae"));
+        let base = checkpoint.stored_bytes("unet");
         let refiner = checkpoint.refiner.as_ref().map_or(0, |refiner| refiner.stored_bytes("unet"));
         // a single batch's base is freed before its refiner is read
         let unet_weights = if self.jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
-        let (unet_widest, vae_widest) = (widest(&self.model.unet.block_out_channels), widest(self.vae.widths()));
+        let unet_widest = self.model.unet.block_out_channels.iter().take(2).copied().max().unwrap_or(1) as u64;
         let of_job = |job: &Job| {
-            let pixels = (job.settings.width * job.settings.height) as u64;
-            let latents = pixels / (self.vae.factor() * self.vae.factor()) as u64;
+            let (h, w, _) = self.latent_shape(&job.settings);
+            let latents = (h * w) as u64;
             let pair = if job.guided { 2 } else { 1 };
             let unet = unet_weights + 4 * 12 * pair * batch_size as u64 * latents * unet_widest;
-            unet.max(vae_weights + 4 * 5 * pixels * vae_widest)
+            unet.max(self.vae_bytes(checkpoint, &job.settings))
         };
         self.jobs.iter().map(of_job).max().unwrap_or(0)
+    }
+
+    /// The same of the VAE alone.
+    pub fn vae_bytes(&self, checkpoint: &Checkpoint, settings: &Settings) -> u64 {
+        let (h, w, _) = self.latent_shape(settings);
+        self.vae.decode_bytes(h, w, settings.vae_tiling).saturating_add(checkpoint.stored_bytes("vae"))
+    }
+
+    /// Whether a picture is larger than one tile of a tiled decode, in which it would be the same.
+    fn has_tiles(&self, settings: &Settings) -> bool {
+        let (h, w, _) = self.latent_shape(settings);
+        h.max(w) > self.vae.tile()
     }
 
     /// (height, width, channels) of a picture's latents.

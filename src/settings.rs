@@ -58,6 +58,9 @@ pub struct Settings {
     pub vae: Option<Arc<str>>,
     /// as of the model
     pub vae_hash: Option<Arc<str>>,
+    /// it decodes in tiles; pictures of older versions do not say it
+    #[serde(default)]
+    pub vae_tiling: bool,
 }
 
 /// Two numbers of pixels: 1024x768, or 4,60.
@@ -125,6 +128,7 @@ impl Settings {
         extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
+        extra.extend(self.vae_tiling.then(|| ("VAE tiling", "True".into())));
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,

@@ -49,9 +49,11 @@ fn guidance_rescale_is_remembered_changes_the_picture_and_was_zero_before_it_was
     let read = |name: &str| sdgen::image::read_metadata(&std::fs::read(dir.path().join(name)).unwrap()).unwrap().unwrap();
     assert!(read("rescaled.png").parameters.contains("CFG Rescale: 0.7"), "{}", read("rescaled.png").parameters);
     assert_eq!(check(dir.path(), &["plain.png", "--expect", "rescaled.png"]).0, 1);
-    // a picture of a version that did not know the option
+    // a picture of a version that did not know the option, nor tiles
     let mut metadata = read("plain.png");
-    metadata.sdgen.as_object_mut().unwrap().remove("guidance_rescale").unwrap();
+    for key in ["guidance_rescale", "vae_tiling"] {
+        metadata.sdgen.as_object_mut().unwrap().remove(key).unwrap();
+    }
     let picture = sdgen::image::Picture::decode(&std::fs::read(dir.path().join("plain.png")).unwrap()).unwrap();
     std::fs::write(dir.path().join("old.png"), picture.encode(sdgen::image::Format::Png, Some(&metadata)).unwrap()).unwrap();
     assert_eq!(check(dir.path(), &["old.png", "rescaled.png"]).1, "old.png: identical\nrescaled.png: identical\n");

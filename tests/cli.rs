@@ -347,6 +347,7 @@ fn help_names_every_option_of_the_contract() {
         "--target-size",
         "--refiner",
         "--refine-at",
+        "--vae-tiling",
         "--format",
         "--force",
         "--resume",

@@ -10,7 +10,7 @@ use sdgen::device::Compute;
 use sdgen::guidance::{Guided, Reuse};
 use sdgen::image::Picture;
 use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
-use sdgen::model::{Autoencoder, Decoder};
+use sdgen::model::{Autoencoder, Decoder, tiles};
 use sdgen::noise::Generator;
 use sdgen::sampler::{self, Sampler};
 use sdgen::schedule::{Schedule, SchedulerConfig, plan};
@@ -159,6 +159,15 @@ fn the_unet_predicts_the_same_after_every_block() {
             }
         }
     }
+}
+
+#[test]
+fn the_vae_decodes_the_same_in_tiles() {
+    let f = fixture("sd1");
+    let (decoder, config) = (f.decoder(), Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap());
+    let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
+    let decoded = tiles::decode(&latents, config.tile(), |tile| decoder.decode(tile)).unwrap();
+    compare("vae.tiled.decoded", &((decoded * 2.0).unwrap() - 1.0).unwrap(), f.golden("vae.tiled.decoded"), NETWORK);
 }
 
 #[test]

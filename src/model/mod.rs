@@ -1,7 +1,8 @@
 //! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns latents into pictures,
-//! [`taesd`] does so with less work. Here: which of the two a checkpoint has.
+//! [`taesd`] does so with less work, [`tiles`] lets both do it in parts. Here: which of the two a checkpoint has.
 
 pub mod taesd;
+pub mod tiles;
 pub mod unet;
 pub mod vae;
 
@@ -9,6 +10,9 @@ use crate::weights::Weights;
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
+
+/// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's VAE's own.
+const TILE_PX: usize = 512;
 
 /// `vae/config.json`, by the class that it names.
 #[derive(Debug, Clone)]
@@ -34,12 +38,28 @@ impl Autoencoder {
         }
     }
 
-    /// Channels of the activations, the largest picture first.
-    pub fn widths(&self) -> &[usize] {
-        match self {
-            Self::Kl(config) => &config.block_out_channels,
-            Self::Tiny(config) => &config.decoder_block_out_channels,
-        }
+    /// Side of the tiles of a tiled decode, in latents.
+    pub fn tile(&self) -> usize {
+        let side = match self {
+            Self::Kl(config) => config.tile_px(),
+            Self::Tiny(_) => TILE_PX,
+        };
+        (side / self.factor()).max(1)
+    }
+
+    /// About what decoding latents [h, w] holds at its peak besides the weights, in bytes: activations in f32, and the
+    /// picture three times, in parts, whole, and on its way to bytes.
+    pub fn decode_bytes(&self, h: usize, w: usize, tiled: bool) -> u64 {
+        let pixels = |h: usize, w: usize| (h * w * self.factor() * self.factor()) as u64;
+        // at full size; the last upsampling keeps the width of the size before
+        let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
+        let bytes_a_pixel = match self {
+            // one activation, and a quarter of the next, as it goes in strips
+            Self::Kl(config) => widest(&config.block_out_channels).saturating_mul(5),
+            Self::Tiny(config) => widest(&config.decoder_block_out_channels).saturating_mul(5 * 4),
+        };
+        let side = if tiled { self.tile() } else { h.max(w) };
+        bytes_a_pixel.saturating_mul(pixels(side.min(h), side.min(w))).saturating_add(3 * 3 * 4 * pixels(h, w))
     }
 
     /// Reads the decoder of the VAE at `w`.

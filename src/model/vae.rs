@@ -1,5 +1,6 @@
 //! The decoder of the latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
+use super::TILE_PX;
 use super::unet::require_neutral;
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
@@ -27,6 +28,8 @@ pub struct VaeConfig {
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
     pub up_block_types: Vec<String>,
+    /// side of the pictures that it was trained on, or height and width
+    pub sample_size: Value,
 }
 
 impl Default for VaeConfig {
@@ -42,6 +45,8 @@ impl Default for VaeConfig {
             use_post_quant_conv: true,
             mid_block_add_attention: true,
             up_block_types: vec![],
+            // not diffusers' 32, whose tiles of 4 latents nobody means
+            sample_size: TILE_PX.into(),
         }
     }
 }
@@ -71,6 +76,12 @@ impl VaeConfig {
     /// Pixels a latent, in each direction.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// Side of the tiles of a tiled decode in pixels, as in diffusers.
+    pub fn tile_px(&self) -> usize {
+        let side = self.sample_size.get(0).unwrap_or(&self.sample_size);
+        side.as_u64().and_then(|side| side.try_into().ok()).unwrap_or(TILE_PX)
     }
 }
 

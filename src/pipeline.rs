@@ -87,7 +87,7 @@ pub fn generate<'a>(
     let mut decoder = None;
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         let mut steps = Steps::of(&batch, request)?;
-        let _attended = cpu::Attended::start();
+        let _attended = compute.device.is_cpu().then(cpu::Attended::start);
         base.prepare(&batch, &queue, compute, progress)?;
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
         let start = Instant::now();

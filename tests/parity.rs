@@ -46,9 +46,13 @@ fn fixture(name: &str) -> Fixture {
     with_base(name, whole.path());
     Fixture {
         checkpoint: Checkpoint::open(Origin::Path(whole.path())).unwrap(),
-        tensors: candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu).unwrap(),
+        tensors: fixture_tensors(name),
         json: serde_json::from_str(&std::fs::read_to_string(folder.join("goldens.json")).unwrap().replace("-Infinity", "null")).unwrap(),
     }
+}
+
+fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(folder(name).join("goldens.safetensors"), &Device::Cpu).unwrap()
 }
 
 impl Fixture {
@@ -183,6 +187,40 @@ fn the_vae_decodes_the_same() {
                 Decoder::Tiny(decoder) => (decoder.decode(latents).unwrap() * 2.0).unwrap() - 1.0,
             };
             compare(&format!("{model} vae.{shape}.decoded"), &decoded.unwrap(), f.golden(&format!("vae.{shape}.decoded")), NETWORK);
+        }
+    }
+}
+
+#[test]
+fn the_vae_encodes_the_same() {
+    let pictures = fixture_tensors("from_picture");
+    for model in MODELS.into_iter().chain(["taesd"]) {
+        let f = fixture(model);
+        let config = Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap();
+        let encoder = config.encoder(&f.checkpoint.weights("vae", &Device::Cpu, DType::F32)).unwrap();
+        for shape in ["square", "wide"] {
+            // those of later models are beside the runs that begin with a picture
+            let later = format!("encode.{model}.{shape}");
+            let golden = |name: &str| match pictures.get(&format!("{later}.{name}")) {
+                Some(golden) => golden,
+                None => f.golden(&format!("vae.{shape}.{name}")),
+            };
+            let picture = golden("picture");
+            let rgb = match picture.dtype() {
+                DType::U8 => (picture.to_dtype(DType::F32).unwrap().unsqueeze(0).unwrap() / 255.0).unwrap(),
+                _ => ((picture / 2.0).unwrap() + 0.5).unwrap(),
+            };
+            let posterior = encoder.encode(&rgb).unwrap();
+            let unscaled = |x: Tensor| match &config {
+                Autoencoder::Kl(config) => (x / config.scaling_factor).unwrap(),
+                Autoencoder::Tiny(_) => x,
+            };
+            compare(&format!("{model} vae.{shape}.mean"), &unscaled(posterior.mean), golden("mean"), NETWORK);
+            assert_eq!(posterior.deviation.is_some(), matches!(config, Autoencoder::Kl(_)), "{model}");
+            if let Some(deviation) = posterior.deviation {
+                let logvar = (unscaled(deviation).log().unwrap() * 2.0).unwrap();
+                compare(&format!("{model} vae.{shape}.logvar"), &logvar, golden("logvar"), NETWORK);
+            }
         }
     }
 }

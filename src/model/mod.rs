@@ -1,5 +1,5 @@
-//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns latents into pictures,
-//! [`taesd`] does so with less work, [`tiles`] lets both do it in parts. Here: which of the two a checkpoint has.
+//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns latents into pictures
+//! and back, [`taesd`] does so with less work, [`tiles`] lets both do it in parts. Here: which of the two a checkpoint has.
 
 pub mod taesd;
 pub mod tiles;
@@ -62,12 +62,54 @@ impl Autoencoder {
         bytes_a_pixel.saturating_mul(pixels(side.min(h), side.min(w))).saturating_add(3 * 3 * 4 * pixels(h, w))
     }
 
+    /// Reads the encoder of the VAE at `w`.
+    pub fn encoder(&self, w: &Weights) -> Result<Encoder> {
+        Ok(match self {
+            Self::Kl(config) => Encoder::Kl(Box::new(vae::Encoder::new(w, config)?)),
+            Self::Tiny(config) => Encoder::Tiny(taesd::Encoder::new(w, config)?),
+        })
+    }
+
     /// Reads the decoder of the VAE at `w`.
     pub fn decoder(&self, w: &Weights) -> Result<Decoder> {
         Ok(match self {
             Self::Kl(config) => Decoder::Kl(Box::new(vae::Decoder::new(w, config)?)),
             Self::Tiny(config) => Decoder::Tiny(taesd::Decoder::new(w, config)?),
         })
+    }
+}
+
+/// What turns pictures into latents.
+pub enum Encoder {
+    Kl(Box<vae::Encoder>),
+    Tiny(taesd::Encoder),
+}
+
+impl Encoder {
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c].
+    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
+        match self {
+            Self::Kl(encoder) => encoder.encode(rgb),
+            Self::Tiny(encoder) => encoder.encode(rgb),
+        }
+    }
+}
+
+/// What a picture may be in latents: normally distributed, each [b, h, w, c].
+#[derive(Debug, Clone)]
+pub struct Posterior {
+    pub mean: Tensor,
+    /// none of an autoencoder that knows only one
+    pub deviation: Option<Tensor>,
+}
+
+impl Posterior {
+    /// One of them, by unit normals, which are drawn if they are needed.
+    pub fn sample(&self, noise: impl FnOnce() -> TensorResult<Tensor>) -> TensorResult<Tensor> {
+        match &self.deviation {
+            Some(deviation) => &self.mean + (deviation * noise()?)?,
+            None => Ok(self.mean.clone()),
+        }
     }
 }
 

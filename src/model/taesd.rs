@@ -1,7 +1,8 @@
-//! The decoder of TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers' `AutoencoderTiny`.
+//! TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers' `AutoencoderTiny`.
 //!
 //! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by training.
 
+use super::Posterior;
 use super::unet::require_neutral;
 use crate::nn::layers::{Activation, Conv2d};
 use crate::weights::Weights;
@@ -21,7 +22,9 @@ const MAX_STAGES: usize = 8;
 pub struct TaesdConfig {
     pub out_channels: usize,
     pub latent_channels: usize,
+    pub encoder_block_out_channels: Vec<usize>,
     pub decoder_block_out_channels: Vec<usize>,
+    pub num_encoder_blocks: Vec<usize>,
     pub num_decoder_blocks: Vec<usize>,
     pub act_fn: String,
     pub scaling_factor: f64,
@@ -32,7 +35,9 @@ impl Default for TaesdConfig {
         Self {
             out_channels: 3,
             latent_channels: 4,
+            encoder_block_out_channels: vec![64; 4],
             decoder_block_out_channels: vec![64; 4],
+            num_encoder_blocks: vec![1, 3, 3, 3],
             num_decoder_blocks: vec![3, 3, 3, 1],
             act_fn: "relu".into(),
             scaling_factor: 1.0,
@@ -46,10 +51,14 @@ impl TaesdConfig {
         require_neutral("VAE", value, &[("upsample_fn", json!("nearest")), ("upsampling_scaling_factor", json!(2))])?;
         let config: Self = serde_json::from_value(value.clone())
             .context("the VAE's config.json is damaged or uses a value that sdgen does not support")?;
-        let widths = &config.decoder_block_out_channels;
-        let fit = widths.len() == config.num_decoder_blocks.len() && widths.windows(2).all(|pair| pair[0] == pair[1]);
-        if !fit || !(1..=MAX_STAGES).contains(&widths.len()) {
-            bail!("decoder_block_out_channels of the VAE are {widths:?}, which sdgen does not support");
+        for (side, widths, blocks) in [
+            ("encoder", &config.encoder_block_out_channels, &config.num_encoder_blocks),
+            ("decoder", &config.decoder_block_out_channels, &config.num_decoder_blocks),
+        ] {
+            let fit = widths.len() == blocks.len() && widths.windows(2).all(|pair| pair[0] == pair[1]);
+            if !fit || !(1..=MAX_STAGES).contains(&widths.len()) {
+                bail!("{side}_block_out_channels of the VAE are {widths:?}, which sdgen does not support");
+            }
         }
         if config.out_channels != 3 {
             bail!("out_channels of the VAE is {}, pictures need 3", config.out_channels);
@@ -60,6 +69,47 @@ impl TaesdConfig {
     /// Pixels a latent, in each direction.
     pub fn factor(&self) -> usize {
         1 << (self.num_decoder_blocks.len() - 1)
+    }
+}
+
+/// The encoder.
+pub struct Encoder {
+    /// the convolution to each size, and the blocks there
+    stages: Vec<(Conv2d, Vec<Block>)>,
+    conv_out: Conv2d,
+    scaling_factor: f64,
+}
+
+impl Encoder {
+    /// Reads the encoder of the VAE at `w`. Its layers are numbered through.
+    pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
+        let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let width = config.encoder_block_out_channels.first().copied().context("the VAE has no blocks")?;
+        let at = |layer: usize| w.at(format!("encoder.layers.{layer}"));
+        let (mut stages, mut layer) = (vec![], 0);
+        for blocks in &config.num_encoder_blocks {
+            let conv = match layer {
+                0 => Conv2d::new(&at(0), 3, width, 3)?,
+                _ => Conv2d::without_bias(&at(layer), width, width, 2)?,
+            };
+            let next = layer + 1 + blocks;
+            stages.push((conv, (layer + 1..next).map(|layer| Block::new(&at(layer), width, activation)).collect::<Result<_>>()?));
+            layer = next;
+        }
+        let conv_out = Conv2d::new(&at(layer), width, config.latent_channels, 3)?;
+        Ok(Self { stages, conv_out, scaling_factor: config.scaling_factor })
+    }
+
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c].
+    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
+        let mut x = rgb.clone();
+        for (conv, blocks) in &self.stages {
+            x = conv.forward(&x)?;
+            for block in blocks {
+                x = block.forward(&x)?;
+            }
+        }
+        Ok(Posterior { mean: (self.conv_out.forward(&x)? * self.scaling_factor)?, deviation: None })
     }
 }
 
@@ -88,7 +138,7 @@ impl Decoder {
                 each,
                 match is_last {
                     true => Conv2d::new(&at(layer), width, config.out_channels, 3)?,
-                    false => Conv2d::without_bias(&at(layer), width, width, 3)?,
+                    false => Conv2d::without_bias(&at(layer), width, width, 1)?,
                 },
             ));
             layer += 1;

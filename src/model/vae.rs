@@ -1,6 +1,6 @@
-//! The decoder of the latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
+//! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
-use super::TILE_PX;
+use super::{Posterior, TILE_PX};
 use super::unet::require_neutral;
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
@@ -25,8 +25,10 @@ pub struct VaeConfig {
     pub norm_num_groups: usize,
     pub act_fn: String,
     pub scaling_factor: f64,
+    pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
+    pub down_block_types: Vec<String>,
     pub up_block_types: Vec<String>,
     /// side of the pictures that it was trained on, or height and width
     pub sample_size: Value,
@@ -42,8 +44,10 @@ impl Default for VaeConfig {
             norm_num_groups: 32,
             act_fn: "silu".into(),
             scaling_factor: 0.18215,
+            use_quant_conv: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
+            down_block_types: vec![],
             up_block_types: vec![],
             // not diffusers' 32, whose tiles of 4 latents nobody means
             sample_size: TILE_PX.into(),
@@ -64,8 +68,10 @@ impl VaeConfig {
         if config.block_out_channels.is_empty() {
             bail!("block_out_channels of the VAE is empty");
         }
-        if let Some(other) = config.up_block_types.iter().find(|t| *t != "UpDecoderBlock2D") {
-            bail!("the VAE has a block `{other}`, which sdgen does not support");
+        for (types, known) in [(&config.down_block_types, "DownEncoderBlock2D"), (&config.up_block_types, "UpDecoderBlock2D")] {
+            if let Some(other) = types.iter().find(|t| *t != known) {
+                bail!("the VAE has a block `{other}`, which sdgen does not support");
+            }
         }
         if config.out_channels != 3 {
             bail!("out_channels of the VAE is {}, pictures need 3", config.out_channels);
@@ -85,12 +91,81 @@ impl VaeConfig {
     }
 }
 
+/// The encoder.
+pub struct Encoder {
+    conv_in: Conv2d,
+    down_blocks: Vec<DownBlock>,
+    mid_block: MidBlock,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    quant_conv: Option<Conv2d>,
+    activation: Activation,
+    scaling_factor: f64,
+}
+
+impl Encoder {
+    /// Reads the encoder of the VAE at `w`.
+    pub fn new(w: &Weights, config: &VaeConfig) -> Result<Self> {
+        let (moments, groups) = (2 * config.latent_channels, config.norm_num_groups);
+        let quant_conv = config.use_quant_conv.then(|| Conv2d::new(&w.at("quant_conv"), moments, moments, 1)).transpose()?;
+        let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let w = w.at("encoder");
+        let widths = &config.block_out_channels;
+        let (first, last) = (widths.first().copied().unwrap_or_default(), widths.last().copied().unwrap_or_default());
+        let (mut down_blocks, mut width) = (vec![], first);
+        for (i, out) in widths.iter().copied().enumerate() {
+            let w = w.at(format!("down_blocks.{i}"));
+            let layer = |j: usize| Resnet::new(&w.at(format!("resnets.{j}")), if j == 0 { width } else { out }, out, groups, activation);
+            let halve = || Conv2d::strided(&w.at("downsamplers.0.conv"), out, out, 3, 2, (0, 1));
+            let downsample = (i + 1 < widths.len()).then(halve).transpose()?;
+            down_blocks.push(DownBlock { resnets: (0..config.layers_per_block).map(layer).collect::<Result<_>>()?, downsample });
+            width = out;
+        }
+        Ok(Self {
+            conv_in: Conv2d::new(&w.at("conv_in"), 3, first, 3)?,
+            down_blocks,
+            mid_block: MidBlock::new(&w.at("mid_block"), config, activation)?,
+            conv_norm_out: GroupNorm::new(&w.at("conv_norm_out"), groups, last, NORM_EPS)?,
+            conv_out: Conv2d::new(&w.at("conv_out"), last, moments, 3)?,
+            quant_conv,
+            activation,
+            scaling_factor: config.scaling_factor,
+        })
+    }
+
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c].
+    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
+        let (mean, logvar) = self.forward(&((rgb * 2.0)? - 1.0)?)?;
+        let deviation = (logvar * 0.5)?.exp()?;
+        Ok(Posterior { mean: (mean * self.scaling_factor)?, deviation: Some((deviation * self.scaling_factor)?) })
+    }
+
+    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled latents, [b, h, w, c] each.
+    pub fn forward(&self, rgb: &Tensor) -> TensorResult<(Tensor, Tensor)> {
+        let mut x: Strips = self.conv_in.forward(rgb)?.try_into()?;
+        for block in &self.down_blocks {
+            x = block.forward(x)?;
+        }
+        x = self.mid_block.forward(x)?;
+        let normal = self.conv_norm_out.of(&x.parts())?;
+        let mut moments = Strips::default();
+        for window in x.windows() {
+            moments.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
+        }
+        let mut moments = moments.whole()?;
+        if let Some(conv) = &self.quant_conv {
+            moments = conv.forward(&moments)?;
+        }
+        let c = moments.dim(3)? / 2;
+        Ok((moments.narrow(3, 0, c)?.contiguous()?, moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?))
+    }
+}
+
 /// The decoder.
 pub struct Decoder {
     post_quant_conv: Option<Conv2d>,
     conv_in: Conv2d,
-    mid_resnets: [Resnet; 2],
-    mid_attention: Option<Attention>,
+    mid_block: MidBlock,
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -108,24 +183,20 @@ impl Decoder {
         let w = w.at("decoder");
         let widths: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
         let (first, last) = (widths.first().copied().unwrap_or_default(), widths.last().copied().unwrap_or_default());
-        let resnet = |name: &str, inputs, outputs| Resnet::new(&w.at(name), inputs, outputs, groups, activation);
         let mut up_blocks = vec![];
         let mut width = first;
         for (i, out) in widths.iter().copied().enumerate() {
-            let layer = |j: usize| resnet(&format!("up_blocks.{i}.resnets.{j}"), if j == 0 { width } else { out }, out);
-            let upsample =
-                (i + 1 < widths.len()).then(|| Conv2d::new(&w.at(format!("up_blocks.{i}.upsamplers.0.conv")), out, out, 3)).transpose()?;
+            let w = w.at(format!("up_blocks.{i}"));
+            let layer = |j: usize| Resnet::new(&w.at(format!("resnets.{j}")), if j == 0 { width } else { out }, out, groups, activation);
+            let double = || Conv2d::new(&w.at("upsamplers.0.conv"), out, out, 3);
+            let upsample = (i + 1 < widths.len()).then(double).transpose()?;
             up_blocks.push(UpBlock { resnets: (0..=config.layers_per_block).map(layer).collect::<Result<_>>()?, upsample });
             width = out;
         }
         Ok(Self {
             post_quant_conv,
             conv_in: Conv2d::new(&w.at("conv_in"), latent, first, 3)?,
-            mid_resnets: [resnet("mid_block.resnets.0", first, first)?, resnet("mid_block.resnets.1", first, first)?],
-            mid_attention: config
-                .mid_block_add_attention
-                .then(|| Attention::new(&w.at("mid_block.attentions.0"), first, groups))
-                .transpose()?,
+            mid_block: MidBlock::new(&w.at("mid_block"), config, activation)?,
             up_blocks,
             conv_norm_out: GroupNorm::new(&w.at("conv_norm_out"), groups, last, NORM_EPS)?,
             conv_out: Conv2d::new(&w.at("conv_out"), last, 3, 3)?,
@@ -152,12 +223,7 @@ impl Decoder {
             Some(conv) => conv.forward(z)?,
             None => z.clone(),
         };
-        let [first, second] = &self.mid_resnets;
-        let mut x = first.forward(self.conv_in.forward(&z)?.try_into()?)?;
-        if let Some(attention) = &self.mid_attention {
-            x = attention.forward(&x.whole()?)?.try_into()?;
-        }
-        x = second.forward(x)?;
+        let mut x = self.mid_block.forward(self.conv_in.forward(&z)?.try_into()?)?;
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
@@ -167,6 +233,53 @@ impl Decoder {
             rgb.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
         }
         rgb.whole()
+    }
+}
+
+struct DownBlock {
+    resnets: Vec<Resnet>,
+    downsample: Option<Conv2d>,
+}
+
+impl DownBlock {
+    fn forward(&self, mut x: Strips) -> TensorResult<Strips> {
+        for resnet in &self.resnets {
+            x = resnet.forward(x)?;
+        }
+        let Some(conv) = &self.downsample else { return Ok(x) };
+        let mut y = Strips::default();
+        for window in x.windows() {
+            y.push(&window?.convolve_halved(conv)?)?;
+        }
+        // strips of half the height are cut anew
+        y.whole()?.try_into()
+    }
+}
+
+/// In the deepest level, of all widths the last.
+struct MidBlock {
+    resnets: [Resnet; 2],
+    attention: Option<Attention>,
+}
+
+impl MidBlock {
+    fn new(w: &Weights, config: &VaeConfig, activation: Activation) -> Result<Self> {
+        let (width, groups) = (config.block_out_channels.last().copied().unwrap_or_default(), config.norm_num_groups);
+        let resnet = |name: &str| Resnet::new(&w.at(name), width, width, groups, activation);
+        let attention = || Attention::new(&w.at("attentions.0"), width, groups);
+        Ok(Self {
+            resnets: [resnet("resnets.0")?, resnet("resnets.1")?],
+            attention: config.mid_block_add_attention.then(attention).transpose()?,
+        })
+    }
+
+    fn forward(&self, x: Strips) -> TensorResult<Strips> {
+        let [first, second] = &self.resnets;
+        let mut x = first.forward(x)?;
+        if let Some(attention) = &self.attention {
+            x = attention.forward(&x.whole()?)?.try_into()?;
+        }
+        second.forward(x)
     }
 }
 

@@ -138,17 +138,17 @@ impl Conv2d {
         Self::strided(w, inputs, outputs, size, 1, (size / 2, size / 2))
     }
 
-    /// Reads `weight` alone; stride 1, and padding that keeps height and width.
-    pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, size: usize) -> Result<Self> {
-        let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
-        Ok(Self { kernel, bias: w.zeros(&[outputs])?, size, stride: 1, padding: (size / 2, size / 2) })
-    }
-
     /// Reads `weight` and `bias`; stride and padding (before, after) as given.
     pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
         Ok(Self { kernel, bias, size, stride, padding })
+    }
+
+    /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the stride.
+    pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
+        let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
+        Ok(Self { kernel, bias: w.zeros(&[outputs])?, size: 3, stride, padding: (1, 1) })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].

@@ -17,7 +17,7 @@ use crate::terminal::ShowChoice;
 use crate::weights::hub::Hub;
 use crate::weights::{Checkpoint, Origin, nearest};
 use anyhow::{Context, Result, bail};
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -41,9 +41,21 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     draw: DrawArgs,
-    /// Print this help
+    /// Print this help; --help tells of all options
     #[arg(short, long, global = true, action = clap::ArgAction::HelpShort, help_heading = "Machine")]
     help: Option<bool>,
+}
+
+impl Cli {
+    /// Reads the process's arguments; ends it with help or an error if they say so. `--help` has the lines of `-h`, and
+    /// those that it hides.
+    pub fn from_env() -> Self {
+        let mut command = Self::command();
+        if std::env::args_os().any(|arg| arg == "--help") {
+            command = command.mut_args(|arg| arg.hide_short_help(false));
+        }
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -81,13 +93,14 @@ pub struct DrawArgs {
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
     /// What the network predicts if the checkpoint does not say: epsilon or v
-    #[arg(long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
+    #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
     /// Another VAE, TAESD's too: a diffusers folder or a .safetensors file
     #[arg(long, value_name = "PATH", help_heading = "Model")]
     pub vae: Option<PathBuf>,
     /// Decode in tiles: on, off or auto, where the whole does not fit in memory
     #[arg(
+        hide_short_help = true,
         long,
         default_value = "auto",
         hide_default_value = true,
@@ -128,7 +141,7 @@ pub struct DrawArgs {
     #[arg(long, value_name = "FILE", help_heading = "Many pictures")]
     pub grid: Option<PathBuf>,
     /// Write what --json prints into a file
-    #[arg(long, value_name = "FILE", help_heading = "Many pictures")]
+    #[arg(hide_short_help = true, long, value_name = "FILE", help_heading = "Many pictures")]
     pub manifest: Option<PathBuf>,
     /// Pictures a forward pass; never changes a picture [default: up to 4]
     #[arg(short, long, value_parser = at_least_one, value_name = "N", help_heading = "Many pictures")]
@@ -150,7 +163,7 @@ pub struct DrawArgs {
     #[arg(long, help_heading = "Output")]
     pub json: bool,
     /// Keep a hash of every stage, for `sdgen check` to compare
-    #[arg(long, help_heading = "Output")]
+    #[arg(hide_short_help = true, long, help_heading = "Output")]
     pub trace: bool,
 
     /// auto, cpu, cuda[:N] or metal
@@ -158,6 +171,7 @@ pub struct DrawArgs {
     pub device: DeviceChoice,
     /// Type of weights and activations: auto, f32, bf16 or f16
     #[arg(
+        hide_short_help = true,
         long,
         default_value = "auto",
         hide_default_value = true,
@@ -214,7 +228,7 @@ pub struct PictureArgs {
     #[arg(short, long, aliases = ["cfg-scale", "guidance-scale"], value_parser = finite, value_name = "X", help_heading = "Sampling")]
     pub guidance: Option<f64>,
     /// Bring what guidance overshoots back by this share (0 to 1); 0.7 for zero-terminal-SNR models
-    #[arg(long, value_parser = fraction, value_name = "X", help_heading = "Sampling")]
+    #[arg(hide_short_help = true, long, value_parser = fraction, value_name = "X", help_heading = "Sampling")]
     pub guidance_rescale: Option<f64>,
     /// ddim, pndm, euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun, lms, unipc, deis, ddpm, lcm, ... [default: the checkpoint's]
     #[arg(long, alias = "sampling-method", value_name = "NAME", help_heading = "Sampling")]
@@ -229,17 +243,17 @@ pub struct PictureArgs {
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub clip_skip: Option<usize>,
     /// Run the U-Net's inner levels every Nth step only: faster, another picture
-    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
+    #[arg(hide_short_help = true, long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub deep_cache: Option<usize>,
 
     /// What the model is told of the picture's size before scaling [default: the picture's]
-    #[arg(long, value_name = "WxH", help_heading = "SDXL")]
+    #[arg(hide_short_help = true, long, value_name = "WxH", help_heading = "SDXL")]
     pub original_size: Option<Size>,
     /// What the model is told was cropped at the left and top [default: 0,0]
-    #[arg(long, value_name = "X,Y", help_heading = "SDXL")]
+    #[arg(hide_short_help = true, long, value_name = "X,Y", help_heading = "SDXL")]
     pub crop: Option<Point>,
     /// What the model is told of the picture's size [default: the picture's]
-    #[arg(long, value_name = "WxH", help_heading = "SDXL")]
+    #[arg(hide_short_help = true, long, value_name = "WxH", help_heading = "SDXL")]
     pub target_size: Option<Size>,
     /// Share of the way from noise to picture at which the refiner takes over [default: 0.8]
     #[arg(long, value_parser = fraction, value_name = "X", help_heading = "SDXL")]

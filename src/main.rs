@@ -1,11 +1,10 @@
 //! The `sdgen` command: parse, run, exit with the code.
 
-use clap::Parser;
 use std::process::ExitCode;
 
 #[global_allocator]
 static MEMORY: sdgen::alloc::Reuse = sdgen::alloc::Reuse;
 
 fn main() -> ExitCode {
-    ExitCode::from(sdgen::cli::run(sdgen::cli::Cli::parse()))
+    ExitCode::from(sdgen::cli::run(sdgen::cli::Cli::from_env()))
 }

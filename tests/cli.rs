@@ -367,7 +367,9 @@ fn help_names_every_option_of_the_contract() {
     ] {
         assert!(help.contains(option), "{option} is missing");
     }
-    assert!(help.lines().count() < 100, "the help is longer than a screen or two");
+    let short = stdout(&succeed(sdgen(dir.path()).arg("-h")));
+    assert!(short.lines().count() < 100, "the short help is longer than a screen or two");
+    assert!(short.contains("--seed") && !short.contains("--vae-tiling"), "{short}");
 }
 
 #[cfg(target_os = "linux")]

@@ -1,7 +1,7 @@
 //! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
-use super::{Posterior, TILE_PX};
 use super::unet::require_neutral;
+use super::{Posterior, TILE_PX};
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::strips::Strips;

@@ -15,6 +15,7 @@ pub mod failure;
 pub mod family;
 pub mod guidance;
 pub mod image;
+pub mod input;
 pub mod inspect;
 pub mod interrupt;
 pub mod list;

@@ -1,7 +1,7 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
 
 use crate::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
-use crate::guidance::{Guided, Reuse};
+use crate::guidance::{Guidance, Guided, Reuse};
 use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::{cost, cpu};
@@ -180,9 +180,9 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
         .is_some()
         .then(|| Ok::<_, anyhow::Error>(Added { pooled: random(&[b, 1280])?, ids: vec![vec![0.0; 6]; b] }));
     let conditioning = Conditioning { context: random(&[b, 77, sizes.context])?, added: added.transpose()?, guidance: None };
-    let told = unet.told(&conditioning.clone().after(Some(&conditioning))?)?;
+    let told = unet.told(&conditioning.after(&conditioning)?)?;
     let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
-    let mut guided = Guided { unet: told, pairs: true, scale: 7.5, rescale: 0.0, prediction, reuse };
+    let mut guided = Guided { unet: told, guidance: Guidance::Text, beside: None, scale: 7.5, rescale: 0.0, prediction, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }

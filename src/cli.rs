@@ -7,11 +7,12 @@ use crate::draw::draw;
 use crate::failure::{Code, Failure};
 use crate::family::SHORT_NAMES;
 use crate::image::Format;
+use crate::input::Fit;
 use crate::list::Seeds;
 use crate::progress::ProgressMode;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
-use crate::settings::{Point, Size};
+use crate::settings::{Border, Point, Size};
 use crate::shard::Shard;
 use crate::terminal::ShowChoice;
 use crate::weights::hub::Hub;
@@ -201,8 +202,8 @@ pub struct DrawArgs {
     pub verbose: bool,
 }
 
-/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count`, `crop` and
-/// `output` may be swept.
+/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count`, `crop`, `extend`
+/// and `output` may be swept.
 #[derive(Debug, Clone, Args)]
 pub struct PictureArgs {
     /// What to steer away from
@@ -245,6 +246,31 @@ pub struct PictureArgs {
     /// Run the U-Net's inner levels every Nth step only: faster, another picture
     #[arg(hide_short_help = true, long, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub deep_cache: Option<usize>,
+
+    /// Start from this picture, or from each one of a folder
+    #[arg(short, long, alias = "init-img", value_name = "FILE", help_heading = "From a picture")]
+    pub image: Option<PathBuf>,
+    /// How much of it is drawn anew, 0 to 1 [default: 0.75; 1 for inpainting models]
+    #[arg(long, value_parser = fraction, value_name = "X", help_heading = "From a picture")]
+    pub strength: Option<f64>,
+    /// Repaint where this picture is white [default: where the first one is transparent]
+    #[arg(long, value_name = "FILE", help_heading = "From a picture")]
+    pub mask: Option<PathBuf>,
+    /// Draw what is repainted at full size, with this many pixels around it [default: 32]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "32", value_name = "PX", help_heading = "From a picture")]
+    pub only_masked: Option<usize>,
+    /// Paint this many pixels around it: 256, or left=128,top=64
+    #[arg(long, value_name = "PX", help_heading = "From a picture")]
+    pub extend: Option<Border>,
+    /// Pixels over which what is repainted fades in [default: 8]
+    #[arg(hide_short_help = true, long, value_name = "PX", help_heading = "From a picture")]
+    pub feather: Option<usize>,
+    /// How it is brought to another shape: crop, pad or stretch [default: crop]
+    #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "HOW", help_heading = "From a picture")]
+    pub fit: Option<Fit>,
+    /// How closely models that edit pictures, such as InstructPix2Pix, follow it [default: 1.5]
+    #[arg(hide_short_help = true, long, value_parser = finite, value_name = "X", help_heading = "From a picture")]
+    pub image_guidance: Option<f64>,
 
     /// What the model is told of the picture's size before scaling [default: the picture's]
     #[arg(hide_short_help = true, long, value_name = "WxH", help_heading = "SDXL")]

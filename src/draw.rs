@@ -6,6 +6,7 @@
 use crate::cli::{DrawArgs, VaeTiling, open_both, say};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
+use crate::guidance::Guidance;
 use crate::image::{Format, Picture, read_metadata};
 use crate::interrupt;
 use crate::list::List;
@@ -219,7 +220,7 @@ fn check_files(args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
         output::check_writable(&paths, make_folders, args.force || args.resume)?;
     }
     for job in request.jobs.iter().filter(|job| job.format == Format::Jpg && !args.no_metadata) {
-        let trace = args.trace.then(|| Trace::blank(1 + usize::from(job.guided), job.evaluations()));
+        let trace = args.trace.then(|| Trace::blank(1 + usize::from(job.guidance != Guidance::Off), job.evaluations()));
         job.settings.metadata(trace.as_ref()).check(job.format).with_context(|| request.place(job))?;
     }
     Ok(())
@@ -255,7 +256,7 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
     if args.resume {
         progress.note(format!("{skipped} of {} pictures are there already", request.jobs.len()));
     }
-    let unguided = |has: fn(&Settings) -> bool| request.jobs.iter().any(|job| !job.guided && has(&job.settings));
+    let unguided = |has: fn(&Settings) -> bool| request.jobs.iter().any(|job| job.guidance == Guidance::Off && has(&job.settings));
     for (has, what) in [
         (unguided(|settings| !settings.negative.is_empty()), "the negative prompt"),
         (unguided(|settings| settings.guidance_rescale > 0.0), "`--guidance-rescale`"),

@@ -65,16 +65,6 @@ impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
-        if let Some(channels) = unet.get("in_channels").and_then(Value::as_u64) {
-            let vae = checkpoint.configs.get("vae");
-            let latent = vae.and_then(|vae| vae.get("latent_channels")?.as_u64()).unwrap_or(4);
-            if channels != latent {
-                bail!(
-                    "the U-Net of `{}` takes {channels} channels, its VAE has {latent}: an inpainting, upscaling or editing model, which sdgen does not draw yet",
-                    checkpoint.name
-                );
-            }
-        }
         if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
             return match UNetConfig::from_json(unet)?.added_ids(pooled)? {
                 BASE_IDS => Ok(Self::Sdxl),

@@ -1,19 +1,45 @@
 //! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler calls `denoise`.
 
 use crate::model::unet::Told;
+use crate::nn::layers::concat;
 use crate::schedule::Prediction;
 use candle_core::{D, Result, Tensor};
 
 /// A U-Net with its conditioning, seen as a denoiser.
 pub struct Guided<'a> {
-    /// told of the prompts; with `pairs`, of what to steer away from and then of the prompts
+    /// told of what the guidance says, one block of pictures after the other
     pub unet: Told<'a>,
-    pub pairs: bool,
+    pub guidance: Guidance,
+    /// what stands beside the latents, [passes*b, h, w, k], for networks that take a source picture as an input
+    pub beside: Option<Tensor>,
     pub scale: f64,
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
     pub prediction: Prediction,
     pub reuse: Reuse,
+}
+
+/// What the network is told of in every step, and what is steered away from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Guidance {
+    /// nothing: the prompts alone
+    Off,
+    /// the negative prompts, then the prompts
+    Text,
+    /// the negative prompts without the source picture, the negative prompts with it, and the prompts with it; the scale
+    /// between the first two (Brooks et al. 2022, arXiv 2211.09800, eq. 3)
+    TextAndPicture(f64),
+}
+
+impl Guidance {
+    /// How often the network sees each picture in a step.
+    pub fn passes(self) -> usize {
+        match self {
+            Self::Off => 1,
+            Self::Text => 2,
+            Self::TextAndPicture(_) => 3,
+        }
+    }
 }
 
 /// How the U-Net's inner levels are reused from step to step (DeepCache).
@@ -48,15 +74,24 @@ impl Guided<'_> {
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
         let input = (x * scalings.c_in)?.to_dtype(self.unet.dtype())?;
-        let input = if self.pairs { Tensor::cat(&[&input, &input], 0)? } else { input }; // [b, h, w, c] or [2b, h, w, c]
+        let passes = self.guidance.passes();
+        let input = if passes > 1 { Tensor::cat(&vec![&input; passes], 0)? } else { input }; // [passes*b, h, w, c]
+        let input = match &self.beside {
+            Some(beside) => concat(&input, beside)?,
+            None => input,
+        };
         let output = self.reuse.forward(&self.unet, &input, timestep)?.to_dtype(x.dtype())?;
-        let output = if self.pairs {
-            let halves = output.chunk(2, 0)?;
-            let [unconditional, conditional] = halves.as_slice() else { candle_core::bail!("the guided pair cannot be halved") };
-            let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
-            if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
-        } else {
-            output
+        let parts = output.chunk(passes, 0)?;
+        let output = match (self.guidance, &parts[..]) {
+            (Guidance::Text, [unconditional, conditional]) => {
+                let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
+                if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
+            }
+            (Guidance::TextAndPicture(scale), [unconditional, picture, conditional]) => {
+                let towards_text = ((conditional - picture)? * self.scale)?;
+                ((unconditional + towards_text)? + ((picture - unconditional)? * scale)?)?
+            }
+            _ => output,
         };
         (x * scalings.c_skip)? + (output * scalings.c_out)?
     }

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use crate::sampler::Sampler;
 use crate::schedule::Schedule;
 use anyhow::{Context, bail};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use image::codecs::jpeg::JpegEncoder;
 use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat};
@@ -64,6 +64,12 @@ impl Picture {
         let mut levels = values.iter().map(|value| (value.clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
         let size = height * width * 3;
         Ok((0..b).map(|_| Picture { width, height, rgb: levels.by_ref().take(size).collect() }).collect())
+    }
+
+    /// RGB [1, h, w, 3] in 0..=1.
+    pub fn to_tensor(&self, device: &Device) -> candle_core::Result<Tensor> {
+        let values: Vec<f32> = self.rgb.iter().map(|level| f32::from(*level) / 255.0).collect();
+        Tensor::from_vec(values, (1, self.height, self.width, 3), device)
     }
 
     /// Reads a PNG, JPEG or WebP file. Errors if it is damaged anywhere.

@@ -10,9 +10,11 @@ use std::io::{Cursor, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::image::Picture;
@@ -31,7 +33,8 @@ pub struct Input {
 }
 
 /// How a picture of another shape gets to a size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Fit {
     /// The largest part from its middle that has the shape.
     Crop,
@@ -138,6 +141,11 @@ impl Picture {
     pub fn fit(&self, width: usize, height: usize, fit: Fit) -> Picture {
         Picture { width, height, rgb: fitted::<3>(&self.rgb, [self.width, self.height], [width, height], fit) }
     }
+}
+
+/// Levels [h, w] at another size, distorted if its shape is another.
+pub fn resized_levels(levels: &[u8], from: [usize; 2], to: [usize; 2]) -> Vec<u8> {
+    fitted::<1>(levels, from, to, Fit::Stretch)
 }
 
 /// The decoder fills in what a JPEG lacks at its end, so its end is looked for: the marker EOI after the first scan began.

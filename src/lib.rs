@@ -7,12 +7,14 @@
 
 pub mod alloc;
 pub mod bench;
+pub mod canvas;
 pub mod check;
 pub mod cli;
 pub mod device;
 pub mod draw;
 pub mod failure;
 pub mod family;
+pub mod ground;
 pub mod guidance;
 pub mod image;
 pub mod input;

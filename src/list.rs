@@ -11,13 +11,14 @@ use crate::output::{self, Destination};
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, FromArgMatches};
+use image::ImageFormat;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, stdin};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Pictures a run may ask for.
@@ -230,11 +231,14 @@ impl Options {
         let mut options = base.clone();
         for (key, value) in keys {
             let long = self.long_name(&key)?;
-            let is_text = matches!(&*long, "negative" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output");
+            let is_text = matches!(
+                &*long,
+                "negative" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output" | "image" | "mask" | "fit"
+            );
             let value = match value {
                 // what programs write for an option that is not given
                 Value::Null => continue,
-                Value::String(text) if is_text || long == "seed" => text,
+                Value::String(text) if is_text || matches!(&*long, "seed" | "extend") => text,
                 Value::Number(number) if !is_text => number.to_string(),
                 other => bail!("`{key}` wants a {}, not {other}", if is_text { "text" } else { "number" }),
             };
@@ -250,7 +254,7 @@ impl Options {
         };
         let long = self.long_name(key).with_context(|| format!("`--sweep {text}`"))?;
         let values = match &*long {
-            "count" | "crop" | "output" => bail!("`--sweep` cannot vary `{long}`"),
+            "count" | "crop" | "extend" | "output" => bail!("`--sweep` cannot vary `{long}`"),
             "seed" => values.parse::<Seeds>()?.values(1)?.iter().map(u64::to_string).collect(),
             _ => values.split(',').map(String::from).collect(),
         };
@@ -259,7 +263,10 @@ impl Options {
 
     /// Every combination of the sweeps' values over some options, the last sweep innermost.
     fn swept(&mut self, base: &PictureArgs, sweeps: &[Sweep]) -> Result<Vec<Variant>> {
-        let mut variants = vec![(base.clone(), Swept::default())];
+        let mut variants = match base.image.as_deref().filter(|image| image.is_dir()) {
+            Some(folder) => pictures_in(folder, base)?,
+            None => vec![(base.clone(), Swept::default())],
+        };
         for (long, values) in sweeps {
             let mut next = vec![];
             for (options, Swept { name, labels }) in &variants {
@@ -276,6 +283,21 @@ impl Options {
         }
         Ok(variants.into_iter().map(|(options, swept)| (Arc::new(options), Arc::new(swept))).collect())
     }
+}
+
+/// The options with each picture of a folder for a source, by name.
+fn pictures_in(folder: &Path, base: &PictureArgs) -> Result<Vec<(PictureArgs, Swept)>> {
+    let read = || -> std::io::Result<Vec<PathBuf>> { std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect() };
+    let mut paths = read().with_context(|| format!("cannot read the folder `{}`", folder.display()))?;
+    paths.retain(|path| path.is_file() && ImageFormat::from_path(path).is_ok());
+    paths.sort();
+    ensure!(!paths.is_empty(), "`{}` is a folder without pictures", folder.display());
+    let variant = |path: PathBuf| {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        let swept = Swept { name: output::slug(&name, "picture"), labels: vec![format!("image {name}")] };
+        (PictureArgs { image: Some(path), ..base.clone() }, swept)
+    };
+    Ok(paths.into_iter().map(variant).collect())
 }
 
 /// A seed that is easy to type again: 32 bits of the system's randomness.

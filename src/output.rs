@@ -69,10 +69,11 @@ enum Field {
     Guidance,
     Sampler,
     Sweep,
+    Image,
 }
 
 impl Field {
-    const ALL: [(&'static str, Field); 11] = [
+    const ALL: [(&'static str, Field); 12] = [
         ("prompt", Field::Prompt),
         ("seed", Field::Seed),
         ("index", Field::Index),
@@ -84,6 +85,7 @@ impl Field {
         ("sampler", Field::Sampler),
         ("negative", Field::Negative),
         ("sweep", Field::Sweep),
+        ("image", Field::Image),
     ];
 
     fn is_whole_number(self) -> bool {
@@ -116,6 +118,8 @@ pub struct Naming<'a> {
     pub sampler: &'a str,
     /// What `--sweep` has set, fit for a name: `guidance-3-steps-10`; empty without a sweep.
     pub sweep: &'a str,
+    /// Of the source picture's file, without its extension; empty for none.
+    pub image: &'a str,
 }
 
 impl Naming<'_> {
@@ -132,6 +136,7 @@ impl Naming<'_> {
             Field::Guidance => self.guidance.to_string(),
             Field::Sampler => slug(self.sampler, "sampler"),
             Field::Sweep => self.sweep.to_owned(),
+            Field::Image => slug(self.image, "none"),
         }
     }
 }

@@ -4,18 +4,22 @@
 //! before the next stage's are read by scope; with several batches the U-Net stays, so that every picture is finished as
 //! soon as its batch is.
 
+use crate::canvas::Canvas;
 use crate::device::Compute;
 use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
-use crate::guidance::{Guided, Reuse};
+use crate::ground::{Ground, Grounds};
+use crate::guidance::{Guidance, Guided, Reuse};
 use crate::image::Picture;
-use crate::model::unet::{Added, Conditioning, UNet};
-use crate::model::{Decoder, tiles};
+use crate::model::unet::{Added, Beside, Conditioning, UNet};
+use crate::model::{Decoder, Posterior, tiles};
 use crate::nn::cpu;
 use crate::noise::Generator;
 use crate::preview::Preview;
 use crate::progress::Progress;
 use crate::request::{Job, ModelConfig, Request};
 use crate::sampler::{self, Step};
+use crate::schedule::Plan;
+use crate::settings::Settings;
 use crate::text::encoder::{Embedded, Encoder};
 use crate::trace::Trace;
 use crate::weights::{Checkpoint, ModelError};
@@ -85,19 +89,21 @@ pub fn generate<'a>(
     let refiner = checkpoint.refiner.as_deref().zip(request.refiner.as_ref());
     let mut refiner = refiner.map(|(checkpoint, config)| Stage::new(checkpoint, config));
     let mut decoder = None;
+    let mut grounds = Grounds::new(checkpoint, &request.vae);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         let mut steps = Steps::of(&batch, request)?;
         let _attended = compute.device.is_cpu().then(cpu::Attended::start);
         base.prepare(&batch, &queue, compute, progress)?;
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
+        let ground = grounds.of(&batch, queue.iter(), compute, progress);
         let start = Instant::now();
-        let mut sampled = base.sample(&batch, &mut steps, None, compute, progress);
+        let mut sampled = ground.and_then(|ground| base.sample(&batch, &mut steps, Start::Anew(&ground), compute, progress));
         if let (Some(refiner), Ok(begun)) = (&mut refiner, &sampled) {
             // kept for the next batch; after the last its memory is free for the refiner
             base.unet = base.unet.take().filter(|_| queue.len() > 0);
             refiner.prepare(&batch, &queue, compute, progress)?;
             progress.stage("refining");
-            sampled = refiner.sample(&batch, &mut steps, Some(begun), compute, progress);
+            sampled = refiner.sample(&batch, &mut steps, Start::Begun(begun), compute, progress);
         }
         let latents = match sampled.map_err(known) {
             Ok(latents) => latents,
@@ -129,7 +135,7 @@ pub fn generate<'a>(
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
             let tile = job.settings.vae_tiling.then(|| request.vae.tile());
-            let drawn = decode(decoder, &latents, i, tile).map_err(known);
+            let drawn = decode(decoder, &latents, i, tile).and_then(|drawn| finished(job, drawn)).map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
                 trace.picture(picture);
@@ -158,6 +164,11 @@ struct Queue<'a> {
 impl<'a> Queue<'a> {
     fn len(&self) -> usize {
         self.jobs.len() + self.again.iter().map(Vec::len).sum::<usize>()
+    }
+
+    /// The jobs that are left, about in their order.
+    fn iter(&self) -> impl Iterator<Item = &'a Job> {
+        self.again.iter().flatten().chain(&self.jobs).copied()
     }
 
     /// The first job that is left, with those of the next that can be drawn beside it.
@@ -203,7 +214,7 @@ fn keys(config: &ModelConfig, job: &Job) -> impl Iterator<Item = Key> + use<> {
     let settings = &job.settings;
     let is_nothing = config.empty_is_zeros && settings.negative.is_empty();
     // as in diffusers, layers are skipped for the prompt alone
-    let negative = job.guided.then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
+    let negative = (job.guidance != Guidance::Off).then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
     std::iter::once(Some((settings.prompt.clone(), settings.clip_skip - 1))).chain(negative)
 }
 
@@ -301,38 +312,50 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Denoises one batch, or goes on with latents that another stage has begun: latents [b, h, w, c].
-    fn sample(&self, batch: &[&Job], steps: &mut Steps, begun: Option<&Tensor>, compute: &Compute, progress: &Progress) -> Result<Tensor> {
-        let (Some(Job { settings, guided, plan, refine, .. }), Some(unet)) = (batch.first(), &self.unet) else {
+    /// Denoises one batch: latents [b, h, w, c].
+    fn sample(&self, batch: &[&Job], steps: &mut Steps, start: Start, compute: &Compute, progress: &Progress) -> Result<Tensor> {
+        let (Some(Job { settings, guidance, plan, refine, .. }), Some(unet)) = (batch.first(), &self.unet) else {
             anyhow::bail!("nothing to draw")
         };
-        let (plan, prediction) = match refine.as_ref().filter(|_| begun.is_some()) {
-            Some(refine) => (refine, self.contexts.config.scheduler.prediction),
-            None => (plan, settings.prediction),
+        let (plan, prediction) = match (refine, &start) {
+            (Some(refine), Start::Begun(_)) => (refine, self.contexts.config.scheduler.prediction),
+            _ => (plan, settings.prediction),
         };
-        let conditioning = self.contexts.of(batch, 0)?;
-        let negative = guided.then(|| self.contexts.of(batch, 1)).transpose()?;
-        let reuse = Reuse::every(settings.deep_cache);
-        let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
-        let pairs = negative.is_some();
-        let unet = unet.told(&conditioning.after(negative.as_ref())?)?;
-        let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
-        let Steps { generators, traces, preview, latent_shape: (h, w, c), done, total } = steps;
-        let mut noise = || -> TensorResult<Tensor> {
-            let each = generators.iter_mut().map(|g| g.latents(*h, *w, *c)).collect::<TensorResult<Vec<_>>>()?;
-            Tensor::cat(&each, 0)?.to_device(&compute.device) // [b, h, w, c]
-        };
-        let first = match begun {
-            Some(begun) => (begun * plan.handover_scale())?,
-            None => {
+        let mut told = self.contexts.of(batch, 0)?;
+        if *guidance != Guidance::Off {
+            let negative = self.contexts.of(batch, 1)?;
+            for _ in 1..guidance.passes() {
+                told = told.after(&negative)?;
+            }
+        }
+        let unet = unet.told(&told)?;
+        let Steps { generators, traces, preview, latent_shape: (h, w, c), scaling_factor, done, total } = steps;
+        let mut noise = || each(generators, |g| g.latents(*h, *w, *c)?.to_device(&compute.device));
+        let (mut beside, mut kept) = (None, None);
+        let first = match start {
+            Start::Begun(begun) => (begun * plan.handover_scale())?,
+            Start::Anew(grounds) => {
+                let over = Over { grounds, config: self.contexts.config, guidance: *guidance, scaling_factor: *scaling_factor };
+                let image = over.image(settings.strength, &mut noise)?;
                 let first = noise()?;
                 for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate() {
                     self.contexts.trace(job, trace)?;
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }
-                (first * plan.init_noise_sigma())?
+                let mask = over.mask()?;
+                beside = over.beside(mask.as_ref(), &mut noise)?.map(|beside| beside.to_dtype(unet.dtype())).transpose()?;
+                let x = match &image {
+                    // diffusers' inpainting forgets what it is to repaint all of
+                    Some(image) if mask.is_none() || settings.strength < Some(1.0) => (image + (&first * plan.first_sigma())?)?,
+                    _ => (&first * plan.init_noise_sigma())?,
+                };
+                kept = image.zip(mask).filter(|_| beside.is_none()).map(|(image, mask)| Kept { image, noise: first, mask });
+                x
             }
         };
+        let reuse = Reuse::every(settings.deep_cache);
+        let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
+        let mut guided = Guided { unet, guidance: *guidance, beside, scale, rescale, prediction, reuse };
         let (before, steps) = (*done, *total);
         let mut bad_step = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
@@ -352,7 +375,8 @@ impl<'a> Stage<'a> {
             let each = |i: usize, trace: &mut Trace| {
                 trace.step(before + step.index + 1, steps, &step.denoised.narrow(0, i, 1)?, &step.latents.narrow(0, i, 1)?)
             };
-            traces.iter_mut().enumerate().try_for_each(|(i, trace)| each(i, trace))
+            traces.iter_mut().enumerate().try_for_each(|(i, trace)| each(i, trace))?;
+            kept.as_ref().map(|kept| kept.put_into(step, plan)).transpose()
         };
         let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut on_step);
         match bad_step {
@@ -362,6 +386,87 @@ impl<'a> Stage<'a> {
     }
 }
 
+/// Where a batch begins.
+enum Start<'a> {
+    /// with noise, and with what the pictures are drawn over, if that is not empty
+    Anew(&'a [Arc<Ground>]),
+    /// with the latents of another stage, [b, h, w, c]
+    Begun(&'a Tensor),
+}
+
+/// What a batch is drawn over, in diffusers' order of drawing random numbers.
+struct Over<'a> {
+    /// of each picture, or none at all
+    grounds: &'a [Arc<Ground>],
+    config: &'a ModelConfig,
+    guidance: Guidance,
+    scaling_factor: f64,
+}
+
+impl Over<'_> {
+    /// The latents of the sources [b, h, w, c], where they are needed.
+    fn image(&self, strength: Option<f64>, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Option<Tensor>> {
+        let needed = match self.config.beside {
+            Beside::Nothing => true,
+            Beside::Masked => strength < Some(1.0),
+            Beside::Picture => false,
+        };
+        if !needed || self.grounds.is_empty() {
+            return Ok(None);
+        }
+        Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.sample(noise).map(Some)
+    }
+
+    /// [b, h, w, 1], 1 where they are repainted; none if all of them is.
+    fn mask(&self) -> TensorResult<Option<Tensor>> {
+        let masks: Vec<&Tensor> = self.grounds.iter().filter_map(|ground| Some(&ground.repainted.as_ref()?.mask)).collect();
+        if masks.is_empty() { Ok(None) } else { Tensor::cat(&masks, 0).map(Some) }
+    }
+
+    /// What the network sees beside the latents, [passes*b, h, w, k].
+    fn beside(&self, mask: Option<&Tensor>, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Option<Tensor>> {
+        let passes = self.guidance.passes();
+        if let Some(mask) = mask {
+            let rest = self.grounds.iter().filter_map(|ground| Some(&ground.repainted.as_ref()?.rest));
+            // diffusers draws for it, whether the network takes it or not
+            let rest = Posterior::cat(rest)?.sample(noise)?;
+            if self.config.beside == Beside::Masked {
+                let beside = Tensor::cat(&[mask, &rest], 3)?;
+                return Tensor::cat(&vec![&beside; passes], 0).map(Some);
+            }
+        }
+        if self.config.beside != Beside::Picture {
+            return Ok(None);
+        }
+        let image = (Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.mean / self.scaling_factor)?;
+        let unconditional = image.zeros_like()?;
+        let rows: Vec<&Tensor> = (0..passes).map(|i| if i == 0 && passes > 1 { &unconditional } else { &image }).collect();
+        Tensor::cat(&rows, 0).map(Some)
+    }
+}
+
+/// What stays of the sources while the rest is repainted: put back after every step, with the noise of that step.
+struct Kept {
+    /// latents [b, h, w, c]
+    image: Tensor,
+    noise: Tensor,
+    /// [b, h, w, 1]
+    mask: Tensor,
+}
+
+impl Kept {
+    /// A step's latents with this where nothing is repainted.
+    fn put_into(&self, step: &Step, plan: &Plan) -> TensorResult<Tensor> {
+        let noisy = ((&self.image + (&self.noise * step.sigma)?)? / plan.latents_scale(step.sigma))?;
+        &noisy + (step.latents - &noisy)?.broadcast_mul(&self.mask)?
+    }
+}
+
+/// One tensor of each generator, in a row.
+fn each(generators: &mut [Generator], draw: impl Fn(&mut Generator) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
+    Tensor::cat(&generators.iter_mut().map(draw).collect::<TensorResult<Vec<_>>>()?, 0)
+}
+
 /// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.
 struct Steps<'a> {
     generators: Vec<Generator>,
@@ -369,6 +474,7 @@ struct Steps<'a> {
     traces: Vec<Trace>,
     preview: Option<&'a Preview>,
     latent_shape: (usize, usize, usize),
+    scaling_factor: f64,
     /// evaluations of networks
     done: usize,
     total: usize,
@@ -380,7 +486,8 @@ impl<'a> Steps<'a> {
         let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
         let traces = batch.iter().filter(|_| request.trace).map(|_| Trace::default()).collect();
         let (preview, latent_shape) = (request.preview.as_ref(), request.latent_shape(&first.settings));
-        Ok(Self { generators, traces, preview, latent_shape, done: 0, total: first.evaluations() })
+        let scaling_factor = request.vae.scaling_factor();
+        Ok(Self { generators, traces, preview, latent_shape, scaling_factor, done: 0, total: first.evaluations() })
     }
 }
 
@@ -388,13 +495,22 @@ impl<'a> Steps<'a> {
 fn decode(decoder: &Decoder, latents: &Tensor, i: usize, tile: Option<usize>) -> Result<Picture> {
     let latents = latents.narrow(0, i, 1)?;
     let rgb = match tile {
-        Some(side) => tiles::decode(&latents, side, |tile| decoder.decode(tile))?,
+        Some(side) => tiles::apply(&latents, side, |tile| decoder.decode(tile))?,
         None => decoder.decode(&latents)?,
     }; // [1, h, w, 3]
     if !finite(&rgb)? {
         return Err(NotFinite { place: "after decoding".into() }.into());
     }
     Picture::from_tensor(&rgb)?.pop().context("nothing was decoded")
+}
+
+/// A drawn picture, put back into its source if it is a part of that.
+fn finished(job: &Job, drawn: Picture) -> Result<Picture> {
+    let Settings { source, width, height, .. } = &job.settings;
+    match source.as_ref().filter(|source| source.repaints()) {
+        Some(source) => Ok(Canvas::read(source, *width, *height)?.put_back(drawn)),
+        None => Ok(drawn),
+    }
 }
 
 fn finite(x: &Tensor) -> TensorResult<bool> {

@@ -1,26 +1,34 @@
 //! A work list + what a checkpoint brings -> what will be drawn. Every contradiction dies here, before a weight is read.
 
-use crate::cli::{DrawArgs, VaeTiling};
+use crate::canvas::Sources;
+use crate::cli::{DrawArgs, PictureArgs, VaeTiling};
 use crate::device::{Compute, available_memory, require_memory};
 use crate::family::{Family, REFINE_AT};
+use crate::guidance::Guidance;
 use crate::image::Format;
 use crate::list::List;
 use crate::model::Autoencoder;
-use crate::model::unet::UNetConfig;
+use crate::model::unet::{Beside, UNetConfig};
 use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
-use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
+use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
 use crate::settings::Settings;
 use crate::text::encoder::EncoderConfig;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Pixels of a side; more are mistakes.
 pub const MAX_SIDE_PX: usize = 16384;
+/// How much of a source picture is drawn anew where nobody says.
+const STRENGTH: f64 = 0.75;
+/// InstructPix2Pix' own.
+const IMAGE_GUIDANCE: f64 = 1.5;
+/// A source picture is brought down to the model's own number of pixels from so many times that on.
+const MUCH_LARGER: f64 = 2.0;
 /// Pictures a forward pass where none are asked for: more bring little, and all of them wait for the last.
 const AUTO_BATCH: usize = 4;
 
@@ -32,8 +40,7 @@ pub struct Job {
     /// its line in the list that it comes from, from 1
     pub line: Option<usize>,
     pub settings: Settings,
-    /// whether the network runs twice a step, for the prompt and the negative one
-    pub guided: bool,
+    pub guidance: Guidance,
     pub plan: Arc<Plan>,
     /// what the refiner does then
     pub refine: Option<Arc<Plan>>,
@@ -53,7 +60,8 @@ impl Job {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
             && (a.width, a.height, a.deep_cache) == (b.width, b.height, b.deep_cache)
-            && (a.guidance, a.guidance_rescale) == (b.guidance, b.guidance_rescale)
+            && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
+            && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
     }
 }
 
@@ -82,6 +90,7 @@ pub struct ModelConfig {
     pub added_ids: usize,
     /// whether no negative prompt means zeros, not the embedding of no text
     pub empty_is_zeros: bool,
+    pub beside: Beside,
 }
 
 impl ModelConfig {
@@ -95,23 +104,58 @@ impl ModelConfig {
             scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
             // diffusers' default, of pipelines that know it
             empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
+            beside: unet.beside()?,
             unet,
             encoder,
             added_ids,
         })
     }
 
+    /// Of a picture that is drawn over another; none where the network sees that one, and starts from noise alone.
+    fn strength(&self, asked: Option<f64>) -> Option<f64> {
+        match self.beside {
+            Beside::Nothing => Some(asked.unwrap_or(STRENGTH)),
+            Beside::Masked => Some(asked.unwrap_or(1.0)),
+            Beside::Picture => asked,
+        }
+    }
+
+    fn image_guidance(&self, asked: Option<f64>) -> Option<f64> {
+        asked.or((self.beside == Beside::Picture).then_some(IMAGE_GUIDANCE))
+    }
+
+    /// Errors if the network needs a source picture and there is none, or cannot do what is asked with it.
+    fn check_source(&self, settings: &Settings) -> Result<()> {
+        let Settings { source, strength, image_guidance, model, .. } = settings;
+        match (self.beside, source) {
+            (Beside::Masked, None) => bail!("`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"),
+            (Beside::Masked, Some(source)) if !source.repaints() => {
+                bail!("`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is repainted")
+            }
+            (Beside::Picture, None) => {
+                bail!("`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt what to change")
+            }
+            (Beside::Picture, Some(_)) if strength.is_some() => {
+                bail!("`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how closely it follows the picture")
+            }
+            (Beside::Nothing | Beside::Masked, _) if image_guidance.is_some() => {
+                bail!("`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for models such as InstructPix2Pix")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The configuration of a model that takes over latents of this one. Errors if their latents are not the same.
     fn refined_by(&self, refiner: &Checkpoint) -> Result<Self> {
         let other = Self::of(refiner)?;
-        if self.added_ids == 0 || other.added_ids == 0 || self.unet.in_channels != other.unet.in_channels {
+        if self.added_ids == 0 || other.added_ids == 0 || self.unet.out_channels != other.unet.in_channels {
             bail!("`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models of SDXL's family", refiner.name);
         }
         Ok(other)
     }
 }
 
-type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>);
+type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>, Option<f64>);
 type Plans = (Arc<Plan>, Option<Arc<Plan>>);
 
 impl Request {
@@ -128,6 +172,10 @@ impl Request {
             let model = ModelConfig::of(checkpoint)?;
             let refiner = checkpoint.refiner.as_deref().map(|refiner| model.refined_by(refiner)).transpose()?;
             let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
+            if vae.latent_channels() != model.unet.out_channels {
+                let (latent, out) = (vae.latent_channels(), model.unet.out_channels);
+                bail!("the U-Net of `{}` draws in {out} channels, its VAE has {latent}", checkpoint.name);
+            }
             Ok(Self {
                 jobs: vec![],
                 list: String::new(),
@@ -150,6 +198,7 @@ impl Request {
     /// Resolves a work list for this checkpoint. Errors name the option and what it may be, and the line of the list.
     pub fn resolve(args: &DrawArgs, list: &List, checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
         let mut request = Self { list: list.name.clone(), trace: args.trace, ..Self::new(checkpoint)? };
+        let mut sources = Sources::default();
         let defaults = Family::detect(checkpoint).context(ModelError)?.defaults(checkpoint);
         let prediction = args.prediction.map_or(request.model.scheduler.prediction, Into::into);
         let (height, width) = request.model.unet.sample_size()?;
@@ -161,6 +210,14 @@ impl Request {
         let vae = checkpoint.vae.as_ref().map(|vae| Arc::<str>::from(&*vae.name));
         for item in &list.items {
             let options = &item.options;
+            let source = match item.line {
+                Some(line) => sources.find(options).with_context(|| format!("line {line} of {}", list.name))?,
+                None => sources.find(options)?,
+            };
+            let (width, height) = match &source {
+                Some((source, of)) if source.only_masked.is_none() => request.size_over(options, *of, (width, height)),
+                _ => (options.width.unwrap_or(width), options.height.unwrap_or(height)),
+            };
             let settings = Settings {
                 version: version.clone(),
                 prompt: item.prompt.clone(),
@@ -177,6 +234,9 @@ impl Request {
                     other => other,
                 }),
                 eta: options.eta,
+                strength: source.as_ref().and_then(|_| request.model.strength(options.strength)),
+                image_guidance: source.as_ref().and_then(|_| request.model.image_guidance(options.image_guidance)),
+                source: source.map(|(source, _)| Arc::new(source)),
                 original_size: options.original_size,
                 crop: options.crop,
                 target_size: options.target_size,
@@ -222,6 +282,27 @@ impl Request {
         Ok(request)
     }
 
+    /// Width and height of a picture over one of the size `of`: its own, in the steps that the model has. Where they are
+    /// much more than the model draws by itself, they are brought down to that.
+    fn size_over(&self, options: &PictureArgs, of: (usize, usize), own: (usize, usize)) -> (usize, usize) {
+        let step = self.vae.factor().max(8);
+        if options.extend.is_some() {
+            return (of.0.next_multiple_of(step), of.1.next_multiple_of(step));
+        }
+        let whole = |pixels: f64| ((pixels / step as f64 + 1e-6) as usize).max(1) * step;
+        let (w, h) = (of.0 as f64, of.1 as f64);
+        match (options.width, options.height) {
+            (Some(width), Some(height)) => (width, height),
+            (Some(width), None) => (width, whole(width as f64 * h / w)),
+            (None, Some(height)) => (whole(height as f64 * w / h), height),
+            (None, None) => {
+                let area = (own.0 * own.1) as f64;
+                let scale = if w * h > MUCH_LARGER * area { (area / (w * h)).sqrt() } else { 1.0 };
+                (whole(w * scale), whole(h * scale))
+            }
+        }
+    }
+
     /// Adds a picture. Errors if this checkpoint cannot draw it.
     pub fn add(&mut self, settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
         check_size("width", settings.width, self.vae.factor())?;
@@ -234,18 +315,22 @@ impl Request {
         if let (0, Some((name, _))) = (self.model.added_ids, sized.into_iter().find(|(_, is_given)| *is_given)) {
             bail!("`--{name}` means nothing to `{}`\n\nhint: leave it out; only models of SDXL's family are told of sizes", settings.model);
         }
+        self.model.check_source(&settings)?;
         let (skip, layers) = (settings.clip_skip, self.model.encoder.layers());
         if skip > layers {
             bail!("`--clip-skip {skip}` leaves nothing of the text encoder's {layers} layers");
         }
-        let Settings { sampler, schedule, steps, eta, prediction, refine_at, .. } = settings;
-        let key = (sampler, schedule, steps, eta, prediction, refine_at);
+        let Settings { sampler, schedule, steps, eta, prediction, refine_at, strength, .. } = settings;
+        let key = (sampler, schedule, steps, eta, prediction, refine_at, strength);
         let (plan, refine) = match self.plans.iter().find(|(known, _)| *known == key) {
             Some((_, plans)) => plans.clone(),
             None => {
                 let mut scheduler = self.model.scheduler.clone();
                 scheduler.prediction = prediction;
-                let whole = plan(&scheduler, sampler, schedule, steps, eta)?;
+                let whole = match strength {
+                    Some(strength) => plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength)?,
+                    None => plan(&scheduler, sampler, schedule, steps, eta)?,
+                };
                 let plans = match (&self.refiner, refine_at) {
                     (None, None) => (Arc::new(whole), None),
                     (Some(refiner), Some(at)) => {
@@ -260,8 +345,13 @@ impl Request {
             }
         };
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
-        let guided = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, guided, plan, refine, path: None, format });
+        let is_on = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
+        let guidance = match settings.image_guidance {
+            Some(scale) if is_on && scale >= 1.0 => Guidance::TextAndPicture(scale),
+            None if is_on => Guidance::Text,
+            _ => Guidance::Off,
+        };
+        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, plan, refine, path: None, format });
         Ok(())
     }
 
@@ -312,8 +402,8 @@ impl Request {
         let of_job = |job: &Job| {
             let (h, w, _) = self.latent_shape(&job.settings);
             let latents = (h * w) as u64;
-            let pair = if job.guided { 2 } else { 1 };
-            let unet = unet_weights + 4 * 12 * pair * batch_size as u64 * latents * unet_widest;
+            let passes = job.guidance.passes() as u64;
+            let unet = unet_weights + 4 * 12 * passes * batch_size as u64 * latents * unet_widest;
             unet.max(self.vae_bytes(checkpoint, &job.settings))
         };
         self.jobs.iter().map(of_job).max().unwrap_or(0)
@@ -333,12 +423,12 @@ impl Request {
 
     /// (height, width, channels) of a picture's latents.
     pub fn latent_shape(&self, settings: &Settings) -> (usize, usize, usize) {
-        (settings.height / self.vae.factor(), settings.width / self.vae.factor(), self.model.unet.in_channels)
+        (settings.height / self.vae.factor(), settings.width / self.vae.factor(), self.model.unet.out_channels)
     }
 }
 
 fn naming<'a>(job: &'a Job, sweep: &'a str) -> Naming<'a> {
-    let Settings { prompt, negative, seed, width, height, steps, guidance, sampler, model, .. } = &job.settings;
+    let Settings { prompt, negative, seed, width, height, steps, guidance, sampler, model, source, .. } = &job.settings;
     Naming {
         prompt,
         negative,
@@ -351,6 +441,7 @@ fn naming<'a>(job: &'a Job, sweep: &'a str) -> Naming<'a> {
         guidance: *guidance,
         sampler: sampler.name(),
         sweep,
+        image: source.as_ref().and_then(|source| Path::new(&*source.image).file_stem()?.to_str()).unwrap_or_default(),
     }
 }
 

@@ -195,26 +195,29 @@ pub struct Step<'a> {
     pub total: usize,
     /// [b, h, w, c], scaled as diffusers' scheduler of this sampler scales them.
     pub latents: &'a Tensor,
+    /// The noise level that the next evaluation takes `latents` for; 0 where none comes.
+    pub sigma: f64,
     /// The network's present guess of the finished latents, [b, h, w, c].
     pub denoised: &'a Tensor,
 }
 
 type Denoise<'a> = dyn FnMut(&Tensor, f64, f64) -> Result<Tensor> + 'a;
 type Noise<'a> = dyn FnMut() -> Result<Tensor> + 'a;
-type OnStep<'a> = dyn FnMut(&Step) -> Result<()> + 'a;
+type OnStep<'a> = dyn FnMut(&Step) -> Result<Option<Tensor>> + 'a;
 
 /// Walks a plan.
 ///
 /// `x` is unit noise times [`Plan::init_noise_sigma`], f32, [b, h, w, c]. `denoise(x, sigma,
 /// timestep)` gives x0 for x = x0 + sigma * noise. `noise()` gives unit normals like `x`, asked for
-/// in diffusers' order. Returns the latents that diffusers would decode. Errors are those of the
+/// in diffusers' order. `on_step` sees the latents after every evaluation, and may put others in their place. Returns the
+/// latents that diffusers would decode. Errors are those of the
 /// closures and of the tensors.
 pub fn sample(
     plan: &Plan,
     x: Tensor,
     denoise: &mut dyn FnMut(&Tensor, f64, f64) -> Result<Tensor>,
     noise: &mut dyn FnMut() -> Result<Tensor>,
-    on_step: &mut dyn FnMut(&Step) -> Result<()>,
+    on_step: &mut dyn FnMut(&Step) -> Result<Option<Tensor>>,
 ) -> Result<Tensor> {
     let mut run = Run { plan, denoise, noise, on_step, done: 0 };
     let x = match plan.sampler {
@@ -260,15 +263,23 @@ impl Run<'_> {
         (self.denoise)(x, self.plan.sigmas[i], self.plan.timesteps[i])
     }
 
-    /// Tells the caller of `x` at noise level `sigma`, after one evaluation.
-    fn report(&mut self, x: &Tensor, sigma: f64, denoised: &Tensor) -> Result<()> {
-        let scaled = match self.plan.is_variance_preserving() {
-            true => Some((x / sigma.hypot(1.0))?),
-            false => None,
+    /// Tells the caller of `x` at noise level `sigma`, after one evaluation, and goes on with what it makes of that.
+    fn report(&mut self, x: Tensor, sigma: f64, denoised: &Tensor) -> Result<Tensor> {
+        let (plan, index, total) = (self.plan, self.done, self.plan.evaluations());
+        let scale = plan.latents_scale(sigma);
+        let next = match plan.sampler.is_two_stage() {
+            // between two levels
+            true => sigma,
+            // not always `sigma`: PNDM begun late evaluates at other levels than it reaches
+            false => plan.sigmas.get(index + 1).copied().unwrap_or(0.0),
         };
-        (self.on_step)(&Step { index: self.done, total: self.plan.evaluations(), latents: scaled.as_ref().unwrap_or(x), denoised })?;
+        let latents = if scale == 1.0 { x.clone() } else { (&x / scale)? };
+        let next = if index + 1 < total { next } else { 0.0 };
         self.done += 1;
-        Ok(())
+        match (self.on_step)(&Step { index, total, latents: &latents, sigma: next, denoised })? {
+            Some(other) => other * scale,
+            None => Ok(x),
+        }
     }
 
     /// x + sigma * fresh noise; none is drawn for sigma 0.
@@ -312,7 +323,7 @@ fn euler(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.denoised_at(&x, i)?;
         let slope = derivative(&x, &denoised, sigma)?;
         x = sum(&[(1.0, &x), (next - sigma, &slope)])?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -327,7 +338,7 @@ fn euler_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let slope = derivative(&x, &denoised, sigma)?;
         x = sum(&[(1.0, &x), (down - sigma, &slope)])?;
         x = run.add_noise(x, up)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -347,7 +358,7 @@ fn ddim(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         if next != pair[1] {
             x = (x * (pair[1].hypot(1.0) / next.hypot(1.0)))?;
         }
-        run.report(&x, pair[1], &denoised)?;
+        x = run.report(x, pair[1], &denoised)?;
     }
     Ok(x)
 }
@@ -372,7 +383,7 @@ fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         if plan.timesteps[i] > 0.0 {
             x = run.add_noise(x, spread)?;
         }
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -401,8 +412,8 @@ fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
             linear_multistep(&mut history, output, i == 1)?
         };
         x = move_level(plan.prediction, &start, &output, from, to)?;
-        let level = (&x * to.hypot(1.0))?;
-        run.report(&level, to, &denoised)?;
+        let level = run.report((&x * to.hypot(1.0))?, to, &denoised)?;
+        x = (level / to.hypot(1.0))?;
     }
     let end = plan.sigmas.last().copied().unwrap_or(0.0);
     x * end.hypot(1.0)
@@ -490,7 +501,7 @@ fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         terms.extend(weights.history.into_iter().zip(&history));
         let moved = sum(&terms)?;
         x = run.add_noise(moved, weights.noise)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -558,7 +569,7 @@ fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.clip(&denoised)?;
         let slope = derivative(&x, &denoised, sigma)?;
         let ahead = sum(&[(1.0, &x), (next - sigma, &slope)])?;
-        run.report(&ahead, next, &denoised)?;
+        let ahead = run.report(ahead, next, &denoised)?;
         if next == 0.0 {
             return Ok(ahead);
         }
@@ -567,7 +578,7 @@ fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let slope_ahead = derivative(&ahead, &denoised, next)?;
         let half = 0.5 * (next - sigma);
         x = sum(&[(1.0, &x), (half, &slope), (half, &slope_ahead)])?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -583,7 +594,7 @@ fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let slope = derivative(&x, &denoised, sigma)?;
         let middle = plan.middle_sigmas.get(i).copied().unwrap_or(0.0);
         let halfway = sum(&[(1.0, &x), (middle - sigma, &slope)])?;
-        run.report(&halfway, middle, &denoised)?;
+        let halfway = run.report(halfway, middle, &denoised)?;
         if next == 0.0 {
             return Ok(halfway);
         }
@@ -592,7 +603,7 @@ fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (down, up) = ancestral_step(sigma, next, eta);
         x = sum(&[(1.0, &x), (down - sigma, &slope)])?;
         x = run.add_noise(x, up)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -604,17 +615,16 @@ fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
         if next == 0.0 {
-            run.report(&denoised, next, &denoised)?;
-            return Ok(denoised);
+            return run.report(denoised.clone(), next, &denoised);
         }
         let (down, up) = ancestral_step(sigma, next, plan.eta);
         let middle = plan.middle_sigmas[i];
         let halfway = shrink(&x, &denoised, middle / sigma)?;
-        run.report(&halfway, middle, &denoised)?;
+        let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         x = shrink(&x, &denoised, down / sigma)?;
         x = run.add_noise(x, up)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -634,14 +644,13 @@ fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
         if next == 0.0 {
-            run.report(&denoised, next, &denoised)?;
-            return Ok(denoised);
+            return run.report(denoised.clone(), next, &denoised);
         }
         let middle = plan.middle_sigmas[i];
         let first = (run.noise)()?;
         let (down, up) = ancestral_step(sigma, middle, 1.0);
         let halfway = sum(&[(1.0, &shrink(&x, &denoised, down / sigma)?), (up, &first)])?;
-        run.report(&halfway, middle, &denoised)?;
+        let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         let second = (run.noise)()?;
         let (before, after) = ((sigma - middle).sqrt(), (middle - next).sqrt());
@@ -649,7 +658,7 @@ fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let unit = up / (sigma - next).sqrt();
         let moved = shrink(&x, &denoised, down / sigma)?;
         x = sum(&[(1.0, &moved), (before * unit, &first), (after * unit, &second)])?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -666,7 +675,7 @@ fn lms(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let mut terms = vec![(1.0, &x)];
         terms.extend(weights.into_iter().zip(&slopes));
         x = sum(&terms)?;
-        run.report(&x, pair[1], &denoised)?;
+        x = run.report(x, pair[1], &denoised)?;
     }
     Ok(x)
 }
@@ -703,7 +712,7 @@ fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
             terms.push((deis_weight(&nodes, k, next) - deis_weight(&nodes, k, sigma), slope));
         }
         x = sum(&terms)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -745,7 +754,7 @@ fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let ahead = step.advance(&x, &history, None, &step.predictor())?;
         last = Some((x, order));
         x = ahead;
-        run.report(&x, plan.sigmas[i + 1], &denoised)?;
+        x = run.report(x, plan.sigmas[i + 1], &denoised)?;
     }
     Ok(x)
 }
@@ -856,7 +865,7 @@ fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let c_skip = (SIGMA_DATA / norm).powi(2);
         let boundary = sum(&[(scaled / norm, &denoised), (c_skip / sigma.hypot(1.0), &x)])?;
         x = run.add_noise(boundary, next)?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
@@ -871,7 +880,7 @@ fn tcd(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.denoised_at(&x, i)?;
         x = shrink(&x, &denoised, target / sigma)?;
         x = run.add_noise(x, (next * next - target * target).max(0.0).sqrt())?;
-        run.report(&x, next, &denoised)?;
+        x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }

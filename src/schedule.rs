@@ -787,6 +787,16 @@ impl Plan {
         self.init_noise_sigma
     }
 
+    /// The noise level where the run begins.
+    pub fn first_sigma(&self) -> f64 {
+        self.sigmas.first().copied().unwrap_or(0.0)
+    }
+
+    /// What x = x0 + sigma * noise is divided by to give diffusers' latents of this sampler.
+    pub fn latents_scale(&self, sigma: f64) -> f64 {
+        if self.is_variance_preserving() { sigma.hypot(1.0) } else { 1.0 }
+    }
+
     /// How often the network runs.
     pub fn evaluations(&self) -> usize {
         let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));
@@ -822,20 +832,22 @@ impl Plan {
         first.timesteps.truncate(k + usize::from(self.sampler.is_two_stage()));
         first.sigmas.truncate(k + 1);
         first.after = steps - k;
-        second.timesteps.drain(..k);
-        second.sigmas.drain(..k);
-        second.before = k;
-        for list in [&mut second.middle_timesteps, &mut second.middle_sigmas] {
+        second.drop_first(k);
+        Ok([first, second])
+    }
+
+    /// Leaves out the first `k` steps.
+    fn drop_first(&mut self, k: usize) {
+        for list in [&mut self.timesteps, &mut self.sigmas, &mut self.middle_timesteps, &mut self.middle_sigmas] {
             list.drain(..k.min(list.len()));
         }
-        second.transfers.drain(..k.min(self.transfers.len()));
-        Ok([first, second])
+        self.transfers.drain(..k.min(self.transfers.len()));
+        self.before += k;
     }
 
     /// The factor of diffusers' latents of another run that this one takes over.
     pub fn handover_scale(&self) -> f64 {
-        let top = self.sigmas.first().copied().unwrap_or(0.0);
-        if self.is_variance_preserving() { top.hypot(1.0) } else { 1.0 }
+        self.latents_scale(self.first_sigma())
     }
 
     /// Whether diffusers' latents for this sampler are variance-preserving:
@@ -851,6 +863,33 @@ impl Plan {
 /// samplers that have one: 0 (no noise) by default for `ddim` and `tcd`, as in diffusers'
 /// pipelines, 1 for the ancestral ones. Errors if the sampler cannot do what is asked.
 pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>, steps: usize, eta: Option<f64>) -> Result<Plan> {
+    plan_late(config, sampler, schedule, steps, eta, 0)
+}
+
+/// The same without its first steps, for a run that begins with a picture to which the noise of that level is added: those
+/// that a strength (0..=1) leaves out, as in diffusers. Errors too if it leaves out all of them.
+pub fn plan_from_picture(
+    config: &SchedulerConfig,
+    sampler: Sampler,
+    schedule: Option<Schedule>,
+    steps: usize,
+    eta: Option<f64>,
+    strength: f64,
+) -> Result<Plan> {
+    let taken = (steps as f64 * strength) as usize;
+    let least = (1.0 / steps as f64 * 1000.0).ceil() / 1000.0;
+    ensure!(taken > 0, "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`");
+    plan_late(config, sampler, schedule, steps, eta, steps.saturating_sub(taken))
+}
+
+fn plan_late(
+    config: &SchedulerConfig,
+    sampler: Sampler,
+    schedule: Option<Schedule>,
+    steps: usize,
+    eta: Option<f64>,
+    skipped: usize,
+) -> Result<Plan> {
     let train = config.train_timesteps;
     ensure!((1..=train).contains(&steps), "{steps} steps are not possible\n\nhint: use 1 to {train}");
     let settings = Settings::resolve(config, sampler, schedule)?;
@@ -876,7 +915,7 @@ pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedul
     };
     match sampler.grid() {
         Grid::Distilled => plan.lay_distilled(&settings, &table, steps)?,
-        Grid::Discrete if sampler == Sampler::Pndm => plan.lay_pndm(&settings, &table, steps)?,
+        Grid::Discrete if sampler == Sampler::Pndm => plan.lay_pndm(&settings, &table, steps, skipped)?,
         Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &table, steps)?,
         _ => plan.lay_interpolated(&settings, &table, steps)?,
     }
@@ -887,7 +926,10 @@ pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedul
         "{steps} steps of `{sampler}` do not give falling noise levels here\n\nhint: use fewer steps, or another `--schedule`"
     );
     plan.lay_middles(&table);
-    let top = plan.sigmas.first().copied().unwrap_or(0.0);
+    if sampler != Sampler::Pndm {
+        plan.drop_first(skipped);
+    }
+    let top = plan.first_sigma();
     let added = plan.is_variance_preserving() || settings.spacing == Spacing::Leading;
     plan.init_noise_sigma = if added { top.hypot(1.0) } else { top };
     Ok(plan)
@@ -1016,8 +1058,9 @@ impl Plan {
     }
 
     /// PNDM (Liu et al. 2022, arXiv 2202.09778): pseudo Runge-Kutta steps at the start unless
-    /// they are skipped, then linear multistep ones.
-    fn lay_pndm(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
+    /// they are skipped, then linear multistep ones. A run that begins later counts its evaluations anew, as diffusers
+    /// does: its second goes back to where the first began.
+    fn lay_pndm(&mut self, settings: &Settings, table: &Table, n: usize, skipped: usize) -> Result<()> {
         let config = settings.config;
         ensure!(config.prediction != Prediction::Sample, "`pndm` does not work with the scheduler's `prediction_type` \"sample\"");
         let spaced = settings.spaced(n, table)?;
@@ -1031,7 +1074,9 @@ impl Plan {
             if let Some(second) = spaced.get(1) {
                 self.timesteps.insert(1, *second);
             }
+            self.timesteps.drain(..skipped);
         } else {
+            ensure!(skipped == 0, "`pndm` with Runge-Kutta steps cannot begin with a picture\n\nhint: use another `--sampler`");
             ensure!(n >= 4, "`pndm` needs at least 4 steps here, not {n}");
             let half = (config.train_timesteps / n / 2) as f64;
             for pair in spaced[..4].windows(2) {

@@ -1,6 +1,7 @@
 //! What one picture is: everything that determines its pixels, as the metadata in its file says it.
 
 use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
+use crate::input::Fit;
 use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
@@ -34,6 +35,15 @@ pub struct Settings {
     pub schedule: Option<Schedule>,
     /// none: the sampler's own
     pub eta: Option<f64>,
+    /// the picture that it is drawn over
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Arc<Source>>,
+    /// how much of the source is noise at first; none: all of it
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f64>,
+    /// of a model that takes the source as an input: how closely it is followed
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_guidance: Option<f64>,
     /// of the picture as SDXL is to believe it was before it was scaled; none: the picture's own
     pub original_size: Option<Size>,
     /// left and top, as SDXL is to believe it was cropped; none: not at all
@@ -61,6 +71,80 @@ pub struct Settings {
     /// it decodes in tiles; pictures of older versions do not say it
     #[serde(default)]
     pub vae_tiling: bool,
+}
+
+/// What a picture is drawn over, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Source {
+    /// the file
+    pub image: Arc<str>,
+    /// [`crate::input::Input::sha256`]
+    pub image_hash: Arc<str>,
+    pub fit: Fit,
+    /// the file that is white where the picture is repainted
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<Arc<str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_hash: Option<Arc<str>>,
+    /// its transparent parts are repainted
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alpha: bool,
+    /// pixels over which what is drawn fades in, from the edge of what is repainted inwards
+    pub feather: usize,
+    /// what is repainted is cut out with this many pixels around it, drawn at full size and put back
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only_masked: Option<usize>,
+    /// what is added around the picture and painted
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extend: Option<Border>,
+}
+
+/// Pixels at each side: `left=128,top=64`, or `256` for all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Border {
+    pub left: usize,
+    pub top: usize,
+    pub right: usize,
+    pub bottom: usize,
+}
+
+impl std::str::FromStr for Border {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| text.trim().parse().ok().filter(|n| *n <= MAX_SIDE_PX);
+        if let Some(all) = number(text) {
+            return Ok(Self { left: all, top: all, right: all, bottom: all });
+        }
+        let mut border = Self::default();
+        for part in text.split(',') {
+            let (side, pixels) = part.split_once('=').unwrap_or((part, ""));
+            let side = match side.trim() {
+                "left" => &mut border.left,
+                "top" => &mut border.top,
+                "right" => &mut border.right,
+                "bottom" => &mut border.bottom,
+                _ => return Err("expected pixels, or sides with pixels: left=128,top=64".into()),
+            };
+            *side = number(pixels).ok_or_else(|| format!("`{part}` has no number of pixels up to {MAX_SIDE_PX}"))?;
+        }
+        Ok(border)
+    }
+}
+
+impl TryFrom<String> for Border {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Border> for String {
+    fn from(border: Border) -> Self {
+        format!("left={},top={},right={},bottom={}", border.left, border.top, border.right, border.bottom)
+    }
 }
 
 /// Two numbers of pixels: 1024x768, or 4,60.
@@ -121,6 +205,10 @@ impl Settings {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
         let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
         extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
+        extra.extend(self.strength.map(|strength| ("Denoising strength", strength.to_string())));
+        extra.extend(self.image_guidance.map(|scale| ("Image CFG scale", scale.to_string())));
+        extra.extend(self.source.as_ref().map(|source| ("Init image", source.image.to_string())));
+        extra.extend(self.source.as_ref().and_then(|source| Some(("Mask", source.mask.as_ref()?.to_string()))));
         extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
         extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));

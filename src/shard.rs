@@ -79,7 +79,7 @@ impl Shard {
 
 /// About how much work a picture is: the network's runs, and the decoding as five more, times pixels.
 fn cost(job: &Job) -> u64 {
-    let runs = job.evaluations() * if job.guided { 2 } else { 1 };
+    let runs = job.evaluations() * job.guidance.passes();
     ((runs + 5) * job.settings.width * job.settings.height) as u64
 }
 

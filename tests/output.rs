@@ -55,6 +55,7 @@ fn naming(prompt: &str, seed: u64) -> Naming<'_> {
         guidance: 7.5,
         sampler: "euler-a",
         sweep: "",
+        image: "",
     }
 }
 

@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::with_base;
 use sdgen::device::Compute;
-use sdgen::guidance::{Guided, Reuse};
+use sdgen::guidance::{Guidance, Guided, Reuse};
 use sdgen::image::Picture;
 use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use sdgen::model::{Autoencoder, Decoder, tiles};
@@ -170,7 +170,7 @@ fn the_vae_decodes_the_same_in_tiles() {
     let f = fixture("sd1");
     let (decoder, config) = (f.decoder(), Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap());
     let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
-    let decoded = tiles::decode(&latents, config.tile(), |tile| decoder.decode(tile)).unwrap();
+    let decoded = tiles::apply(&latents, config.tile(), |tile| decoder.decode(tile)).unwrap();
     compare("vae.tiled.decoded", &((decoded * 2.0).unwrap() - 1.0).unwrap(), f.golden("vae.tiled.decoded"), NETWORK);
 }
 
@@ -210,7 +210,7 @@ fn the_vae_encodes_the_same() {
                 DType::U8 => (picture.to_dtype(DType::F32).unwrap().unsqueeze(0).unwrap() / 255.0).unwrap(),
                 _ => ((picture / 2.0).unwrap() + 0.5).unwrap(),
             };
-            let posterior = encoder.encode(&rgb).unwrap();
+            let posterior = encoder.encode(&rgb, None).unwrap();
             let unscaled = |x: Tensor| match &config {
                 Autoencoder::Kl(config) => (x / config.scaling_factor).unwrap(),
                 Autoencoder::Tiny(_) => x,
@@ -305,9 +305,9 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let (conditioning, negative) = (told(&prompt, run, None), negative.map(|negative| told(&negative, run, None)));
             let reuse = Reuse::every(1);
             let (scale, rescale, prediction) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0), config.prediction);
-            let pairs = negative.is_some();
-            let unet = unet.told(&conditioning.after(negative.as_ref()).unwrap()).unwrap();
-            let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
+            let kind = if negative.is_some() { Guidance::Text } else { Guidance::Off };
+            let unet = unet.told(&negative.map_or(Ok(conditioning.clone()), |negative| conditioning.after(&negative)).unwrap()).unwrap();
+            let mut guided = Guided { unet, guidance: kind, beside: None, scale, rescale, prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them
@@ -326,7 +326,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 &mut |step| {
                     compare(&format!("{model} run.{name}.latents[{}]", step.index), step.latents, &golden.get(step.index)?, LATENTS);
                     compared += 1;
-                    Ok(())
+                    Ok(None)
                 },
             )
             .unwrap();
@@ -371,9 +371,9 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
             let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
             let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
-            let pairs = negative.is_some();
-            let unet = unet.told(&conditioning.after(negative.as_ref()).unwrap()).unwrap();
-            let mut guided = Guided { unet, pairs, scale, rescale, prediction, reuse };
+            let kind = if negative.is_some() { Guidance::Text } else { Guidance::Off };
+            let unet = unet.told(&negative.map_or(Ok(conditioning.clone()), |negative| conditioning.after(&negative)).unwrap()).unwrap();
+            let mut guided = Guided { unet, guidance: kind, beside: None, scale, rescale, prediction, reuse };
             let first = match latents.take() {
                 None => {
                     let noise = refiner.golden(&format!("run.{name}.noise"));
@@ -386,7 +386,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             let mut on_step = |step: &sampler::Step| {
                 compare(&format!("run.{name}.latents[{compared}]"), step.latents, &golden.get(compared)?, LATENTS);
                 compared += 1;
-                Ok(())
+                Ok(None)
             };
             let mut no_noise = || candle_core::bail!("euler draws no noise");
             latents = Some(sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap());

@@ -53,7 +53,7 @@ fn run(plan: &Plan, prediction: Prediction, seed: u64) -> (Vec<Vec<f64>>, Vec<f6
     let result = sample(plan, x, &mut denoise, &mut noise, &mut |step| {
         assert_eq!((step.index, step.total), (latents.len(), plan.evaluations()));
         latents.push(values(step.latents));
-        Ok(())
+        Ok(None)
     });
     (latents, values(&result.unwrap()))
 }
@@ -172,7 +172,7 @@ fn gaussian_error(config: &SchedulerConfig, sampler: Sampler, steps: usize) -> f
     let mut reached = Vec::new();
     let mut on_step = |step: &Step| {
         reached.push(values(step.latents)[0]);
-        Ok(())
+        Ok(None)
     };
     sample(&plan, x, &mut gaussian_denoised, &mut no_noise, &mut on_step).unwrap();
     let spread = |sigma: f64| DEVIATION.hypot(sigma);
@@ -213,7 +213,7 @@ fn random_samplers_give_the_mean_and_spread_of_gaussian_data() {
         let generator = std::cell::RefCell::new(Generator::new(7));
         let mut noise = || generator.borrow_mut().latents(64, 64, 4);
         let x = (noise().unwrap() * plan.init_noise_sigma()).unwrap();
-        let result = sample(&plan, x, &mut gaussian_denoised, &mut noise, &mut |_| Ok(())).unwrap();
+        let result = sample(&plan, x, &mut gaussian_denoised, &mut noise, &mut |_| Ok(None)).unwrap();
         let result = values(&result);
         let mean = result.iter().sum::<f64>() / result.len() as f64;
         let deviation = (result.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / result.len() as f64).sqrt();
@@ -436,7 +436,7 @@ fn an_outdated_config_is_read_as_diffusers_pipelines_read_it() {
         let x = Tensor::full(3f32 * plan.init_noise_sigma() as f32, (1, 1, 1, 1), &Device::Cpu).unwrap();
         let mut far = |x: &Tensor, _: f64, _: f64| x.affine(0.0, 5.0);
         let mut noise = || Tensor::zeros((1, 1, 1, 1), candle_core::DType::F32, &Device::Cpu);
-        values(&sample(&plan, x, &mut far, &mut noise, &mut |_| Ok(())).unwrap())[0] > 2.0
+        values(&sample(&plan, x, &mut far, &mut noise, &mut |_| Ok(None)).unwrap())[0] > 2.0
     };
     assert!(!large(&missing, Sampler::Ddim), "clips by default");
     let corrected = missing.for_pipeline();

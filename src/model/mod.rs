@@ -38,6 +38,22 @@ impl Autoencoder {
         }
     }
 
+    /// Channels of its latents.
+    pub fn latent_channels(&self) -> usize {
+        match self {
+            Self::Kl(config) => config.latent_channels,
+            Self::Tiny(config) => config.latent_channels,
+        }
+    }
+
+    /// What its own latents are multiplied by for the diffusion.
+    pub fn scaling_factor(&self) -> f64 {
+        match self {
+            Self::Kl(config) => config.scaling_factor,
+            Self::Tiny(config) => config.scaling_factor,
+        }
+    }
+
     /// Side of the tiles of a tiled decode, in latents.
     pub fn tile(&self) -> usize {
         let side = match self {
@@ -86,11 +102,12 @@ pub enum Encoder {
 }
 
 impl Encoder {
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c].
-    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c], perhaps
+    /// in tiles with this many latents a side.
+    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         match self {
-            Self::Kl(encoder) => encoder.encode(rgb),
-            Self::Tiny(encoder) => encoder.encode(rgb),
+            Self::Kl(encoder) => encoder.encode(rgb, tile),
+            Self::Tiny(encoder) => encoder.encode(rgb, tile),
         }
     }
 }
@@ -104,8 +121,17 @@ pub struct Posterior {
 }
 
 impl Posterior {
+    /// Those of several pictures in one.
+    pub fn cat<'a>(each: impl Iterator<Item = &'a Self>) -> TensorResult<Self> {
+        let each: Vec<&Self> = each.collect();
+        let means: Vec<&Tensor> = each.iter().map(|one| &one.mean).collect();
+        let deviations: Vec<&Tensor> = each.iter().filter_map(|one| one.deviation.as_ref()).collect();
+        let deviation = if deviations.is_empty() { None } else { Some(Tensor::cat(&deviations, 0)?) };
+        Ok(Self { mean: Tensor::cat(&means, 0)?, deviation })
+    }
+
     /// One of them, by unit normals, which are drawn if they are needed.
-    pub fn sample(&self, noise: impl FnOnce() -> TensorResult<Tensor>) -> TensorResult<Tensor> {
+    pub fn sample(&self, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Tensor> {
         match &self.deviation {
             Some(deviation) => &self.mean + (deviation * noise()?)?,
             None => Ok(self.mean.clone()),

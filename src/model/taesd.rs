@@ -2,8 +2,8 @@
 //!
 //! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by training.
 
-use super::Posterior;
 use super::unet::require_neutral;
+use super::{Posterior, tiles};
 use crate::nn::layers::{Activation, Conv2d};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
@@ -100,8 +100,17 @@ impl Encoder {
         Ok(Self { stages, conv_out, scaling_factor: config.scaling_factor })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c].
-    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c], perhaps in tiles with this
+    /// many latents a side.
+    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+        let latents = match tile {
+            Some(side) => tiles::apply(rgb, side << self.stages.len().saturating_sub(1), |tile| self.forward(tile))?,
+            None => self.forward(rgb)?,
+        };
+        Ok(Posterior { mean: (latents * self.scaling_factor)?, deviation: None })
+    }
+
+    fn forward(&self, rgb: &Tensor) -> TensorResult<Tensor> {
         let mut x = rgb.clone();
         for (conv, blocks) in &self.stages {
             x = conv.forward(&x)?;
@@ -109,7 +118,7 @@ impl Encoder {
                 x = block.forward(&x)?;
             }
         }
-        Ok(Posterior { mean: (self.conv_out.forward(&x)? * self.scaling_factor)?, deviation: None })
+        self.conv_out.forward(&x)
     }
 }
 

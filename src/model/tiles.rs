@@ -1,31 +1,32 @@
-//! Decoding in overlapping tiles, for pictures that are too large to be decoded whole: diffusers'
-//! `AutoencoderKL.tiled_decode`. Norms and attention see one tile, so the picture is a slightly other one.
+//! Encoding and decoding in overlapping tiles, for pictures that are too large to be done whole: diffusers'
+//! `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so the picture is a slightly other one.
 
 use candle_core::{Result, Tensor};
 
 /// Tiles overlap by one part in this many.
 const OVERLAP: usize = 4;
 
-/// Decodes latents [b, h, w, c] in tiles of `side` latents to what `decode` makes of them whole, [b, f*h, f*w, 3] about.
-pub fn decode(latents: &Tensor, side: usize, decode: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-    let (_, h, w, _) = latents.dims4()?;
+/// Takes x [b, h, w, c] in tiles of this `side` to what `f` makes of it whole, about: [b, r*h, r*w, d] for some ratio r.
+pub fn apply(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let (_, h, w, _) = x.dims4()?;
     let step = (side - side / OVERLAP).max(1);
     let (mut rows, mut above) = (vec![], vec![]);
     for top in (0..h).step_by(step) {
         let (mut row, mut cut): (Vec<Tensor>, Vec<Tensor>) = (vec![], vec![]);
         for (i, left) in (0..w).step_by(step).enumerate() {
             let (rows, columns) = (side.min(h - top), side.min(w - left));
-            let mut rgb = decode(&latents.narrow(1, top, rows)?.narrow(2, left, columns)?.contiguous()?)?;
-            let factor = rgb.dim(1)? / rows;
-            let overlap = factor * side.saturating_sub(step);
+            let mut y = f(&x.narrow(1, top, rows)?.narrow(2, left, columns)?.contiguous()?)?;
+            let made = y.dim(1)?;
+            let scaled = |n: usize| n * made / rows;
+            let overlap = scaled(side.saturating_sub(step));
             if let Some(above) = above.get(i) {
-                rgb = blend(above, &rgb, 1, overlap)?;
+                y = blend(above, &y, 1, overlap)?;
             }
             if let Some(left) = row.last() {
-                rgb = blend(left, &rgb, 2, overlap)?;
+                y = blend(left, &y, 2, overlap)?;
             }
-            cut.push(rgb.narrow(1, 0, factor * step.min(rows))?.narrow(2, 0, factor * step.min(columns))?);
-            row.push(rgb);
+            cut.push(y.narrow(1, 0, scaled(step.min(rows)))?.narrow(2, 0, scaled(step.min(columns)))?);
+            row.push(y);
         }
         rows.push(Tensor::cat(&cut, 2)?);
         above = row;

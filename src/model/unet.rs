@@ -131,7 +131,31 @@ impl Default for UNetConfig {
     }
 }
 
+/// What the network takes beside the latents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beside {
+    Nothing,
+    /// the mask and the latents of what is not repainted: inpainting models
+    Masked,
+    /// the latents of the source picture: InstructPix2Pix (Brooks et al. 2022, arXiv 2211.09800)
+    Picture,
+}
+
 impl UNetConfig {
+    /// By its channels. Errors if they are those of no kind of model.
+    pub fn beside(&self) -> Result<Beside> {
+        Ok(match self.in_channels.checked_sub(self.out_channels) {
+            Some(0) => Beside::Nothing,
+            Some(more) if more == self.out_channels + 1 => Beside::Masked,
+            Some(more) if more == self.out_channels => Beside::Picture,
+            _ => bail!(
+                "the U-Net takes {} channels and gives {}: a kind of model that sdgen does not draw",
+                self.in_channels,
+                self.out_channels
+            ),
+        })
+    }
+
     /// Parses config.json. A value that would change the result and is not supported is an error that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         let neutral = [
@@ -265,17 +289,13 @@ impl From<Tensor> for Conditioning {
 }
 
 impl Conditioning {
-    /// Of the negative prompts and then of these, if there are any: the halves of a guided pair, in picture order.
-    pub fn after(self, negative: Option<&Self>) -> TensorResult<Self> {
-        negative.map_or(Ok(self.clone()), |negative| negative.then(&self))
-    }
-
-    fn then(&self, other: &Self) -> TensorResult<Self> {
-        let added = match (&self.added, &other.added) {
+    /// What is told first of the `other` pictures or prompts, then of these.
+    pub fn after(&self, other: &Self) -> TensorResult<Self> {
+        let added = match (&other.added, &self.added) {
             (Some(a), Some(b)) => Some(Added { pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?, ids: [&*a.ids, &b.ids].concat() }),
             _ => None,
         };
-        Ok(Self { context: Tensor::cat(&[&self.context, &other.context], 0)?, added, guidance: self.guidance })
+        Ok(Self { context: Tensor::cat(&[&other.context, &self.context], 0)?, added, guidance: self.guidance })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
 use super::unet::require_neutral;
-use super::{Posterior, TILE_PX};
+use super::{Posterior, TILE_PX, tiles};
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::strips::Strips;
@@ -133,15 +133,22 @@ impl Encoder {
         })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c].
-    pub fn encode(&self, rgb: &Tensor) -> TensorResult<Posterior> {
-        let (mean, logvar) = self.forward(&((rgb * 2.0)? - 1.0)?)?;
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c], perhaps
+    /// in tiles with this many latents a side.
+    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+        let rgb = ((rgb * 2.0)? - 1.0)?;
+        let moments = match tile {
+            Some(side) => tiles::apply(&rgb, side << self.down_blocks.len().saturating_sub(1), |tile| self.moments(tile))?,
+            None => self.moments(&rgb)?,
+        };
+        let c = moments.dim(3)? / 2;
+        let (mean, logvar) = (moments.narrow(3, 0, c)?.contiguous()?, moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?);
         let deviation = (logvar * 0.5)?.exp()?;
         Ok(Posterior { mean: (mean * self.scaling_factor)?, deviation: Some((deviation * self.scaling_factor)?) })
     }
 
-    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled latents, [b, h, w, c] each.
-    pub fn forward(&self, rgb: &Tensor) -> TensorResult<(Tensor, Tensor)> {
+    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled latents [b, h, w, 2c].
+    fn moments(&self, rgb: &Tensor) -> TensorResult<Tensor> {
         let mut x: Strips = self.conv_in.forward(rgb)?.try_into()?;
         for block in &self.down_blocks {
             x = block.forward(x)?;
@@ -152,12 +159,11 @@ impl Encoder {
         for window in x.windows() {
             moments.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
         }
-        let mut moments = moments.whole()?;
-        if let Some(conv) = &self.quant_conv {
-            moments = conv.forward(&moments)?;
+        let moments = moments.whole()?;
+        match &self.quant_conv {
+            Some(conv) => conv.forward(&moments),
+            None => Ok(moments),
         }
-        let c = moments.dim(3)? / 2;
-        Ok((moments.narrow(3, 0, c)?.contiguous()?, moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?))
     }
 }
 

@@ -234,7 +234,7 @@ impl Checkpoint {
         let vae = Self::open_vae(path, scale.unwrap_or_else(|| guess::vae_scale(self)))?;
         let channels = |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
         let config = vae.config("vae")?.clone();
-        let (decodes, draws) = (channels(&config, "latent_channels"), channels(self.config("unet")?, "in_channels"));
+        let (decodes, draws) = (channels(&config, "latent_channels"), channels(self.config("unet")?, "out_channels"));
         if decodes != draws {
             bail!(
                 "`{}` decodes {decodes} channels, `{}` draws in {draws}\n\nhint: a VAE goes with the family it was made for",

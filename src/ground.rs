@@ -1,0 +1,103 @@
+//! Source pictures in latents: what [`crate::canvas`] reads, encoded.
+//!
+//! Hides when the encoder's weights are there, and that a picture is encoded once for all that is drawn over it.
+
+use crate::canvas::Canvas;
+use crate::device::Compute;
+use crate::model::{Autoencoder, Encoder, Posterior};
+use crate::progress::Progress;
+use crate::request::Job;
+use crate::settings::{Settings, Source};
+use crate::weights::{Checkpoint, ModelError};
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Sources that are kept for later pictures at most.
+const KEPT: usize = 64;
+
+/// One source picture.
+pub struct Ground {
+    pub image: Posterior,
+    /// what of it is repainted, if not all
+    pub repainted: Option<Repainted>,
+}
+
+/// A part of a picture.
+pub struct Repainted {
+    /// [1, h, w, 1], 1 where it is repainted
+    pub mask: Tensor,
+    /// of the picture with grey there
+    pub rest: Posterior,
+}
+
+type Key = (Arc<Source>, usize, usize);
+
+/// The source and the size that it is brought to; none for a picture from noise alone.
+fn key(settings: &Settings) -> Option<Key> {
+    Some((settings.source.clone()?, settings.width, settings.height))
+}
+
+/// The sources of a run.
+pub struct Grounds<'a> {
+    checkpoint: &'a Checkpoint,
+    vae: &'a Autoencoder,
+    known: HashMap<Key, Arc<Ground>>,
+    encoder: Option<Encoder>,
+}
+
+impl<'a> Grounds<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, vae: &'a Autoencoder) -> Self {
+        Self { checkpoint, vae, known: HashMap::new(), encoder: None }
+    }
+
+    /// Those of a batch, in its order; empty if it is drawn from noise alone. `next` are the jobs after it.
+    pub fn of<'j>(
+        &mut self,
+        batch: &[&Job],
+        mut next: impl Iterator<Item = &'j Job>,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<Vec<Arc<Ground>>> {
+        let mut grounds = vec![];
+        for job in batch {
+            let Some(key) = key(&job.settings) else { continue };
+            let ground = match self.known.get(&key) {
+                Some(known) => known.clone(),
+                None => {
+                    let ground = Arc::new(self.encode(&job.settings, &key.0, compute, progress)?);
+                    if self.known.len() >= KEPT {
+                        self.known.clear();
+                    }
+                    self.known.insert(key, ground.clone());
+                    ground
+                }
+            };
+            grounds.push(ground);
+        }
+        if !next.any(|job| key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))) {
+            self.encoder = None;
+        }
+        Ok(grounds)
+    }
+
+    fn encode(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
+        let encoder = match &mut self.encoder {
+            Some(encoder) => encoder,
+            none => {
+                progress.stage("encoding the picture");
+                let weights = self.checkpoint.weights("vae", &compute.device, DType::F32);
+                none.insert(self.vae.encoder(&weights).context(ModelError)?)
+            }
+        };
+        let tile = settings.vae_tiling.then(|| self.vae.tile());
+        let posterior = |rgb: &Tensor| encoder.encode(rgb, tile);
+        let canvas = Canvas::read(source, settings.width, settings.height)?;
+        let repainted = match (canvas.mask(self.vae.factor(), &compute.device)?, canvas.kept_rgb(&compute.device)?) {
+            (Some(mask), Some(kept)) => Some(Repainted { mask, rest: posterior(&kept)? }),
+            _ => None,
+        };
+        Ok(Ground { image: posterior(&canvas.picture.to_tensor(&compute.device)?)?, repainted })
+    }
+}

@@ -5,9 +5,11 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::*;
+use sdgen::noise::Generator;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::TokenizerFiles;
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::path::Path;
 
 fn small(command: &mut std::process::Command, model: &Path, output: &str) {
@@ -48,13 +50,66 @@ fn a_folder_and_its_single_file_give_the_same_bytes() {
 }
 
 #[test]
+fn a_u_net_whose_layers_differ_gives_the_same_bytes_from_its_single_file() {
+    for name in ["ssd", "vega", "bksdm"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, file, u_net) = (dir.path().join("m"), dir.path().join("m.safetensors"), dir.path().join("unet.safetensors"));
+        let recipe_file = format!("single_{name}.json");
+        let recipe = json(&fixture(&recipe_file));
+        let base = recipe["base"].as_str().unwrap();
+        with_full_vocabulary(base, &folder);
+        std::fs::write(folder.join("unet/config.json"), recipe["unet"].to_string()).unwrap();
+        save(&random(&recipe), &folder.join("unet/diffusion_pytorch_model.safetensors"));
+        // the U-Net's names by its own recipe, all others by its base's
+        single_file(&recipe_file, &folder, &u_net);
+        let mut own = load(&u_net);
+        assemble(&others(&json(&fixture(&format!("single_{base}.json")))), &folder, &file);
+        own.extend(load(&file));
+        save(&own, &file);
+        for (model, output) in [(&folder, "folder.png"), (&file, "file.png")] {
+            let mut command = sdgen(dir.path());
+            small(&mut command, model, output);
+            succeed(&mut command);
+        }
+        let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+        assert!(read("folder.png") == read("file.png"), "{name}: folder and single file differ");
+    }
+}
+
+/// A recipe without its U-Net.
+fn others(recipe: &Value) -> Value {
+    let is_other = |entry: &&Value| !entry["from"][0].as_str().unwrap().starts_with("unet.");
+    let entries: Vec<&Value> = recipe["entries"].as_array().unwrap().iter().filter(is_other).collect();
+    json!({ "entries": entries, "ignored": recipe["ignored"] })
+}
+
+/// Weights of a recipe's U-Net: matrices that keep the size of what they multiply, norms and biases near their usual values.
+fn random(recipe: &Value) -> HashMap<String, Tensor> {
+    let mut generator = Generator::new(1);
+    let mut tensor = |entry: &Value| {
+        let name = entry["from"][0].as_str().unwrap().strip_prefix("unet.").unwrap().to_string();
+        let shape: Vec<usize> = entry["shape"].as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect();
+        let (scale, shift) = match shape.len() {
+            1 if name.ends_with("weight") => (0.2, 1.0),
+            1 => (0.1, 0.0),
+            _ => ((shape[1..].iter().product::<usize>() as f64).sqrt().recip(), 0.0),
+        };
+        let noise = generator.latents(1, shape.iter().product(), 1).unwrap();
+        (name, noise.affine(scale, shift).unwrap().reshape(shape).unwrap())
+    };
+    recipe["entries"].as_array().unwrap().iter().map(&mut tensor).collect()
+}
+
+#[test]
 fn real_headers_are_recognised_without_reading_weights() {
-    // parameters as published: 860 M, 866 M, 2.57 B and 2.26 B
+    // parameters as published: 860 M, 866 M, 2.57 B, 2.26 B, 1.3 B and 745 M
     for (recipe, family, prediction, size, parameters) in [
         ("real_sd1.json", "Stable Diffusion 1.x", "epsilon", 512, 859_520_964),
         ("real_sd2.json", "Stable Diffusion 2.x", "v", 768, 865_910_724),
         ("real_sdxl.json", "Stable Diffusion XL", "epsilon", 1024, 2_567_463_684_u64),
         ("real_sdxl_refiner.json", "Stable Diffusion XL refiner", "epsilon", 1024, 2_259_526_660),
+        ("real_ssd1b.json", "Stable Diffusion XL", "epsilon", 1024, 1_331_334_404),
+        ("real_vega.json", "Stable Diffusion XL", "epsilon", 1024, 745_225_604),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("real.safetensors");

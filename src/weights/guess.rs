@@ -92,31 +92,43 @@ fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
 }
 
 fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
+    // transformers of each layer's attention; nothing for a block without any
+    let depths = |block: &str| -> Vec<usize> {
+        let attentions = c.count(&format!("{block}.attentions."));
+        (0..attentions).map(|i| c.count(&format!("{block}.attentions.{i}.transformer_blocks."))).collect()
+    };
+    let middle = depths("unet.mid_block").first().copied();
     let blocks = c.count("unet.down_blocks.");
-    let (mut widths, mut layers, mut depths, mut down, mut up) = (vec![], vec![], vec![], vec![], vec![]);
+    let (mut widths, mut layers, mut down, mut up) = (vec![], vec![], vec![], vec![]);
+    let (mut down_depths, mut up_depths) = (vec![], vec![]);
     let (mut context, mut linear) = (None, false);
     for i in 0..blocks {
         let block = format!("unet.down_blocks.{i}");
         widths.push(size(c, &format!("{block}.resnets.0.conv1.weight"), 0)?);
         layers.push(c.count(&format!("{block}.resnets.")));
-        let depth = c.count(&format!("{block}.attentions.0.transformer_blocks."));
-        // the last block's depth is the middle's too, which has attention whether or not the block has
-        let middle = if i + 1 == blocks { c.count("unet.mid_block.attentions.0.transformer_blocks.") } else { 1 };
-        depths.push(if depth > 0 { depth } else { middle.max(1) });
-        down.push(if depth > 0 { "CrossAttnDownBlock2D" } else { "DownBlock2D" });
-        let attended = c.count(&format!("unet.up_blocks.{i}.attentions.")) > 0;
-        up.push(if attended { "CrossAttnUpBlock2D" } else { "UpBlock2D" });
-        if depth > 0 {
+        let (falling, rising) = (depths(&block), depths(&format!("unet.up_blocks.{i}")));
+        down.push(if falling.is_empty() { "DownBlock2D" } else { "CrossAttnDownBlock2D" });
+        up.push(if rising.is_empty() { "UpBlock2D" } else { "CrossAttnUpBlock2D" });
+        if !falling.is_empty() {
             context = Some(size(c, &format!("{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight"), 1)?);
             linear = c.shape(&format!("{block}.attentions.0.proj_in.weight")).is_some_and(|s| s.len() == 2);
         }
+        // the middle reads its depth from the last block, which may have no attention itself
+        down_depths.push(if falling.is_empty() { json!(middle.unwrap_or(1)) } else { json!(falling) });
+        up_depths.push(rising);
     }
+    let middle = match (middle, c.count("unet.mid_block.resnets.")) {
+        (Some(_), _) => Some("UNetMidBlock2DCrossAttn"),
+        (None, 0) => None,
+        (None, _) => Some("UNetMidBlock2D"),
+    };
     // 1.x: eight heads at every width; 2.x and XL: as many heads of 64 as fit
     let heads = if linear { json!(widths.iter().map(|w| (w / 64).max(1)).collect::<Vec<_>>()) } else { json!(8) };
     let config = json!({
         "in_channels": size(c, "unet.conv_in.weight", 1)?, "out_channels": size(c, "unet.conv_out.weight", 0)?,
-        "block_out_channels": widths, "layers_per_block": layers, "transformer_layers_per_block": depths,
-        "down_block_types": down, "up_block_types": up,
+        "block_out_channels": widths, "layers_per_block": layers,
+        "transformer_layers_per_block": down_depths, "reverse_transformer_layers_per_block": up_depths,
+        "down_block_types": down, "mid_block_type": middle, "up_block_types": up,
         "cross_attention_dim": context.context("the U-Net has no cross attention")?,
         "use_linear_projection": linear, "attention_head_dim": heads,
     });

@@ -124,7 +124,11 @@ fn vocabulary(merges: &str) -> String {
 
 /// Assembles the original single file of a folder by its recipe (`single_*.json`).
 pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
-    let recipe = json(&fixture(recipe));
+    assemble(&json(&fixture(recipe)), folder, to);
+}
+
+/// The same by any recipe.
+pub fn assemble(recipe: &Value, folder: &Path, to: &Path) {
     let mut parts = HashMap::new();
     for part in sdgen::weights::PARTS.into_iter().filter(|part| folder.join(part).is_dir()) {
         let file = if part.starts_with("text_encoder") { "model" } else { "diffusion_pytorch_model" };

@@ -6,6 +6,7 @@
 use crate::cli::{DrawArgs, VaeTiling, open_both, say};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
+use crate::family::Family;
 use crate::guidance::Guidance;
 use crate::image::{Format, Picture, read_metadata};
 use crate::interrupt;
@@ -272,6 +273,9 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
         let whole = request.vae_bytes(checkpoint, &Settings { vae_tiling: false, ..settings.clone() }) as f64 / 1e9;
         let Settings { width, height, .. } = settings;
         progress.note(format!("{width}x{height} is decoded in tiles: the whole would need about {whole:.1} GB of memory"));
+    }
+    if let Some(distilled) = Family::detect(checkpoint).ok().and_then(|family| family.defaults(checkpoint).distilled) {
+        progress.detail(format!("distilled: {distilled}"));
     }
     for assumed in &checkpoint.assumed {
         progress.detail(format!("assumed: {assumed}"));

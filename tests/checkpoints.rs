@@ -136,22 +136,6 @@ fn weights_in_half_precision_need_half_the_memory() {
     assert!((5.1..8.0).contains(&gb), "{said}");
 }
 
-/// A file with a real header and holes for data.
-fn sparse(shapes: &Value, path: &Path) {
-    let mut offset = 0;
-    let mut header = serde_json::Map::new();
-    for (key, shape) in shapes.as_object().unwrap() {
-        let bytes = 2 * shape.as_array().unwrap().iter().map(|d| d.as_u64().unwrap()).product::<u64>();
-        header.insert(key.clone(), json!({ "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes] }));
-        offset += bytes;
-    }
-    let header = Value::Object(header).to_string();
-    let mut start = (header.len() as u64).to_le_bytes().to_vec();
-    start.extend(header.as_bytes());
-    std::fs::write(path, &start).unwrap();
-    std::fs::File::options().write(true).open(path).unwrap().set_len(start.len() as u64 + offset).unwrap();
-}
-
 #[test]
 fn clips_tokenizer_gives_transformers_ids() {
     let goldens = json(&fixture("tokenizer.json"));

@@ -3,6 +3,7 @@
 
 use super::source::Source;
 use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
+use crate::family::Distillation;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -33,18 +34,22 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let mut unet = unet(checkpoint)?;
     let xl = checkpoint.has(ENCODERS[1]);
     let second_generation = !xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
-    let v_prediction = extra.v_prediction.unwrap_or(second_generation);
-    if extra.v_prediction.is_none() && second_generation {
+    let distillation = Distillation::named(&checkpoint.name);
+    // those of a distilled model's name were made from ones that predict noise
+    let told = extra.v_prediction.or(distillation.as_ref().map(|_| false));
+    let v_prediction = told.unwrap_or(second_generation);
+    if told.is_none() && second_generation {
         checkpoint.doubt =
             Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
     }
     let side = if xl { 128 } else { [64, 96][usize::from(second_generation && v_prediction)] };
-    unet.insert("sample_size".into(), side.into());
+    let distilled_side = distillation.as_ref().and_then(|named| named.side_px).map(|pixels| pixels / 8);
+    unet.insert("sample_size".into(), distilled_side.unwrap_or(side).into());
     let prediction = if v_prediction { "v_prediction" } else { "epsilon" };
     // PNDM knows no zero terminal SNR
     let class =
         if xl { "EulerDiscreteScheduler" } else { ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation || extra.zero_snr)] };
-    let scheduler = json!({
+    let mut scheduler = json!({
         "_class_name": class,
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "set_alpha_to_one": false, "clip_sample": false, "skip_prk_steps": true, "steps_offset": 1,
@@ -52,6 +57,16 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
         "timestep_spacing": if extra.zero_snr { "trailing" } else { "leading" }, "prediction_type": prediction,
         "rescale_betas_zero_snr": extra.zero_snr,
     });
+    if let (Some(scheduler), Some(named)) = (scheduler.as_object_mut(), &distillation) {
+        scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
+    }
+    let said = |key: &str| scheduler.get(key).and_then(Value::as_str).unwrap_or_default();
+    checkpoint.assumed.push(format!(
+        "{}, {} timesteps, predicts {}",
+        said("_class_name"),
+        said("timestep_spacing"),
+        said("prediction_type")
+    ));
     let scale = vae_scale(checkpoint);
     let assumed = format!("32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}");
     checkpoint.assumed.push(assumed);

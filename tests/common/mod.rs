@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -153,4 +153,20 @@ pub fn assemble(recipe: &Value, folder: &Path, to: &Path) {
         out.insert(entry["key"].as_str().unwrap().to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
     }
     save(&out, to);
+}
+
+/// A file with a real header and holes for data.
+pub fn sparse(shapes: &Value, path: &Path) {
+    let mut offset = 0;
+    let mut header = serde_json::Map::new();
+    for (key, shape) in shapes.as_object().unwrap() {
+        let bytes = 2 * shape.as_array().unwrap().iter().map(|d| d.as_u64().unwrap()).product::<u64>();
+        header.insert(key.clone(), json!({ "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes] }));
+        offset += bytes;
+    }
+    let header = Value::Object(header).to_string();
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.extend(header.as_bytes());
+    std::fs::write(path, &start).unwrap();
+    std::fs::File::options().write(true).open(path).unwrap().set_len(start.len() as u64 + offset).unwrap();
 }

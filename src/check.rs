@@ -1,6 +1,6 @@
 //! `sdgen check`: draws pictures again from what their files say of them, and compares. A regression test in one line.
 
-use crate::cli::{open_both, say};
+use crate::cli::{open_both, say, use_vae};
 use crate::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::failure::{Code, Failure};
 use crate::image::{Difference, Format, Picture, read_metadata};
@@ -28,9 +28,9 @@ pub struct CheckArgs {
     /// The refiner that they were drawn with [default: the one that each names]
     #[arg(long, value_name = "REF")]
     refiner: Option<OsString>,
-    /// The VAE that they were drawn with, for those drawn with another than the model's own
-    #[arg(long, value_name = "PATH")]
-    vae: Option<PathBuf>,
+    /// The VAE that they were drawn with, for those drawn with another than the model's own [default: that of the hub that each names]
+    #[arg(long, value_name = "REF")]
+    vae: Option<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -114,10 +114,11 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
-        let own_vae = first.settings.vae.is_none();
+        let vae = first.settings.vae.clone();
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
             let same_model = args.model.is_some() || s.model == model;
-            same_model && s.dtype == dtype && s.refiner == refiner && s.vae.is_none() == own_vae
+            let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
+            same_model && s.dtype == dtype && s.refiner == refiner && same_vae
         });
         known = rest;
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
@@ -127,8 +128,9 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         let mut checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
             .with_context(|| format!("the model of `{}` cannot be opened", group[0].path.display()))
             .code(3)?;
-        if let Some(vae) = args.vae.as_ref().filter(|_| !own_vae) {
-            checkpoint.use_vae(vae).code(3)?;
+        let named = vae.map(|vae| args.vae.clone().or_else(|| vae.contains('/').then(|| OsString::from(&*vae))));
+        if let Some(vae) = named.flatten() {
+            use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
         }
         compare(group, &checkpoint, &compute, &progress, &mut tell)?;
     }

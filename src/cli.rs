@@ -5,7 +5,7 @@ use crate::check::CheckArgs;
 use crate::device::{DTypeChoice, DeviceChoice, limit_threads};
 use crate::draw::draw;
 use crate::failure::{Code, Failure};
-use crate::family::SHORT_NAMES;
+use crate::family::{SHORT_NAMES, VAE_SHORT_NAMES};
 use crate::image::Format;
 use crate::input::Fit;
 use crate::list::Seeds;
@@ -96,9 +96,9 @@ pub struct DrawArgs {
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
-    /// Another VAE, TAESD's too: a diffusers folder or a .safetensors file
-    #[arg(long, value_name = "PATH", help_heading = "Model")]
-    pub vae: Option<PathBuf>,
+    /// Another VAE: folder, .safetensors file, hub id or short name (taesd, taesdxl, sdxl-vae-fp16-fix)
+    #[arg(long, value_name = "REF", help_heading = "Model")]
+    pub vae: Option<OsString>,
     /// Decode in tiles: on, off or auto, where the whole does not fit in memory
     #[arg(
         hide_short_help = true,
@@ -389,6 +389,23 @@ pub(crate) fn open_both(model: Option<&OsStr>, refiner: Option<&OsStr>, offline:
     Ok(checkpoint)
 }
 
+/// Has a model decode with another VAE: that at a path, or one of the hub.
+pub(crate) fn use_vae(checkpoint: &mut Checkpoint, vae: &OsStr, offline: bool, progress: bool) -> Result<()> {
+    let path = Path::new(vae);
+    match vae.to_str().and_then(hub_id).filter(|_| !path.exists()) {
+        Some(id) => checkpoint.use_vae(&Hub::from_env(offline).vae(&id, progress)?),
+        None if !path.exists() => {
+            let known: Vec<&str> = VAE_SHORT_NAMES.iter().map(|(short, _)| *short).collect();
+            bail!(
+                "there is no VAE `{}`\n\nhint: `--vae` takes a folder, a .safetensors file, a hub id (owner/name) or one of {}",
+                path.display(),
+                known.join(", ")
+            )
+        }
+        None => checkpoint.use_vae(path),
+    }
+}
+
 /// Finds a model: the embedded one, a path, or the hub.
 pub(crate) fn open(model: Option<&OsStr>, offline: bool, progress: bool) -> Result<Checkpoint> {
     let Some(model) = model.filter(|m| *m != "mini") else { return Checkpoint::open(Origin::Embedded) };
@@ -418,7 +435,7 @@ pub(crate) fn open(model: Option<&OsStr>, offline: bool, progress: bool) -> Resu
 
 /// A short name's hub id, or the text itself if it looks like one: `owner/name`, perhaps with `@revision` or a file.
 fn hub_id(text: &str) -> Option<String> {
-    if let Some((_, id)) = SHORT_NAMES.iter().find(|(short, _)| *short == text) {
+    if let Some((_, id)) = SHORT_NAMES.iter().chain(&VAE_SHORT_NAMES).find(|(short, _)| *short == text) {
         return Some((*id).into());
     }
     let parts: Vec<&str> = text.split('/').collect();

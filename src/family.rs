@@ -61,6 +61,10 @@ pub const SHORT_NAMES: [(&str, &str); 13] = [
     ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0"),
 ];
 
+/// The same of VAEs.
+pub const VAE_SHORT_NAMES: [(&str, &str); 3] =
+    [("taesd", "madebyollin/taesd"), ("taesdxl", "madebyollin/taesdxl"), ("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix")];
+
 impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {

@@ -790,3 +790,55 @@ fn the_program_pulls_a_model_and_draws_it_offline_with_the_same_picture_as_from_
     assert!(draw("me/model", "hub.png") == draw(local, "folder.png"));
     assert_eq!(server.seen().len(), requests, "--offline asked the hub");
 }
+
+/// A repository that is a VAE, as `madebyollin/taesd` is.
+fn vae_repo() -> BTreeMap<String, Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/taesd/vae");
+    let file = |name: &str| (name.to_string(), fs::read(folder.join(name)).unwrap());
+    let other = |name: &str| (name.to_string(), contents(name, 1000));
+    let own = ["config.json", "diffusion_pytorch_model.safetensors"].map(file);
+    own.into_iter().chain(["README.md", "taesd_decoder.safetensors", "taesd_encoder.safetensors"].map(other)).collect()
+}
+
+#[test]
+fn of_a_vae_and_of_a_models_vae_no_other_files_come() {
+    for (files, below) in [(vae_repo(), ""), (diffusers_repo(), "vae/")] {
+        let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
+        let folder = hub(&server, dir.path()).vae("me/model", false).unwrap();
+        assert_eq!(folder, repo_dir(dir.path()).join("snapshots").join(COMMIT));
+        assert_eq!(tree(&folder), ["config.json", "diffusion_pytorch_model.safetensors"].map(|name| format!("{below}{name}")));
+        server.forget();
+        assert_eq!(hub(&server, dir.path()).vae("me/model", false).unwrap(), folder);
+        assert_eq!(offline(&server, dir.path()).vae("me/model", false).unwrap(), folder);
+        assert!(server.seen().is_empty(), "{:?}", server.seen());
+        // to pull a VAE nobody has to say that it is one; a model is fetched whole then
+        hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+        assert_eq!(server.seen().is_empty(), below.is_empty());
+        assert_eq!(folder.join("model_index.json").exists(), !below.is_empty());
+    }
+}
+
+#[test]
+fn a_vae_of_the_hub_decodes_and_pictures_that_name_it_are_checked_with_it() {
+    let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start(vae_repo());
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
+        command.args(args).current_dir(dir.path()).env("HF_ENDPOINT", &server.hub).env("HF_HUB_CACHE", cache.path());
+        let output = command.env_remove("HF_TOKEN").env_remove("HF_HUB_OFFLINE").output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sd1");
+    let draw = |vae: &str, output: &str| {
+        let (drawn, _, said) = run(&["a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "-m", model, "--vae", vae, "-o", output]);
+        assert!(drawn, "{said}");
+        image::open(dir.path().join(output)).unwrap()
+    };
+    let local = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/taesd/vae");
+    assert!(draw("me/model", "hub.png") == draw(local, "local.png"));
+    let (same, said, error) = run(&["check", "hub.png", "-m", model, "--offline"]);
+    assert!(same && said == "hub.png: identical\n", "{said}{error}");
+    // a name that is none of the hub's does not tell where the VAE is
+    let (same, _, error) = run(&["check", "local.png", "-m", model, "--offline"]);
+    assert!(!same && error.contains("it was drawn with the VAE `taesd`\n\nhint: pass that with `--vae`"), "{error}");
+}

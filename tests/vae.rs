@@ -104,7 +104,9 @@ fn what_is_no_vae_or_one_for_other_latents_says_so() {
         command.args(["x", "-m", "kl", "--vae", vae, "-o", "x.png"]);
         command
     };
-    fail(&mut run("nothing"), 3, &["cannot open `nothing`"]);
+    fail(&mut run("nothing"), 3, &["there is no VAE `nothing`", "hint: `--vae` takes a folder", "taesdxl"]);
+    // short names are those of the hub, which is not asked here
+    fail(&mut run("taesd"), 3, &["`madebyollin/taesd` is not in the hub's cache", "sdgen pull madebyollin/taesd"]);
     fail(&mut run("kl/tokenizer"), 3, &["`kl/tokenizer` is no VAE", "config.json"]);
     fail(&mut run("kl/unet/diffusion_pytorch_model.safetensors"), 3, &["is no VAE that sdgen knows"]);
     fail(&mut run("odd/vae"), 3, &["`odd` decodes 8 channels, `kl` draws in 4", "hint:"]);

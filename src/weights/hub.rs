@@ -131,11 +131,19 @@ impl Hub {
     /// Errors if `id` is no reference, if a file is missing and the network is off, and on
     /// everything that the hub, the connection or the disk refuses.
     pub fn snapshot(&self, id: &str, progress: bool) -> Result<PathBuf> {
-        let reference = Reference::parse(id)?;
-        match self.cached(&reference) {
+        self.get(&Reference::parse(id)?, progress)
+    }
+
+    /// The same of a VAE: a repository that is one, or of a model's no more than that.
+    pub fn vae(&self, id: &str, progress: bool) -> Result<PathBuf> {
+        self.get(&Reference { vae_alone: true, ..Reference::parse(id)? }, progress)
+    }
+
+    fn get(&self, reference: &Reference, progress: bool) -> Result<PathBuf> {
+        match self.cached(reference) {
             Ok(path) => Ok(path),
-            Err(unfit) if self.offline => Err(unfit.offline(&reference, &self.cache_dir)),
-            Err(_) => Download::new(self, &reference, progress)?.run(),
+            Err(unfit) if self.offline => Err(unfit.offline(reference, &self.cache_dir)),
+            Err(_) => Download::new(self, reference, progress)?.run(),
         }
     }
 
@@ -186,6 +194,8 @@ struct Reference {
     revision: String,
     /// The one file that is wanted.
     file: Option<String>,
+    /// Nothing else of a model is wanted.
+    vae_alone: bool,
 }
 
 impl Reference {
@@ -209,7 +219,7 @@ impl Reference {
         if let Some(file) = file.as_ref().filter(|file| !file.ends_with(".safetensors")) {
             return Err(anyhow!("`{file}` of `{owner}/{name}` is not a `.safetensors` file\n\n{hint}"));
         }
-        Ok(Reference { id: id.to_string(), repo: format!("{owner}/{name}"), revision: revision.to_string(), file })
+        Ok(Reference { id: id.to_string(), repo: format!("{owner}/{name}"), revision: revision.to_string(), file, vae_alone: false })
     }
 
     fn hf_repo(&self) -> Repo {
@@ -353,7 +363,14 @@ fn select(reference: &Reference, files: &BTreeSet<String>, read: &mut dyn FnMut(
         let file = present(files, file.clone())?;
         return Ok(Selection { files: vec![file.clone()], checkpoint: Some(file) });
     }
+    if reference.vae_alone && files.contains("vae/config.json") {
+        return vae(files, "vae/", read);
+    }
     if !files.contains(MODEL_INDEX) {
+        let is_vae = |config: &Value| config.get("_class_name").and_then(Value::as_str).is_some_and(|c| c.starts_with("Autoencoder"));
+        if files.contains("config.json") && is_vae(&read("config.json")?) {
+            return vae(files, "", read);
+        }
         let file = single_checkpoint(&reference.repo, files)?;
         return Ok(Selection { files: vec![file.clone()], checkpoint: Some(file) });
     }
@@ -377,12 +394,19 @@ fn select(reference: &Reference, files: &BTreeSet<String>, read: &mut dyn FnMut(
             Component::Tokenizer => small.extend(tokenizer_files(files, name)?),
             Component::Network { stem } => {
                 small.push(present(files, format!("{name}/config.json"))?);
-                large.extend(weight_files(files, name, stem, read)?);
+                large.extend(weight_files(files, &format!("{name}/"), stem, read)?);
             }
         }
     }
     small.extend(large);
     Ok(Selection { files: small, checkpoint: None })
+}
+
+/// A VAE whose files begin with `folder`.
+fn vae(files: &BTreeSet<String>, folder: &str, read: &mut dyn FnMut(&str) -> Result<Value>) -> Result<Selection, Unfit> {
+    let mut needed = vec![format!("{folder}config.json")];
+    needed.extend(weight_files(files, folder, "diffusion_pytorch_model", read)?);
+    Ok(Selection { files: needed, checkpoint: None })
 }
 
 fn present(files: &BTreeSet<String>, file: String) -> Result<String, Unfit> {
@@ -423,19 +447,20 @@ fn tokenizer_files(files: &BTreeSet<String>, name: &str) -> Result<Vec<String>, 
 /// `model.fp16.safetensors.index.json` or, as diffusers writes it, `model.safetensors.index.fp16.json`.
 fn weight_files(
     files: &BTreeSet<String>,
-    name: &str,
+    folder: &str,
     stem: &str,
     read: &mut dyn FnMut(&str) -> Result<Value>,
 ) -> Result<Vec<String>, Unfit> {
-    let mut missing = format!("{name}/{stem}.safetensors");
+    let mut missing = format!("{folder}{stem}.safetensors");
     for variant in [".fp16", ""] {
-        let single = format!("{name}/{stem}{variant}.safetensors");
+        let single = format!("{folder}{stem}{variant}.safetensors");
         if files.contains(&single) {
             return Ok(vec![single]);
         }
-        let indices = [format!("{name}/{stem}.safetensors.index{variant}.json"), format!("{name}/{stem}{variant}.safetensors.index.json")];
+        let indices =
+            [format!("{folder}{stem}.safetensors.index{variant}.json"), format!("{folder}{stem}{variant}.safetensors.index.json")];
         let Some(index) = indices.into_iter().find(|index| files.contains(index)) else { continue };
-        let shards = shards_of(&read(&index)?, name).with_context(|| format!("`{index}` lists no shards of {name}"))?;
+        let shards = shards_of(&read(&index)?, folder).with_context(|| format!("`{index}` lists no shards"))?;
         match shards.iter().find(|shard| !files.contains(*shard)) {
             Some(shard) => missing = shard.clone(),
             None => return Ok([index].into_iter().chain(shards).collect()),
@@ -444,10 +469,10 @@ fn weight_files(
     Err(Unfit::Missing(missing))
 }
 
-/// The values of `weight_map`, each once, below `name`. None where the index is not one.
-fn shards_of(index: &Value, name: &str) -> Option<BTreeSet<String>> {
+/// The values of `weight_map`, each once, after `folder`. None where the index is not one.
+fn shards_of(index: &Value, folder: &str) -> Option<BTreeSet<String>> {
     let map = index.get("weight_map")?.as_object()?;
-    let shards = map.values().map(|shard| Some(format!("{name}/{}", shard.as_str()?)));
+    let shards = map.values().map(|shard| Some(format!("{folder}{}", shard.as_str()?)));
     shards.collect::<Option<BTreeSet<String>>>().filter(|shards| !shards.is_empty())
 }
 

@@ -590,7 +590,7 @@ fn unknown(path: &Path, keys: &[String]) -> String {
     let (what, hint) = if OTHER_FAMILIES.into_iter().chain(["double_blocks.", "transformer."]).any(starts) {
         ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x, 2.x and XL work today")
     } else if starts("decoder.") || starts("encoder.down") {
-        ("is a VAE alone, no whole model", "pass a whole checkpoint with `--model`")
+        ("is a VAE alone, no whole model", "pass it with `--vae`, and a whole checkpoint with `--model`")
     } else if starts("down_blocks.") {
         ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
     } else if starts("text_model.") {

@@ -9,6 +9,7 @@ use crate::family::{SHORT_NAMES, VAE_SHORT_NAMES};
 use crate::image::Format;
 use crate::input::Fit;
 use crate::list::Seeds;
+use crate::noise::Variation;
 use crate::progress::ProgressMode;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
@@ -221,6 +222,9 @@ pub struct PictureArgs {
     /// Pictures a prompt, with seeds N, N+1, ...
     #[arg(short, long, alias = "batch-count", value_parser = at_least_one, value_name = "N", help_heading = "Picture")]
     pub count: Option<usize>,
+    /// Mix the noise of another seed in, by X from 0 to 1: like the picture, but not quite
+    #[arg(long, value_name = "SEED:X", hide_short_help = true, help_heading = "Picture")]
+    pub variation: Option<Variation>,
 
     /// Denoising steps [default: the model's]
     #[arg(long, value_parser = steps, value_name = "N", help_heading = "Sampling")]

@@ -233,7 +233,7 @@ impl Options {
             let long = self.long_name(&key)?;
             let is_text = matches!(
                 &*long,
-                "negative" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output" | "image" | "mask" | "fit"
+                "negative" | "variation" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output" | "image" | "mask" | "fit"
             );
             let value = match value {
                 // what programs write for an option that is not given

@@ -12,8 +12,11 @@
 
 use std::f32::consts::TAU as TAU_F32;
 use std::f64::consts::TAU;
+use std::fmt;
+use std::str::FromStr;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Words of state of MT19937.
 const STATE: usize = 624;
@@ -21,6 +24,8 @@ const STATE: usize = 624;
 const SHIFT: usize = 397;
 /// Values that torch's vectorised Box-Muller transform makes together.
 const BLOCK: usize = 16;
+/// Cosine beyond which the angle between two noises is too small to divide by its sine: A1111's.
+const NEARLY_PARALLEL: f64 = 0.9995;
 
 /// MT19937 with torch's seeding: the low 32 bits of the seed, Knuth's multiplier.
 struct MersenneTwister {
@@ -76,6 +81,55 @@ impl MersenneTwister {
     }
 }
 
+/// Another seed, and how far the first noise of a picture goes towards that seed's: A1111's variation seed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Variation {
+    pub seed: u64,
+    /// 0 to 1: all the way
+    pub strength: f64,
+}
+
+impl Variation {
+    /// Takes the first noise of a picture [1, h, w, c] that far.
+    pub fn of(self, noise: &Tensor) -> Result<Tensor> {
+        let (_, h, w, c) = noise.dims4()?;
+        slerp(noise, &Generator::new(self.seed).latents(h, w, c)?.to_device(noise.device())?, self.strength)
+    }
+}
+
+impl FromStr for Variation {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once(':').and_then(|(seed, strength)| Some((seed.trim().parse().ok()?, strength.trim().parse().ok()?)));
+        match parts {
+            Some((seed, strength)) if (0.0..=1.0).contains(&strength) => Ok(Self { seed, strength }),
+            _ => Err("expected SEED:X with X from 0 to 1, such as 9:0.2".into()),
+        }
+    }
+}
+
+impl TryFrom<String> for Variation {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Variation {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}:{}", self.seed, self.strength)
+    }
+}
+
+impl From<Variation> for String {
+    fn from(variation: Variation) -> Self {
+        variation.to_string()
+    }
+}
+
 /// A source of normal noise equal to `torch.Generator("cpu").manual_seed(seed)`.
 pub struct Generator {
     bits: MersenneTwister,
@@ -125,6 +179,21 @@ impl Generator {
         self.spare = Some(radius * angle.sin());
         radius * angle.cos()
     }
+}
+
+/// Spherical interpolation (Shoemake 1985) between two tensors, each seen as one vector: `a` at 0, `b` at 1, and between
+/// them as long as they are, where their mean would be too short to be unit noise. Of nearly parallel ones the mean.
+fn slerp(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
+    let wide = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+    let dot = |a: &Tensor, b: &Tensor| -> Result<f64> { (wide(a)? * wide(b)?)?.sum_all()?.to_scalar::<f64>() };
+    let cosine = dot(a, b)? / (dot(a, a)? * dot(b, b)?).sqrt();
+    let (of_a, of_b) = if cosine > NEARLY_PARALLEL {
+        (1.0 - share, share)
+    } else {
+        let angle = cosine.acos();
+        (((1.0 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin())
+    };
+    (a * of_a)? + (b * of_b)?
 }
 
 /// Turns sixteen uniform values into normals in place: values i and i + 8 make a pair.

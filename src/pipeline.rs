@@ -337,7 +337,7 @@ impl<'a> Stage<'a> {
             Start::Anew(grounds) => {
                 let over = Over { grounds, config: self.contexts.config, guidance: *guidance, scaling_factor: *scaling_factor };
                 let image = over.image(settings.strength, &mut noise)?;
-                let first = noise()?;
+                let first = varied(noise()?, batch)?;
                 for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate() {
                     self.contexts.trace(job, trace)?;
                     trace.noise(&first.narrow(0, i, 1)?)?;
@@ -465,6 +465,18 @@ impl Kept {
 /// One tensor of each generator, in a row.
 fn each(generators: &mut [Generator], draw: impl Fn(&mut Generator) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
     Tensor::cat(&generators.iter_mut().map(draw).collect::<TensorResult<Vec<_>>>()?, 0)
+}
+
+/// The first noise of a batch [b, h, w, c], each picture's as far on the way to another seed's as it asks for.
+fn varied(noise: Tensor, batch: &[&Job]) -> TensorResult<Tensor> {
+    if batch.iter().all(|job| job.settings.variation.is_none()) {
+        return Ok(noise);
+    }
+    let each = batch.iter().enumerate().map(|(i, job)| {
+        let own = noise.narrow(0, i, 1)?;
+        job.settings.variation.map_or(Ok(own.clone()), |variation| variation.of(&own))
+    });
+    Tensor::cat(&each.collect::<TensorResult<Vec<_>>>()?, 0)
 }
 
 /// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.

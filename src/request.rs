@@ -223,6 +223,7 @@ impl Request {
                 prompt: item.prompt.clone(),
                 negative: options.negative.as_ref().unwrap_or(&no_negative).clone(),
                 seed: item.seed,
+                variation: options.variation,
                 width: options.width.unwrap_or(width),
                 height: options.height.unwrap_or(height),
                 steps: options.steps.unwrap_or(defaults.steps),

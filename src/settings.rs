@@ -2,6 +2,7 @@
 
 use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
 use crate::input::Fit;
+use crate::noise::Variation;
 use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
@@ -21,6 +22,8 @@ pub struct Settings {
     /// empty for none
     pub negative: Arc<str>,
     pub seed: u64,
+    /// of the first noise
+    pub variation: Option<Variation>,
     /// pixels
     pub width: usize,
     /// pixels
@@ -204,6 +207,9 @@ impl Settings {
     pub fn metadata(&self, trace: Option<&Trace>) -> Metadata {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
         let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        if let Some(Variation { seed, strength }) = self.variation {
+            extra.extend([("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]);
+        }
         extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
         extra.extend(self.strength.map(|strength| ("Denoising strength", strength.to_string())));
         extra.extend(self.image_guidance.map(|scale| ("Image CFG scale", scale.to_string())));

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use sdgen::noise::Generator;
+use sdgen::noise::{Generator, Variation};
 
 const SEEDS: [u64; 5] = [0, 42, (1 << 32) + 5, (1 << 63) + 12345, u64::MAX];
 
@@ -68,4 +68,21 @@ fn a_picture_is_drawn_channels_first_and_laid_out_channels_last() {
 fn only_the_low_half_of_a_seed_counts_as_in_torch() {
     assert_eq!(Generator::new(5).randn(20), Generator::new((1 << 32) + 5).randn(20));
     assert_ne!(Generator::new(5).randn(20), Generator::new(6).randn(20));
+}
+
+/// Values of torch for `sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`, w the angle between all of a and all of b.
+#[test]
+fn varied_noise_lies_on_the_arc_between_two_seeds() {
+    let noise = |seed| Generator::new(seed).latents(8, 8, 4).unwrap();
+    let values = |latents: Tensor| latents.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let varied = |seed, strength| values(Variation { seed: 9, strength }.of(&noise(seed)).unwrap());
+    let between = varied(7, 0.3);
+    let expected = [-1.211711, 0.678762, 0.548919, -0.250605, -0.11751, 0.546373];
+    for (a, e) in between[..4].iter().chain(&between[254..]).zip(expected) {
+        assert!((a - e).abs() <= 1e-6, "{a} is not {e}");
+    }
+    assert_eq!(varied(7, 0.0), values(noise(7)));
+    assert_eq!(varied(7, 1.0), values(noise(9)));
+    // no angle to divide by
+    assert!(varied(9, 0.4).iter().zip(values(noise(9))).all(|(a, b)| (a - b).abs() <= 1e-6));
 }

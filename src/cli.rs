@@ -276,6 +276,13 @@ pub struct PictureArgs {
     #[arg(hide_short_help = true, long, value_parser = finite, value_name = "X", help_heading = "From a picture")]
     pub image_guidance: Option<f64>,
 
+    /// Draw it small, then again larger by this factor over what was drawn
+    #[arg(long, value_parser = factor, value_name = "FACTOR", help_heading = "From a picture")]
+    pub hires: Option<f64>,
+    /// How much is drawn anew the second time, 0 to 1 [default: 0.5]
+    #[arg(hide_short_help = true, long, value_parser = fraction, value_name = "X", help_heading = "From a picture")]
+    pub hires_strength: Option<f64>,
+
     /// What the model is told of the picture's size before scaling [default: the picture's]
     #[arg(hide_short_help = true, long, value_name = "WxH", help_heading = "SDXL")]
     pub original_size: Option<Size>,
@@ -334,6 +341,11 @@ fn finite(text: &str) -> Result<f64, String> {
 
 fn fraction(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|x: &f64| (0.0..=1.0).contains(x)).ok_or_else(|| "expected a number from 0 to 1".into())
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('x').unwrap_or(text).parse().ok();
+    number.filter(|x: &f64| *x > 1.0 && *x <= 8.0).ok_or_else(|| "expected a factor above 1 and up to 8, such as 2x".into())
 }
 
 /// Runs the program and returns its exit code; what goes wrong is said on stderr. It runs on a thread of the pool that all

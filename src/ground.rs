@@ -4,6 +4,7 @@
 
 use crate::canvas::Canvas;
 use crate::device::Compute;
+use crate::image::Picture;
 use crate::model::{Autoencoder, Encoder, Posterior};
 use crate::progress::Progress;
 use crate::request::Job;
@@ -76,25 +77,37 @@ impl<'a> Grounds<'a> {
             };
             grounds.push(ground);
         }
-        if !next.any(|job| key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))) {
+        if !next.any(|job| job.enlarge.is_some() || key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))) {
             self.encoder = None;
         }
         Ok(grounds)
     }
 
-    fn encode(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
-        let encoder = match &mut self.encoder {
+    /// A picture that was just drawn and is drawn over at once.
+    pub fn of_drawn(&mut self, drawn: &Picture, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Arc<Ground>> {
+        let tile = settings.vae_tiling.then(|| self.vae.tile());
+        let image = self.encoder(compute, progress)?.encode(&drawn.to_tensor(&compute.device)?, tile)?;
+        Ok(Arc::new(Ground { image, repainted: None }))
+    }
+
+    fn encoder(&mut self, compute: &Compute, progress: &Progress) -> Result<&Encoder> {
+        Ok(match &mut self.encoder {
             Some(encoder) => encoder,
             none => {
                 progress.stage("encoding the picture");
                 let weights = self.checkpoint.weights("vae", &compute.device, DType::F32);
                 none.insert(self.vae.encoder(&weights).context(ModelError)?)
             }
-        };
+        })
+    }
+
+    fn encode(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
+        let factor = self.vae.factor();
+        let encoder = self.encoder(compute, progress)?;
         let posterior = |rgb: &Tensor| encoder.encode(rgb, tile);
         let canvas = Canvas::read(source, settings.width, settings.height)?;
-        let repainted = match (canvas.mask(self.vae.factor(), &compute.device)?, canvas.kept_rgb(&compute.device)?) {
+        let repainted = match (canvas.mask(factor, &compute.device)?, canvas.kept_rgb(&compute.device)?) {
             (Some(mask), Some(kept)) => Some(Repainted { mask, rest: posterior(&kept)? }),
             _ => None,
         };

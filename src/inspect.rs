@@ -2,7 +2,7 @@
 
 use crate::family::Family;
 use crate::model::Autoencoder;
-use crate::model::unet::UNetConfig;
+use crate::model::unet::{Beside, UNetConfig};
 use crate::schedule::SchedulerConfig;
 use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
@@ -33,6 +33,11 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
         "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
         "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
         "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
+        "takes": match unet.beside()? {
+            Beside::Nothing => Value::Null,
+            Beside::Masked => "a picture and a mask: for inpainting".into(),
+            Beside::Picture => "a picture, which it edits".into(),
+        },
         "parts": parts,
         "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),
     }))
@@ -56,6 +61,9 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     );
     if let Some(distilled) = json.get("distilled").and_then(Value::as_str) {
         out += &format!("  distilled     {distilled}\n");
+    }
+    if let Some(takes) = json.get("takes").and_then(Value::as_str) {
+        out += &format!("  takes         {takes}\n");
     }
     out += &format!("  file size     {:.1} MB\n", checkpoint.bytes() as f64 / 1e6);
     for part in parts(checkpoint) {

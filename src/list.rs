@@ -233,12 +233,22 @@ impl Options {
             let long = self.long_name(&key)?;
             let is_text = matches!(
                 &*long,
-                "negative" | "variation" | "sampler" | "schedule" | "original-size" | "crop" | "target-size" | "output" | "image" | "mask" | "fit"
+                "negative"
+                    | "variation"
+                    | "sampler"
+                    | "schedule"
+                    | "original-size"
+                    | "crop"
+                    | "target-size"
+                    | "output"
+                    | "image"
+                    | "mask"
+                    | "fit"
             );
             let value = match value {
                 // what programs write for an option that is not given
                 Value::Null => continue,
-                Value::String(text) if is_text || matches!(&*long, "seed" | "extend") => text,
+                Value::String(text) if is_text || matches!(&*long, "seed" | "extend" | "hires") => text,
                 Value::Number(number) if !is_text => number.to_string(),
                 other => bail!("`{key}` wants a {}, not {other}", if is_text { "text" } else { "number" }),
             };

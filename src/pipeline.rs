@@ -10,8 +10,9 @@ use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::ground::{Ground, Grounds};
 use crate::guidance::{Guidance, Guided, Reuse};
 use crate::image::Picture;
+use crate::input::Fit;
 use crate::model::unet::{Added, Beside, Conditioning, UNet};
-use crate::model::{Decoder, Posterior, tiles};
+use crate::model::{Autoencoder, Decoder, Posterior, tiles};
 use crate::nn::cpu;
 use crate::noise::Generator;
 use crate::preview::Preview;
@@ -88,7 +89,7 @@ pub fn generate<'a>(
     let mut base = Stage::new(checkpoint, &request.model);
     let refiner = checkpoint.refiner.as_deref().zip(request.refiner.as_ref());
     let mut refiner = refiner.map(|(checkpoint, config)| Stage::new(checkpoint, config));
-    let mut decoder = None;
+    let mut vae = Vae { checkpoint, config: &request.vae, decoder: None };
     let mut grounds = Grounds::new(checkpoint, &request.vae);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         let mut steps = Steps::of(&batch, request)?;
@@ -104,6 +105,20 @@ pub fn generate<'a>(
             refiner.prepare(&batch, &queue, compute, progress)?;
             progress.stage("refining");
             sampled = refiner.sample(&batch, &mut steps, Start::Begun(begun), compute, progress);
+        }
+        let larger: Vec<Job> = batch.iter().filter_map(|job| job.enlarged()).collect();
+        if let (Some(first), Ok(small)) = (larger.first(), &sampled) {
+            let decoder = vae.decoder(compute, progress)?;
+            let over = |(i, job): (usize, &Job)| {
+                let Settings { width, height, .. } = job.settings;
+                let drawn = decode(decoder, small, i, request.tile(&job.settings))?;
+                grounds.of_drawn(&drawn.fit(width, height, Fit::Stretch), &job.settings, compute, progress)
+            };
+            let ground = larger.iter().enumerate().map(over).collect::<Result<Vec<_>>>();
+            steps.latent_shape = request.latent_shape(&first.settings);
+            progress.stage("drawing it again, larger");
+            let jobs: Vec<&Job> = larger.iter().collect();
+            sampled = ground.and_then(|ground| base.sample(&jobs, &mut steps, Start::Anew(&ground), compute, progress));
         }
         let latents = match sampled.map_err(known) {
             Ok(latents) => latents,
@@ -123,19 +138,12 @@ pub fn generate<'a>(
         if queue.len() == 0 {
             (base.unet, refiner) = (None, None);
         }
-        let decoder = match &mut decoder {
-            Some(decoder) => decoder,
-            none => {
-                progress.stage("reading the VAE");
-                none.insert(request.vae.decoder(&checkpoint.weights("vae", &compute.device, DType::F32)).context(ModelError)?)
-            }
-        };
+        let decoder = vae.decoder(compute, progress)?;
         progress.stage("decoding");
         // one at a time: a decode needs far more memory than a latent
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
-            let tile = job.settings.vae_tiling.then(|| request.vae.tile());
-            let drawn = decode(decoder, &latents, i, tile).and_then(|drawn| finished(job, drawn)).map_err(known);
+            let drawn = decode(decoder, &latents, i, request.tile(&job.settings)).and_then(|drawn| finished(job, drawn)).map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
                 trace.picture(picture);
@@ -145,6 +153,26 @@ pub fn generate<'a>(
     }
     progress.finish();
     Ok(())
+}
+
+/// The decoder: read when it is needed first, and kept.
+struct Vae<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a Autoencoder,
+    decoder: Option<Decoder>,
+}
+
+impl Vae<'_> {
+    fn decoder(&mut self, compute: &Compute, progress: &Progress) -> Result<&Decoder> {
+        Ok(match &mut self.decoder {
+            Some(decoder) => decoder,
+            none => {
+                progress.stage("reading the VAE");
+                let weights = self.checkpoint.weights("vae", &compute.device, DType::F32);
+                none.insert(self.config.decoder(&weights).context(ModelError)?)
+            }
+        })
+    }
 }
 
 /// Gives an error of the device its kind. The backends of candle have no kind of error for this, only their words.
@@ -338,7 +366,8 @@ impl<'a> Stage<'a> {
                 let over = Over { grounds, config: self.contexts.config, guidance: *guidance, scaling_factor: *scaling_factor };
                 let image = over.image(settings.strength, &mut noise)?;
                 let first = varied(noise()?, batch)?;
-                for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate() {
+                // of a picture that is drawn twice the first time alone
+                for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate().filter(|_| *done == 0) {
                     self.contexts.trace(job, trace)?;
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }

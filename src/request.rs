@@ -13,7 +13,7 @@ use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
-use crate::settings::Settings;
+use crate::settings::{Hires, Settings};
 use crate::text::encoder::EncoderConfig;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
@@ -25,6 +25,8 @@ use std::sync::Arc;
 pub const MAX_SIDE_PX: usize = 16384;
 /// How much of a source picture is drawn anew where nobody says.
 const STRENGTH: f64 = 0.75;
+/// The same of what was drawn small.
+const HIRES_STRENGTH: f64 = 0.5;
 /// InstructPix2Pix' own.
 const IMAGE_GUIDANCE: f64 = 1.5;
 /// A source picture is brought down to the model's own number of pixels from so many times that on.
@@ -44,6 +46,8 @@ pub struct Job {
     pub plan: Arc<Plan>,
     /// what the refiner does then
     pub refine: Option<Arc<Plan>>,
+    /// how it is then drawn again, larger
+    pub enlarge: Option<Arc<Plan>>,
     /// none for stdout
     pub path: Option<PathBuf>,
     pub format: Format,
@@ -52,14 +56,21 @@ pub struct Job {
 impl Job {
     /// How often networks run for it, a guided pair counted once.
     pub fn evaluations(&self) -> usize {
-        self.plan.evaluations() + self.refine.as_ref().map_or(0, |plan| plan.evaluations())
+        [Some(&self.plan), self.refine.as_ref(), self.enlarge.as_ref()].into_iter().flatten().map(|plan| plan.evaluations()).sum()
+    }
+
+    /// The second picture of one that is drawn twice.
+    pub fn enlarged(&self) -> Option<Self> {
+        let (plan, Hires { width, height, strength, .. }) = (self.enlarge.clone()?, self.settings.hires?);
+        let settings = Settings { width, height, strength: Some(strength), hires: None, ..self.settings.clone() };
+        Some(Self { settings, plan, enlarge: None, ..self.clone() })
     }
 
     /// Whether both can be denoised in one batch: they share all that one forward pass shares.
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
-            && (a.width, a.height, a.deep_cache) == (b.width, b.height, b.deep_cache)
+            && (a.width, a.height, a.deep_cache, a.hires) == (b.width, b.height, b.deep_cache, b.hires)
             && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
             && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
     }
@@ -155,8 +166,15 @@ impl ModelConfig {
     }
 }
 
-type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>, Option<f64>);
-type Plans = (Arc<Plan>, Option<Arc<Plan>>);
+type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>, Option<f64>, Option<f64>);
+
+/// As of [`Job`].
+#[derive(Clone)]
+struct Plans {
+    first: Arc<Plan>,
+    refine: Option<Arc<Plan>>,
+    enlarge: Option<Arc<Plan>>,
+}
 
 impl Request {
     /// A run of this checkpoint with nothing to draw yet. Errors if the checkpoint cannot be drawn with.
@@ -237,6 +255,7 @@ impl Request {
                 strength: source.as_ref().and_then(|_| request.model.strength(options.strength)),
                 image_guidance: source.as_ref().and_then(|_| request.model.image_guidance(options.image_guidance)),
                 source: source.map(|(source, _)| Arc::new(source)),
+                hires: request.hires(options, width, height)?,
                 eta: options.eta.or(defaults.eta.filter(|_| options.sampler.unwrap_or(sampler) == Sampler::Tcd)),
                 original_size: options.original_size,
                 crop: options.crop,
@@ -304,6 +323,20 @@ impl Request {
         }
     }
 
+    /// The second, larger picture of one of this size.
+    fn hires(&self, options: &PictureArgs, width: usize, height: usize) -> Result<Option<Hires>> {
+        let Some(factor) = options.hires else {
+            return match options.hires_strength {
+                Some(_) => bail!("`--hires-strength` without `--hires`\n\nhint: `--hires 2x` draws it again at twice the size"),
+                None => Ok(None),
+            };
+        };
+        let step = self.vae.factor().max(8) as f64;
+        let larger = |pixels: usize| (pixels as f64 * factor / step).round() as usize * step as usize;
+        let strength = options.hires_strength.unwrap_or(HIRES_STRENGTH);
+        Ok(Some(Hires { factor, strength, width: larger(width), height: larger(height) }))
+    }
+
     /// Adds a picture. Errors if this checkpoint cannot draw it.
     pub fn add(&mut self, settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
         check_size("width", settings.width, self.vae.factor())?;
@@ -317,13 +350,24 @@ impl Request {
             bail!("`--{name}` means nothing to `{}`\n\nhint: leave it out; only models of SDXL's family are told of sizes", settings.model);
         }
         self.model.check_source(&settings)?;
+        if let Some(hires) = settings.hires {
+            check_size("hires", hires.width.max(hires.height), self.vae.factor())?;
+            let repaints = settings.source.as_ref().is_some_and(|source| source.repaints());
+            let others = [("refiner", self.refiner.is_some()), ("mask", repaints), ("image-guidance", settings.image_guidance.is_some())];
+            if let Some((name, _)) = others.into_iter().find(|(_, is_given)| *is_given) {
+                bail!(
+                    "`--hires` and `--{name}` cannot be used together\n\nhint: draw first, then `--image` what was drawn at another size"
+                );
+            }
+        }
         let (skip, layers) = (settings.clip_skip, self.model.encoder.layers());
         if skip > layers {
             bail!("`--clip-skip {skip}` leaves nothing of the text encoder's {layers} layers");
         }
-        let Settings { sampler, schedule, steps, eta, prediction, refine_at, strength, .. } = settings;
-        let key = (sampler, schedule, steps, eta, prediction, refine_at, strength);
-        let (plan, refine) = match self.plans.iter().find(|(known, _)| *known == key) {
+        let Settings { sampler, schedule, steps, eta, prediction, refine_at, strength, hires, .. } = settings;
+        let enlarged_by = hires.map(|hires| hires.strength);
+        let key = (sampler, schedule, steps, eta, prediction, refine_at, strength, enlarged_by);
+        let Plans { first: plan, refine, enlarge } = match self.plans.iter().find(|(known, _)| *known == key) {
             Some((_, plans)) => plans.clone(),
             None => {
                 let mut scheduler = self.model.scheduler.clone();
@@ -332,7 +376,9 @@ impl Request {
                     Some(strength) => plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength)?,
                     None => plan(&scheduler, sampler, schedule, steps, eta)?,
                 };
-                let plans = match (&self.refiner, refine_at) {
+                let again = |strength| plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength).map(Arc::new);
+                let enlarge = enlarged_by.map(again).transpose().context("`--hires-strength`")?;
+                let (first, refine) = match (&self.refiner, refine_at) {
                     (None, None) => (Arc::new(whole), None),
                     (Some(refiner), Some(at)) => {
                         let [first, _] = whole.split(at)?;
@@ -341,6 +387,7 @@ impl Request {
                     }
                     _ => bail!("`--refine-at` without `--refiner`\n\nhint: `--refiner sdxl-refiner`"),
                 };
+                let plans = Plans { first, refine, enlarge };
                 self.plans.push((key, plans.clone()));
                 plans
             }
@@ -352,7 +399,7 @@ impl Request {
             None if is_on => Guidance::Text,
             _ => Guidance::Off,
         };
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, plan, refine, path: None, format });
+        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, plan, refine, enlarge, path: None, format });
         Ok(())
     }
 
@@ -401,7 +448,7 @@ impl Request {
         let unet_weights = if self.jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
         let unet_widest = self.model.unet.block_out_channels.iter().take(2).copied().max().unwrap_or(1) as u64;
         let of_job = |job: &Job| {
-            let (h, w, _) = self.latent_shape(&job.settings);
+            let (h, w) = self.final_latents(&job.settings);
             let latents = (h * w) as u64;
             let passes = job.guidance.passes() as u64;
             let unet = unet_weights + 4 * 12 * passes * batch_size as u64 * latents * unet_widest;
@@ -412,14 +459,25 @@ impl Request {
 
     /// The same of the VAE alone.
     pub fn vae_bytes(&self, checkpoint: &Checkpoint, settings: &Settings) -> u64 {
-        let (h, w, _) = self.latent_shape(settings);
+        let (h, w) = self.final_latents(settings);
         self.vae.decode_bytes(h, w, settings.vae_tiling).saturating_add(checkpoint.stored_bytes("vae"))
+    }
+
+    /// Latents a side of the tiles in which a picture is decoded, if it is.
+    pub fn tile(&self, settings: &Settings) -> Option<usize> {
+        settings.vae_tiling.then(|| self.vae.tile())
     }
 
     /// Whether a picture is larger than one tile of a tiled decode, in which it would be the same.
     fn has_tiles(&self, settings: &Settings) -> bool {
-        let (h, w, _) = self.latent_shape(settings);
+        let (h, w) = self.final_latents(settings);
         h.max(w) > self.vae.tile()
+    }
+
+    /// (height, width) of the latents that are decoded at last.
+    fn final_latents(&self, settings: &Settings) -> (usize, usize) {
+        let (width, height) = settings.final_size();
+        (height / self.vae.factor(), width / self.vae.factor())
     }
 
     /// (height, width, channels) of a picture's latents.

@@ -47,6 +47,8 @@ pub struct Settings {
     /// of a model that takes the source as an input: how closely it is followed
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_guidance: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hires: Option<Hires>,
     /// of the picture as SDXL is to believe it was before it was scaled; none: the picture's own
     pub original_size: Option<Size>,
     /// left and top, as SDXL is to believe it was cropped; none: not at all
@@ -74,6 +76,18 @@ pub struct Settings {
     /// it decodes in tiles; pictures of older versions do not say it
     #[serde(default)]
     pub vae_tiling: bool,
+}
+
+/// A picture that is drawn again, larger, over what was drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Hires {
+    /// how much larger
+    pub factor: f64,
+    /// how much is drawn anew
+    pub strength: f64,
+    /// pixels
+    pub width: usize,
+    pub height: usize,
 }
 
 /// What a picture is drawn over, and where.
@@ -198,6 +212,11 @@ impl Settings {
         [original.1, original.0, top, left, target.1, target.0].map(|n| n as f64)
     }
 
+    /// Width and height of the picture that is saved, if it is not put back into another.
+    pub fn final_size(&self) -> (usize, usize) {
+        self.hires.map_or((self.width, self.height), |hires| (hires.width, hires.height))
+    }
+
     /// Whether these settings draw the same picture: all is equal but the program's version.
     pub fn draws_the_same_as(&self, other: &Self) -> bool {
         *self == Self { version: self.version.clone(), ..other.clone() }
@@ -215,6 +234,12 @@ impl Settings {
         extra.extend(self.image_guidance.map(|scale| ("Image CFG scale", scale.to_string())));
         extra.extend(self.source.as_ref().map(|source| ("Init image", source.image.to_string())));
         extra.extend(self.source.as_ref().and_then(|source| Some(("Mask", source.mask.as_ref()?.to_string()))));
+        if let Some(Hires { factor, strength, .. }) = self.hires {
+            let is_over = self.strength.is_some();
+            extra.extend([("Hires upscale", factor.to_string()), ("Hires upscaler", "Lanczos".into())]);
+            // A1111 has one for both
+            extra.extend((!is_over).then(|| ("Denoising strength", strength.to_string())));
+        }
         extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
         extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));

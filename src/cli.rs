@@ -9,6 +9,7 @@ use crate::family::{SHORT_NAMES, VAE_SHORT_NAMES};
 use crate::image::Format;
 use crate::input::Fit;
 use crate::list::Seeds;
+use crate::nn::wrap::Tile;
 use crate::noise::Variation;
 use crate::progress::ProgressMode;
 use crate::sampler::Sampler;
@@ -225,6 +226,9 @@ pub struct PictureArgs {
     /// Mix the noise of another seed in, by X from 0 to 1: like the picture, but not quite
     #[arg(long, value_name = "SEED:X", hide_short_help = true, help_heading = "Picture")]
     pub variation: Option<Variation>,
+    /// Copies of the picture fit together side by side (x), one above the other (y), or both (xy)
+    #[arg(long, hide_possible_values = true, hide_short_help = true, value_name = "x|y|xy", help_heading = "Picture")]
+    pub tile: Option<Tile>,
 
     /// Denoising steps [default: the model's]
     #[arg(long, value_parser = steps, value_name = "N", help_heading = "Sampling")]

@@ -6,6 +6,7 @@ use crate::canvas::Canvas;
 use crate::device::Compute;
 use crate::image::Picture;
 use crate::model::{Autoencoder, Encoder, Posterior};
+use crate::nn::wrap::Tile;
 use crate::progress::Progress;
 use crate::request::Job;
 use crate::settings::{Settings, Source};
@@ -33,11 +34,11 @@ pub struct Repainted {
     pub rest: Posterior,
 }
 
-type Key = (Arc<Source>, usize, usize);
+type Key = (Arc<Source>, usize, usize, Option<Tile>);
 
-/// The source and the size that it is brought to; none for a picture from noise alone.
+/// The source, the size that it is brought to, and whether it is seamless; none for a picture from noise alone.
 fn key(settings: &Settings) -> Option<Key> {
-    Some((settings.source.clone()?, settings.width, settings.height))
+    Some((settings.source.clone()?, settings.width, settings.height, settings.tile))
 }
 
 /// The sources of a run.
@@ -86,7 +87,9 @@ impl<'a> Grounds<'a> {
     /// A picture that was just drawn and is drawn over at once.
     pub fn of_drawn(&mut self, drawn: &Picture, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Arc<Ground>> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
-        let image = self.encoder(compute, progress)?.encode(&drawn.to_tensor(&compute.device)?, tile)?;
+        let encoder = self.encoder(compute, progress)?;
+        encoder.wrap().set(settings.tile);
+        let image = encoder.encode(&drawn.to_tensor(&compute.device)?, tile)?;
         Ok(Arc::new(Ground { image, repainted: None }))
     }
 
@@ -105,6 +108,7 @@ impl<'a> Grounds<'a> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
         let factor = self.vae.factor();
         let encoder = self.encoder(compute, progress)?;
+        encoder.wrap().set(settings.tile);
         let posterior = |rgb: &Tensor| encoder.encode(rgb, tile);
         let canvas = Canvas::read(source, settings.width, settings.height)?;
         let repainted = match (canvas.mask(factor, &compute.device)?, canvas.kept_rgb(&compute.device)?) {

@@ -23,6 +23,8 @@ use std::sync::Arc;
 
 /// Pictures a run may ask for.
 const MAX_JOBS: usize = 1_000_000;
+/// Options whose values are texts; of all others they are numbers.
+const TEXTS: &str = "negative variation tile sampler schedule original-size crop target-size output image mask fit";
 
 /// Every picture that is asked for, in order: line by line, there seed by seed, there through the sweeps.
 pub struct List {
@@ -231,20 +233,7 @@ impl Options {
         let mut options = base.clone();
         for (key, value) in keys {
             let long = self.long_name(&key)?;
-            let is_text = matches!(
-                &*long,
-                "negative"
-                    | "variation"
-                    | "sampler"
-                    | "schedule"
-                    | "original-size"
-                    | "crop"
-                    | "target-size"
-                    | "output"
-                    | "image"
-                    | "mask"
-                    | "fit"
-            );
+            let is_text = TEXTS.split(' ').any(|name| name == long);
             let value = match value {
                 // what programs write for an option that is not given
                 Value::Null => continue,

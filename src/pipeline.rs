@@ -111,6 +111,7 @@ pub fn generate<'a>(
             let decoder = vae.decoder(compute, progress)?;
             let over = |(i, job): (usize, &Job)| {
                 let Settings { width, height, .. } = job.settings;
+                decoder.wrap().set(job.settings.tile);
                 let drawn = decode(decoder, small, i, request.tile(&job.settings))?;
                 grounds.of_drawn(&drawn.fit(width, height, Fit::Stretch), &job.settings, compute, progress)
             };
@@ -143,6 +144,7 @@ pub fn generate<'a>(
         // one at a time: a decode needs far more memory than a latent
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
+            decoder.wrap().set(job.settings.tile);
             let drawn = decode(decoder, &latents, i, request.tile(&job.settings)).and_then(|drawn| finished(job, drawn)).map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
@@ -349,6 +351,7 @@ impl<'a> Stage<'a> {
             (Some(refine), Start::Begun(_)) => (refine, self.contexts.config.scheduler.prediction),
             _ => (plan, settings.prediction),
         };
+        unet.wrap.set(settings.tile);
         let mut told = self.contexts.of(batch, 0)?;
         if *guidance != Guidance::Off {
             let negative = self.contexts.of(batch, 1)?;
@@ -536,7 +539,7 @@ impl<'a> Steps<'a> {
 fn decode(decoder: &Decoder, latents: &Tensor, i: usize, tile: Option<usize>) -> Result<Picture> {
     let latents = latents.narrow(0, i, 1)?;
     let rgb = match tile {
-        Some(side) => tiles::apply(&latents, side, |tile| decoder.decode(tile))?,
+        Some(side) => tiles::apply(&latents, side, decoder.wrap(), |tile| decoder.decode(tile))?,
         None => decoder.decode(&latents)?,
     }; // [1, h, w, 3]
     if !finite(&rgb)? {

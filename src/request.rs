@@ -70,7 +70,7 @@ impl Job {
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
-            && (a.width, a.height, a.deep_cache, a.hires) == (b.width, b.height, b.deep_cache, b.hires)
+            && (a.width, a.height, a.hires, a.tile, a.deep_cache) == (b.width, b.height, b.hires, b.tile, b.deep_cache)
             && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
             && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
     }
@@ -244,6 +244,7 @@ impl Request {
                 variation: options.variation,
                 width: options.width.unwrap_or(width),
                 height: options.height.unwrap_or(height),
+                tile: options.tile,
                 steps: options.steps.unwrap_or(defaults.steps),
                 guidance: options.guidance.unwrap_or(defaults.guidance),
                 guidance_rescale: options.guidance_rescale.unwrap_or(0.0),

@@ -2,6 +2,7 @@
 
 use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
 use crate::input::Fit;
+use crate::nn::wrap::Tile;
 use crate::noise::Variation;
 use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
@@ -23,11 +24,15 @@ pub struct Settings {
     pub negative: Arc<str>,
     pub seed: u64,
     /// of the first noise
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variation: Option<Variation>,
     /// pixels
     pub width: usize,
     /// pixels
     pub height: usize,
+    /// none: copies do not fit together
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tile: Option<Tile>,
     pub steps: usize,
     pub guidance: f64,
     /// 0: not at all; pictures of older versions do not say it
@@ -229,6 +234,9 @@ impl Settings {
         if let Some(Variation { seed, strength }) = self.variation {
             extra.extend([("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]);
         }
+        // those of one direction as the extension Asymmetric Tiling says them
+        let tiled = [(Tile::X, "Tile X"), (Tile::Y, "Tile Y"), (Tile::Xy, "Tiling")];
+        extra.extend(tiled.into_iter().filter(|(tile, _)| self.tile == Some(*tile)).map(|(_, name)| (name, "True".into())));
         extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
         extra.extend(self.strength.map(|strength| ("Denoising strength", strength.to_string())));
         extra.extend(self.image_guidance.map(|scale| ("Image CFG scale", scale.to_string())));

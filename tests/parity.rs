@@ -170,7 +170,7 @@ fn the_vae_decodes_the_same_in_tiles() {
     let f = fixture("sd1");
     let (decoder, config) = (f.decoder(), Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap());
     let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
-    let decoded = tiles::apply(&latents, config.tile(), |tile| decoder.decode(tile)).unwrap();
+    let decoded = tiles::apply(&latents, config.tile(), decoder.wrap(), |tile| decoder.decode(tile)).unwrap();
     compare("vae.tiled.decoded", &((decoded * 2.0).unwrap() - 1.0).unwrap(), f.golden("vae.tiled.decoded"), NETWORK);
 }
 

@@ -6,6 +6,7 @@ pub mod tiles;
 pub mod unet;
 pub mod vae;
 
+use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
@@ -102,6 +103,14 @@ pub enum Encoder {
 }
 
 impl Encoder {
+    /// Whether its pictures are seamless.
+    pub fn wrap(&self) -> &Wrap {
+        match self {
+            Self::Kl(encoder) => &encoder.wrap,
+            Self::Tiny(encoder) => &encoder.wrap,
+        }
+    }
+
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c], perhaps
     /// in tiles with this many latents a side.
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
@@ -146,6 +155,14 @@ pub enum Decoder {
 }
 
 impl Decoder {
+    /// Whether its pictures are seamless.
+    pub fn wrap(&self) -> &Wrap {
+        match self {
+            Self::Kl(decoder) => &decoder.wrap,
+            Self::Tiny(decoder) => &decoder.wrap,
+        }
+    }
+
     /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3], nominally in 0..=1.
     /// Errors if the channel count is not the VAE's.
     pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {

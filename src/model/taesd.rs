@@ -5,6 +5,7 @@
 use super::unet::require_neutral;
 use super::{Posterior, tiles};
 use crate::nn::layers::{Activation, Conv2d};
+use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -78,6 +79,8 @@ pub struct Encoder {
     stages: Vec<(Conv2d, Vec<Block>)>,
     conv_out: Conv2d,
     scaling_factor: f64,
+    /// whether its pictures are seamless
+    pub wrap: Wrap,
 }
 
 impl Encoder {
@@ -97,14 +100,14 @@ impl Encoder {
             layer = next;
         }
         let conv_out = Conv2d::new(&at(layer), width, config.latent_channels, 3)?;
-        Ok(Self { stages, conv_out, scaling_factor: config.scaling_factor })
+        Ok(Self { stages, conv_out, scaling_factor: config.scaling_factor, wrap: w.wrap().clone() })
     }
 
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c], perhaps in tiles with this
     /// many latents a side.
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         let latents = match tile {
-            Some(side) => tiles::apply(rgb, side << self.stages.len().saturating_sub(1), |tile| self.forward(tile))?,
+            Some(side) => tiles::apply(rgb, side << self.stages.len().saturating_sub(1), &self.wrap, |tile| self.forward(tile))?,
             None => self.forward(rgb)?,
         };
         Ok(Posterior { mean: (latents * self.scaling_factor)?, deviation: None })
@@ -130,6 +133,8 @@ pub struct Decoder {
     activation: Activation,
     latent_channels: usize,
     scaling_factor: f64,
+    /// whether its pictures are seamless
+    pub wrap: Wrap,
 }
 
 impl Decoder {
@@ -158,6 +163,7 @@ impl Decoder {
             activation,
             latent_channels: config.latent_channels,
             scaling_factor: config.scaling_factor,
+            wrap: w.wrap().clone(),
         })
     }
 

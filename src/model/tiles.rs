@@ -1,13 +1,34 @@
 //! Encoding and decoding in overlapping tiles, for pictures that are too large to be done whole: diffusers'
 //! `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so the picture is a slightly other one.
 
+use crate::nn::wrap::Wrap;
 use candle_core::{Result, Tensor};
 
 /// Tiles overlap by one part in this many.
 const OVERLAP: usize = 4;
 
 /// Takes x [b, h, w, c] in tiles of this `side` to what `f` makes of it whole, about: [b, r*h, r*w, d] for some ratio r.
-pub fn apply(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+/// Those of a picture that is seamless by `wrap`, which is of the network in `f`, overlap beyond its edge too.
+pub fn apply(x: &Tensor, side: usize, wrap: &Wrap, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let mut longer = x.clone();
+    for (dim, wraps) in [1, 2].into_iter().zip(wrap.get()) {
+        if wraps {
+            let start = longer.narrow(dim, 0, (side / OVERLAP).min(longer.dim(dim)?))?;
+            longer = Tensor::cat(&[&longer, &start], dim)?;
+        }
+    }
+    // a tile's other end is not the picture's
+    let mut y = wrap.suspended(|| each(&longer, side, f))?;
+    for dim in [1, 2] {
+        let (length, longer, made) = (x.dim(dim)?, longer.dim(dim)?, y.dim(dim)?);
+        let scaled = |n: usize| n * made / longer;
+        // the start comes gradually from what follows the end
+        y = blend(&y, &y.narrow(dim, 0, scaled(length))?, dim, scaled(longer - length))?;
+    }
+    y.contiguous()
+}
+
+fn each(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
     let step = (side - side / OVERLAP).max(1);
     let (mut rows, mut above) = (vec![], vec![]);

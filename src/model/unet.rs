@@ -5,6 +5,7 @@
 use crate::nn::attention::attention;
 use crate::nn::embed;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
+use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Result as TensorResult, Tensor};
@@ -311,6 +312,8 @@ pub struct UNet {
     conv_out: Conv2d,
     activation: Activation,
     center_input_sample: bool,
+    /// whether its pictures are seamless
+    pub wrap: Wrap,
 }
 
 impl UNet {
@@ -370,6 +373,7 @@ impl UNet {
             conv_out: Conv2d::new(&w.at("conv_out"), first, config.out_channels, config.conv_out_kernel)?,
             activation,
             center_input_sample: config.center_input_sample,
+            wrap: w.wrap().clone(),
         })
     }
 

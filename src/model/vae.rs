@@ -5,6 +5,7 @@ use super::{Posterior, TILE_PX, tiles};
 use crate::nn::attention::attention;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::strips::Strips;
+use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -101,6 +102,8 @@ pub struct Encoder {
     quant_conv: Option<Conv2d>,
     activation: Activation,
     scaling_factor: f64,
+    /// whether its pictures are seamless
+    pub wrap: Wrap,
 }
 
 impl Encoder {
@@ -130,6 +133,7 @@ impl Encoder {
             quant_conv,
             activation,
             scaling_factor: config.scaling_factor,
+            wrap: w.wrap().clone(),
         })
     }
 
@@ -138,7 +142,7 @@ impl Encoder {
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         let rgb = ((rgb * 2.0)? - 1.0)?;
         let moments = match tile {
-            Some(side) => tiles::apply(&rgb, side << self.down_blocks.len().saturating_sub(1), |tile| self.moments(tile))?,
+            Some(side) => tiles::apply(&rgb, side << self.down_blocks.len().saturating_sub(1), &self.wrap, |tile| self.moments(tile))?,
             None => self.moments(&rgb)?,
         };
         let c = moments.dim(3)? / 2;
@@ -156,7 +160,7 @@ impl Encoder {
         x = self.mid_block.forward(x)?;
         let normal = self.conv_norm_out.of(&x.parts())?;
         let mut moments = Strips::default();
-        for window in x.windows() {
+        for window in x.windows(&self.conv_out)? {
             moments.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
         }
         let moments = moments.whole()?;
@@ -178,6 +182,8 @@ pub struct Decoder {
     activation: Activation,
     latent_channels: usize,
     scaling_factor: f64,
+    /// whether its pictures are seamless
+    pub wrap: Wrap,
 }
 
 impl Decoder {
@@ -209,6 +215,7 @@ impl Decoder {
             activation,
             latent_channels: latent,
             scaling_factor: config.scaling_factor,
+            wrap: w.wrap().clone(),
         })
     }
 
@@ -235,7 +242,7 @@ impl Decoder {
         }
         let normal = self.conv_norm_out.of(&x.parts())?;
         let mut rgb = Strips::default();
-        for window in x.windows() {
+        for window in x.windows(&self.conv_out)? {
             rgb.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
         }
         rgb.whole()
@@ -254,7 +261,7 @@ impl DownBlock {
         }
         let Some(conv) = &self.downsample else { return Ok(x) };
         let mut y = Strips::default();
-        for window in x.windows() {
+        for window in x.windows(conv)? {
             y.push(&window?.convolve_halved(conv)?)?;
         }
         // strips of half the height are cut anew
@@ -301,7 +308,7 @@ impl UpBlock {
         }
         let Some(conv) = &self.upsample else { return Ok(x) };
         let mut y = Strips::default();
-        for window in x.windows() {
+        for window in x.windows(conv)? {
             y.push(&window?.convolve_doubled(conv)?)?;
         }
         Ok(y)
@@ -332,7 +339,7 @@ impl Resnet {
     fn forward(&self, x: Strips) -> TensorResult<Strips> {
         let normal = self.norm1.of(&x.parts())?;
         let (mut h, mut shortcut) = (Strips::default(), Strips::default());
-        for window in x.windows() {
+        for window in x.windows(&self.conv1)? {
             let window = window?;
             h.push(&window.convolve_normal(&normal, self.activation, &self.conv1, None)?)?;
             let strip = self.conv_shortcut.as_ref().map(|conv| conv.forward(&window.strip)).transpose()?;
@@ -340,7 +347,7 @@ impl Resnet {
         }
         let normal = self.norm2.of(&h.parts())?;
         let mut y = Strips::default();
-        for (window, shortcut) in h.windows().zip(shortcut) {
+        for (window, shortcut) in h.windows(&self.conv2)?.zip(shortcut) {
             y.push(&window?.convolve_normal(&normal, self.activation, &self.conv2, Some(&shortcut))?)?;
         }
         Ok(y)

@@ -2,6 +2,7 @@
 
 use super::cost::measured;
 use super::cpu;
+use super::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, Module, Result as TensorResult, Tensor};
@@ -128,8 +129,9 @@ pub struct Conv2d {
     bias: Tensor,
     size: usize,
     stride: usize,
-    /// zeros added: (before, after) in both directions
+    /// what is added, zeros or the other end: (before, after) in both directions
     padding: (usize, usize),
+    wrap: Wrap,
 }
 
 impl Conv2d {
@@ -142,13 +144,13 @@ impl Conv2d {
     pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
-        Ok(Self { kernel, bias, size, stride, padding })
+        Ok(Self { kernel, bias, size, stride, padding, wrap: w.wrap().clone() })
     }
 
     /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the stride.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
-        Ok(Self { kernel, bias: w.zeros(&[outputs])?, size: 3, stride, padding: (1, 1) })
+        Ok(Self { kernel, bias: w.zeros(&[outputs])?, size: 3, stride, padding: (1, 1), wrap: w.wrap().clone() })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].
@@ -178,6 +180,11 @@ impl Conv2d {
         self.run(x, Extra { rows: Some(rows), scaled: Some((2 * h, 2 * w)), ..Extra::default() })
     }
 
+    /// Whether it sees the last row above the first one.
+    pub fn wraps_rows(&self) -> bool {
+        self.wrap.get()[0]
+    }
+
     fn run(&self, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let (h, w) = extra.scaled.unwrap_or((h, w));
@@ -193,15 +200,16 @@ impl Conv2d {
             Some(shift) => shift.broadcast_add(&self.bias)?,
             None => self.bias.clone(),
         };
+        let wraps = self.wrap.get();
         match &self.kernel {
             Kernel::Packed(weight) => {
                 let residual = residual.map(Tensor::contiguous).transpose()?;
-                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, rows, scaled, residual };
+                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, wraps, rows, scaled, residual };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
             }
             Kernel::Plain(weight) => {
                 let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
-                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding)?;
+                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding, wraps)?;
                 let bias = if bias.rank() == 2 { bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))? } else { bias };
                 let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
                 residual.map_or(Ok(y.clone()), |residual| y + residual)
@@ -211,18 +219,26 @@ impl Conv2d {
 }
 
 /// The same by candle's own convolution: the path of devices without a kernel, and its oracle. Weight [out, in, k, k].
-fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, (before, after): (usize, usize)) -> TensorResult<Tensor> {
-    let (x, padding) = if before == after { (x.clone(), before) } else { (pad(x, before, after)?, 0) };
+fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
+    let is_plain = padding.0 == padding.1 && wraps == [false; 2];
+    let (x, padding) = if is_plain { (x.clone(), padding.0) } else { (pad(x, padding, wraps)?, 0) };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
     x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
 }
 
-/// Zeros around [b, h, w, c].
-fn pad(x: &Tensor, before: usize, after: usize) -> TensorResult<Tensor> {
-    if before + after == 0 {
-        return x.contiguous();
+/// [b, h, w, c] with zeros, or what is at its other end, around rows and columns.
+fn pad(x: &Tensor, (before, after): (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
+    let mut x = x.contiguous()?;
+    for (dim, wraps) in [1, 2].into_iter().zip(wraps) {
+        let n = x.dim(dim)?;
+        x = if wraps {
+            let from = (0..before + n + after).map(|i| ((i + before * (n - 1)) % n) as u32);
+            x.index_select(&Tensor::from_iter(from, x.device())?, dim)?
+        } else {
+            x.pad_with_zeros(dim, before, after)?
+        };
     }
-    x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?.contiguous()
+    x.contiguous()
 }
 
 /// Group normalisation over [b, h, w, c], optionally followed by SiLU (Wu & He 2018, arXiv 1803.08494).
@@ -403,11 +419,17 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::nn::wrap::Tile;
     use candle_core::{DType, Device, IndexOp, Tensor};
 
     /// The largest difference; NaN where there is one, which is what a kernel did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         values(&(a - b).unwrap().abs().unwrap()).into_iter().max_by(f32::total_cmp).unwrap()
+    }
+
+    /// A case that is not tiled and in every way that it can be.
+    fn tiled<T: Copy>(case: T) -> [(T, Option<Tile>); 4] {
+        [None, Some(Tile::X), Some(Tile::Y), Some(Tile::Xy)].map(|tile| (case, tile))
     }
 
     fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
@@ -513,7 +535,9 @@ mod tests {
     fn convolution_kernel_equals_candles_own() {
         let sizes = [(1, 1), (2, 3), (9, 6), (17, 33), (65, 67)];
         let kinds = [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2))];
-        for ((b, (h, w)), (size, stride, padding)) in (1..).zip(sizes).flat_map(|s| kinds.map(|k| (s, k))) {
+        for (((b, (h, w)), (size, stride, padding)), tile) in (1..).zip(sizes).flat_map(|s| kinds.map(|k| (s, k))).flat_map(tiled) {
+            let wrap = Wrap::default();
+            wrap.set(tile);
             let (b, inputs, outputs) = (b % 3 + 1, if size == 3 { 35 } else { 5 }, 7);
             let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
@@ -521,8 +545,8 @@ mod tests {
             if h + padding.0 + padding.1 < size {
                 continue;
             }
-            let plain = conv2d_plain(&x, &weight, stride, padding).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride, padding };
+            let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride, padding, wrap };
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
@@ -530,7 +554,10 @@ mod tests {
             let shifts = shifts.broadcast_add(&shift).unwrap(); // [b, outputs]
             let added = plain.broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap()).unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shifts), None).unwrap(), &added) < 1e-4);
-            assert!(worst(&conv.forward(&x).unwrap(), &plain) < 1e-4, "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}");
+            assert!(
+                worst(&conv.forward(&x).unwrap(), &plain) < 1e-4,
+                "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {tile:?}"
+            );
         }
     }
 
@@ -545,14 +572,18 @@ mod tests {
     #[test]
     fn a_convolution_scales_its_input_as_its_plain_composition_does() {
         let sizes = [((1, 1), (2, 2)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((33, 65), (66, 130)), ((2, 2), (1, 5)), ((9, 10), (19, 19))];
-        for ((((h, w), (to_h, to_w)), size), b) in sizes.into_iter().flat_map(|s| [(s, 3), (s, 1)]).zip((1..=3).cycle()) {
+        let cases = sizes.into_iter().flat_map(|s| [(s, 3), (s, 1)]).zip((1..=3).cycle());
+        for (((((h, w), (to_h, to_w)), size), b), tile) in cases.flat_map(tiled) {
+            let wrap = Wrap::default();
+            wrap.set(tile);
             let x = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
             let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
             let padding = (size / 2, size / 2);
-            let plain = conv2d_plain(&scale_plain(&x, to_h, to_w).unwrap(), &weight, 1, padding).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride: 1, padding };
-            assert!(worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4, "{h}x{w} to {to_h}x{to_w}");
+            let plain =
+                conv2d_plain(&scale_plain(&x, to_h, to_w).unwrap(), &weight, 1, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride: 1, padding, wrap };
+            assert!(worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4, "{h}x{w} to {to_h}x{to_w}, {tile:?}");
         }
     }
 

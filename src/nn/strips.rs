@@ -46,9 +46,16 @@ impl Strips {
         }
     }
 
-    /// The strips from top to bottom, each with the rows next to it. A strip is dropped when the one below it was taken.
-    pub fn windows(self) -> Windows {
-        Windows { above: None, strips: self.0 }
+    /// The strips from top to bottom, each with the rows next to it as `conv` sees them. A strip is dropped when the one
+    /// below it was taken.
+    pub fn windows(self, conv: &Conv2d) -> Result<Windows> {
+        let (mut above, mut end) = (None, None);
+        // of a single one the convolution finds the other end itself
+        if let (true, [first, .., last]) = (conv.wraps_rows(), &*self.parts()) {
+            above = Some(last.narrow(1, last.dim(1)? - 1, 1)?.force_contiguous()?);
+            end = Some(first.narrow(1, 0, 1)?.force_contiguous()?);
+        }
+        Ok(Windows { above, strips: self.0, end })
     }
 }
 
@@ -75,6 +82,8 @@ impl TryFrom<Tensor> for Strips {
 pub struct Windows {
     above: Option<Tensor>,
     strips: VecDeque<Tensor>,
+    /// below the last one
+    end: Option<Tensor>,
 }
 
 impl Iterator for Windows {
@@ -83,7 +92,7 @@ impl Iterator for Windows {
     fn next(&mut self) -> Option<Self::Item> {
         let strip = self.strips.pop_front()?;
         let window = || {
-            let below = self.strips.front().map(|next| next.narrow(1, 0, 1)?.contiguous()).transpose()?;
+            let below = self.strips.front().map(|next| next.narrow(1, 0, 1)?.contiguous()).transpose()?.or_else(|| self.end.take());
             let above = match below {
                 // a copy, as a view would keep the whole strip
                 Some(_) => self.above.replace(strip.narrow(1, strip.dim(1)? - 1, 1)?.force_contiguous()?),
@@ -97,11 +106,11 @@ impl Iterator for Windows {
 
 /// A strip, and what a 3x3 convolution sees besides.
 pub struct Window {
-    /// [b, 1, w, c]; none at the top
+    /// [b, 1, w, c]; none at the top, unless it goes on at the bottom
     above: Option<Tensor>,
     /// [b, rows, w, c]
     pub strip: Tensor,
-    /// [b, 1, w, c]; none at the bottom
+    /// [b, 1, w, c]; none at the bottom, unless it goes on at the top
     below: Option<Tensor>,
 }
 
@@ -114,7 +123,7 @@ impl Window {
         conv.forward_rows(&x, first..first + self.strip.dim(1)?, residual)
     }
 
-    /// The strip's part of a 3x3 convolution of every second pixel that sees zeros below and right of the picture
+    /// The strip's part of a 3x3 convolution of every second pixel that sees more only below and right of the picture
     /// [b, rows/2, w/2, out]; of an even number of rows.
     pub fn convolve_halved(&self, conv: &Conv2d) -> Result<Tensor> {
         match &self.below {
@@ -138,6 +147,7 @@ impl Window {
 mod tests {
     use super::*;
     use crate::nn::layers::GroupNorm;
+    use crate::nn::wrap::Tile;
     use crate::weights::Weights;
     use candle_core::{DType, Device};
 
@@ -157,7 +167,9 @@ mod tests {
     #[test]
     fn layers_give_the_same_for_strips_as_for_the_whole_picture() {
         let weights = Weights::random(&Device::Cpu, DType::F32);
-        for ((h, w), b) in [(1, 1), (4, 5), (5, 4), (9, 17), (33, 20), (65, 67), (70, 18)].into_iter().zip([1, 2, 3].into_iter().cycle()) {
+        let sizes = [(1, 1), (4, 5), (5, 4), (9, 17), (33, 20), (65, 67), (70, 18)].into_iter().zip([1, 2, 3].into_iter().cycle());
+        for (((h, w), b), tile) in sizes.flat_map(|size| [None, Some(Tile::X), Some(Tile::Y)].map(|tile| (size, tile))) {
+            weights.wrap().set(tile);
             let (norm, conv) = (GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(), Conv2d::new(&weights, 35, 19, 3).unwrap());
             let x = (Tensor::randn(0f32, 1.0, (b, h, w, 35), &Device::Cpu).unwrap() + 2.0).unwrap();
             let halving = Conv2d::strided(&weights, 35, 19, 3, 2, (0, 1)).unwrap();
@@ -167,21 +179,21 @@ mod tests {
             for rows in [1, 4, 8, 100] {
                 let normal = norm.of(&cut(&x, rows).parts()).unwrap();
                 let (mut strips, mut doubled_strips) = (Strips::default(), Strips::default());
-                for (window, residual) in cut(&x, rows).windows().zip(cut(&residual, rows)) {
+                for (window, residual) in cut(&x, rows).windows(&conv).unwrap().zip(cut(&residual, rows)) {
                     let window = window.unwrap();
                     strips.push(&window.convolve_normal(&normal, Activation::Silu, &conv, Some(&residual)).unwrap()).unwrap();
                     doubled_strips.push(&window.convolve_doubled(&conv).unwrap()).unwrap();
                 }
-                assert!(worst(&strips.whole().unwrap(), &whole) < 1e-4, "{h}x{w} in strips of {rows}");
+                assert!(worst(&strips.whole().unwrap(), &whole) < 1e-4, "{h}x{w} in strips of {rows}, {tile:?}");
                 if rows.is_multiple_of(2) && h.is_multiple_of(2) {
                     let mut halved = Strips::default();
-                    for window in cut(&x, rows).windows() {
+                    for window in cut(&x, rows).windows(&halving).unwrap() {
                         halved.push(&window.unwrap().convolve_halved(&halving).unwrap()).unwrap();
                     }
                     let whole = halving.forward(&x).unwrap();
-                    assert!(worst(&halved.whole().unwrap(), &whole) < 1e-4, "{h}x{w} in strips of {rows}, halved");
+                    assert!(worst(&halved.whole().unwrap(), &whole) < 1e-4, "{h}x{w} in strips of {rows}, {tile:?}, halved");
                 }
-                assert!(worst(&doubled_strips.whole().unwrap(), &doubled) < 1e-4, "{h}x{w} in strips of {rows}, doubled");
+                assert!(worst(&doubled_strips.whole().unwrap(), &doubled) < 1e-4, "{h}x{w} in strips of {rows}, {tile:?}, doubled");
             }
         }
     }

@@ -9,6 +9,7 @@ pub mod hub;
 mod names;
 mod source;
 
+use crate::nn::wrap::Wrap;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use names::{Layout, Named, Part};
@@ -384,7 +385,7 @@ impl Checkpoint {
 
     /// The weights of one component, to build a network from.
     pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
-        Weights { checkpoint: Some(self.holder(component)), prefix: component.into(), device, dtype }
+        Weights { checkpoint: Some(self.holder(component)), prefix: component.into(), device, dtype, wrap: Wrap::default() }
     }
 
     fn read(&self, name: &str) -> Result<Tensor> {
@@ -418,17 +419,23 @@ pub struct Weights<'a> {
     prefix: String,
     device: &'a Device,
     dtype: DType,
+    wrap: Wrap,
 }
 
 impl<'a> Weights<'a> {
     /// Weights of any name and shape, random and of sensible size: for benchmarks.
     pub fn random(device: &'a Device, dtype: DType) -> Self {
-        Self { checkpoint: None, prefix: "random".into(), device, dtype }
+        Self { checkpoint: None, prefix: "random".into(), device, dtype, wrap: Wrap::default() }
     }
 
     /// The place `name` below this one.
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
         Self { prefix: format!("{}.{name}", self.prefix), ..self.clone() }
+    }
+
+    /// What tells the convolutions of the network that is made of these whether its pictures are seamless.
+    pub fn wrap(&self) -> &Wrap {
+        &self.wrap
     }
 
     /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32); trailing dimensions of

@@ -17,17 +17,21 @@ pub struct Pictures<'a> {
     pub h: usize,
     pub w: usize,
     pub c: usize,
+    /// whether rows, and columns, go on at the other end; else there are zeros outside
+    pub wraps: [bool; 2],
 }
 
 impl<'a> Pictures<'a> {
-    /// The row that row y is taken from.
-    pub fn row(&self, y: usize) -> usize {
-        if self.rows == self.h { y } else { y * self.rows / self.h }
+    /// The row that row y - `before` is taken from; none if it is outside.
+    pub fn row(&self, y: usize, before: usize) -> Option<usize> {
+        let y = inside(y, before, self.h, self.wraps[0])?;
+        Some(if self.rows == self.h { y } else { y * self.rows / self.h })
     }
 
-    /// The column that column x is taken from.
-    pub fn column(&self, x: usize) -> usize {
-        if self.columns == self.w { x } else { x * self.columns / self.w }
+    /// The column that column x - `before` is taken from; none if it is outside.
+    pub fn column(&self, x: usize, before: usize) -> Option<usize> {
+        let x = inside(x, before, self.w, self.wraps[1])?;
+        Some(if self.columns == self.w { x } else { x * self.columns / self.w })
     }
 
     /// The pixel [c] of a picture in a row and column of what is stored.
@@ -36,12 +40,23 @@ impl<'a> Pictures<'a> {
     }
 }
 
+/// `at` - `before`, if that is one of `len`, or the one that it is when they are repeated without end.
+fn inside(at: usize, before: usize, len: usize, repeats: bool) -> Option<usize> {
+    match at.checked_sub(before) {
+        Some(at) if at < len => Some(at),
+        _ if repeats => Some((at + before * (len - 1)) % len),
+        _ => None,
+    }
+}
+
 /// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] or [b, out] -> rows of [b, h', w', out].
 pub struct Conv2d {
     pub size: usize,
     pub stride: usize,
-    /// zeros before and after, in both directions
+    /// before and after, in both directions
     pub padding: (usize, usize),
+    /// whether rows, and columns, are padded with what is at the other end; else with zeros
+    pub wraps: [bool; 2],
     /// the rows of the output that are wanted
     pub rows: Range<usize>,
     /// (height, width) to which the picture is scaled before it is convolved, each pixel from the nearest one before it
@@ -77,7 +92,7 @@ impl CustomOp3 for Conv2d {
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
-        let pictures = Pictures { x, rows, columns, b, h, w, c };
+        let pictures = Pictures { x, rows, columns, b, h, w, c, wraps: self.wraps };
         let y = with_slice(self.residual.as_ref(), |residual| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
                 winograd::convolve(pictures, self.rows.clone(), outputs, weight, bias, residual)
@@ -110,19 +125,18 @@ impl Conv2d {
         product(shape, left, weight, finish)
     }
 
-    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with zeros outside.
+    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with zeros where there is nothing.
     fn unfold(&self, pictures: Pictures, (picture, oy, ox): (usize, usize, usize), terms: Range<usize>, mut patch: &mut [f32]) {
-        let Pictures { h, w, c, .. } = pictures;
+        let c = pictures.c;
         let mut at = terms.start;
         while at < terms.end {
             let (tap, channel) = (at / c, at % c);
             let len = (c - channel).min(terms.end - at);
             let (part, rest) = patch.split_at_mut(len);
-            let seen = |at: usize, tap: usize| (at * self.stride + tap).checked_sub(self.padding.0);
-            let (y, x) = (seen(oy, tap / self.size), seen(ox, tap % self.size));
-            match (y.filter(|y| *y < h), x.filter(|x| *x < w)) {
-                (Some(y), Some(x)) => {
-                    let pixel = pictures.pixel(picture, pictures.row(y), pictures.column(x));
+            let (y, x) = (oy * self.stride + tap / self.size, ox * self.stride + tap % self.size);
+            match (pictures.row(y, self.padding.0), pictures.column(x, self.padding.0)) {
+                (Some(row), Some(column)) => {
+                    let pixel = pictures.pixel(picture, row, column);
                     part.copy_from_slice(&pixel[channel..][..len]);
                 }
                 _ => part.fill(0.0),

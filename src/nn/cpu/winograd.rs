@@ -77,7 +77,7 @@ pub fn pays(h: usize, w: usize) -> bool {
 }
 
 /// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs], perhaps residual [b, wanted, w, outputs] to
-/// add -> the wanted rows of [b, h, w, outputs], with zeros around the pictures.
+/// add -> the wanted rows of [b, h, w, outputs].
 pub fn convolve(
     pictures: Pictures,
     wanted: Range<usize>,
@@ -131,18 +131,19 @@ impl Kernel for Spread<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Plan { pictures, tiles, rows, lanes, .. } = *self.plan;
-        let Pictures { h, w, c: inputs, .. } = pictures;
+        let inputs = pictures.c;
         let count = (lanes * LANES).min(inputs - self.input);
         for row in 0..rows.min(tiles - self.tile) {
             let (image, top, left) = self.plan.corner(self.tile + row);
             // pixel (wanted.start + top - 1 + i, left - 1 + j) of the picture, if there is one
             let mut pixels: [[&[f32]; SEEN]; SEEN] = [[&[]; SEEN]; SEEN];
-            let columns: [usize; SEEN] = std::array::from_fn(|j| pictures.column((left + j).saturating_sub(1)));
+            let columns: [Option<usize>; SEEN] = std::array::from_fn(|j| pictures.column(left + j, 1));
             for (i, line) in pixels.iter_mut().enumerate() {
-                let Some(row) = (self.plan.wanted.start + top + i).checked_sub(1).filter(|row| *row < h) else { continue };
-                let from = pictures.row(row);
-                for (j, pixel) in line.iter_mut().enumerate().filter(|(j, _)| (1..=w).contains(&(left + j))) {
-                    *pixel = &pictures.pixel(image, from, columns[j])[self.input..][..count];
+                let Some(row) = pictures.row(self.plan.wanted.start + top + i, 1) else { continue };
+                for (pixel, column) in line.iter_mut().zip(columns) {
+                    if let Some(column) = column {
+                        *pixel = &pictures.pixel(image, row, column)[self.input..][..count];
+                    }
                 }
             }
             for lane in 0..count.div_ceil(LANES) {
@@ -364,7 +365,7 @@ mod tests {
     }
 
     fn pictures(x: &[f32], (b, h, w, c): (usize, usize, usize, usize)) -> Pictures<'_> {
-        Pictures { x, rows: h, columns: w, b, h, w, c }
+        Pictures { x, rows: h, columns: w, b, h, w, c, wraps: [false; 2] }
     }
 
     /// x, weight [outputs, inputs, 3, 3] and bias
@@ -456,7 +457,7 @@ mod tests {
             let [x, weight, bias] = noise(b, side, side, inputs, outputs);
             let weight = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
             let (x, bias, shape) = (values(&x), values(&bias), (b, side, side, inputs));
-            let op = Conv2d { size: 3, stride: 1, padding: (1, 1), rows: 0..side, scaled: None, residual: None };
+            let op = Conv2d { size: 3, stride: 1, padding: (1, 1), wraps: [false; 2], rows: 0..side, scaled: None, residual: None };
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {

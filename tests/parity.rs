@@ -165,6 +165,21 @@ fn the_unet_predicts_the_same_after_every_block() {
     }
 }
 
+/// Groups of one channel would take out all that the timestep adds, and the test above would not see it missing.
+#[test]
+fn what_is_compared_depends_on_the_timestep() {
+    for model in MODELS.into_iter().chain([REFINER]).chain(VARIANTS) {
+        let f = fixture(model);
+        if let Some(latents) = f.tensors.get("unet.square.latents") {
+            let (unet, told) = (f.unet(), Conditioning { guidance: f.json["unet"][0]["guidance"].as_f64(), ..f.told(None) });
+            let at = |timestep: f64| unet.told(&told).unwrap().forward(latents, timestep).unwrap();
+            let (early, late) = (at(400.0), at(20.0));
+            let largest = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            assert!(largest(&(&early - &late).unwrap()) > 0.01 * largest(&early), "{model}: the timestep changes nothing");
+        }
+    }
+}
+
 #[test]
 fn the_vae_decodes_the_same_in_tiles() {
     let f = fixture("sd1");

@@ -371,7 +371,8 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
         let (mut latents, mut compared) = (None::<Tensor>, 0);
         for (i, (f, encoder, unet)) in stages.iter().enumerate() {
             let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap()).unwrap().for_pipeline();
-            let whole = plan(&config, Sampler::Euler, None, run["steps"].as_u64().unwrap() as usize, None).unwrap();
+            let (sampler, schedule) = our_names(run, Sampler::Euler);
+            let whole = plan(&config, sampler, schedule, run["steps"].as_u64().unwrap() as usize, None).unwrap();
             let plan = whole.split(run["refine_at"].as_f64().unwrap()).unwrap()[i].clone();
             if i == 0 {
                 assert_eq!(plan.evaluations() as u64, run["base_steps"].as_u64().unwrap(), "{name}: steps of the base");
@@ -403,7 +404,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 compared += 1;
                 Ok(None)
             };
-            let mut no_noise = || candle_core::bail!("euler draws no noise");
+            let mut no_noise = || candle_core::bail!("none of these draws noise");
             latents = Some(sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap());
         }
         assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");

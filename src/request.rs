@@ -199,13 +199,9 @@ impl Request {
                 list: String::new(),
                 batch_size: 1,
                 trace: false,
+                preview: Preview::of(&vae, model.added_ids > 0),
                 model,
                 refiner,
-                preview: match &vae {
-                    Autoencoder::Kl(vae) => Preview::of(vae),
-                    // its scale does not tell whose latents it decodes
-                    Autoencoder::Tiny(_) => None,
-                },
                 vae,
                 plans: vec![],
             })

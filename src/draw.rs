@@ -221,7 +221,8 @@ fn check_files(args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
         output::check_writable(&paths, make_folders, args.force || args.resume)?;
     }
     for job in request.jobs.iter().filter(|job| job.format == Format::Jpg && !args.no_metadata) {
-        let trace = args.trace.then(|| Trace::blank(1 + usize::from(job.guidance != Guidance::Off), job.evaluations()));
+        let trace =
+            args.trace.then(|| Trace::blank(1 + usize::from(job.guidance != Guidance::Off), job.refine.is_some(), job.evaluations()));
         job.settings.metadata(trace.as_ref()).check(job.format).with_context(|| request.place(job))?;
     }
     Ok(())

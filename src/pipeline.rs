@@ -283,9 +283,9 @@ impl Contexts<'_> {
         keys(self.config, job).nth(nth).and_then(|key| self.known.get(&key)).context("a prompt was not encoded")
     }
 
-    /// Adds a job's texts to its trace.
-    fn trace(&self, job: &Job, trace: &mut Trace) -> Result<()> {
-        (0..keys(self.config, job).count()).try_for_each(|nth| Ok(trace.text(nth, self.get(job, nth)?)?))
+    /// Adds a job's texts to its trace, as the model reads them or its refiner.
+    fn trace(&self, job: &Job, by_refiner: bool, trace: &mut Trace) -> Result<()> {
+        (0..keys(self.config, job).count()).try_for_each(|nth| Ok(trace.text(nth, by_refiner, self.get(job, nth)?)?))
     }
 
     /// What a batch is told: of the prompts (0), or with guidance of the negative ones (1).
@@ -364,14 +364,17 @@ impl<'a> Stage<'a> {
         let mut noise = || each(generators, |g| g.latents(*h, *w, *c)?.to_device(&compute.device));
         let (mut beside, mut kept) = (None, None);
         let first = match start {
-            Start::Begun(begun) => (begun * plan.handover_scale())?,
+            Start::Begun(begun) => {
+                traces.iter_mut().zip(batch).try_for_each(|(trace, job)| self.contexts.trace(job, true, trace))?;
+                (begun * plan.handover_scale())?
+            }
             Start::Anew(grounds) => {
                 let over = Over { grounds, config: self.contexts.config, guidance: *guidance, scaling_factor: *scaling_factor };
                 let image = over.image(settings.strength, &mut noise)?;
                 let first = varied(noise()?, batch)?;
                 // of a picture that is drawn twice the first time alone
                 for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate().filter(|_| *done == 0) {
-                    self.contexts.trace(job, trace)?;
+                    self.contexts.trace(job, false, trace)?;
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }
                 let mask = over.mask()?;

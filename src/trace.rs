@@ -17,6 +17,11 @@ const TEXTS: [[&str; 2]; 2] = [["tokens", "text embedding"], ["negative tokens",
 const NOISE: &str = "noise";
 const PIXELS: &str = "pixels";
 
+/// The two stages of a text.
+fn text_stages(nth: usize, by_refiner: bool) -> Option<[String; 2]> {
+    TEXTS.get(nth).map(|names| names.map(|name| format!("{}{name}", if by_refiner { "refiner's " } else { "" })))
+}
+
 /// The two stages of a step, from 1, and how many there are: the guided network's guess of the finished latents, and
 /// what the sampler makes of it.
 fn step_stages(step: usize, total: usize) -> [String; 2] {
@@ -36,13 +41,13 @@ impl Trace {
         sdgen.get(Self::KEY).map(Self::deserialize).transpose()
     }
 
-    /// Takes the prompt (`nth` 0) or the negative one (1).
-    pub fn text(&mut self, nth: usize, text: &Embedded) -> Result<()> {
-        let Some([tokens, embedding]) = TEXTS.get(nth) else { return Ok(()) };
-        self.keep(*tokens, text.ids.iter().flat_map(|id| id.to_le_bytes()));
+    /// Takes the prompt (`nth` 0) or the negative one (1) as the model reads it, or its refiner.
+    pub fn text(&mut self, nth: usize, by_refiner: bool, text: &Embedded) -> Result<()> {
+        let Some([tokens, embedding]) = text_stages(nth, by_refiner) else { return Ok(()) };
+        self.keep(tokens, text.ids.iter().flat_map(|id| id.to_le_bytes()));
         let parts: Vec<Tensor> =
             [Some(&text.context), text.pooled.as_ref()].into_iter().flatten().map(Tensor::flatten_all).collect::<Result<_>>()?;
-        self.keep_values(*embedding, &Tensor::cat(&parts, 0)?)
+        self.keep_values(embedding, &Tensor::cat(&parts, 0)?)
     }
 
     /// Takes the unit noise that the latents start from, [1, h, w, c].
@@ -59,9 +64,11 @@ impl Trace {
         self.keep(PIXELS, picture.rgb.iter().copied());
     }
 
-    /// A trace as long as that of a picture with so many texts and evaluations.
-    pub fn blank(texts: usize, evaluations: usize) -> Self {
-        let names = TEXTS.iter().take(texts).flatten().chain([&NOISE, &PIXELS]).map(|name| (*name).to_owned());
+    /// A trace as long as that of a picture with so many texts and evaluations, with or without a refiner.
+    pub fn blank(texts: usize, is_refined: bool, evaluations: usize) -> Self {
+        let readers = [Some(false), is_refined.then_some(true)].into_iter().flatten();
+        let texts = readers.flat_map(|by_refiner| (0..texts).filter_map(move |nth| text_stages(nth, by_refiner)).flatten());
+        let names = texts.chain([NOISE, PIXELS].map(String::from));
         let steps = (1..=evaluations).flat_map(|step| step_stages(step, evaluations));
         let mut trace = Self::default();
         names.chain(steps).for_each(|stage| trace.keep(stage, []));

@@ -4,6 +4,7 @@
 mod common;
 
 use common::*;
+use sdgen::trace::Trace;
 use serde_json::Value;
 use std::path::Path;
 
@@ -155,6 +156,31 @@ fn a_trace_names_every_stage_and_changes_neither_pixels_nor_settings() {
     // without guidance there is no negative prompt
     draw(dir.path(), "alone.png", &["--trace", "-g", "1"]);
     assert_eq!(said_of_drawing(dir.path(), "alone.png")["trace"].as_object().unwrap().len(), stages.len() - 2);
+}
+
+#[test]
+fn a_trace_has_what_a_refiner_reads_before_its_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let drawn = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "--trace", "--json", "--force", "-o", "a.png", "-m"]);
+        command.arg(fixture("sdxl")).arg("--refine-at=0.5").arg("--refiner").arg(fixture("sdxl_refiner")).args(options);
+        let record: Value = serde_json::from_str(&stdout(&succeed(&mut command))).unwrap();
+        record["trace"].as_object().unwrap().clone()
+    };
+    let trace = drawn(&[]);
+    let mut stages: Vec<String> = trace.keys().cloned().collect();
+    let read = |whose: &str| ["tokens", "text embedding", "negative tokens", "negative embedding"].map(|name| format!("{whose}{name}"));
+    let step = |n: usize| ["U-Net", "sampler"].map(|stage| format!("step {n} of 2, {stage}"));
+    assert_eq!(stages, [&read("")[..], &["noise".into()], &step(1), &read("refiner's "), &step(2), &["pixels".into()]].concat());
+    // both read the same ids with the second tokenizer, and make something else of them
+    assert!(trace["text embedding"] != trace["refiner's text embedding"]);
+    // as much is expected of a picture whose file has to hold it
+    let mut expected: Vec<String> = serde_json::to_value(Trace::blank(2, true, 2)).unwrap().as_object().unwrap().keys().cloned().collect();
+    expected.sort();
+    stages.sort();
+    assert_eq!(stages, expected);
+    assert_eq!(drawn(&["-g", "1"]).len(), trace.len() - 4);
 }
 
 #[test]

@@ -191,3 +191,14 @@ fn a_source_picture_is_encoded_as_seamless_as_what_is_drawn_over_it() {
         assert!(*picture != plain);
     }
 }
+
+#[test]
+fn a_picture_drawn_larger_over_a_small_one_is_seamless_throughout() {
+    let dir = tempfile::tempdir().unwrap();
+    // next to nothing of the second drawing is new: it shows how the first was decoded and encoded
+    let args = ["a rocket and a cat, 3d", "-s", "3", "--tile", "xy", "--hires", "2x", "--hires-strength", "0.05"];
+    for steps in steps(&draw(dir.path(), "tiled.png", &args)) {
+        let (seam, inside) = steps.split_last().unwrap();
+        assert!(*seam < 2.0 * inside.iter().sum::<f64>() / inside.len() as f64, "{seam:.2} at the seam");
+    }
+}

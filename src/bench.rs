@@ -182,7 +182,8 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
     let conditioning = Conditioning { context: random(&[b, 77, sizes.context])?, added: added.transpose()?, guidance: None };
     let told = unet.told(&conditioning.after(&conditioning)?)?;
     let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
-    let mut guided = Guided { unet: told, guidance: Guidance::Text, beside: None, scale: 7.5, rescale: 0.0, prediction, reuse };
+    let mut guided =
+        Guided { unet: told, guidance: Guidance::Text(1), weights: vec![1.0], beside: None, scale: 7.5, rescale: 0.0, prediction, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }

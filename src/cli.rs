@@ -17,6 +17,7 @@ use crate::schedule::{Prediction, Schedule};
 use crate::settings::{Border, Point, Size};
 use crate::shard::Shard;
 use crate::terminal::ShowChoice;
+use crate::text::prompt::Syntax;
 use crate::weights::hub::Hub;
 use crate::weights::{Checkpoint, Origin, nearest};
 use anyhow::{Context, Result, bail};
@@ -211,6 +212,9 @@ pub struct PictureArgs {
     /// What to steer away from
     #[arg(short, long, alias = "negative-prompt", value_name = "TEXT", help_heading = "Picture")]
     pub negative: Option<Arc<str>>,
+    /// How prompts are read: a1111, with (weights:1.2), [a:b:0.5], AND, BREAK and any length; or plain [default: a1111]
+    #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "NAME", help_heading = "Picture")]
+    pub prompt_syntax: Option<Syntax>,
     /// Width in pixels [default: the model's]
     #[arg(short = 'W', long, value_name = "PX", help_heading = "Picture")]
     pub width: Option<usize>,

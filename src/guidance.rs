@@ -10,6 +10,8 @@ pub struct Guided<'a> {
     /// told of what the guidance says, one block of pictures after the other
     pub unet: Told<'a>,
     pub guidance: Guidance,
+    /// of each prompt of a picture beside the others
+    pub weights: Vec<f64>,
     /// what stands beside the latents, [passes*b, h, w, k], for networks that take a source picture as an input
     pub beside: Option<Tensor>,
     pub scale: f64,
@@ -24,8 +26,8 @@ pub struct Guided<'a> {
 pub enum Guidance {
     /// nothing: the prompts alone
     Off,
-    /// the negative prompts, then the prompts
-    Text,
+    /// the negative prompts, then so many prompts of each picture
+    Text(usize),
     /// the negative prompts without the source picture, the negative prompts with it, and the prompts with it; the scale
     /// between the first two (Brooks et al. 2022, arXiv 2211.09800, eq. 3)
     TextAndPicture(f64),
@@ -36,7 +38,7 @@ impl Guidance {
     pub fn passes(self) -> usize {
         match self {
             Self::Off => 1,
-            Self::Text => 2,
+            Self::Text(prompts) => 1 + prompts,
             Self::TextAndPicture(_) => 3,
         }
     }
@@ -83,8 +85,11 @@ impl Guided<'_> {
         let output = self.reuse.forward(&self.unet, &input, timestep)?.to_dtype(x.dtype())?;
         let parts = output.chunk(passes, 0)?;
         let output = match (self.guidance, &parts[..]) {
-            (Guidance::Text, [unconditional, conditional]) => {
-                let guided = (unconditional + ((conditional - unconditional)? * self.scale)?)?;
+            (Guidance::Text(_), [unconditional, conditional, ..]) => {
+                let mut guided = unconditional.clone();
+                for (conditional, weight) in parts.iter().skip(1).zip(&self.weights) {
+                    guided = (guided + ((conditional - unconditional)? * (self.scale * weight))?)?;
+                }
                 if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
             }
             (Guidance::TextAndPicture(scale), [unconditional, picture, conditional]) => {

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod canvas;
 pub mod check;
 pub mod cli;
+pub mod contexts;
 pub mod device;
 pub mod draw;
 pub mod failure;

@@ -24,7 +24,7 @@ use std::sync::Arc;
 /// Pictures a run may ask for.
 const MAX_JOBS: usize = 1_000_000;
 /// Options whose values are texts; of all others they are numbers.
-const TEXTS: &str = "negative variation tile sampler schedule original-size crop target-size output image mask fit";
+const TEXTS: &str = "negative prompt-syntax variation tile sampler schedule original-size crop target-size output image mask fit";
 
 /// Every picture that is asked for, in order: line by line, there seed by seed, there through the sweeps.
 pub struct List {

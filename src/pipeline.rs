@@ -5,13 +5,13 @@
 //! soon as its batch is.
 
 use crate::canvas::Canvas;
+use crate::contexts::Contexts;
 use crate::device::Compute;
-use crate::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::ground::{Ground, Grounds};
 use crate::guidance::{Guidance, Guided, Reuse};
 use crate::image::Picture;
 use crate::input::Fit;
-use crate::model::unet::{Added, Beside, Conditioning, UNet};
+use crate::model::unet::{Beside, UNet};
 use crate::model::{Autoencoder, Decoder, Posterior, tiles};
 use crate::nn::cpu;
 use crate::noise::Generator;
@@ -21,12 +21,12 @@ use crate::request::{Job, ModelConfig, Request};
 use crate::sampler::{self, Step};
 use crate::schedule::Plan;
 use crate::settings::Settings;
-use crate::text::encoder::{Embedded, Encoder};
+use crate::text::encoder::Encoder;
 use crate::trace::Trace;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Error, Result};
 use candle_core::{DType, Result as TensorResult, Tensor};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -92,9 +92,10 @@ pub fn generate<'a>(
     let mut vae = Vae { checkpoint, config: &request.vae, decoder: None };
     let mut grounds = Grounds::new(checkpoint, &request.vae);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
-        let mut steps = Steps::of(&batch, request)?;
         let _attended = compute.device.is_cpu().then(cpu::Attended::start);
         base.prepare(&batch, &queue, compute, progress)?;
+        let batch = queue.alike(batch, |job| base.contexts.tokens(job))?;
+        let mut steps = Steps::of(&batch, request)?;
         progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
         let ground = grounds.of(&batch, queue.iter(), compute, progress);
         let start = Instant::now();
@@ -219,6 +220,15 @@ impl<'a> Queue<'a> {
         Some(batch)
     }
 
+    /// Those of a batch that `what` is the same of as of the first; takes back the others.
+    fn alike(&mut self, batch: Vec<&'a Job>, what: impl Fn(&Job) -> Result<usize>) -> Result<Vec<&'a Job>> {
+        let each = batch.iter().map(|job| what(job)).collect::<Result<Vec<_>>>()?;
+        let (same, others): (Vec<_>, Vec<_>) = batch.into_iter().zip(&each).partition(|(_, is)| Some(*is) == each.first());
+        let jobs = |part: Vec<(&'a Job, &usize)>| part.into_iter().map(|(job, _)| job).collect::<Vec<_>>();
+        self.again.extend(Some(jobs(others)).filter(|others| !others.is_empty()));
+        Ok(jobs(same))
+    }
+
     /// Takes back a batch that failed, in halves, so that its other pictures are drawn; a single job is given back.
     fn put_back(&mut self, mut batch: Vec<&'a Job>, error: Error) -> Option<(&'a Job, Error)> {
         if let [job] = batch[..] {
@@ -227,82 +237,6 @@ impl<'a> Queue<'a> {
         let second = batch.split_off(batch.len().div_ceil(2));
         self.again.extend([second, batch]);
         None
-    }
-}
-
-/// A text and the layers skipped for it; none for no text at all, whose embedding is zeros.
-type Key = Option<(Arc<str>, usize)>;
-
-/// What the U-Net is told of prompts.
-struct Contexts<'a> {
-    config: &'a ModelConfig,
-    known: HashMap<Key, Embedded>,
-}
-
-/// The prompt's key, and with guidance the negative prompt's.
-fn keys(config: &ModelConfig, job: &Job) -> impl Iterator<Item = Key> + use<> {
-    let settings = &job.settings;
-    let is_nothing = config.empty_is_zeros && settings.negative.is_empty();
-    // as in diffusers, layers are skipped for the prompt alone
-    let negative = (job.guidance != Guidance::Off).then(|| (!is_nothing).then(|| (settings.negative.clone(), 0)));
-    std::iter::once(Some((settings.prompt.clone(), settings.clip_skip - 1))).chain(negative)
-}
-
-impl Contexts<'_> {
-    fn has(&self, job: &Job) -> bool {
-        keys(self.config, job).all(|key| self.known.contains_key(&key))
-    }
-
-    /// Embeds each text of these jobs once; what is known already is kept, what they do not need is forgotten.
-    fn encode<'j>(&mut self, jobs: impl Iterator<Item = &'j Job>, encoder: &Encoder, progress: &Progress) -> Result<()> {
-        let mut before = std::mem::take(&mut self.known);
-        let config = self.config;
-        for key in jobs.flat_map(|job| keys(config, job)) {
-            if self.known.contains_key(&key) {
-                continue;
-            }
-            let embedded = match (before.remove(&key), &key) {
-                (Some(embedded), _) => embedded,
-                (None, None) => encoder.encode("", 0)?.0.zeros_like()?,
-                (None, Some((text, skip))) => {
-                    let (embedded, cut) = encoder.encode(text, *skip)?;
-                    if let Some(cut) = cut {
-                        let tokens = embedded.context.dim(1)?;
-                        progress.note(format!("warning: the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
-                    }
-                    embedded
-                }
-            };
-            self.known.insert(key, embedded);
-        }
-        Ok(())
-    }
-
-    /// A job's prompt (0), or with guidance its negative prompt (1).
-    fn get(&self, job: &Job, nth: usize) -> Result<&Embedded> {
-        keys(self.config, job).nth(nth).and_then(|key| self.known.get(&key)).context("a prompt was not encoded")
-    }
-
-    /// Adds a job's texts to its trace, as the model reads them or its refiner.
-    fn trace(&self, job: &Job, by_refiner: bool, trace: &mut Trace) -> Result<()> {
-        (0..keys(self.config, job).count()).try_for_each(|nth| Ok(trace.text(nth, by_refiner, self.get(job, nth)?)?))
-    }
-
-    /// What a batch is told: of the prompts (0), or with guidance of the negative ones (1).
-    fn of(&self, batch: &[&Job], nth: usize) -> Result<Conditioning> {
-        let embedded = batch.iter().map(|job| self.get(job, nth)).collect::<Result<Vec<_>>>()?;
-        let cat = |rows: Vec<&Tensor>| Tensor::cat(&rows, 0);
-        let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
-        let numbers = |job: &&Job| match (job.settings.sizes(), self.config.added_ids) {
-            ([original_height, original_width, top, left, ..], REFINER_IDS) => {
-                vec![original_height, original_width, top, left, AESTHETIC_SCORES[nth]]
-            }
-            (sizes, _) => sizes.to_vec(),
-        };
-        let ids = || batch.iter().map(numbers).collect();
-        let added = (!pooled.is_empty()).then(|| Ok::<_, Error>(Added { pooled: cat(pooled)?, ids: ids() })).transpose()?;
-        let guidance = batch.first().map(|job| job.settings.guidance);
-        Ok(Conditioning { context: cat(embedded.iter().map(|embedded| &embedded.context).collect())?, added, guidance })
     }
 }
 
@@ -316,7 +250,7 @@ struct Stage<'a> {
 
 impl<'a> Stage<'a> {
     fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig) -> Self {
-        Self { checkpoint, contexts: Contexts { config, known: HashMap::new() }, encoder: None, unet: None }
+        Self { checkpoint, contexts: Contexts::new(config), encoder: None, unet: None }
     }
 
     /// Embeds the batch's prompts, and those of what comes next, and has the U-Net there.
@@ -352,14 +286,8 @@ impl<'a> Stage<'a> {
             _ => (plan, settings.prediction),
         };
         unet.wrap.set(settings.tile);
-        let mut told = self.contexts.of(batch, 0)?;
-        if *guidance != Guidance::Off {
-            let negative = self.contexts.of(batch, 1)?;
-            for _ in 1..guidance.passes() {
-                told = told.after(&negative)?;
-            }
-        }
-        let unet = unet.told(&told)?;
+        let mut texts = self.contexts.at(batch, plan.before());
+        let told = unet.told(&self.contexts.of(batch, &texts)?)?;
         let Steps { generators, traces, preview, latent_shape: (h, w, c), scaling_factor, done, total } = steps;
         let mut noise = || each(generators, |g| g.latents(*h, *w, *c)?.to_device(&compute.device));
         let (mut beside, mut kept) = (None, None);
@@ -378,7 +306,7 @@ impl<'a> Stage<'a> {
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }
                 let mask = over.mask()?;
-                beside = over.beside(mask.as_ref(), &mut noise)?.map(|beside| beside.to_dtype(unet.dtype())).transpose()?;
+                beside = over.beside(mask.as_ref(), &mut noise)?.map(|beside| beside.to_dtype(told.dtype())).transpose()?;
                 let x = match &image {
                     // diffusers' inpainting forgets what it is to repaint all of
                     Some(image) if mask.is_none() || settings.strength < Some(1.0) => (image + (&first * plan.first_sigma())?)?,
@@ -390,10 +318,16 @@ impl<'a> Stage<'a> {
         };
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
-        let mut guided = Guided { unet, guidance: *guidance, beside, scale, rescale, prediction, reuse };
+        let weights = batch.first().map(|job| job.weights()).unwrap_or_default();
+        let mut guided = Guided { unet: told, guidance: *guidance, weights, beside, scale, rescale, prediction, reuse };
         let (before, steps) = (*done, *total);
         let mut bad_step = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
+            let now = self.contexts.at(batch, plan.step_of(*done - before));
+            if now != texts {
+                guided.unet = unet.told(&self.contexts.of(batch, &now).map_err(candle_core::Error::wrap)?)?;
+                texts = now;
+            }
             let denoised = guided.denoise(x, sigma, timestep)?;
             *done += 1;
             progress.step(*done, *total);

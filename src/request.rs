@@ -15,6 +15,7 @@ use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
 use crate::settings::{Hires, Settings};
 use crate::text::encoder::EncoderConfig;
+use crate::text::prompt::{Prompts, Syntax};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -43,6 +44,7 @@ pub struct Job {
     pub line: Option<usize>,
     pub settings: Settings,
     pub guidance: Guidance,
+    pub prompts: Arc<Prompts>,
     pub plan: Arc<Plan>,
     /// what the refiner does then
     pub refine: Option<Arc<Plan>>,
@@ -66,11 +68,17 @@ impl Job {
         Some(Self { settings, plan, enlarge: None, ..self.clone() })
     }
 
+    /// Of the prompts that `AND` joins.
+    pub fn weights(&self) -> Vec<f64> {
+        self.prompts.parts.iter().map(|part| part.weight).collect()
+    }
+
     /// Whether both can be denoised in one batch: they share all that one forward pass shares.
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
             && (a.width, a.height, a.hires, a.tile, a.deep_cache) == (b.width, b.height, b.hires, b.tile, b.deep_cache)
+            && self.weights() == other.weights()
             && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
             && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
     }
@@ -236,6 +244,7 @@ impl Request {
                 version: version.clone(),
                 prompt: item.prompt.clone(),
                 negative: options.negative.as_ref().unwrap_or(&no_negative).clone(),
+                prompt_syntax: options.prompt_syntax.unwrap_or(Syntax::A1111),
                 seed: item.seed,
                 variation: options.variation,
                 width: options.width.unwrap_or(width),
@@ -391,13 +400,28 @@ impl Request {
         };
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
         let is_on = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
+        let prompts = self.prompts(&settings)?;
+        if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
+            bail!("prompts that `AND` joins need guidance by text alone\n\nhint: use `--guidance` above 1, or write it in lower case");
+        }
         let guidance = match settings.image_guidance {
             Some(scale) if is_on && scale >= 1.0 => Guidance::TextAndPicture(scale),
-            None if is_on => Guidance::Text,
+            None if is_on => Guidance::Text(prompts.parts.len()),
             _ => Guidance::Off,
         };
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, plan, refine, enlarge, path: None, format });
+        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, prompts, plan, refine, enlarge, path: None, format });
         Ok(())
+    }
+
+    /// A picture's prompts, read once for all seeds of one.
+    fn prompts(&self, settings: &Settings) -> Result<Arc<Prompts>> {
+        let Settings { prompt, negative, prompt_syntax, steps, .. } = settings;
+        if let Some(Job { settings: last, prompts, .. }) = self.jobs.last()
+            && (&last.prompt, &last.negative, &last.prompt_syntax, &last.steps) == (prompt, negative, prompt_syntax, steps)
+        {
+            return Ok(prompts.clone());
+        }
+        Prompts::parse(prompt, negative, *prompt_syntax, *steps).map(Arc::new)
     }
 
     /// Gives every picture its path. Errors if two would have one.

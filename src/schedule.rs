@@ -797,6 +797,16 @@ impl Plan {
         if self.is_variance_preserving() { sigma.hypot(1.0) } else { 1.0 }
     }
 
+    /// Steps of the whole run before this part of it.
+    pub fn before(&self) -> usize {
+        self.before
+    }
+
+    /// In which step of the whole run, from 0, an evaluation is.
+    pub fn step_of(&self, evaluation: usize) -> usize {
+        self.before + if self.sampler.is_two_stage() { evaluation / 2 } else { evaluation }
+    }
+
     /// How often the network runs.
     pub fn evaluations(&self) -> usize {
         let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));
@@ -1075,6 +1085,7 @@ impl Plan {
                 self.timesteps.insert(1, *second);
             }
             self.timesteps.drain(..skipped);
+            self.before = skipped;
         } else {
             ensure!(skipped == 0, "`pndm` with Runge-Kutta steps cannot begin with a picture\n\nhint: use another `--sampler`");
             ensure!(n >= 4, "`pndm` needs at least 4 steps here, not {n}");

@@ -7,6 +7,7 @@ use crate::noise::Variation;
 use crate::request::MAX_SIDE_PX;
 use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
+use crate::text::prompt::Syntax;
 use crate::trace::Trace;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -22,6 +23,8 @@ pub struct Settings {
     pub prompt: Arc<str>,
     /// empty for none
     pub negative: Arc<str>,
+    #[serde(default)]
+    pub prompt_syntax: Syntax,
     pub seed: u64,
     /// of the first noise
     #[serde(default, skip_serializing_if = "Option::is_none")]

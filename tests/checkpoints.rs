@@ -156,10 +156,11 @@ fn clips_tokenizer_gives_transformers_ids() {
 }
 
 #[test]
-fn a_long_prompt_is_cut_with_a_warning_that_quotes_the_rest() {
+fn a_long_plain_prompt_is_cut_with_a_warning_that_quotes_the_rest() {
     let dir = tempfile::tempdir().unwrap();
     let prompt = format!("{}then zebras", "the house ".repeat(40));
-    let output = succeed(sdgen(dir.path()).args([&prompt, "-s", "1", "--steps", "1", "-o", "x.png", "-m"]).arg(fixture("sd1")));
+    let plain = ["--prompt-syntax", "plain"];
+    let output = succeed(sdgen(dir.path()).args(plain).args([&prompt, "-s", "1", "--steps", "1", "-o", "x.png", "-m"]).arg(fixture("sd1")));
     let said = stderr(&output);
     assert!(said.contains("longer than 77 tokens") && said.trim_end().ends_with("then zebras"), "{said}");
 }

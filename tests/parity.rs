@@ -15,6 +15,7 @@ use sdgen::noise::Generator;
 use sdgen::sampler::{self, Sampler};
 use sdgen::schedule::{Schedule, SchedulerConfig, plan};
 use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
+use sdgen::text::prompt::Syntax;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, ENCODERS, Origin};
 use serde_json::Value;
@@ -115,7 +116,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
         for (i, case) in f.json["text"].as_array().unwrap().iter().enumerate() {
             let prompt = case["prompt"].as_str().unwrap();
             let ids = |key: &str| -> Vec<u32> { case[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect() };
-            let (embedded, cut) = encoder.encode(prompt, 0).unwrap();
+            let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
             for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
                 let Some(source) = f.checkpoint.tokenizers.get(part) else { continue };
                 let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
@@ -133,7 +134,12 @@ fn prompts_become_the_same_ids_and_embeddings() {
             for skip in [1, 2] {
                 let name = format!("text.{i}.embeds_clip_skip_{skip}");
                 if f.tensors.contains_key(&name) {
-                    compare(&format!("{model} {name}"), &encoder.encode(prompt, skip).unwrap().0.context, f.golden(&name), NETWORK);
+                    compare(
+                        &format!("{model} {name}"),
+                        &encoder.encode(prompt, skip, Syntax::Plain).unwrap().0.context,
+                        f.golden(&name),
+                        NETWORK,
+                    );
                 }
             }
         }
@@ -312,17 +318,17 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
             let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
             let guidance = run["guidance"].as_f64().unwrap();
-            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), skip).unwrap().0;
+            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), skip, Syntax::Plain).unwrap().0;
             let negative = (guidance > 1.0 && !embeds_guidance).then(|| match run["negative_prompt"].as_str() {
-                Some(text) => encoder.encode(text, 0).unwrap().0,
+                Some(text) => encoder.encode(text, 0, Syntax::Plain).unwrap().0,
                 None => prompt.zeros_like().unwrap(),
             });
             let (conditioning, negative) = (told(&prompt, run, None), negative.map(|negative| told(&negative, run, None)));
             let reuse = Reuse::every(1);
             let (scale, rescale, prediction) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0), config.prediction);
-            let kind = if negative.is_some() { Guidance::Text } else { Guidance::Off };
+            let kind = if negative.is_some() { Guidance::Text(1) } else { Guidance::Off };
             let unet = unet.told(&negative.map_or(Ok(conditioning.clone()), |negative| conditioning.after(&negative)).unwrap()).unwrap();
-            let mut guided = Guided { unet, guidance: kind, beside: None, scale, rescale, prediction, reuse };
+            let mut guided = Guided { unet, guidance: kind, weights: vec![1.0], beside: None, scale, rescale, prediction, reuse };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
             // picture i has seed + i, or its own seed where the run lists them
@@ -378,18 +384,18 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 assert_eq!(plan.evaluations() as u64, run["base_steps"].as_u64().unwrap(), "{name}: steps of the base");
             }
             let scores = [[None, None], [Some(6.0), Some(2.5)]][i];
-            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), 0).unwrap().0;
+            let prompt = encoder.encode(run["prompt"].as_str().unwrap(), 0, Syntax::Plain).unwrap().0;
             // zeros for the base, the embedding of no text for the refiner
             let negative = match (run["negative_prompt"].as_str(), i) {
                 (None, 0) => prompt.zeros_like().unwrap(),
-                (text, _) => encoder.encode(text.unwrap_or(""), 0).unwrap().0,
+                (text, _) => encoder.encode(text.unwrap_or(""), 0, Syntax::Plain).unwrap().0,
             };
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
             let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
             let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
-            let kind = if negative.is_some() { Guidance::Text } else { Guidance::Off };
+            let kind = if negative.is_some() { Guidance::Text(1) } else { Guidance::Off };
             let unet = unet.told(&negative.map_or(Ok(conditioning.clone()), |negative| conditioning.after(&negative)).unwrap()).unwrap();
-            let mut guided = Guided { unet, guidance: kind, beside: None, scale, rescale, prediction, reuse };
+            let mut guided = Guided { unet, guidance: kind, weights: vec![1.0], beside: None, scale, rescale, prediction, reuse };
             let first = match latents.take() {
                 None => {
                     let noise = refiner.golden(&format!("run.{name}.noise"));

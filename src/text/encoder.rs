@@ -3,11 +3,12 @@
 //! Hides that SDXL has two encoders, which are asked for other hidden states than a single one is.
 
 use super::clip::{Clip, ClipConfig};
-use super::tokenizer::Tokenizer;
+use super::prompt::{Syntax, pieces};
+use super::tokenizer::{Chunk, Tokenizer};
 use crate::device::Compute;
 use crate::weights::{Checkpoint, ENCODERS};
 use anyhow::{Context, Result};
-use candle_core::{Result as TensorResult, Tensor};
+use candle_core::{DType, Result as TensorResult, Tensor};
 
 /// What a U-Net is told of a prompt.
 #[derive(Clone)]
@@ -70,21 +71,48 @@ impl Encoder {
         Ok(Self { parts: config.0.iter().map(part).collect::<Result<_>>()?, is_pooled: config.pooled().is_some() })
     }
 
-    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit.
-    pub fn encode(&self, text: &str, skip: usize) -> Result<(Embedded, Option<String>)> {
+    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit, which
+    /// is none in A1111's syntax. Errors if that cannot be read.
+    pub fn encode(&self, text: &str, skip: usize, syntax: Syntax) -> Result<(Embedded, Option<String>)> {
+        let pieces = match syntax {
+            Syntax::A1111 => Some(pieces(text)?),
+            Syntax::Plain => None,
+        };
         let (mut ids, mut contexts, mut whole, mut rest) = (vec![], vec![], None, None);
         for (tokenizer, clip, config) in &self.parts {
-            let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
-            rest = rest.or(tokens.cut);
-            ids.extend_from_slice(&tokens.ids);
-            if !self.is_pooled {
-                contexts.push(clip.forward(&tokens.ids, skip)?);
-                continue;
+            let chunks = match &pieces {
+                Some(pieces) => tokenizer.chunks(pieces, config.max_position_embeddings)?,
+                None => {
+                    let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
+                    rest = rest.or(tokens.cut);
+                    vec![Chunk { weights: vec![1.0; tokens.ids.len()], ids: tokens.ids }]
+                }
+            };
+            let mut hidden = vec![];
+            for Chunk { ids: own, weights } in chunks {
+                if self.is_pooled {
+                    let (one, pooled) = clip.penultimate(&own, skip)?;
+                    hidden.push(weighted(&one, &weights)?);
+                    whole = whole.or(pooled);
+                } else {
+                    hidden.push(weighted(&clip.forward(&own, skip)?, &weights)?);
+                }
+                ids.extend(own);
             }
-            let (hidden, pooled) = clip.penultimate(&tokens.ids, skip)?;
-            contexts.push(hidden);
-            whole = whole.or(pooled);
+            contexts.push(Tensor::cat(&hidden, 1)?);
         }
         Ok((Embedded { ids, context: Tensor::cat(&contexts, 2)?, pooled: whole }, rest))
     }
+}
+
+/// [1, n, d] with each token's embedding times its weight [n], and the mean of all that it had before.
+fn weighted(hidden: &Tensor, weights: &[f32]) -> TensorResult<Tensor> {
+    if weights.iter().all(|weight| *weight == 1.0) {
+        return Ok(hidden.clone());
+    }
+    let weights = Tensor::new(weights, hidden.device())?.to_dtype(hidden.dtype())?.reshape((1, (), 1))?;
+    let scaled = hidden.broadcast_mul(&weights)?;
+    let mean = |x: &Tensor| x.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
+    let ratio = mean(hidden)? / mean(&scaled)?;
+    &scaled * if ratio.is_finite() { f64::from(ratio) } else { 1.0 }
 }

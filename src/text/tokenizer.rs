@@ -3,6 +3,7 @@
 //! Built from a checkpoint's `tokenizer.json`, or `vocab.json` and `merges.txt`, or CLIP's own vocabulary, which is part
 //! of the program: a single-file checkpoint brings none.
 
+use super::prompt::Piece;
 use crate::weights::TokenizerFiles;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
@@ -32,9 +33,22 @@ pub struct Tokens {
     pub cut: Option<String>,
 }
 
+/// Some of a long prompt's tokens: as many as the model takes at once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chunk {
+    /// start, text, end, padding
+    pub ids: Vec<u32>,
+    /// what the embedding of each is multiplied by
+    pub weights: Vec<f32>,
+}
+
+/// A chunk is left early at a comma among so many of its last tokens, as A1111 does, so that a phrase stays whole.
+const COMMA_REACH: usize = 20;
+
 /// Turns text into token ids.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    comma: Option<u32>,
     start: u32,
     end: u32,
     pad: u32,
@@ -76,7 +90,7 @@ impl Tokenizer {
         if max_tokens < 3 {
             bail!("model_max_length of the tokenizer is {max_tokens}, too few for any word");
         }
-        Ok(Self { start, end, pad, max_tokens, inner })
+        Ok(Self { start, end, pad, max_tokens, comma: inner.token_to_id(",</w>"), inner })
     }
 
     /// Ids of the text between start and end, with their places in it.
@@ -99,6 +113,62 @@ impl Tokenizer {
         let mut ids = [&[self.start], words.get(..room).unwrap_or(words), &[self.end]].concat();
         ids.resize(length, self.pad);
         Ok(Tokens { ids, cut })
+    }
+
+    /// All of a prompt, in chunks of `max_tokens` ids (at most the encoder's positions), at least one. As in A1111 each piece
+    /// is tokenized by itself.
+    pub fn chunks(&self, pieces: &[Piece], positions: usize) -> Result<Vec<Chunk>> {
+        let room = self.max_tokens.min(positions).saturating_sub(2).max(1);
+        let mut filling = Filling { tokenizer: self, room, done: vec![], open: vec![], comma: None };
+        for piece in pieces {
+            match piece {
+                Piece::Break => filling.close(),
+                Piece::Text { text, weight } => self.words(text)?.get_ids().iter().for_each(|id| filling.push(*id, *weight)),
+            }
+        }
+        if !filling.open.is_empty() || filling.done.is_empty() {
+            filling.close();
+        }
+        Ok(filling.done)
+    }
+}
+
+/// What [`Tokenizer::chunks`] has so far.
+struct Filling<'a> {
+    tokenizer: &'a Tokenizer,
+    room: usize,
+    done: Vec<Chunk>,
+    /// tokens of the chunk that is filled, with their weights
+    open: Vec<(u32, f32)>,
+    /// where in it its last comma stands
+    comma: Option<usize>,
+}
+
+impl Filling<'_> {
+    fn push(&mut self, id: u32, weight: f32) {
+        if Some(id) == self.tokenizer.comma {
+            self.comma = Some(self.open.len());
+        } else if self.open.len() == self.room
+            && let Some(comma) = self.comma.filter(|comma| self.room - comma <= COMMA_REACH)
+        {
+            let next = self.open.split_off(comma + 1);
+            self.close();
+            self.open = next;
+        }
+        if self.open.len() == self.room {
+            self.close();
+        }
+        self.open.push((id, weight));
+    }
+
+    fn close(&mut self) {
+        let Tokenizer { start, end, pad, .. } = *self.tokenizer;
+        let (mut ids, mut weights): (Vec<u32>, Vec<f32>) = std::iter::once((start, 1.0)).chain(self.open.drain(..)).unzip();
+        ids.push(end);
+        ids.resize(self.room + 2, pad);
+        weights.resize(self.room + 2, 1.0);
+        self.done.push(Chunk { ids, weights });
+        self.comma = None;
     }
 }
 

@@ -205,8 +205,8 @@ pub struct DrawArgs {
     pub verbose: bool,
 }
 
-/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count`, `crop`, `extend`
-/// and `output` may be swept.
+/// What may differ from picture to picture. Each option is also a key of a list's lines; all but `count`, `crop`, `extend`,
+/// `frames` and `output` may be swept.
 #[derive(Debug, Clone, Args)]
 pub struct PictureArgs {
     /// What to steer away from
@@ -230,6 +230,15 @@ pub struct PictureArgs {
     /// Mix the noise of another seed in, by X from 0 to 1: like the picture, but not quite
     #[arg(long, value_name = "SEED:X", hide_short_help = true, help_heading = "Picture")]
     pub variation: Option<Variation>,
+    /// Go on to this prompt, picture by picture: see --frames
+    #[arg(long, hide_short_help = true, value_name = "PROMPT", help_heading = "Picture")]
+    pub to: Option<Arc<str>>,
+    /// Go on to the noise of this seed, picture by picture: see --frames
+    #[arg(long, hide_short_help = true, value_name = "N", help_heading = "Picture")]
+    pub to_seed: Option<u64>,
+    /// Pictures on the way to --to and --to-seed, numbered for ffmpeg
+    #[arg(long, hide_short_help = true, value_parser = frames, value_name = "N", help_heading = "Picture")]
+    pub frames: Option<usize>,
     /// Copies of the picture fit together side by side (x), one above the other (y), or both (xy)
     #[arg(long, hide_possible_values = true, hide_short_help = true, value_name = "x|y|xy", help_heading = "Picture")]
     pub tile: Option<Tile>,
@@ -341,6 +350,10 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 fn steps(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=1000).contains(n)).ok_or_else(|| "expected 1 to 1000 steps".into())
+}
+
+fn frames(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (2..=1_000_000).contains(n)).ok_or_else(|| "expected two pictures or more".into())
 }
 
 fn finite(text: &str) -> Result<f64, String> {

@@ -11,16 +11,24 @@ use crate::text::encoder::{Embedded, Encoder};
 use crate::text::prompt::{Changing, Syntax};
 use crate::trace::Trace;
 use anyhow::{Context, Error, Result};
-use candle_core::{Result as TensorResult, Tensor};
+use candle_core::Tensor;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A text, the layers skipped for it, and how it is read; none for no text at all, whose embedding is zeros.
 type Key = Option<(Arc<str>, usize, Syntax)>;
 
-/// The texts of a batch at a step: for each of its rows, one block of pictures after the other, whether it is negative.
+/// The texts of a batch at a step, one block of pictures after the other.
 #[derive(PartialEq)]
-pub struct Texts(Vec<(Key, bool)>);
+pub struct Texts(Vec<Text>);
+
+#[derive(PartialEq)]
+struct Text {
+    key: Key,
+    /// the text that it goes to, and how far
+    to: Option<(Key, f64)>,
+    is_negative: bool,
+}
 
 /// Embedded texts.
 pub struct Contexts<'a> {
@@ -46,7 +54,8 @@ impl<'a> Contexts<'a> {
     /// Every text that a picture needs on its way.
     fn keys(&self, job: &Job) -> Vec<Key> {
         let negative = (job.guidance != Guidance::Off).then(|| job.prompts.negative.texts().map(|text| self.negative(job, text)));
-        let positive = job.prompts.parts.iter().flat_map(|part| part.prompt.texts()).map(|text| self.positive(job, text));
+        let prompts = job.prompts.parts.iter().map(|part| &part.prompt).chain(job.prompts.to.iter().map(|(to, _)| to));
+        let positive = prompts.flat_map(Changing::texts).map(|text| self.positive(job, text));
         negative.into_iter().flatten().chain(positive).collect()
     }
 
@@ -78,15 +87,30 @@ impl<'a> Contexts<'a> {
         Ok(())
     }
 
-    fn get(&self, key: &Key) -> Result<&Embedded> {
+    fn known(&self, key: &Key) -> Result<&Embedded> {
         self.known.get(key).context("a prompt was not encoded")
+    }
+
+    /// What a text is, repeated to so many tokens: keys and values that are there twice change no attention.
+    fn get(&self, text: &Text, tokens: usize) -> Result<Embedded> {
+        let repeated = |key: &Key| -> Result<Embedded> {
+            let known = self.known(key)?;
+            let own = known.context.dim(1)?;
+            let context = if own == tokens { known.context.clone() } else { known.context.repeat((1, tokens / own, 1))? };
+            Ok(Embedded { context, ..known.clone() })
+        };
+        let embedded = repeated(&text.key)?;
+        match &text.to {
+            Some((to, share)) => Ok(embedded.toward(&repeated(to)?, *share)?),
+            None => Ok(embedded),
+        }
     }
 
     /// How many tokens the network is told of for a job, which all its texts are repeated to.
     pub fn tokens(&self, job: &Job) -> Result<usize> {
         let mut all = 1;
         for key in self.keys(job) {
-            let tokens = self.get(&key)?.context.dim(1)?;
+            let tokens = self.known(&key)?.context.dim(1)?;
             all = all / greatest_common_divisor(all, tokens) * tokens;
         }
         Ok(all)
@@ -94,11 +118,17 @@ impl<'a> Contexts<'a> {
 
     /// Adds a job's first texts to its trace, as the model reads them or its refiner.
     pub fn trace(&self, job: &Job, by_refiner: bool, trace: &mut Trace) -> Result<()> {
-        if let Some(part) = job.prompts.parts.first() {
-            trace.text(0, by_refiner, self.get(&self.positive(job, part.prompt.at(0)))?)?;
-        }
-        if job.guidance != Guidance::Off {
-            trace.text(1, by_refiner, self.get(&self.negative(job, job.prompts.negative.at(0)))?)?;
+        let negatives = job.guidance.passes() - job.prompts.parts.len();
+        let texts = self.at(&[job], 0).0;
+        // of each text its own tokens, whatever it is repeated to beside others
+        for (nth, text) in [texts.get(negatives), texts.first().filter(|_| negatives > 0)].into_iter().enumerate() {
+            if let Some(text) = text {
+                let tokens = match &text.to {
+                    Some(_) => self.tokens(job)?,
+                    None => self.known(&text.key)?.context.dim(1)?,
+                };
+                trace.text(nth, by_refiner, &self.get(text, tokens)?)?;
+            }
         }
         Ok(())
     }
@@ -111,8 +141,11 @@ impl<'a> Contexts<'a> {
         let row = |job: &Job, row: usize| {
             let at = |prompt: &Changing| prompt.at(step).clone();
             match row.checked_sub(negatives).and_then(|i| job.prompts.parts.get(i)) {
-                Some(part) => (self.positive(job, &at(&part.prompt)), false),
-                None => (self.negative(job, &at(&job.prompts.negative)), true),
+                Some(part) => {
+                    let to = job.prompts.to.as_ref().map(|(to, share)| (self.positive(job, &at(to)), *share));
+                    Text { key: self.positive(job, &at(&part.prompt)), to, is_negative: false }
+                }
+                None => Text { key: self.negative(job, &at(&job.prompts.negative)), to: None, is_negative: true },
             }
         };
         Texts((0..negatives + parts).flat_map(|i| batch.iter().map(move |job| row(job, i))).collect())
@@ -122,12 +155,10 @@ impl<'a> Contexts<'a> {
     pub fn of(&self, batch: &[&Job], texts: &Texts) -> Result<Conditioning> {
         let tokens = batch.iter().map(|job| self.tokens(job)).max_by_key(|tokens| tokens.as_ref().map_or(usize::MAX, |n| *n));
         let tokens = tokens.context("the batch is empty")??;
-        let embedded = texts.0.iter().map(|(key, _)| self.get(key)).collect::<Result<Vec<_>>>()?;
-        // keys and values that are there twice change no attention
-        let repeated = |text: &&Embedded| text.context.repeat((1, tokens / text.context.dim(1)?, 1));
-        let contexts = embedded.iter().map(repeated).collect::<TensorResult<Vec<_>>>()?;
+        let embedded = texts.0.iter().map(|text| self.get(text, tokens)).collect::<Result<Vec<_>>>()?;
+        let contexts: Vec<&Tensor> = embedded.iter().map(|embedded| &embedded.context).collect();
         let pooled: Vec<&Tensor> = embedded.iter().filter_map(|embedded| embedded.pooled.as_ref()).collect();
-        let numbers = |(job, (_, is_negative)): (&&Job, &(Key, bool))| match (job.settings.sizes(), self.config.added_ids) {
+        let numbers = |(job, Text { is_negative, .. }): (&&Job, &Text)| match (job.settings.sizes(), self.config.added_ids) {
             ([original_height, original_width, top, left, ..], REFINER_IDS) => {
                 vec![original_height, original_width, top, left, AESTHETIC_SCORES[usize::from(*is_negative)]]
             }

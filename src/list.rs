@@ -7,7 +7,9 @@
 
 use crate::cli::{DrawArgs, PictureArgs};
 use crate::image::Format;
+use crate::noise::Variation;
 use crate::output::{self, Destination};
+use crate::settings::Toward;
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, FromArgMatches};
@@ -24,7 +26,7 @@ use std::sync::Arc;
 /// Pictures a run may ask for.
 const MAX_JOBS: usize = 1_000_000;
 /// Options whose values are texts; of all others they are numbers.
-const TEXTS: &str = "negative prompt-syntax variation tile sampler schedule original-size crop target-size output image mask fit";
+const TEXTS: &str = "negative prompt-syntax variation to tile sampler schedule original-size crop target-size output image mask fit";
 
 /// Every picture that is asked for, in order: line by line, there seed by seed, there through the sweeps.
 pub struct List {
@@ -57,6 +59,31 @@ pub struct Swept {
     pub name: String,
     /// for people, one a sweep: `guidance 3`, `steps 10`
     pub labels: Vec<String>,
+    /// of the frames of an animation, as if they were a sweep
+    pub frame: Option<Frame>,
+}
+
+/// A picture on the way to another prompt or seed.
+#[derive(Clone, Copy)]
+pub struct Frame {
+    /// from 0
+    pub number: usize,
+    /// of the way, 0 to 1
+    pub share: f64,
+}
+
+impl Item {
+    /// How far the first noise goes to that of another seed.
+    pub fn variation(&self) -> Option<Variation> {
+        let of_frame = self.options.to_seed.zip(self.sweep.frame).map(|(seed, Frame { share, .. })| Variation { seed, strength: share });
+        of_frame.or(self.options.variation)
+    }
+
+    /// How far it is to another prompt, and to which.
+    pub fn to(&self) -> Option<Toward> {
+        let Frame { share, .. } = self.sweep.frame?;
+        Some(Toward { prompt: self.options.to.clone()?, share })
+    }
 }
 
 /// A prompt with what its line says beside it.
@@ -118,12 +145,15 @@ impl List {
         if let Some((key, _)) = sweeps.iter().enumerate().find_map(|(i, sweep)| sweeps.iter().take(i).find(|other| other.0 == sweep.0)) {
             bail!("`--sweep {key}` is given twice\n\nhint: one sweep takes all its values: `--sweep {key}=A,B,C`");
         }
-        // lines without options of their own share those of the command line
-        let plain = options.swept(&args.picture, &sweeps)?;
+        // lines without options of their own share those of the command line, which alone may be none that can be drawn
+        let mut plain = vec![];
         let mut list = Self { name, items: vec![], outputs: vec![], random_seed: None };
         let mut outputs = HashMap::new();
         for prompt in prompts {
             let Prompt { line, text, keys } = prompt?;
+            if keys.is_none() && plain.is_empty() {
+                plain = options.swept(&args.picture, &sweeps)?;
+            }
             let own = keys.map(|keys| options.of_line(&args.picture, keys).and_then(|own| options.swept(&own, &sweeps))).transpose();
             let added = own.and_then(|own| list.add(line, &text, own.as_ref().unwrap_or(&plain), args.format, &mut outputs));
             match line {
@@ -253,7 +283,7 @@ impl Options {
         };
         let long = self.long_name(key).with_context(|| format!("`--sweep {text}`"))?;
         let values = match &*long {
-            "count" | "crop" | "extend" | "output" => bail!("`--sweep` cannot vary `{long}`"),
+            "count" | "crop" | "extend" | "frames" | "output" => bail!("`--sweep` cannot vary `{long}`"),
             "seed" => values.parse::<Seeds>()?.values(1)?.iter().map(u64::to_string).collect(),
             _ => values.split(',').map(String::from).collect(),
         };
@@ -268,20 +298,47 @@ impl Options {
         };
         for (long, values) in sweeps {
             let mut next = vec![];
-            for (options, Swept { name, labels }) in &variants {
+            for (options, Swept { name, labels, .. }) in &variants {
                 for value in values {
                     let mut options = options.clone();
                     self.set(&mut options, long, value).with_context(|| format!("`--sweep {long}`"))?;
                     let labels = labels.iter().cloned().chain([format!("{long} {value}")]).collect();
                     let value = if value.parse::<f64>().is_ok() { value.clone() } else { output::slug(value, "none") };
                     let joint = if name.is_empty() { "" } else { "-" };
-                    next.push((options, Swept { name: format!("{name}{joint}{long}-{value}"), labels }));
+                    next.push((options, Swept { name: format!("{name}{joint}{long}-{value}"), labels, frame: None }));
                 }
             }
             variants = next;
         }
-        Ok(variants.into_iter().map(|(options, swept)| (Arc::new(options), Arc::new(swept))).collect())
+        let mut all = vec![];
+        for (options, swept) in variants {
+            let (frames, options) = (frames(&options, swept)?, Arc::new(options));
+            all.extend(frames.into_iter().map(|swept| (options.clone(), Arc::new(swept))));
+        }
+        Ok(all)
     }
+}
+
+/// What is swept, once for each frame of an animation, or alone where there is none.
+fn frames(options: &PictureArgs, swept: Swept) -> Result<Vec<Swept>> {
+    let PictureArgs { to, to_seed, frames, variation, .. } = options;
+    let to = [to.as_ref().map(|_| "--to"), to_seed.map(|_| "--to-seed")].into_iter().flatten().next();
+    let frames = match (to, frames) {
+        (None, None) => return Ok(vec![swept]),
+        (Some(_), Some(frames)) => *frames,
+        (Some(option), None) => {
+            bail!("`{option}` does not say in how many pictures\n\nhint: `--frames 24`, the first and the last included")
+        }
+        (None, Some(_)) => bail!("`--frames` does not say to what\n\nhint: `--to \"another prompt\"`, `--to-seed 9`, or both"),
+    };
+    ensure!(to_seed.is_none() || variation.is_none(), "`--variation` and `--to-seed` both change the noise\n\nhint: leave one of them out");
+    let frame = |number: usize| {
+        let joint = if swept.name.is_empty() { "" } else { "-" };
+        let labels = swept.labels.iter().cloned().chain([format!("frame {number}")]).collect();
+        let frame = Frame { number, share: number as f64 / (frames - 1) as f64 };
+        Swept { name: format!("{}{joint}{number:04}", swept.name), labels, frame: Some(frame) }
+    };
+    Ok((0..frames).map(frame).collect())
 }
 
 /// The options with each picture of a folder for a source, by name.
@@ -293,7 +350,7 @@ fn pictures_in(folder: &Path, base: &PictureArgs) -> Result<Vec<(PictureArgs, Sw
     ensure!(!paths.is_empty(), "`{}` is a folder without pictures", folder.display());
     let variant = |path: PathBuf| {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let swept = Swept { name: output::slug(&name, "picture"), labels: vec![format!("image {name}")] };
+        let swept = Swept { name: output::slug(&name, "picture"), labels: vec![format!("image {name}")], frame: None };
         (PictureArgs { image: Some(path), ..base.clone() }, swept)
     };
     Ok(paths.into_iter().map(variant).collect())

@@ -69,11 +69,12 @@ enum Field {
     Guidance,
     Sampler,
     Sweep,
+    Frame,
     Image,
 }
 
 impl Field {
-    const ALL: [(&'static str, Field); 12] = [
+    const ALL: [(&'static str, Field); 13] = [
         ("prompt", Field::Prompt),
         ("seed", Field::Seed),
         ("index", Field::Index),
@@ -85,6 +86,7 @@ impl Field {
         ("sampler", Field::Sampler),
         ("negative", Field::Negative),
         ("sweep", Field::Sweep),
+        ("frame", Field::Frame),
         ("image", Field::Image),
     ];
 
@@ -118,6 +120,8 @@ pub struct Naming<'a> {
     pub sampler: &'a str,
     /// What `--sweep` has set, fit for a name: `guidance-3-steps-10`; empty without a sweep.
     pub sweep: &'a str,
+    /// Of an animation, from 0.
+    pub frame: Option<usize>,
     /// Of the source picture's file, without its extension; empty for none.
     pub image: &'a str,
 }
@@ -136,6 +140,7 @@ impl Naming<'_> {
             Field::Guidance => self.guidance.to_string(),
             Field::Sampler => slug(self.sampler, "sampler"),
             Field::Sweep => self.sweep.to_owned(),
+            Field::Frame => self.frame.unwrap_or_default().to_string(),
             Field::Image => slug(self.image, "none"),
         }
     }
@@ -370,7 +375,12 @@ pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]
         Destination::Stdout => Ok(Vec::new()),
         Destination::File(path) if count > 1 => {
             let seeds: HashSet<u64> = jobs.iter().map(|job| job.seed).collect();
-            let placeholder = if seeds.len() == count { "{seed}" } else { "{index}" };
+            let frames: HashSet<usize> = jobs.iter().filter_map(|job| job.frame).collect();
+            let placeholder = match (seeds.len() == count, frames.len() == count) {
+                (_, true) => "{frame:04}",
+                (true, _) => "{seed}",
+                _ => "{index}",
+            };
             let mut template = path.with_extension("").into_os_string();
             template.push(format!("-{placeholder}.{format}"));
             bail!(
@@ -387,7 +397,11 @@ pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]
             for (number, job) in (1..).zip(jobs) {
                 let path = template.fill(job);
                 if let Some(first) = taken.insert(folded(&path), number) {
-                    let placeholder = if job.sweep.is_empty() { "`{seed}` if the seeds differ" } else { "`{sweep}` for what is swept" };
+                    let placeholder = match job.frame {
+                        Some(_) => "`{frame:04}` for the frames",
+                        None if job.sweep.is_empty() => "`{seed}` if the seeds differ",
+                        None => "`{sweep}` for what is swept",
+                    };
                     bail!(
                         "the template names both picture {first} and picture {number} `{}`\n\nhint: add `{{index}}`, or {placeholder}",
                         path.display()

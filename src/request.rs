@@ -6,7 +6,7 @@ use crate::device::{Compute, available_memory, require_memory};
 use crate::family::{Family, REFINE_AT};
 use crate::guidance::Guidance;
 use crate::image::Format;
-use crate::list::List;
+use crate::list::{List, Swept};
 use crate::model::Autoencoder;
 use crate::model::unet::{Beside, UNetConfig};
 use crate::output::{Naming, plan_paths};
@@ -246,7 +246,8 @@ impl Request {
                 negative: options.negative.as_ref().unwrap_or(&no_negative).clone(),
                 prompt_syntax: options.prompt_syntax.unwrap_or(Syntax::A1111),
                 seed: item.seed,
-                variation: options.variation,
+                variation: item.variation(),
+                to: item.to(),
                 width: options.width.unwrap_or(width),
                 height: options.height.unwrap_or(height),
                 tile: options.tile,
@@ -415,13 +416,14 @@ impl Request {
 
     /// A picture's prompts, read once for all seeds of one.
     fn prompts(&self, settings: &Settings) -> Result<Arc<Prompts>> {
-        let Settings { prompt, negative, prompt_syntax, steps, .. } = settings;
+        let Settings { prompt, negative, prompt_syntax, steps, to, .. } = settings;
         if let Some(Job { settings: last, prompts, .. }) = self.jobs.last()
-            && (&last.prompt, &last.negative, &last.prompt_syntax, &last.steps) == (prompt, negative, prompt_syntax, steps)
+            && (&last.prompt, &last.negative, &last.to, &last.prompt_syntax, &last.steps) == (prompt, negative, to, prompt_syntax, steps)
         {
             return Ok(prompts.clone());
         }
-        Prompts::parse(prompt, negative, *prompt_syntax, *steps).map(Arc::new)
+        let to = to.as_ref().map(|to| (&to.prompt, to.share));
+        Prompts::parse(prompt, negative, to, *prompt_syntax, *steps).map(Arc::new)
     }
 
     /// Gives every picture its path. Errors if two would have one.
@@ -435,7 +437,7 @@ impl Request {
         let mut taken: HashMap<PathBuf, usize> = HashMap::new();
         for ((destination, format), indices) in list.outputs.iter().zip(by_output) {
             let pairs = indices.iter().filter_map(|&i| Some((self.jobs.get(i)?, list.items.get(i)?)));
-            let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep.name)).collect();
+            let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep)).collect();
             for (index, path) in indices.iter().zip(plan_paths(destination, *format, &namings)?) {
                 if let Some(first) = taken.insert(path.clone(), *index).filter(|_| list.outputs.len() > 1) {
                     let (first, second) = (self.place(&self.jobs[first]), self.place(&self.jobs[*index]));
@@ -507,8 +509,9 @@ impl Request {
     }
 }
 
-fn naming<'a>(job: &'a Job, sweep: &'a str) -> Naming<'a> {
+fn naming<'a>(job: &'a Job, sweep: &'a Swept) -> Naming<'a> {
     let Settings { prompt, negative, seed, width, height, steps, guidance, sampler, model, source, .. } = &job.settings;
+    let Swept { name, frame, .. } = sweep;
     Naming {
         prompt,
         negative,
@@ -520,7 +523,8 @@ fn naming<'a>(job: &'a Job, sweep: &'a str) -> Naming<'a> {
         steps: *steps,
         guidance: *guidance,
         sampler: sampler.name(),
-        sweep,
+        sweep: name,
+        frame: frame.map(|frame| frame.number),
         image: source.as_ref().and_then(|source| Path::new(&*source.image).file_stem()?.to_str()).unwrap_or_default(),
     }
 }

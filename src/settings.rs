@@ -21,6 +21,9 @@ pub struct Settings {
     /// of the program
     pub version: Arc<str>,
     pub prompt: Arc<str>,
+    /// of a picture between two prompts
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Toward>,
     /// empty for none
     pub negative: Arc<str>,
     #[serde(default)]
@@ -96,6 +99,14 @@ pub struct Hires {
     /// pixels
     pub width: usize,
     pub height: usize,
+}
+
+/// Another prompt, and how far the first one's embedding goes to it along the straight line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Toward {
+    pub prompt: Arc<str>,
+    /// 0 to 1: all the way
+    pub share: f64,
 }
 
 /// What a picture is drawn over, and where.
@@ -234,6 +245,9 @@ impl Settings {
     pub fn metadata(&self, trace: Option<&Trace>) -> Metadata {
         let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
         let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        if let Some(Toward { prompt, share }) = &self.to {
+            extra.extend([("To", prompt.to_string()), ("To share", share.to_string())]);
+        }
         if let Some(Variation { seed, strength }) = self.variation {
             extra.extend([("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]);
         }

@@ -55,6 +55,7 @@ fn naming(prompt: &str, seed: u64) -> Naming<'_> {
         guidance: 7.5,
         sampler: "euler-a",
         sweep: "",
+        frame: None,
         image: "",
     }
 }
@@ -408,7 +409,7 @@ fn a_template_without_an_extension_gets_one_and_a_file_stays_as_typed() {
 fn a_template_that_cannot_be_read_is_an_error_that_names_the_remedy() {
     let message = error(parse("{promt}.png"));
     assert!(message.starts_with("unknown placeholder `{promt}`"), "{message}");
-    for known in ["prompt", "seed", "index", "model", "width", "height", "steps", "guidance", "sampler", "negative", "sweep"] {
+    for known in ["prompt", "seed", "index", "model", "width", "height", "steps", "guidance", "sampler", "negative", "sweep", "frame"] {
         assert!(message.contains(&format!("`{{{known}}}`")), "{message}");
         parse(&format!("{{{known}}}.png")).unwrap();
     }

@@ -56,7 +56,7 @@ fn tokens_weights_and_chunks_are_a1111s() {
 fn a_prompt_changes_from_step_to_step_as_in_a1111() {
     for case in goldens()["changes"].as_array().unwrap() {
         let prompt = case["prompt"].as_str().unwrap();
-        let prompts = Prompts::parse(&prompt.into(), &"".into(), Syntax::A1111, 8).unwrap();
+        let prompts = Prompts::parse(&prompt.into(), &"".into(), None, Syntax::A1111, 8).unwrap();
         let ours: Vec<&str> = (0..8).map(|step| &**prompts.parts[0].prompt.at(step)).collect();
         let theirs: Vec<&str> = case["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
         assert_eq!(ours, theirs, "{prompt}");
@@ -193,12 +193,12 @@ fn no_text_makes_the_grammar_panic() {
     };
     for _ in 0..20_000 {
         let prompt: String = (0..random(40)).map(|_| alphabet[random(alphabet.len())]).collect();
-        let read = Prompts::parse(&prompt.as_str().into(), &prompt.as_str().into(), Syntax::A1111, 1 + random(9));
+        let read = Prompts::parse(&prompt.as_str().into(), &prompt.as_str().into(), None, Syntax::A1111, 1 + random(9));
         if let (Ok(read), Ok(found)) = (read, pieces(&prompt)) {
             assert!(!read.parts.is_empty());
             assert!(found.iter().all(|piece| !matches!(piece, Piece::Text { weight, .. } if weight.is_nan())), "{prompt:?}");
         }
     }
     let deep = "[(".repeat(100_000);
-    assert!(Prompts::parse(&deep.as_str().into(), &"".into(), Syntax::A1111, 4).is_ok());
+    assert!(Prompts::parse(&deep.as_str().into(), &"".into(), None, Syntax::A1111, 4).is_ok());
 }

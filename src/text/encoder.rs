@@ -22,6 +22,17 @@ pub struct Embedded {
 }
 
 impl Embedded {
+    /// What lies between this (`share` 0) and another (1), on the straight line.
+    pub fn toward(&self, other: &Self, share: f64) -> TensorResult<Self> {
+        let mix = |a: &Tensor, b: &Tensor| (a * (1.0 - share))? + (b * share)?;
+        let pooled = self.pooled.as_ref().zip(other.pooled.as_ref());
+        Ok(Self {
+            ids: [&*self.ids, &other.ids].concat(),
+            context: mix(&self.context, &other.context)?,
+            pooled: pooled.map(|(a, b)| mix(a, b)).transpose()?,
+        })
+    }
+
     /// Nothing at all, in the shape of this.
     pub fn zeros_like(&self) -> TensorResult<Self> {
         Ok(Self { ids: vec![], context: self.context.zeros_like()?, pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()? })

@@ -43,18 +43,31 @@ pub struct Prompts {
     /// at least one
     pub parts: Vec<Composed>,
     pub negative: Changing,
+    /// where the prompt goes, and how far, 0..=1
+    pub to: Option<(Changing, f64)>,
 }
 
 impl Prompts {
-    /// Reads a prompt and a negative one for a run of so many steps. Errors name what cannot be read, and where.
-    pub fn parse(prompt: &Arc<str>, negative: &Arc<str>, syntax: Syntax, steps: usize) -> Result<Self> {
-        if syntax == Syntax::Plain {
-            let parts = vec![Composed { prompt: Changing::never(prompt.clone()), weight: 1.0 }];
-            return Ok(Self { parts, negative: Changing::never(negative.clone()) });
-        }
-        let prompts = Self { parts: composed(prompt, steps)?, negative: Changing::parse(negative, steps)? };
-        for text in prompts.parts.iter().flat_map(|part| part.prompt.texts()).chain(prompts.negative.texts()) {
-            pieces(text)?;
+    /// Reads a prompt and a negative one for a run of so many steps, and perhaps one that it goes to. Errors name what cannot
+    /// be read, and where.
+    pub fn parse(prompt: &Arc<str>, negative: &Arc<str>, to: Option<(&Arc<str>, f64)>, syntax: Syntax, steps: usize) -> Result<Self> {
+        let one = |text: &Arc<str>| match syntax {
+            Syntax::A1111 => Changing::parse(text, steps),
+            Syntax::Plain => Ok(Changing::never(text.clone())),
+        };
+        let parts = match syntax {
+            Syntax::A1111 => composed(prompt, steps)?,
+            Syntax::Plain => vec![Composed { prompt: one(prompt)?, weight: 1.0 }],
+        };
+        let to = to.map(|(text, share)| Ok::<_, anyhow::Error>((one(text)?, share))).transpose()?;
+        ensure!(
+            to.is_none() || parts.len() == 1,
+            "prompts that `AND` joins cannot go to another\n\nhint: write it in lower case, or leave `--to` out"
+        );
+        let prompts = Self { parts, negative: one(negative)?, to };
+        if syntax == Syntax::A1111 {
+            let all = prompts.parts.iter().map(|part| &part.prompt).chain([&prompts.negative]).chain(prompts.to.iter().map(|(to, _)| to));
+            all.flat_map(Changing::texts).try_for_each(|text| pieces(text).map(|_| ()))?;
         }
         Ok(prompts)
     }

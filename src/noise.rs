@@ -81,7 +81,8 @@ impl MersenneTwister {
     }
 }
 
-/// Another seed, and how far the first noise of a picture goes towards that seed's: A1111's variation seed.
+/// Another seed, and how far the first noise of a picture goes towards that seed's. A1111's variation seed does so for each
+/// column of the latents by itself; at 512x512 its noise is 0.02 (strength 0.1) to 0.06 (0.5) of a unit from ours.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Variation {

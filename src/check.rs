@@ -9,6 +9,7 @@ use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
 use crate::settings::Settings;
 use crate::trace::Trace;
+use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -31,6 +32,9 @@ pub struct CheckArgs {
     /// The VAE that they were drawn with, for those drawn with another than the model's own [default: that of the hub that each names]
     #[arg(long, value_name = "REF")]
     vae: Option<OsString>,
+    /// The network that they were upscaled with
+    #[arg(long, value_name = "FILE")]
+    upscaler: Option<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -115,10 +119,11 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
         let vae = first.settings.vae.clone();
+        let (upscaler, upscaler_hash) = (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone());
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
             let same_model = args.model.is_some() || s.model == model;
             let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
-            same_model && s.dtype == dtype && s.refiner == refiner && same_vae
+            same_model && s.dtype == dtype && s.refiner == refiner && same_vae && s.upscaler == upscaler
         });
         known = rest;
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
@@ -132,7 +137,11 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         if let Some(vae) = named.flatten() {
             use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
         }
-        compare(group, &checkpoint, &compute, &progress, &mut tell)?;
+        // without a hash it has no weights, and its name is enough
+        let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
+        let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));
+        let upscaler = reference.map(|reference| Upscaler::open(reference, &compute)).transpose().code(3)?;
+        compare(group, &checkpoint, upscaler.as_ref(), &compute, &progress, &mut tell)?;
     }
     if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same{hint}", args.pictures.len())).code(1) }
 }
@@ -142,6 +151,7 @@ fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
     let bytes = std::fs::read(path).context("it cannot be read")?;
     let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
     let unreadable = "what it says of its drawing cannot be read";
+    require_drawn(&metadata.sdgen)?;
     let trace = Trace::of(&metadata.sdgen).context(unreadable)?;
     let settings = serde_json::from_value(metadata.sdgen).context(unreadable)?;
     let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
@@ -156,7 +166,14 @@ fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
 }
 
 /// Draws the pictures of one model again and tells how each differs.
-fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progress: &Progress, tell: &mut Tell) -> Result<(), Failure> {
+fn compare(
+    group: Vec<Known>,
+    checkpoint: &Checkpoint,
+    upscaler: Option<&Upscaler>,
+    compute: &Compute,
+    progress: &Progress,
+    tell: &mut Tell,
+) -> Result<(), Failure> {
     let hash = checkpoint.hash().code(3)?;
     let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().code(3)?;
     let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().code(3)?;
@@ -171,6 +188,9 @@ fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progre
         } else if of.vae_hash.as_deref() != vae_hash.as_deref() {
             let vae = of.vae.as_deref().unwrap_or_default();
             Err(anyhow::anyhow!("it was drawn with the VAE `{vae}`\n\nhint: pass that with `--vae`"))
+        } else if of.upscaler_hash.as_deref() != upscaler.and_then(|upscaler| upscaler.hash.as_deref()) {
+            let name = of.upscaler.as_deref().unwrap_or_default();
+            Err(anyhow::anyhow!("it was made larger by the network `{name}`\n\nhint: pass that with `--upscaler`"))
         } else {
             request.add(known.settings.clone(), None, known.format)
         };
@@ -187,7 +207,11 @@ fn compare(group: Vec<Known>, checkpoint: &Checkpoint, compute: &Compute, progre
     pipeline::generate(checkpoint, &request, &jobs, compute, progress, &|| false, &mut |job, drawn| {
         let Some(known) = drawn_again.get(job.index) else { return };
         let outcome = drawn.and_then(|drawn| {
-            let difference = difference(&drawn.picture, known)?;
+            let picture = match (upscaler, known.settings.upscale) {
+                (Some(upscaler), Some(scale)) => upscaler.upscale(&drawn.picture, scale, progress)?,
+                _ => drawn.picture,
+            };
+            let difference = difference(&picture, known)?;
             let traces = known.trace.as_ref().zip(drawn.trace.as_ref());
             Ok(Compared { difference, first_difference: traces.map(|(known, drawn)| known.first_difference(drawn)) })
         });

@@ -18,6 +18,7 @@ use crate::settings::{Border, Point, Size};
 use crate::shard::Shard;
 use crate::terminal::ShowChoice;
 use crate::text::prompt::Syntax;
+use crate::upscale::UpscaleArgs;
 use crate::weights::hub::Hub;
 use crate::weights::{Checkpoint, Origin, nearest};
 use anyhow::{Context, Result, bail};
@@ -77,6 +78,8 @@ enum Command {
     },
     /// Draw pictures again from their own metadata and compare; exit 0 only if all are the same
     Check(CheckArgs),
+    /// Make pictures larger by a network (ESRGAN, Real-ESRGAN), or by Lanczos' formula
+    Upscale(UpscaleArgs),
     /// Time the steps of this machine on real layer sizes, with random weights
     Bench(BenchArgs),
     /// Fetch a model from the hub into its cache
@@ -376,6 +379,7 @@ pub fn run(cli: Cli) -> u8 {
         None => cli.draw.threads,
         Some(Command::Bench(args)) => args.threads,
         Some(Command::Check(args)) => args.threads,
+        Some(Command::Upscale(args)) => args.threads,
         Some(_) => None,
     };
     let result = threads.map_or(Ok(()), |threads| limit_threads(threads.max(1)).code(2)).and_then(|()| match cli.command {
@@ -401,6 +405,7 @@ impl Command {
                 say(&text).code(1)
             }
             Self::Check(args) => crate::check::run(&args),
+            Self::Upscale(args) => crate::upscale::run(&args),
             Self::Bench(args) => say(&crate::bench::run(&args).code(1)?).code(1),
             Self::Pull { model } => pull(&model).code(3),
             Self::Completions { shell } => {

@@ -38,4 +38,5 @@ pub mod sheet;
 pub mod terminal;
 pub mod text;
 pub mod trace;
+pub mod upscale;
 pub mod weights;

@@ -494,6 +494,6 @@ fn finished(job: &Job, drawn: Picture) -> Result<Picture> {
     }
 }
 
-fn finite(x: &Tensor) -> TensorResult<bool> {
+pub(crate) fn finite(x: &Tensor) -> TensorResult<bool> {
     Ok(x.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
 }

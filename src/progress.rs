@@ -112,6 +112,12 @@ impl Progress {
         self.event("stage", json!({ "name": name }));
     }
 
+    /// Starts a stage whose steps are counted.
+    pub fn task(&self, title: String) {
+        self.stage(&title);
+        self.now().title = title;
+    }
+
     /// Starts to draw a batch: the index of each picture, and how many of how many pictures came before.
     pub fn batch(&self, indices: Vec<usize>, before: usize, total: usize) {
         self.stage("drawing");

@@ -279,6 +279,9 @@ impl Request {
                 vae: vae.clone(),
                 vae_hash: None,
                 vae_tiling: false,
+                upscaler: None,
+                upscaler_hash: None,
+                upscale: None,
             };
             let (_, format) = list.outputs.get(item.output).context("a picture has no destination")?;
             match item.line {

@@ -87,6 +87,11 @@ pub struct Settings {
     /// it decodes in tiles; pictures of older versions do not say it
     #[serde(default)]
     pub vae_tiling: bool,
+    /// what made the decoded picture larger, its hash, and how many times; none: nothing
+    pub upscaler: Option<Arc<str>>,
+    /// none of what has no weights
+    pub upscaler_hash: Option<Arc<str>>,
+    pub upscale: Option<f64>,
 }
 
 /// A picture that is drawn again, larger, over what was drawn.
@@ -273,6 +278,8 @@ impl Settings {
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
         extra.extend(self.vae_tiling.then(|| ("VAE tiling", "True".into())));
+        extra.extend(self.upscale.map(|by| ("Postprocess upscale by", by.to_string())));
+        extra.extend(self.upscaler.as_ref().map(|upscaler| ("Postprocess upscaler", upscaler.to_string())));
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,

@@ -1,9 +1,11 @@
 //! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns latents into pictures
-//! and back, [`taesd`] does so with less work, [`tiles`] lets both do it in parts. Here: which of the two a checkpoint has.
+//! and back, [`taesd`] does so with less work, [`tiles`] lets both do it in parts; [`upscaler`] makes pictures larger. Here:
+//! which of the two a checkpoint has.
 
 pub mod taesd;
 pub mod tiles;
 pub mod unet;
+pub mod upscaler;
 pub mod vae;
 
 use crate::nn::wrap::Wrap;

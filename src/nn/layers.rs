@@ -127,6 +127,8 @@ struct Extra<'a> {
 pub struct Conv2d {
     kernel: Kernel,
     bias: Tensor,
+    /// [out]: what is below 0 is multiplied by it
+    slope: Option<Tensor>,
     size: usize,
     stride: usize,
     /// what is added, zeros or the other end: (before, after) in both directions
@@ -144,13 +146,26 @@ impl Conv2d {
     pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
-        Ok(Self { kernel, bias, size, stride, padding, wrap: w.wrap().clone() })
+        Ok(Self { kernel, bias, slope: None, size, stride, padding, wrap: w.wrap().clone() })
     }
 
     /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the stride.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
-        Ok(Self { kernel, bias: w.zeros(&[outputs])?, size: 3, stride, padding: (1, 1), wrap: w.wrap().clone() })
+        Ok(Self { kernel, bias: w.zeros(&[outputs])?, slope: None, size: 3, stride, padding: (1, 1), wrap: w.wrap().clone() })
+    }
+
+    /// The same convolution, after which all that is below 0 is multiplied by a slope [out] (leaky ReLU and PReLU, He et al.
+    /// 2015, arXiv 1502.01852), in the same pass where the device can.
+    pub fn leaky(self, slope: Tensor) -> Self {
+        Self { slope: Some(slope), ..self }
+    }
+
+    /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding that keeps height and width.
+    pub fn times(w: &Weights, inputs: usize, outputs: usize, size: usize, factor: f64) -> Result<Self> {
+        let (weight, bias) = ((w.get("weight", &[outputs, inputs, size, size])? * factor)?, (w.get("bias", &[outputs])? * factor)?);
+        let kernel = if w.device().is_cpu() { Kernel::pack(&weight, false)? } else { Kernel::Plain(weight) };
+        Ok(Self { kernel, bias, slope: None, size, stride: 1, padding: (size / 2, size / 2), wrap: w.wrap().clone() })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].
@@ -204,7 +219,16 @@ impl Conv2d {
         match &self.kernel {
             Kernel::Packed(weight) => {
                 let residual = residual.map(Tensor::contiguous).transpose()?;
-                let op = cpu::Conv2d { size: self.size, stride: self.stride, padding: self.padding, wraps, rows, scaled, residual };
+                let op = cpu::Conv2d {
+                    size: self.size,
+                    stride: self.stride,
+                    padding: self.padding,
+                    wraps,
+                    rows,
+                    scaled,
+                    residual,
+                    slope: self.slope.clone(),
+                };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
             }
             Kernel::Plain(weight) => {
@@ -212,7 +236,8 @@ impl Conv2d {
                 let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding, wraps)?;
                 let bias = if bias.rank() == 2 { bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))? } else { bias };
                 let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
-                residual.map_or(Ok(y.clone()), |residual| y + residual)
+                let y = residual.map_or(Ok(y.clone()), |residual| y + residual)?;
+                self.slope.as_ref().map_or(Ok(y.clone()), |slope| leaky_plain(&y, slope))
             }
         }
     }
@@ -224,6 +249,11 @@ fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usi
     let (x, padding) = if is_plain { (x.clone(), padding.0) } else { (pad(x, padding, wraps)?, 0) };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
     x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
+}
+
+/// [.., c] with what is below 0 times slopes [c].
+fn leaky_plain(x: &Tensor, slope: &Tensor) -> TensorResult<Tensor> {
+    x.relu()? + x.minimum(0.0)?.broadcast_mul(slope)?
 }
 
 /// [b, h, w, c] with zeros, or what is at its other end, around rows and columns.
@@ -546,7 +576,7 @@ mod tests {
                 continue;
             }
             let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride, padding, wrap };
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, slope: None, size, stride, padding, wrap };
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
@@ -558,6 +588,8 @@ mod tests {
                 worst(&conv.forward(&x).unwrap(), &plain) < 1e-4,
                 "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {tile:?}"
             );
+            let added = leaky_plain(&(&plain + &residual).unwrap(), &shift).unwrap();
+            assert!(worst(&conv.leaky(shift).forward_add(&x, None, Some(&residual)).unwrap(), &added) < 1e-4);
         }
     }
 
@@ -582,7 +614,7 @@ mod tests {
             let padding = (size / 2, size / 2);
             let plain =
                 conv2d_plain(&scale_plain(&x, to_h, to_w).unwrap(), &weight, 1, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, size, stride: 1, padding, wrap };
+            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, slope: None, size, stride: 1, padding, wrap };
             assert!(worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4, "{h}x{w} to {to_h}x{to_w}, {tile:?}");
         }
     }

@@ -93,6 +93,9 @@ pub const PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "unet", "vae"];
 /// The parts that read a prompt; the second projects it too.
 pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];
 
+/// What can be used to enlarge pictures.
+pub const UPSCALERS: &str = "ESRGAN, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
+
 /// Keys of single files of families that are not drawn: SD3's and Flux' transformers.
 const OTHER_FAMILIES: [&str; 2] = ["model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks."];
 
@@ -272,6 +275,28 @@ impl Checkpoint {
         let config = guess::autoencoder(&vae, scaling_factor).with_context(|| format!("`{shown}` is no VAE that sdgen knows"))?;
         vae.configs.insert("vae".into(), config);
         Ok(vae)
+    }
+
+    /// Opens a network that enlarges pictures: one .safetensors file. Errors say what it is if it is none.
+    pub fn open_upscaler(path: &Path) -> Result<Self> {
+        let source = Source::open(path)?;
+        let mut upscaler = Self::empty(path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default());
+        let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
+        let map = names::from_upscaler(keys.iter().map(String::as_str));
+        upscaler.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+        let averaged = keys.iter().any(|key| key.starts_with("params_ema."));
+        let odd = upscaler.ignored.iter().find(|key| !averaged || !key.starts_with("params."));
+        if let (Some(odd), _) | (None, Some(odd)) = (odd, keys.first().filter(|_| !upscaler.has("upscaler"))) {
+            let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
+            let what = match names::layout(keys.iter().map(String::as_str)) {
+                Layout::Original | Layout::Canonical => "is a checkpoint that draws, no upscaler",
+                Layout::Adapter => "is a LoRA, no upscaler",
+                Layout::Unknown if starts("layers.0.") => "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run",
+                Layout::Unknown => "is no upscaler that sdgen knows",
+            };
+            bail!("`{}` {what}: it has a tensor `{odd}`\n\nhint: {UPSCALERS}", path.display());
+        }
+        Ok(upscaler)
     }
 
     /// What holds the weights of a component.
@@ -602,6 +627,8 @@ fn unknown(path: &Path, keys: &[String]) -> String {
         ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
     } else if starts("text_model.") {
         ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
+    } else if ["conv_first.", "model.1.sub.", "params_ema.", "params.", "RRDB_trunk."].into_iter().any(starts) {
+        ("is an upscaler, which draws nothing by itself", "`sdgen upscale -m` takes it")
     } else {
         let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
         return format!(

@@ -132,6 +132,53 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
     keys.iter().map(|key| (key.to_string(), key.strip_prefix(prefix).and_then(map).unwrap_or_default())).collect()
 }
 
+/// Maps every key of a network that enlarges pictures, by basicsr's names or the older ones of ESRGAN's authors; what is no
+/// part of such a network maps to nothing. Of Real-ESRGAN's two copies the averaged one counts.
+pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
+    let keys: BTreeSet<&str> = keys.collect();
+    let has = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
+    let prefix = ["params_ema.", "params."].into_iter().find(|prefix| has(prefix)).unwrap_or_default();
+    let inner: BTreeSet<&str> = keys.iter().filter_map(|key| key.strip_prefix(prefix)).collect();
+    // ESRGAN's first code numbers its layers through, those without weights too
+    let tail: BTreeSet<usize> = inner.iter().filter_map(|key| key.strip_prefix("model.")?.split('.').next()?.parse().ok()).collect();
+    let tail: Vec<usize> = tail.into_iter().filter(|layer| *layer > 1).collect();
+    let number = |text: &str| text.parse::<usize>().ok();
+    let layer = |parts: &[&str]| -> Option<String> {
+        let kind = ["rdb1", "rdb2", "rdb3"];
+        Some(match *parts {
+            ["conv_first" | "conv_body" | "conv_hr" | "conv_last"] => parts[0].into(),
+            ["body", n] => format!("body.{}", number(n)?),
+            ["body" | "RRDB_trunk", n, block, conv] | ["model", "1", "sub", n, block, conv, "0"] => {
+                let block = block.to_lowercase();
+                let known = kind.contains(&&*block) && ["conv1", "conv2", "conv3", "conv4", "conv5"].contains(&conv);
+                known.then(|| format!("body.{n}.{block}.{conv}"))?
+            }
+            ["trunk_conv"] | ["model", "1", "sub", _] => "conv_body".into(),
+            ["HRconv"] => "conv_hr".into(),
+            ["model", "0"] => "conv_first".into(),
+            ["model", n] => {
+                let at = tail.iter().position(|layer| Some(*layer) == number(n))?;
+                match tail.len() - at {
+                    1 => "conv_last".into(),
+                    2 => "conv_hr".into(),
+                    _ => format!("up.{at}"),
+                }
+            }
+            [up] => {
+                let n = up.strip_prefix("conv_up").or_else(|| up.strip_prefix("upconv"))?;
+                format!("up.{}", number(n)?.checked_sub(1)?)
+            }
+            _ => return None,
+        })
+    };
+    let map = |key: &str| {
+        let (layer_name, last) = key.rsplit_once('.').filter(|(_, last)| ["weight", "bias"].contains(last))?;
+        let parts: Vec<&str> = layer_name.split('.').collect();
+        Some(Named::whole(format!("upscaler.{}.{last}", layer(&parts)?)))
+    };
+    keys.iter().map(|key| (key.to_string(), key.strip_prefix(prefix).and_then(map).unwrap_or_default())).collect()
+}
+
 /// The largest number that follows `prefix` in any key.
 fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
     keys.iter().filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok()).max()

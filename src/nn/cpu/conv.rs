@@ -63,6 +63,8 @@ pub struct Conv2d {
     pub scaled: Option<(usize, usize)>,
     /// [b, rows, w', out]: added to the result
     pub residual: Option<Tensor>,
+    /// [out]: what is below 0 after that is multiplied by it
+    pub slope: Option<Tensor>,
 }
 
 impl CustomOp3 for Conv2d {
@@ -88,18 +90,20 @@ impl CustomOp3 for Conv2d {
             || (bias.len() != outputs && bias.len() != b * outputs)
             || self.padding.0 + self.padding.1 + h.min(w) < self.size
             || self.rows.end > self.out(h)
+            || self.slope.as_ref().is_some_and(|slope| slope.dims() != [outputs])
             || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.rows.len(), self.out(w), outputs])
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
         let pictures = Pictures { x, rows, columns, b, h, w, c, wraps: self.wraps };
-        let y = with_slice(self.residual.as_ref(), |residual| {
+        let convolved = |residual: Option<&[f32]>, slope: Option<&[f32]>| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
-                winograd::convolve(pictures, self.rows.clone(), outputs, weight, bias, residual)
+                winograd::convolve(pictures, self.rows.clone(), outputs, weight, bias, residual, slope)
             } else {
-                self.unfolded(pictures, outputs, weight, Finish { bias: Some(bias), residual, gated: false })
+                self.unfolded(pictures, outputs, weight, Finish { bias: Some(bias), residual, slope, gated: false })
             }
-        })?;
+        };
+        let y = with_slice(self.residual.as_ref(), |residual| with_slice(self.slope.as_ref(), |slope| convolved(residual, slope)))??;
         Ok((CpuStorage::F32(y), Shape::from((b, self.rows.len(), self.out(w), outputs))))
     }
 }

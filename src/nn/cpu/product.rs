@@ -97,12 +97,14 @@ pub fn multiply<V: Vector>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usiz
 }
 
 /// What is added to a product, or done with it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct Finish<'a> {
     /// [n], or [parts, n]: one for each of as many equal parts of the rows
     pub bias: Option<&'a [f32]>,
     /// [m, n]
     pub residual: Option<&'a [f32]>,
+    /// [n]: what is below 0 after that is multiplied by it
+    pub slope: Option<&'a [f32]>,
     /// The first half of the columns times the exact GELU of the second is the result, [m, n/2].
     pub gated: bool,
 }
@@ -221,6 +223,7 @@ impl Finish<'_> {
             let (at, len) = (row * n + first, LANES.min(n - first));
             let sum = with_bias(sums, first, len);
             let sum = self.residual.map_or(sum, |residual| sum.add(V::load_some(&residual[at..][..len])));
+            let sum = self.slope.map_or(sum, |slope| sum.leaky(V::load_some(&slope[first..][..len])));
             // SAFETY: y holds [m, n], and no other task writes these columns of this row
             sum.store_some(unsafe { y.slice(at, len) });
         }
@@ -256,7 +259,9 @@ impl CustomOp2 for Product {
         }
         let left = |row: usize, terms: Range<usize>, to: &mut [f32]| to.copy_from_slice(&x[row * k..][terms]);
         let y = with_slice(self.bias.as_ref(), |bias| {
-            with_slice(self.residual.as_ref(), |residual| product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated }))
+            with_slice(self.residual.as_ref(), |residual| {
+                product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated, slope: None })
+            })
         })??;
         Ok((CpuStorage::F32(y), Shape::from((m, if self.gated { n / 2 } else { n }))))
     }

@@ -99,6 +99,13 @@ pub trait Vector: Copy {
         half.plus(half, self.mul(Self::splat(std::f32::consts::FRAC_1_SQRT_2)).erf())
     }
 
+    /// What is below 0 times a slope (leaky ReLU, PReLU).
+    #[inline(always)]
+    fn leaky(self, slope: Self) -> Self {
+        let zero = Self::splat(0.0);
+        zero.max(self).plus(zero.min(self), slope)
+    }
+
     /// Columns of sixteen rows.
     #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
@@ -598,6 +605,8 @@ mod tests {
                 assert!((of(x, V::silu) - real).abs() < 5e-7 * f64::from(x.abs()).max(1.0), "silu({x}) is {}", of(x, V::silu));
             }
             assert!((of(f32::INFINITY, V::erf) - 1.0).abs() < 7e-7 && of(f32::NAN, V::erf).is_nan() && of(f32::NAN, V::gelu).is_nan());
+            let leaky = |x: V| x.leaky(V::splat(0.25));
+            assert!(of(-3.0, leaky) == -0.75 && of(3.0, leaky) == 3.0 && of(f32::NAN, leaky).is_nan());
             assert!(of(-1e30, V::silu).abs() < 1e-6 && of(1e30, V::silu) > 9e29 && of(f32::NAN, V::silu).is_nan());
         }
     }

@@ -50,6 +50,8 @@ struct Plan<'a> {
     bias: &'a [f32],
     /// [b, wanted, w, outputs]
     residual: Option<&'a [f32]>,
+    /// [outputs]
+    slope: Option<&'a [f32]>,
     outputs: usize,
     /// the rows of the output that are wanted
     wanted: Range<usize>,
@@ -77,7 +79,7 @@ pub fn pays(h: usize, w: usize) -> bool {
 }
 
 /// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs], perhaps residual [b, wanted, w, outputs] to
-/// add -> the wanted rows of [b, h, w, outputs].
+/// add and slopes [outputs] of what is then below 0 -> the wanted rows of [b, h, w, outputs].
 pub fn convolve(
     pictures: Pictures,
     wanted: Range<usize>,
@@ -85,6 +87,7 @@ pub fn convolve(
     weight: Panels,
     bias: &[f32],
     residual: Option<&[f32]>,
+    slope: Option<&[f32]>,
 ) -> Vec<f32> {
     let Pictures { b, w, c: inputs, .. } = pictures;
     let mut y = fresh(b * wanted.len() * w * outputs);
@@ -93,7 +96,7 @@ pub fn convolve(
     let tiles = b * down * across;
     let rows = tiles.div_ceil(tiles.div_ceil(TILES)).next_multiple_of(ROWS);
     let lanes = inputs.div_ceil(inputs.div_ceil(DEPTH)).div_ceil(LANES);
-    let plan = Plan { pictures, weight, bias, residual, outputs, wanted, down, across, tiles, rows, lanes };
+    let plan = Plan { pictures, weight, bias, residual, slope, outputs, wanted, down, across, tiles, rows, lanes };
     let (groups, slabs, panels) = (tiles.div_ceil(rows), inputs.div_ceil(lanes * LANES), outputs.div_ceil(WIDTH));
     let slab = POSITIONS * rows * lanes;
     let (shares, at_once) = (panels.div_ceil(PANELS), rayon::current_num_threads().min(groups));
@@ -243,7 +246,7 @@ impl Plan<'_> {
     /// Gathers the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on into pixels.
     #[inline(always)]
     fn gather<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
-        let Plan { pictures: Pictures { w, .. }, bias, residual, outputs, ref wanted, tiles, rows, .. } = *self;
+        let Plan { pictures: Pictures { w, .. }, bias, residual, slope, outputs, ref wanted, tiles, rows, .. } = *self;
         for row in 0..rows.min(tiles - tile) {
             let (image, top, left) = self.corner(tile + row);
             let bias = if bias.len() == outputs { bias } else { &bias[image * outputs..][..outputs] };
@@ -252,6 +255,7 @@ impl Plan<'_> {
                 let first = panel * WIDTH + lane * LANES;
                 let len = LANES.min(outputs - first);
                 let bias = V::load_some(&bias[first..][..len]);
+                let slope = slope.map(|slope| V::load_some(&slope[first..][..len]));
                 let mut m = [[V::splat(0.0); SEEN]; SEEN];
                 for (i, line) in m.iter_mut().enumerate() {
                     for (j, m) in line.iter_mut().enumerate() {
@@ -263,6 +267,7 @@ impl Plan<'_> {
                         let at = ((image * wanted.len() + top + i) * w + left + j) * outputs + first;
                         let sum = sum.add(bias);
                         let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
+                        let sum = slope.map_or(sum, |slope| sum.leaky(slope));
                         // SAFETY: y holds [b, wanted, w, outputs], and no other task writes these channels of this tile
                         sum.store_some(unsafe { y.slice(at, len) });
                     }
@@ -383,6 +388,7 @@ mod tests {
             Panels::F32(&packed),
             &values(bias),
             None,
+            None,
         )
     }
 
@@ -457,18 +463,15 @@ mod tests {
             let [x, weight, bias] = noise(b, side, side, inputs, outputs);
             let weight = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
             let (x, bias, shape) = (values(&x), values(&bias), (b, side, side, inputs));
-            let op = Conv2d { size: 3, stride: 1, padding: (1, 1), wraps: [false; 2], rows: 0..side, scaled: None, residual: None };
+            let op =
+                Conv2d { size: 3, stride: 1, padding: (1, 1), wraps: [false; 2], rows: 0..side, scaled: None, residual: None, slope: None };
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    op.unfolded(
-                        pictures(&x, shape),
-                        outputs,
-                        Panels::F32(&weight),
-                        Finish { bias: Some(&bias), residual: None, gated: false },
-                    )
+                    op.unfolded(pictures(&x, shape), outputs, Panels::F32(&weight), Finish { bias: Some(&bias), ..Finish::default() })
                 }));
-                winograd = winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, outputs, Panels::F32(&weight), &bias, None)));
+                winograd =
+                    winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, outputs, Panels::F32(&weight), &bias, None, None)));
             }
             println!("{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}", plain * 1e3, winograd * 1e3, winograd / plain);
         }

@@ -119,11 +119,12 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
         let vae = first.settings.vae.clone();
-        let (upscaler, upscaler_hash) = (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone());
+        let (upscaler, upscaler_hash, scale) =
+            (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone(), first.settings.upscale);
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
             let same_model = args.model.is_some() || s.model == model;
             let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
-            same_model && s.dtype == dtype && s.refiner == refiner && same_vae && s.upscaler == upscaler
+            same_model && s.dtype == dtype && s.refiner == refiner && same_vae && s.upscaler == upscaler && s.upscale == scale
         });
         known = rest;
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
@@ -140,7 +141,7 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         // without a hash it has no weights, and its name is enough
         let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
         let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));
-        let upscaler = reference.map(|reference| Upscaler::open(reference, &compute)).transpose().code(3)?;
+        let upscaler = reference.map(|reference| Upscaler::open(reference, scale, &compute)).transpose().code(3)?;
         compare(group, &checkpoint, upscaler.as_ref(), &compute, &progress, &mut tell)?;
     }
     if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same{hint}", args.pictures.len())).code(1) }
@@ -207,11 +208,8 @@ fn compare(
     pipeline::generate(checkpoint, &request, &jobs, compute, progress, &|| false, &mut |job, drawn| {
         let Some(known) = drawn_again.get(job.index) else { return };
         let outcome = drawn.and_then(|drawn| {
-            let picture = match (upscaler, known.settings.upscale) {
-                (Some(upscaler), Some(scale)) => upscaler.upscale(&drawn.picture, scale, progress)?,
-                _ => drawn.picture,
-            };
-            let difference = difference(&picture, known)?;
+            let larger = upscaler.map(|upscaler| upscaler.upscale(&drawn.picture, progress)).transpose()?;
+            let difference = difference(larger.as_ref().unwrap_or(&drawn.picture), known)?;
             let traces = known.trace.as_ref().zip(drawn.trace.as_ref());
             Ok(Compared { difference, first_difference: traces.map(|(known, drawn)| known.first_difference(drawn)) })
         });

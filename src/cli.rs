@@ -160,6 +160,9 @@ pub struct DrawArgs {
     /// Overwrite what is there
     #[arg(long, help_heading = "Output")]
     pub force: bool,
+    /// Make each picture larger: an upscaler's .safetensors file or lanczos, and perhaps how many times
+    #[arg(hide_short_help = true, long, value_name = "FILE[:X]", help_heading = "Output")]
+    pub upscale: Option<OsString>,
     /// Draw in the terminal too: auto, kitty, iterm, sixel, blocks, blocks256
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "auto", hide_possible_values = true, value_name = "HOW", help_heading = "Output")]
     pub show: Option<ShowChoice>,

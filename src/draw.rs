@@ -19,6 +19,7 @@ use crate::settings::Settings;
 use crate::sheet::{Cell, sheet};
 use crate::terminal::Terminal;
 use crate::trace::Trace;
+use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, anyhow};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
@@ -73,15 +74,25 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     if let Some(vae) = &args.vae {
         use_vae(&mut checkpoint, vae, args.offline, shows).code(3)?;
     }
+    let upscaler = args.upscale.as_deref().map(|asked| Upscaler::asked(asked, &compute)).transpose().code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
         shard.take(&mut request.jobs).code(2)?;
+    }
+    let mut upscaling_bytes = 0;
+    if let Some(upscaler) = &upscaler {
+        for job in &request.jobs {
+            let (width, height) = job.settings.final_size();
+            upscaler.size(width, height).with_context(|| request.place(job)).code(2)?;
+            upscaling_bytes = upscaling_bytes.max(upscaler.bytes(width, height));
+        }
+        request.jobs.iter_mut().for_each(|job| job.settings = upscaler.told(job.settings.clone()));
     }
     let mut landed = HashMap::new();
     if args.resume || args.verify {
         landed = request.jobs.par_iter_mut().filter_map(|job| Some((job.index, Some(present(job, args)?)))).collect();
     }
-    let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size);
+    let memory_bytes = request.memory_bytes(&checkpoint, request.batch_size).max(upscaling_bytes);
     let mut records = Records { landed, ..Records::new(args, &request, progress) };
     if args.verify {
         return verify(&request, &mut records);
@@ -112,7 +123,13 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
         let writer = scope.spawn(move || writer.write(receiver));
         let stop = || interrupt::requested() || full.load(Ordering::Relaxed);
         // a writer that has ended says why
-        let mut sink = |job, drawn| sender.send((job, drawn)).unwrap_or_default();
+        let mut sink = |job, drawn: Result<Drawn>| {
+            let drawn = drawn.and_then(|drawn| match &upscaler {
+                Some(upscaler) => Ok(Drawn { picture: upscaler.upscale(&drawn.picture, progress)?, ..drawn }),
+                None => Ok(drawn),
+            });
+            sender.send((job, drawn)).unwrap_or_default();
+        };
         let drawn = pipeline::generate(&checkpoint, &request, &left, &compute, progress, &stop, &mut sink);
         drop(sender);
         (drawn, writer.join().unwrap_or_else(|_| Err(anyhow!("the writing of files broke down"))))
@@ -233,6 +250,7 @@ fn check_files(args: &DrawArgs, list: &List, request: &Request) -> Result<()> {
 fn present(job: &mut Job, args: &DrawArgs) -> Option<Landed> {
     let bytes = std::fs::read(job.path.as_ref()?).ok()?;
     let sdgen = read_metadata(&bytes).ok()??.sdgen;
+    require_drawn(&sdgen).ok()?;
     let trace = args.trace.then(|| Trace::of(&sdgen).ok()?).flatten();
     let settings: Settings = serde_json::from_value(sdgen).ok()?;
     let asked = match args.vae_tiling {

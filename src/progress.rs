@@ -112,10 +112,11 @@ impl Progress {
         self.event("stage", json!({ "name": name }));
     }
 
-    /// Starts a stage whose steps are counted.
-    pub fn task(&self, title: String) {
-        self.stage(&title);
-        self.now().title = title;
+    /// Starts a stage whose steps are shown, and are no denoising steps.
+    pub fn task(&self, title: &str) {
+        self.stage(title);
+        let mut now = self.now();
+        (now.title, now.batch) = (title.into(), vec![]);
     }
 
     /// Starts to draw a batch: the index of each picture, and how many of how many pictures came before.

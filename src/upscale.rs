@@ -28,6 +28,8 @@ use std::time::Instant;
 
 /// The upscaler that is no network, by name.
 const LANCZOS: &str = "lanczos";
+/// What that does where nobody says how much.
+const LANCZOS_SCALE: f64 = 2.0;
 /// A result's name where none is asked for; the format's extension follows.
 const DEFAULT_NAME: &str = "{name}-{scale}x";
 /// What a result's name may be made of.
@@ -44,7 +46,7 @@ pub struct UpscaleArgs {
     /// An ESRGAN or Real-ESRGAN network, a .safetensors file; or `lanczos`, which needs none
     #[arg(short, long, value_name = "FILE")]
     model: Option<OsString>,
-    /// How many times larger in both directions, such as 2 or 1.5 [default: the network's]
+    /// How many times larger in both directions, such as 2 or 1.5 [default: the network's; 2]
     #[arg(long, value_parser = scale, value_name = "X")]
     scale: Option<f64>,
     /// File, folder/, template of {name}, {scale} and {index}, or `-` for stdout [default: {name}-{scale}x.png]
@@ -84,20 +86,32 @@ pub struct Upscaler {
     pub name: Arc<str>,
     /// of its weights; none of Lanczos' formula, which has none
     pub hash: Option<Arc<str>>,
+    /// how many times larger its pictures are
+    pub scale: f64,
     network: Option<upscaler::Upscaler>,
     factor: usize,
     is_on_cpu: bool,
 }
 
 impl Upscaler {
+    /// The one of `MODEL:SCALE`, as `--upscale` has it, or of `MODEL` alone.
+    pub fn asked(text: &OsStr, compute: &Compute) -> Result<Self> {
+        let split = text.to_str().and_then(|text| text.rsplit_once(':'));
+        match split.and_then(|(model, times)| Some((model, scale(times).ok()?))) {
+            Some((model, scale)) => Self::open(OsStr::new(model), Some(scale), compute),
+            None => Self::open(text, None, compute),
+        }
+    }
+
     /// Reads a network's file, or takes `lanczos`. Errors say what the file is if it is no such network.
-    pub fn open(model: &OsStr, compute: &Compute) -> Result<Self> {
+    pub fn open(model: &OsStr, scale: Option<f64>, compute: &Compute) -> Result<Self> {
         if model == LANCZOS {
-            return Ok(Self { name: LANCZOS.into(), hash: None, network: None, factor: 1, is_on_cpu: true });
+            let scale = scale.unwrap_or(LANCZOS_SCALE);
+            return Ok(Self { name: LANCZOS.into(), hash: None, scale, network: None, factor: 1, is_on_cpu: true });
         }
         let path = Path::new(model);
         if !path.is_file() {
-            bail!("there is no file `{}`\n\nhint: {UPSCALERS}; `-m {LANCZOS}` needs none", path.display());
+            bail!("there is no file `{}`\n\nhint: {UPSCALERS}; `{LANCZOS}` needs no file", path.display());
         }
         let checkpoint = Checkpoint::open_upscaler(path)?;
         let config = UpscalerConfig::of(&checkpoint)?;
@@ -106,49 +120,62 @@ impl Upscaler {
         let network = upscaler::Upscaler::new(&weights, config).context(ModelError)?;
         let hash = checkpoint.hash()?.into();
         let is_on_cpu = compute.device.is_cpu();
-        Ok(Self { name: checkpoint.name.as_str().into(), hash: Some(hash), network: Some(network), factor, is_on_cpu })
+        let (name, scale) = (checkpoint.name.as_str().into(), scale.unwrap_or(factor as f64));
+        Ok(Self { name, hash: Some(hash), scale, network: Some(network), factor, is_on_cpu })
     }
 
-    /// A picture `scale` times larger in both directions; a network's result of another size is scaled by Lanczos' formula.
-    /// Errors if the result would be too large, or does not fit into memory.
-    pub fn upscale(&self, picture: &Picture, scale: f64, progress: &Progress) -> Result<Picture> {
-        let side = |n: usize| ((n as f64 * scale).round() as usize).max(1);
-        let (width, height) = (side(picture.width), side(picture.height));
+    /// Width and height of what a picture becomes. Errors if that is too large.
+    pub fn size(&self, width: usize, height: usize) -> Result<(usize, usize)> {
+        let side = |n: usize| ((n as f64 * self.scale).round() as usize).max(1);
+        let (width, height) = (side(width), side(height));
         if width.max(height) > MAX_SIDE_PX {
-            bail!("the result would be {width}x{height} pixels, more than {MAX_SIDE_PX} on a side\n\nhint: a smaller `--scale`");
+            bail!("upscaled, it would be {width}x{height} pixels, more than {MAX_SIDE_PX} on a side\n\nhint: choose a smaller scale");
         }
-        let Some(network) = &self.network else { return Ok(picture.fit(width, height, Fit::Stretch)) };
+        Ok((width, height))
+    }
+
+    /// About the memory that it needs for a picture, in bytes; of a GPU's, nothing is known.
+    pub fn bytes(&self, width: usize, height: usize) -> u64 {
+        let Some(network) = self.network.as_ref().filter(|_| self.is_on_cpu) else { return 0 };
         // the network's picture, and the result with what becomes of it on its way to a file
-        let pixels = picture.width * picture.height * self.factor * self.factor + 3 * width * height;
-        if self.is_on_cpu {
-            let hint = "a smaller `--scale`, or a part of the picture";
-            require_memory(3 * pixels as u64 + network.bytes(picture.height, picture.width))
-                .context(OutOfMemory)
-                .with_context(|| format!("{width}x{height} pixels do not fit\n\nhint: {hint}"))?;
-        }
+        let pixels = (width * height) as f64 * ((self.factor * self.factor) as f64 + 3.0 * self.scale * self.scale);
+        3 * pixels as u64 + network.bytes(height, width)
+    }
+
+    /// The settings of a picture that it has made of one with these.
+    pub fn told(&self, settings: Settings) -> Settings {
+        Settings { upscaler: Some(self.name.clone()), upscaler_hash: self.hash.clone(), upscale: Some(self.scale), ..settings }
+    }
+
+    /// A picture made larger; a network's result of another scale is brought to it by Lanczos' formula. Errors if the result
+    /// would be too large, or does not fit into memory.
+    pub fn upscale(&self, picture: &Picture, progress: &Progress) -> Result<Picture> {
+        let (width, height) = self.size(picture.width, picture.height)?;
+        let Some(network) = &self.network else { return Ok(picture.fit(width, height, Fit::Stretch)) };
+        let place = || format!("{width}x{height} pixels do not fit\n\nhint: choose a smaller scale, or a part of the picture");
+        require_memory(self.bytes(picture.width, picture.height)).context(OutOfMemory).with_context(place)?;
+        progress.task("upscaling");
         let larger = network.upscale(picture, TILE_PX, &mut |done, total| progress.step(done, total))?;
         Ok(larger.fit(width, height, Fit::Stretch))
     }
 
     /// What a picture remembers that was made from `source`. If that is as it was drawn, it can be drawn again, and so can
     /// the result.
-    fn metadata(&self, source: &Source, scale: f64) -> Metadata {
+    fn metadata(&self, source: &Source) -> Metadata {
         let known = source.metadata.clone().unwrap_or(Metadata { parameters: String::new(), sdgen: Value::Null });
         let drawn = serde_json::from_value::<Settings>(known.sdgen.clone()).ok();
         if let Some(settings) = drawn.filter(|drawn| source.is_lossless && drawn.upscaler.is_none() && known.sdgen.get(FROM_KEY).is_none())
         {
-            let upscaled =
-                Settings { upscaler: Some(self.name.clone()), upscaler_hash: self.hash.clone(), upscale: Some(scale), ..settings };
-            return upscaled.metadata(Trace::of(&known.sdgen).ok().flatten().as_ref());
+            return self.told(settings).metadata(Trace::of(&known.sdgen).ok().flatten().as_ref());
         }
         let mut sdgen = known.sdgen.as_object().cloned().unwrap_or_default();
         sdgen.extend([
             ("upscaler".into(), json!(self.name)),
             ("upscaler_hash".into(), json!(self.hash)),
-            ("upscale".into(), json!(scale)),
+            ("upscale".into(), json!(self.scale)),
             (FROM_KEY.into(), json!(source.input.sha256())),
         ]);
-        let pairs = format!("Postprocess upscale by: {scale}, Postprocess upscaler: {}", self.name);
+        let pairs = format!("Postprocess upscale by: {}, Postprocess upscaler: {}", self.scale, self.name);
         let parameters = if known.parameters.is_empty() { pairs } else { format!("{}, {pairs}", known.parameters) };
         Metadata { parameters, sdgen: Value::Object(sdgen) }
     }
@@ -183,22 +210,17 @@ impl Source {
 pub fn run(args: &UpscaleArgs) -> Result<(), Failure> {
     let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
     let Some(model) = &args.model else {
-        let hint = format!("`-m FILE.safetensors` names one; {UPSCALERS}; `-m {LANCZOS} --scale 2` needs none");
+        let hint = format!("`-m FILE.safetensors` names one; {UPSCALERS}; `-m {LANCZOS}` needs none");
         return Err(anyhow!("no upscaler is named, and none is built in\n\nhint: {hint}")).code(2);
     };
-    if model == LANCZOS && args.scale.is_none() {
-        return Err(anyhow!("`{LANCZOS}` has no size of its own\n\nhint: add `--scale 2`")).code(2);
-    }
     let compute = Compute::choose(args.device, DTypeChoice::Auto).code(2)?;
     progress.stage("reading the upscaler");
-    let upscaler = Upscaler::open(model, &compute).code(3)?;
-    let scale = args.scale.unwrap_or(upscaler.factor as f64);
-    let results = plan(args, scale).code(2)?;
+    let upscaler = Upscaler::open(model, args.scale, &compute).code(3)?;
+    let results = plan(args, upscaler.scale).code(2)?;
     let total = results.len();
     let (mut saved, mut first_failure) = (0, None);
-    for (i, (source, (destination, format))) in args.pictures.iter().zip(&results).enumerate() {
-        progress.task(if total == 1 { "upscaling".into() } else { format!("upscaling {} of {total}", i + 1) });
-        let result = save(args, &upscaler, scale, source, destination, *format, &progress);
+    for (source, (destination, format)) in args.pictures.iter().zip(&results) {
+        let result = save(args, &upscaler, source, destination, *format, &progress);
         match result {
             Ok(()) => saved += 1,
             Err(error) if error.is::<DiskFull>() && total > 1 => {
@@ -278,7 +300,6 @@ fn file(destination: &Destination) -> Option<&Path> {
 fn save(
     args: &UpscaleArgs,
     upscaler: &Upscaler,
-    scale: f64,
     path: &Path,
     destination: &Destination,
     format: Format,
@@ -290,9 +311,9 @@ fn save(
     }
     let start = Instant::now();
     let place = || format!("`{}` cannot be upscaled", path.display());
-    let picture = upscaler.upscale(&source.input.over_white(), scale, progress).with_context(place)?;
+    let picture = upscaler.upscale(&source.input.over_white(), progress).with_context(place)?;
     let upscaling_s = start.elapsed().as_secs_f64();
-    let metadata = (!args.no_metadata).then(|| upscaler.metadata(&source, scale));
+    let metadata = (!args.no_metadata).then(|| upscaler.metadata(&source));
     let bytes = picture.encode(format, metadata.as_ref()).with_context(place)?;
     let Some(to) = file(destination) else {
         let mut stdout = std::io::stdout();
@@ -302,7 +323,7 @@ fn save(
     let record = json!({
         "path": to.to_string_lossy(), "sha256": picture.sha256(), "source": path.to_string_lossy(),
         "width": picture.width, "height": picture.height,
-        "upscaler": upscaler.name, "upscaler_hash": upscaler.hash, "upscale": scale, "timings": { "upscaling_s": upscaling_s },
+        "upscaler": upscaler.name, "upscaler_hash": upscaler.hash, "upscale": upscaler.scale, "timings": { "upscaling_s": upscaling_s },
     });
     progress.aside(|| say(&if args.json { format!("{record}\n") } else { format!("{}\n", to.display()) }))
 }

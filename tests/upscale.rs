@@ -202,8 +202,7 @@ fn what_is_no_upscaler_is_refused_by_what_it_is() {
     let dir = folder();
     let place = |name: &str| dir.path().join(name);
     let up = |model: &str, code: i32, texts: &[&str]| fail(sdgen(dir.path()).args(["upscale", "source.png", "-m", model]), code, texts);
-    fail(sdgen(dir.path()).args(["upscale", "source.png"]), 2, &["no upscaler is named", "-m FILE.safetensors", "-m lanczos --scale 2"]);
-    up("lanczos", 2, &["no size of its own", "--scale 2"]);
+    fail(sdgen(dir.path()).args(["upscale", "source.png"]), 2, &["no upscaler is named", "-m FILE.safetensors", "-m lanczos"]);
     up("none.safetensors", 3, &["there is no file `none.safetensors`"]);
     std::fs::write(place("net.pth"), b"PK\x03\x04").unwrap();
     up("net.pth", 3, &["PyTorch pickle", "params_ema", "safetensors"]);
@@ -270,4 +269,52 @@ fn a_drawn_picture_stays_one_that_can_be_drawn_again() {
     }
     run(&["upscale", "-q", "-m", "lanczos", "--scale", "2", "frog.png", "-o", "bare.png", "--no-metadata"]);
     assert!(read_metadata(&std::fs::read(place("bare.png")).unwrap()).unwrap().is_none());
+}
+
+#[test]
+fn pictures_can_be_made_larger_as_they_are_drawn() {
+    let dir = folder();
+    let frog = ["a frog", "-s", "7..9", "--steps", "2", "-W", "48", "-H", "32", "-q"];
+    let draw = |options: &[&str]| succeed(sdgen(dir.path()).args(frog).args(options));
+    draw(&["-o", "small-{seed}.png"]);
+    succeed(sdgen(dir.path()).args([
+        "upscale",
+        "-q",
+        "-m",
+        "x4.safetensors",
+        "--scale",
+        "3",
+        "small-7.png",
+        "small-8.png",
+        "-o",
+        "{name}-large.png",
+    ]));
+    draw(&["-o", "large-{seed}.png", "--upscale", "x4.safetensors:3"]);
+    for seed in [7, 8] {
+        let [direct, later] =
+            ["large-SEED.png", "small-SEED-large.png"].map(|name| dir.path().join(name.replace("SEED", &seed.to_string())));
+        assert!(std::fs::read(direct).unwrap() == std::fs::read(later).unwrap(), "seed {seed}");
+    }
+    let mut again = sdgen(dir.path());
+    let again = again.args(&frog[..frog.len() - 1]).args(["-o", "large-{seed}.png", "--resume", "--upscale"]);
+    assert!(stderr(&succeed(again.arg("x4.safetensors:3"))).contains("2 of 2 pictures are there already"));
+    succeed(sdgen(dir.path()).args(["check", "-q", "large-7.png", "large-8.png", "--upscaler", "x4.safetensors"]));
+    draw(&["-o", "plain-{seed}.png", "--upscale", "lanczos"]);
+    assert_eq!(read(&dir.path().join("plain-7.png")), read(&dir.path().join("small-7.png")).fit(96, 64, Fit::Stretch));
+
+    fail(sdgen(dir.path()).args(frog).args(["-W", "512", "-o", "x/", "--upscale", "lanczos:64"]), 2, &["32768x2048", "16384"]);
+    fail(sdgen(dir.path()).args(frog).args(["-o", "x/", "--upscale", "source.png:2"]), 3, &["`source.png`"]);
+}
+
+#[test]
+fn what_was_made_larger_from_a_lossy_file_is_drawn_again() {
+    let dir = folder();
+    let draw = |options: &[&str]| {
+        let frog = ["a frog", "-s", "7", "--steps", "2", "-W", "32", "-H", "32"];
+        stderr(&succeed(sdgen(dir.path()).args(frog).args(options)))
+    };
+    draw(&["-o", "frog.jpg"]);
+    succeed(sdgen(dir.path()).args(["upscale", "-q", "-m", "lanczos", "frog.jpg", "-o", "large.png"]));
+    assert!(draw(&["-o", "large.png", "--resume", "--upscale", "lanczos"]).contains("0 of 1 pictures are there already"));
+    assert!(draw(&["-o", "large.png", "--resume", "--upscale", "lanczos"]).contains("1 of 1 pictures are there already"));
 }

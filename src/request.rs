@@ -382,12 +382,14 @@ impl Request {
             None => {
                 let mut scheduler = self.model.scheduler.clone();
                 scheduler.prediction = prediction;
+                // a latent consistency model's, which it knows by the guidance that its network takes
+                let in_all = self.model.unet.time_cond_proj_dim.is_some();
+                let late = |strength| plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, in_all);
                 let whole = match strength {
-                    Some(strength) => plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength)?,
+                    Some(strength) => late(strength)?,
                     None => plan(&scheduler, sampler, schedule, steps, eta)?,
                 };
-                let again = |strength| plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength).map(Arc::new);
-                let enlarge = enlarged_by.map(again).transpose().context("`--hires-strength`")?;
+                let enlarge = enlarged_by.map(late).transpose().context("`--hires-strength`")?.map(Arc::new);
                 let (first, refine) = match (&self.refiner, refine_at) {
                     (None, None) => (Arc::new(whole), None),
                     (Some(refiner), Some(at)) => {

@@ -683,7 +683,7 @@ impl<'a> Settings<'a> {
     }
 
     /// Distillation steps, Luo et al. 2023 (arXiv 2310.04378).
-    fn distilled(&self, n: usize) -> Result<Vec<f64>> {
+    fn distilled(&self, n: usize, strength: f64) -> Result<Vec<f64>> {
         let original = self.config.original_inference_steps;
         ensure!(
             (1..=self.config.train_timesteps).contains(&original),
@@ -691,6 +691,8 @@ impl<'a> Settings<'a> {
         );
         ensure!(n <= original, "`{}` was distilled for at most {original} steps, not {n}\n\nhint: use `--steps 4`", self.sampler);
         let ratio = self.config.train_timesteps / original;
+        let original = (original as f64 * strength) as usize;
+        ensure!(n <= original, "`--strength {strength}` leaves less than {n} steps\n\nhint: use more, or fewer `--steps`");
         let stride = original as f64 / n as f64;
         let pick = |i: usize| original - (i as f64 * stride).floor() as usize;
         Ok((0..n).map(|i| (pick(i) * ratio - 1) as f64).collect())
@@ -873,11 +875,12 @@ impl Plan {
 /// samplers that have one: 0 (no noise) by default for `ddim` and `tcd`, as in diffusers'
 /// pipelines, 1 for the ancestral ones. Errors if the sampler cannot do what is asked.
 pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>, steps: usize, eta: Option<f64>) -> Result<Plan> {
-    plan_late(config, sampler, schedule, steps, eta, 0)
+    plan_late(config, sampler, schedule, steps, eta, (0, 1.0))
 }
 
 /// The same without its first steps, for a run that begins with a picture to which the noise of that level is added: those
-/// that a strength (0..=1) leaves out, as in diffusers. Errors too if it leaves out all of them.
+/// that a strength (0..=1) leaves out, as in diffusers. `in_all_steps`, as in its pipeline of latent consistency models: `lcm`
+/// takes as many steps over what the strength leaves. Errors too if it leaves out all of them.
 pub fn plan_from_picture(
     config: &SchedulerConfig,
     sampler: Sampler,
@@ -885,11 +888,13 @@ pub fn plan_from_picture(
     steps: usize,
     eta: Option<f64>,
     strength: f64,
+    in_all_steps: bool,
 ) -> Result<Plan> {
     let taken = (steps as f64 * strength) as usize;
     let least = (1.0 / steps as f64 * 1000.0).ceil() / 1000.0;
     ensure!(taken > 0, "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`");
-    plan_late(config, sampler, schedule, steps, eta, steps.saturating_sub(taken))
+    let late = if in_all_steps && sampler == Sampler::Lcm { (0, strength) } else { (steps.saturating_sub(taken), 1.0) };
+    plan_late(config, sampler, schedule, steps, eta, late)
 }
 
 fn plan_late(
@@ -898,7 +903,7 @@ fn plan_late(
     schedule: Option<Schedule>,
     steps: usize,
     eta: Option<f64>,
-    skipped: usize,
+    (skipped, share): (usize, f64),
 ) -> Result<Plan> {
     let train = config.train_timesteps;
     ensure!((1..=train).contains(&steps), "{steps} steps are not possible\n\nhint: use 1 to {train}");
@@ -924,7 +929,7 @@ fn plan_late(
         init_noise_sigma: 1.0,
     };
     match sampler.grid() {
-        Grid::Distilled => plan.lay_distilled(&settings, &table, steps)?,
+        Grid::Distilled => plan.lay_distilled(&settings, &table, steps, share)?,
         Grid::Discrete if sampler == Sampler::Pndm => plan.lay_pndm(&settings, &table, steps, skipped)?,
         Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &table, steps)?,
         _ => plan.lay_interpolated(&settings, &table, steps)?,
@@ -1053,8 +1058,8 @@ impl Plan {
         Ok(())
     }
 
-    fn lay_distilled(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
-        self.timesteps = settings.distilled(n)?;
+    fn lay_distilled(&mut self, settings: &Settings, table: &Table, n: usize, share: f64) -> Result<()> {
+        self.timesteps = settings.distilled(n, share)?;
         self.sigmas = self.timesteps.iter().map(|t| table.at(*t)).collect::<Result<_>>()?;
         let end = if self.sampler == Sampler::Tcd { table.at(0.0)? } else { 0.0 };
         self.sigmas.push(end);

@@ -57,6 +57,7 @@ fn sampler_of(run: &Value) -> Vec<String> {
         "KDPM2DiscreteScheduler" => "dpm2",
         "UniPCMultistepScheduler" => "unipc",
         "DEISMultistepScheduler" => "deis",
+        "LCMScheduler" => "lcm",
         "TCDScheduler" => "tcd",
         other => panic!("no name for {other}"),
     };
@@ -78,7 +79,7 @@ fn pictures_from_pictures_are_diffusers_own() {
         let model = run["model"].as_str().unwrap();
         match tensors.get(&format!("{}.conv_in", name.rsplit_once('.').unwrap().0)) {
             Some(conv_in) => widened(model, conv_in, &dir.path().join(model)),
-            None => copy_folder(&fixture(model), &dir.path().join(model)),
+            None => with_base(model, &dir.path().join(model)),
         }
         save(&dir.path().join("source.png"), &levels(golden("picture").unwrap()));
         let mut command = sdgen(dir.path());

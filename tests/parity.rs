@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::with_base;
-use sdgen::device::Compute;
+use sdgen::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::guidance::{Guidance, Guided, Reuse};
 use sdgen::image::Picture;
 use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
@@ -52,8 +52,14 @@ fn fixture(name: &str) -> Fixture {
     }
 }
 
+/// Where the networks run: the CPU, or what SDGEN_TEST_DEVICE names, as `--device` does. `tests/bench/gpu.sh` sets it.
+fn device() -> Device {
+    let choice = std::env::var("SDGEN_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap());
+    Compute::choose(choice, DTypeChoice::F32).unwrap().device
+}
+
 fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(folder(name).join("goldens.safetensors"), &Device::Cpu).unwrap()
+    candle_core::safetensors::load(folder(name).join("goldens.safetensors"), &device()).unwrap()
 }
 
 impl Fixture {
@@ -62,7 +68,7 @@ impl Fixture {
     }
 
     fn encoder(&self) -> Encoder {
-        let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+        let compute = Compute { device: device(), dtype: DType::F32 };
         Encoder::new(&self.checkpoint, &EncoderConfig::of(&self.checkpoint).unwrap(), &compute).unwrap()
     }
 
@@ -81,12 +87,12 @@ impl Fixture {
 
     fn unet(&self) -> UNet {
         let config = UNetConfig::from_json(self.checkpoint.config("unet").unwrap()).unwrap();
-        UNet::new(&self.checkpoint.weights("unet", &Device::Cpu, DType::F32), &config).unwrap()
+        UNet::new(&self.checkpoint.weights("unet", &device(), DType::F32), &config).unwrap()
     }
 
     fn decoder(&self) -> Decoder {
         let config = Autoencoder::from_json(self.checkpoint.config("vae").unwrap()).unwrap();
-        config.decoder(&self.checkpoint.weights("vae", &Device::Cpu, DType::F32)).unwrap()
+        config.decoder(&self.checkpoint.weights("vae", &device(), DType::F32)).unwrap()
     }
 }
 
@@ -218,7 +224,7 @@ fn the_vae_encodes_the_same() {
     for model in MODELS.into_iter().chain(["taesd"]) {
         let f = fixture(model);
         let config = Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap();
-        let encoder = config.encoder(&f.checkpoint.weights("vae", &Device::Cpu, DType::F32)).unwrap();
+        let encoder = config.encoder(&f.checkpoint.weights("vae", &device(), DType::F32)).unwrap();
         for shape in ["square", "wide"] {
             // those of later models are beside the runs that begin with a picture
             let later = format!("encode.{model}.{shape}");
@@ -334,7 +340,8 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             // picture i has seed + i, or its own seed where the run lists them
             let seed = |i: usize| run["seeds"].get(i).and_then(Value::as_u64).unwrap_or(run["seed"].as_u64().unwrap() + i as u64);
             let mut generators: Vec<Generator> = (0..count).map(|i| Generator::new(seed(i))).collect();
-            let mut noise = || Tensor::cat(&generators.iter_mut().map(|g| g.latents(h, w, c).unwrap()).collect::<Vec<_>>(), 0);
+            let mut noise =
+                || Tensor::cat(&generators.iter_mut().map(|g| g.latents(h, w, c).unwrap()).collect::<Vec<_>>(), 0)?.to_device(&device());
             let unit = noise().unwrap();
             compare(&format!("{model} run.{name}.noise"), &unit, first, 1e-6);
             let golden = f.golden(&format!("run.{name}.latents"));

@@ -1,13 +1,13 @@
 //! `sdgen check`: draws pictures again from what their files say of them, and compares. A regression test in one line.
 
-use crate::cli::{open_both, say, use_vae};
+use crate::cli::{merge, open_both, say, use_vae};
 use crate::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::failure::{Code, Failure};
 use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::pipeline;
 use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
-use crate::settings::Settings;
+use crate::settings::{Merged, Settings};
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
@@ -32,6 +32,12 @@ pub struct CheckArgs {
     /// The VAE that they were drawn with, for those drawn with another than the model's own [default: that of the hub that each names]
     #[arg(long, value_name = "REF")]
     vae: Option<OsString>,
+    /// What was merged into the model that they were drawn with
+    #[arg(long, value_name = "REF:X")]
+    merge: Vec<OsString>,
+    /// The model that was taken away from that
+    #[arg(long, requires = "merge", value_name = "REF")]
+    minus: Option<OsString>,
     /// The network that they were upscaled with
     #[arg(long, value_name = "FILE")]
     upscaler: Option<OsString>,
@@ -138,6 +144,7 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         if let Some(vae) = named.flatten() {
             use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
         }
+        merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, !args.quiet).code(3)?;
         // without a hash it has no weights, and its name is enough
         let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
         let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));
@@ -178,6 +185,7 @@ fn compare(
     let hash = checkpoint.hash().code(3)?;
     let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().code(3)?;
     let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().code(3)?;
+    let merges = Merged::all(checkpoint).code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
     request.trace = group.iter().any(|known| known.trace.is_some());
     let mut drawn_again: Vec<&Known> = vec![];
@@ -189,6 +197,10 @@ fn compare(
         } else if of.vae_hash.as_deref() != vae_hash.as_deref() {
             let vae = of.vae.as_deref().unwrap_or_default();
             Err(anyhow::anyhow!("it was drawn with the VAE `{vae}`\n\nhint: pass that with `--vae`"))
+        } else if of.merges != merges {
+            let named: Vec<String> = of.merges.iter().map(|merged| format!("`{}:{}`", merged.model, merged.share)).collect();
+            let named = if named.is_empty() { "nothing".into() } else { named.join(", ") };
+            Err(anyhow::anyhow!("it was drawn with {named} merged into the model\n\nhint: pass the same with `--merge` and `--minus`"))
         } else if of.upscaler_hash.as_deref() != upscaler.and_then(|upscaler| upscaler.hash.as_deref()) {
             let name = of.upscaler.as_deref().unwrap_or_default();
             Err(anyhow::anyhow!("it was made larger by the network `{name}`\n\nhint: pass that with `--upscaler`"))

@@ -20,7 +20,7 @@ use crate::terminal::ShowChoice;
 use crate::text::prompt::Syntax;
 use crate::upscale::UpscaleArgs;
 use crate::weights::hub::Hub;
-use crate::weights::{Checkpoint, Origin, nearest};
+use crate::weights::{Checkpoint, Merge, Origin, nearest};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::{OsStr, OsString};
@@ -116,6 +116,12 @@ pub struct DrawArgs {
         help_heading = "Model"
     )]
     pub vae_tiling: VaeTiling,
+    /// Add a share of another model's weights as they are read: (1 - X) of the model's own and X of its
+    #[arg(hide_short_help = true, long, value_name = "REF:X", help_heading = "Model")]
+    pub merge: Vec<OsString>,
+    /// A third model: what is merged is X of what the other has more than it
+    #[arg(hide_short_help = true, long, requires = "merge", value_name = "REF", help_heading = "Model")]
+    pub minus: Option<OsString>,
     /// A model that draws the last steps, such as sdxl-refiner
     #[arg(long, value_name = "REF", help_heading = "SDXL")]
     pub refiner: Option<OsString>,
@@ -425,6 +431,20 @@ pub(crate) fn say(text: &str) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write to stdout"),
     }
+}
+
+/// Adds what `--merge` and `--minus` name to a model.
+pub(crate) fn merge(checkpoint: &mut Checkpoint, merges: &[OsString], minus: Option<&OsStr>, offline: bool, progress: bool) -> Result<()> {
+    for asked in merges {
+        let split = asked.to_str().and_then(|text| text.rsplit_once(':')).and_then(|(model, share)| Some((model, share.parse().ok()?)));
+        let Some((model, share)) = split.filter(|(_, share): &(_, f64)| share.is_finite()) else {
+            bail!("`--merge {}` has no share\n\nhint: `--merge other.safetensors:0.3`", asked.display());
+        };
+        let other = open(Some(OsStr::new(model)), offline, progress)?;
+        let minus = minus.map(|minus| open(Some(minus), offline, progress)).transpose()?;
+        checkpoint.merge(Merge { other, minus, share })?;
+    }
+    Ok(())
 }
 
 /// Finds a model and perhaps the one that refines what it draws.

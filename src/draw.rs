@@ -3,7 +3,7 @@
 //! [`run`] tells the whole story. Hides what happens around the drawing: what is there already, what fails, what ends the
 //! run early, and that files are written beside the drawing of the next pictures.
 
-use crate::cli::{DrawArgs, VaeTiling, open_both, say, use_vae};
+use crate::cli::{DrawArgs, VaeTiling, merge, open_both, say, use_vae};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
 use crate::family::Family;
@@ -74,6 +74,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     if let Some(vae) = &args.vae {
         use_vae(&mut checkpoint, vae, args.offline, shows).code(3)?;
     }
+    merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, shows).code(3)?;
     let upscaler = args.upscale.as_deref().map(|asked| Upscaler::asked(asked, &compute)).transpose().code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {

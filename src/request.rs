@@ -13,7 +13,7 @@ use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
-use crate::settings::{Hires, Settings};
+use crate::settings::{Hires, Merged, Settings};
 use crate::text::encoder::EncoderConfig;
 use crate::text::prompt::{Prompts, Syntax};
 use crate::weights::{Checkpoint, ModelError};
@@ -278,6 +278,7 @@ impl Request {
                 model_hash: no_negative.clone(),
                 vae: vae.clone(),
                 vae_hash: None,
+                merges: vec![],
                 vae_tiling: false,
                 upscaler: None,
                 upscaler_hash: None,
@@ -294,6 +295,7 @@ impl Request {
         let model_hash: Arc<str> = checkpoint.hash().context(ModelError)?.into();
         let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
         let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().context(ModelError)?.map(Arc::from);
+        let merges = Merged::all(checkpoint).context(ModelError)?;
         let available = compute.device.is_cpu().then(available_memory).flatten();
         let mut jobs = std::mem::take(&mut request.jobs);
         for job in &mut jobs {
@@ -305,6 +307,7 @@ impl Request {
             job.settings.model_hash = model_hash.clone();
             job.settings.refiner_hash = refiner_hash.clone();
             job.settings.vae_hash = vae_hash.clone();
+            job.settings.merges = merges.clone();
         }
         request.jobs = jobs;
         let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();

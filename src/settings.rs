@@ -9,6 +9,8 @@ use crate::sampler::Sampler;
 use crate::schedule::{Prediction, Schedule};
 use crate::text::prompt::Syntax;
 use crate::trace::Trace;
+use crate::weights::{Checkpoint, Merge};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::sync::Arc;
@@ -84,6 +86,9 @@ pub struct Settings {
     pub vae: Option<Arc<str>>,
     /// as of the model
     pub vae_hash: Option<Arc<str>>,
+    /// what was added to the model's weights
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub merges: Vec<Merged>,
     /// it decodes in tiles; pictures of older versions do not say it
     #[serde(default)]
     pub vae_tiling: bool,
@@ -92,6 +97,30 @@ pub struct Settings {
     /// none of what has no weights
     pub upscaler_hash: Option<Arc<str>>,
     pub upscale: Option<f64>,
+}
+
+/// A model of which a share was added to another, or of what it has more than a third.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Merged {
+    pub model: Arc<str>,
+    pub hash: Arc<str>,
+    pub share: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minus: Option<Arc<str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minus_hash: Option<Arc<str>>,
+}
+
+impl Merged {
+    /// Of all that is merged into a checkpoint.
+    pub fn all(checkpoint: &Checkpoint) -> Result<Vec<Self>> {
+        let one = |Merge { other, minus, share }: &Merge| {
+            let minus_hash = minus.as_ref().map(|minus| minus.hash()).transpose()?.map(Arc::from);
+            let (model, hash) = (other.name.as_str().into(), other.hash()?.into());
+            Ok(Self { model, hash, share: *share, minus: minus.as_ref().map(|minus| minus.name.as_str().into()), minus_hash })
+        };
+        checkpoint.merges.iter().map(one).collect()
+    }
 }
 
 /// A picture that is drawn again, larger, over what was drawn.
@@ -277,6 +306,10 @@ impl Settings {
         extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
+        for Merged { model, share, minus, .. } in &self.merges {
+            let minus = minus.as_ref().map(|minus| format!(" - {minus}")).unwrap_or_default();
+            extra.push(("Merged", format!("{model}{minus}: {share}")));
+        }
         extra.extend(self.vae_tiling.then(|| ("VAE tiling", "True".into())));
         extra.extend(self.upscale.map(|by| ("Postprocess upscale by", by.to_string())));
         extra.extend(self.upscaler.as_ref().map(|upscaler| ("Postprocess upscaler", upscaler.to_string())));

@@ -84,8 +84,17 @@ pub struct Checkpoint {
     pub refiner: Option<Box<Self>>,
     /// decodes in place of its own VAE
     pub vae: Option<Box<Self>>,
+    /// what is added to its weights as they are read
+    pub merges: Vec<Merge>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
+}
+
+/// Another checkpoint's share of the weights: `share` times what it has more than `minus`, or than the first one.
+pub struct Merge {
+    pub other: Checkpoint,
+    pub minus: Option<Checkpoint>,
+    pub share: f64,
 }
 
 /// The parts that hold weights. The first or the second encoder may be missing, and a refiner needs no VAE.
@@ -125,6 +134,7 @@ impl Checkpoint {
             doubt: None,
             refiner: None,
             vae: None,
+            merges: vec![],
             sources: vec![],
             entries: BTreeMap::new(),
         }
@@ -413,7 +423,46 @@ impl Checkpoint {
         Weights { checkpoint: Some(self.holder(component)), prefix: component.into(), device, dtype, wrap: Wrap::default() }
     }
 
+    /// Adds a share of another checkpoint's weights: all of this one's parts that it has too. Errors if a tensor of those is
+    /// missing there, or has another shape.
+    pub fn merge(&mut self, merge: Merge) -> Result<()> {
+        for other in [Some(&merge.other), merge.minus.as_ref()].into_iter().flatten() {
+            for (name, entry) in &self.entries {
+                let has_part = name.split('.').next().is_some_and(|part| other.has(part));
+                let same = other.entries.get(name).is_some_and(|found| trimmed(&found.shape) == trimmed(&entry.shape));
+                if has_part && !same {
+                    let hint = "models of one family can be merged";
+                    bail!(
+                        "`{}` does not go with `{}`: it has no tensor `{name}` of shape {:?}\n\nhint: {hint}",
+                        other.name,
+                        self.name,
+                        entry.shape
+                    );
+                }
+            }
+        }
+        self.merges.push(merge);
+        Ok(())
+    }
+
+    /// A tensor with the shares of others, in its own type.
     fn read(&self, name: &str) -> Result<Tensor> {
+        let own = self.read_own(name)?;
+        let part = name.split('.').next().unwrap_or_default();
+        let mut merged: Option<Tensor> = None;
+        for Merge { other, minus, share } in self.merges.iter().filter(|merge| merge.other.has(part)) {
+            let wide = own.to_dtype(DType::F32)?;
+            let base = match minus.as_ref().filter(|minus| minus.has(part)) {
+                Some(minus) => minus.read_own(name)?.to_dtype(DType::F32)?,
+                None => wide.clone(),
+            };
+            let more = ((other.read_own(name)?.to_dtype(DType::F32)?.reshape(wide.shape())? - base.reshape(wide.shape())?)? * *share)?;
+            merged = Some((merged.unwrap_or(wide) + more)?);
+        }
+        Ok(merged.map(|merged| merged.to_dtype(own.dtype())).transpose()?.unwrap_or(own))
+    }
+
+    fn read_own(&self, name: &str) -> Result<Tensor> {
         let entry = self.entries.get(name).with_context(|| self.missing(name))?;
         let source = self.sources.get(entry.source).context("a source went missing")?;
         let tensor = source.read(&entry.key)?;

@@ -7,13 +7,15 @@ use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::pipeline;
 use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
-use crate::settings::{Merged, Settings};
+use crate::settings::{Merged, Settings, UsedLora};
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
+use crate::weights::lora::Lora;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -41,6 +43,9 @@ pub struct CheckArgs {
     /// The network that they were upscaled with
     #[arg(long, value_name = "FILE")]
     upscaler: Option<OsString>,
+    /// The LoRAs that they were drawn with; how much of each, they say themselves
+    #[arg(long, value_name = "FILE")]
+    lora: Vec<PathBuf>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -121,18 +126,34 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
             Err(error) => tell(path, Err(error))?,
         }
     }
+    let hashed = |path: &PathBuf| Ok((path.clone(), Lora::open(path, 1.0)?.hash()?));
+    let given: HashMap<String, PathBuf> =
+        args.lora.iter().map(|path| hashed(path).map(|(path, hash)| (hash, path))).collect::<Result<_>>().code(3)?;
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
-        let vae = first.settings.vae.clone();
+        let (vae, loras) = (first.settings.vae.clone(), first.settings.loras.clone());
         let (upscaler, upscaler_hash, scale) =
             (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone(), first.settings.upscale);
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
             let same_model = args.model.is_some() || s.model == model;
             let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
-            same_model && s.dtype == dtype && s.refiner == refiner && same_vae && s.upscaler == upscaler && s.upscale == scale
+            same_model
+                && s.loras == loras
+                && s.dtype == dtype
+                && s.refiner == refiner
+                && same_vae
+                && s.upscaler == upscaler
+                && s.upscale == scale
         });
         known = rest;
+        if let Some(UsedLora { name, hash, .. }) = loras.iter().find(|lora| !given.contains_key(&*lora.hash)) {
+            for known in &group {
+                let hint = "pass its file with `--lora`";
+                tell(&known.path, Err(anyhow::anyhow!("it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: {hint}")))?;
+            }
+            continue;
+        }
         let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
         let compute = Compute::choose(args.device, dtype).code(2)?;
         let reference = args.model.as_deref().unwrap_or(OsStr::new(&*model));
@@ -145,6 +166,15 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
             use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
         }
         merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, !args.quiet).code(3)?;
+        // a name tells of a distillation too, so it is that of the drawing
+        let again = loras.iter().filter_map(|used| {
+            let lora = Lora::open(given.get(&*used.hash)?, used.strength);
+            Some(lora.map(|mut lora| {
+                lora.name = used.name.to_string();
+                lora
+            }))
+        });
+        checkpoint.use_loras(again, false).code(3)?;
         // without a hash it has no weights, and its name is enough
         let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
         let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));

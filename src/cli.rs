@@ -20,6 +20,7 @@ use crate::terminal::ShowChoice;
 use crate::text::prompt::Syntax;
 use crate::upscale::UpscaleArgs;
 use crate::weights::hub::Hub;
+use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, Merge, Origin, nearest};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -99,6 +100,12 @@ pub struct DrawArgs {
     /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sdxl, turbo, lcm, ...)
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true, value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
+    /// Change the model by a LoRA, by the share X [default: 1]; if given again, by each
+    #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
+    pub lora: Vec<LoraArg>,
+    /// Take a LoRA that fits the model only in part for an error
+    #[arg(hide_short_help = true, long, help_heading = "Model")]
+    pub strict: bool,
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
@@ -330,6 +337,24 @@ pub struct PictureArgs {
     pub output: Option<OsString>,
 }
 
+/// `--lora`: a file, perhaps with how much of its change is made behind a colon.
+#[derive(Debug, Clone)]
+pub struct LoraArg {
+    pub path: PathBuf,
+    pub strength: f64,
+}
+
+impl From<OsString> for LoraArg {
+    fn from(text: OsString) -> Self {
+        let split = text.to_str().filter(|text| !Path::new(text).exists()).and_then(|text| text.rsplit_once(':'));
+        let strength = |text: &str| text.parse().ok().filter(|strength: &f64| strength.is_finite());
+        match split.and_then(|(path, text)| Some((path, strength(text)?))) {
+            Some((path, strength)) => Self { path: path.into(), strength },
+            None => Self { path: text.into(), strength: 1.0 },
+        }
+    }
+}
+
 /// `--prediction`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum PredictionChoice {
@@ -405,11 +430,17 @@ impl Command {
     fn run(self) -> Result<(), Failure> {
         match self {
             Self::Inspect { model, json, offline } => {
-                let checkpoint = open(Some(&model), offline, true).code(3)?;
-                let text = if json {
-                    format!("{}\n", crate::inspect::as_json(&checkpoint).code(3)?)
-                } else {
-                    crate::inspect::as_text(&checkpoint).code(3)?
+                let text = match Lora::is_at(Path::new(&model)).then(|| Lora::open(Path::new(&model), 1.0)).transpose().code(3)? {
+                    Some(lora) if json => format!("{}\n", crate::inspect::lora_as_json(&lora).code(3)?),
+                    Some(lora) => crate::inspect::lora_as_text(&lora).code(3)?,
+                    None => {
+                        let checkpoint = open(Some(&model), offline, true).code(3)?;
+                        if json {
+                            format!("{}\n", crate::inspect::as_json(&checkpoint).code(3)?)
+                        } else {
+                            crate::inspect::as_text(&checkpoint).code(3)?
+                        }
+                    }
                 };
                 say(&text).code(1)
             }

@@ -21,6 +21,7 @@ use crate::terminal::Terminal;
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
+use crate::weights::lora::Lora;
 use anyhow::{Context, Result, anyhow};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::{Value, json};
@@ -75,6 +76,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
         use_vae(&mut checkpoint, vae, args.offline, shows).code(3)?;
     }
     merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, shows).code(3)?;
+    checkpoint.use_loras(args.lora.iter().map(|lora| Lora::open(&lora.path, lora.strength)), args.strict).code(3)?;
     let upscaler = args.upscale.as_deref().map(|asked| Upscaler::asked(asked, &compute)).transpose().code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
@@ -293,6 +295,12 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
         let whole = request.vae_bytes(checkpoint, &Settings { vae_tiling: false, ..settings.clone() }) as f64 / 1e9;
         let Settings { width, height, .. } = settings;
         progress.note(format!("{width}x{height} is decoded in tiles: the whole would need about {whole:.1} GB of memory"));
+    }
+    for lora in &checkpoint.loras {
+        progress.detail(lora.coverage());
+        if let Some(misfit) = lora.misfit() {
+            progress.note(format!("warning: {misfit}"));
+        }
     }
     if let Some(distilled) = Family::detect(checkpoint).ok().and_then(|family| family.defaults(checkpoint).distilled) {
         progress.detail(format!("distilled: {distilled}"));

@@ -3,6 +3,7 @@
 use crate::model::unet::UNetConfig;
 use crate::text::encoder::EncoderConfig;
 use crate::weights::Checkpoint;
+use crate::weights::lora::Lora;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
@@ -113,7 +114,8 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
     let config = |part: &str, key: &str| checkpoint.configs.get(part)?.get(key).filter(|value| !value.is_null());
     let scheduler = |key: &str| config("scheduler", key).and_then(Value::as_str).unwrap_or_default();
     let of = |steps, guidance, eta, distilled| Some(Defaults { steps, guidance, eta, distilled: Some(distilled) });
-    let by_name = Distillation::named(&checkpoint.name).map(|named| named.defaults);
+    let loras = checkpoint.loras.iter().find_map(Lora::distillation);
+    let by_name = loras.or_else(|| Distillation::named(&checkpoint.name)).map(|named| named.defaults);
     match scheduler("_class_name") {
         _ if config("unet", "time_cond_proj_dim").is_some() => of(4, 8.5, None, "latent consistency, guidance built in"),
         _ if by_name.is_some() => by_name,

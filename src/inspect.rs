@@ -1,9 +1,10 @@
-//! `sdgen inspect`: what a checkpoint is, from its headers alone.
+//! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
 
 use crate::family::Family;
 use crate::model::Autoencoder;
 use crate::model::unet::{Beside, UNetConfig};
 use crate::schedule::SchedulerConfig;
+use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -78,4 +79,43 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
         out += &format!("  assumed       {}\n", assumed.trim_start_matches("assumed "));
     }
     Ok(out)
+}
+
+/// What a LoRA is: name, family that it seems to be for, names' format, methods, ranks, alphas, parts with their layers.
+pub fn lora_as_json(lora: &Lora) -> Result<Value> {
+    let defaults = lora.distillation().map(|named| named.defaults);
+    Ok(json!({
+        "name": lora.name, "kind": "LoRA", "family": lora.family(), "format": lora.format(), "methods": lora.methods(),
+        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "unknown_tensors": lora.strange(),
+        "distilled": defaults.and_then(|defaults| defaults.distilled), "steps": defaults.map(|defaults| defaults.steps),
+        "bytes": lora.bytes(), "hash": lora.hash()?,
+    }))
+}
+
+/// The same for a person.
+pub fn lora_as_text(lora: &Lora) -> Result<String> {
+    let all = |numbers: &mut dyn Iterator<Item = String>| match numbers.collect::<Vec<_>>().as_slice() {
+        [] => "none".into(),
+        [one] => one.clone(),
+        [first, .., last] => format!("{first} to {last}"),
+    };
+    let hash = lora.hash()?;
+    let mut out = format!("{}: LoRA for {}\n", lora.name, lora.family().unwrap_or("a model that its shapes do not tell"));
+    out += &format!("  hash          {}\n", hash.get(..12).unwrap_or(&hash));
+    out += &format!("  names         {}\n", lora.format());
+    out += &format!("  layers        {}\n", lora.methods().into_iter().collect::<Vec<_>>().join(", "));
+    out += &format!("  rank          {}\n", all(&mut lora.ranks().iter().map(usize::to_string)));
+    let alphas = lora.alphas()?;
+    let alpha = if alphas.is_empty() { "the rank".into() } else { all(&mut alphas.iter().map(f64::to_string)) };
+    out += &format!("  alpha         {alpha}\n");
+    for (part, layers) in lora.parts() {
+        out += &format!("  {part:<14}{layers} layers\n");
+    }
+    if let Some(defaults) = lora.distillation().map(|named| named.defaults) {
+        out += &format!("  distilled     {}: {} steps\n", defaults.distilled.unwrap_or_default(), defaults.steps);
+    }
+    if lora.strange() > 0 {
+        out += &format!("  unknown       {} tensors\n", lora.strange());
+    }
+    Ok(out + &format!("  file size     {:.1} MB\n", lora.bytes() as f64 / 1e6))
 }

@@ -13,9 +13,10 @@ use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
-use crate::settings::{Hires, Merged, Settings};
+use crate::settings::{Hires, Merged, Settings, UsedLora};
 use crate::text::encoder::EncoderConfig;
 use crate::text::prompt::{Prompts, Syntax};
+use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -276,6 +277,7 @@ impl Request {
                 dtype: dtype.clone(),
                 model: model.clone(),
                 model_hash: no_negative.clone(),
+                loras: Arc::default(),
                 vae: vae.clone(),
                 vae_hash: None,
                 merges: vec![],
@@ -296,6 +298,8 @@ impl Request {
         let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
         let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().context(ModelError)?.map(Arc::from);
         let merges = Merged::all(checkpoint).context(ModelError)?;
+        let used = |lora: &Lora| Ok(UsedLora { name: (&*lora.name).into(), hash: lora.hash()?.into(), strength: lora.strength });
+        let loras: Arc<[UsedLora]> = checkpoint.loras.iter().map(used).collect::<Result<_>>().context(ModelError)?;
         let available = compute.device.is_cpu().then(available_memory).flatten();
         let mut jobs = std::mem::take(&mut request.jobs);
         for job in &mut jobs {
@@ -308,6 +312,7 @@ impl Request {
             job.settings.refiner_hash = refiner_hash.clone();
             job.settings.vae_hash = vae_hash.clone();
             job.settings.merges = merges.clone();
+            job.settings.loras = loras.clone();
         }
         request.jobs = jobs;
         let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();

@@ -82,6 +82,9 @@ pub struct Settings {
     pub model: Arc<str>,
     /// [`crate::weights::Checkpoint::hash`]
     pub model_hash: Arc<str>,
+    /// what changes the model's weights
+    #[serde(default, skip_serializing_if = "<[UsedLora]>::is_empty")]
+    pub loras: Arc<[UsedLora]>,
     /// none: the model's own
     pub vae: Option<Arc<str>>,
     /// as of the model
@@ -121,6 +124,16 @@ impl Merged {
         };
         checkpoint.merges.iter().map(one).collect()
     }
+}
+
+/// A LoRA that a picture is drawn with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedLora {
+    pub name: Arc<str>,
+    /// [`crate::weights::lora::Lora::hash`]
+    pub hash: Arc<str>,
+    /// how much of its change is made
+    pub strength: f64,
 }
 
 /// A picture that is drawn again, larger, over what was drawn.
@@ -304,6 +317,9 @@ impl Settings {
         extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));
         extra.extend(self.refiner.as_ref().map(|refiner| ("Refiner", refiner.to_string())));
         extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
+        let short = |lora: &UsedLora| Some(format!("{}: {}", lora.name, lora.hash.get(..12)?));
+        let loras: Vec<String> = self.loras.iter().filter_map(short).collect();
+        extra.extend((!loras.is_empty()).then(|| ("Lora hashes", loras.join(", "))));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
         for Merged { model, share, minus, .. } in &self.merges {

@@ -2,16 +2,19 @@
 //!
 //! [`Checkpoint::open`] reads headers and JSON only and checks that all parts are there; [`Weights`] then hands tensors to
 //! the networks, one at a time. It hides where things lie: a diffusers folder, a single original file, the embedded
-//! model. Foreign names are in [`names`], the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`].
+//! model. Foreign names are in [`names`], the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`],
+//! what LoRAs change in [`lora`].
 
 mod guess;
 pub mod hub;
+pub mod lora;
 mod names;
 mod source;
 
 use crate::nn::wrap::Wrap;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
+use lora::Lora;
 use names::{Layout, Named, Part};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -86,6 +89,8 @@ pub struct Checkpoint {
     pub vae: Option<Box<Self>>,
     /// what is added to its weights as they are read
     pub merges: Vec<Merge>,
+    /// what changes its weights as they are read
+    pub loras: Vec<Lora>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
 }
@@ -135,6 +140,7 @@ impl Checkpoint {
             refiner: None,
             vae: None,
             merges: vec![],
+            loras: vec![],
             sources: vec![],
             entries: BTreeMap::new(),
         }
@@ -213,7 +219,7 @@ impl Checkpoint {
             }
             Layout::Canonical => Self::canonical(name, source),
             Layout::Adapter => bail!(
-                "`{}` is a LoRA, no model: it only changes one\n\nhint: pass a whole checkpoint with `--model`; LoRA files are not applied yet",
+                "`{}` is a LoRA, no model: it only changes one\n\nhint: pass a whole checkpoint with `--model`, and this with `--lora {0}`",
                 path.display()
             ),
             Layout::Unknown => bail!("{}", unknown(path, &keys)),
@@ -309,6 +315,32 @@ impl Checkpoint {
         Ok(upscaler)
     }
 
+    /// Changes weights by these as they are read; one of strength 0 is left out. One that was distilled to few steps, by its
+    /// name, brings its scheduler. Errors if one does not fit, with `strict` also if it fits in part.
+    pub fn use_loras(&mut self, loras: impl IntoIterator<Item = Result<Lora>>, strict: bool) -> Result<()> {
+        for lora in loras {
+            let mut lora = lora?;
+            lora.fit(self)?;
+            if let Some(misfit) = lora.misfit().filter(|_| strict) {
+                bail!("{misfit}\n\nhint: without `--strict` the rest of it is used");
+            }
+            if lora.strength == 0.0 {
+                continue;
+            }
+            if let (Some(named), Some(Value::Object(scheduler))) = (lora.distillation(), self.configs.get_mut("scheduler")) {
+                scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
+            }
+            self.loras.push(lora);
+        }
+        Ok(())
+    }
+
+    /// The width of the texts that its U-Net takes.
+    fn text_width(&self) -> Option<usize> {
+        let takes_text = |name: &str| name.starts_with("unet.") && name.ends_with(".attn2.to_k.weight");
+        self.entries.iter().find(|(name, _)| takes_text(name)).and_then(|(_, entry)| entry.shape.get(1).copied())
+    }
+
     /// What holds the weights of a component.
     fn holder(&self, component: &str) -> &Self {
         self.vae.as_deref().filter(|_| component == "vae").unwrap_or(self)
@@ -367,6 +399,11 @@ impl Checkpoint {
         self.entries.get(name).map(|e| e.shape.as_slice())
     }
 
+    /// Canonical names of all tensors.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
     /// How many numbered children `prefix` has: `prefix0.`, `prefix1.`, ...
     pub fn count(&self, prefix: &str) -> usize {
         (0..)
@@ -377,21 +414,23 @@ impl Checkpoint {
             .count()
     }
 
-    fn entries_of(&self, component: &str) -> impl Iterator<Item = &Entry> {
+    fn entries_of(&self, component: &str) -> impl Iterator<Item = (&String, &Entry)> {
         let prefix = format!("{component}.");
-        self.holder(component).entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix)).map(|(_, e)| e)
+        self.holder(component).entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix))
     }
 
     /// (parameters, stored types) of a component.
     pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
         let of = || self.entries_of(component);
-        (of().map(|e| e.shape.iter().product::<usize>()).sum(), of().map(|e| e.dtype.as_str()).collect())
+        (of().map(|(_, e)| e.shape.iter().product::<usize>()).sum(), of().map(|(_, e)| e.dtype.as_str()).collect())
     }
 
-    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`].
+    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`]; those that
+    /// LoRAs change are wide.
     pub fn stored_bytes(&self, component: &str) -> u64 {
-        let width = |dtype: &str| if matches!(dtype, "f16" | "bf16") { 2 } else { 4 };
-        self.entries_of(component).map(|e| width(&e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
+        let is_changed = |name: &str| self.loras.iter().any(|lora| lora.changes(name));
+        let width = |name: &str, dtype: &str| if matches!(dtype, "f16" | "bf16") && !is_changed(name) { 2 } else { 4 };
+        self.entries_of(component).map(|(name, e)| width(name, &e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
     }
 
     /// Bytes of all files.
@@ -445,7 +484,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor with the shares of others, in its own type.
+    /// A tensor with the shares of others, in its own type, and then with what LoRAs add, in f32.
     fn read(&self, name: &str) -> Result<Tensor> {
         let own = self.read_own(name)?;
         let part = name.split('.').next().unwrap_or_default();
@@ -459,7 +498,8 @@ impl Checkpoint {
             let more = ((other.read_own(name)?.to_dtype(DType::F32)?.reshape(wide.shape())? - base.reshape(wide.shape())?)? * *share)?;
             merged = Some((merged.unwrap_or(wide) + more)?);
         }
-        Ok(merged.map(|merged| merged.to_dtype(own.dtype())).transpose()?.unwrap_or(own))
+        let merged = merged.map(|merged| merged.to_dtype(own.dtype())).transpose()?.unwrap_or(own);
+        lora::patch(&self.loras, name, merged)
     }
 
     fn read_own(&self, name: &str) -> Result<Tensor> {
@@ -520,7 +560,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was asked for, that of the file,
-    /// since products widen weights as they read them.
+    /// since products widen weights as they read them; f32 where a LoRA changes them.
     pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.read(name, shape)?;
         let dtype = if self.device.is_cpu() && self.dtype == DType::F32 { tensor.dtype() } else { self.dtype };

@@ -3,6 +3,7 @@
 //!
 //! Pure functions over header entries; nothing here reads a weight. [`canonical`] is the entry.
 
+use super::lora::is_adapter_key;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Where a tensor's values come from inside the stored one.
@@ -46,7 +47,7 @@ pub enum Layout {
 pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
     let mut found = Layout::Unknown;
     for key in keys {
-        if ["lora_unet_", "lora_te", "lycoris_"].iter().any(|p| key.starts_with(p)) || key.contains(".lora_") || key.contains(".lora.") {
+        if is_adapter_key(key) {
             return Layout::Adapter;
         }
         if ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."].iter().any(|p| key.starts_with(p)) {
@@ -184,6 +185,64 @@ fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
     keys.iter().filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok()).max()
 }
 
+/// Layers of the U-Net outside of its numbered blocks: original and diffusers' names.
+const UNET_FIXED: [(&str, &str); 8] = [
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("label_emb.0.0.", "add_embedding.linear_1."),
+    ("label_emb.0.2.", "add_embedding.linear_2."),
+    ("input_blocks.0.0.", "conv_in."),
+    ("out.0.", "conv_norm_out."),
+    ("out.2.", "conv_out."),
+    ("middle_block.1.", "mid_block.attentions.0."),
+];
+
+/// The same of a residual block's.
+const RESNET: [(&str, &str); 6] = [
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+];
+
+/// The original name of a U-Net's layer, both without component and `.weight`. `count` tells how many numbered children a
+/// prefix has in the U-Net.
+pub fn to_original(layer: &str, count: impl Fn(&str) -> usize) -> Option<String> {
+    let key = format!("{layer}.");
+    let renamed =
+        |names: &[(&str, &str)], key: &str| names.iter().find_map(|(old, new)| key.strip_prefix(new).map(|rest| format!("{old}{rest}")));
+    let original = || {
+        let (blocks, rest) = key.split_once('.')?;
+        if let Some(rest) = rest.strip_prefix("resnets.").filter(|_| blocks == "mid_block") {
+            let (i, rest) = rest.split_once('.')?;
+            return Some(format!("middle_block.{}.{}", 2 * i.parse::<usize>().ok()?, renamed(&RESNET, rest)?));
+        }
+        let mut parts = rest.splitn(4, '.');
+        let block: usize = parts.next()?.parse().ok()?;
+        let (kind, i, rest) = (parts.next()?, parts.next()?.parse::<usize>().ok()?, parts.next()?);
+        let of = |block: usize, kind: &str| count(&format!("{blocks}.{block}.{kind}."));
+        let layers = |block: usize| of(block, "resnets") + of(block, "downsamplers");
+        let (side, first) = match blocks {
+            "down_blocks" => ("input_blocks", 1 + (0..block).map(layers).sum::<usize>()),
+            "up_blocks" => ("output_blocks", (0..block).map(layers).sum()),
+            _ => return None,
+        };
+        Some(match kind {
+            "resnets" => format!("{side}.{}.0.{}", first + i, renamed(&RESNET, rest)?),
+            "attentions" => format!("{side}.{}.1.{rest}", first + i),
+            "downsamplers" => format!("{side}.{}.0.op.", first + of(block, "resnets")),
+            "upsamplers" => {
+                format!("{side}.{}.{}.conv.", (first + of(block, "resnets")).checked_sub(1)?, 1 + of(block, "attentions").min(1))
+            }
+            _ => return None,
+        })
+    };
+    let original = renamed(&UNET_FIXED, &key).or_else(original)?;
+    original.strip_suffix('.').map(String::from)
+}
+
 /// `input_blocks.N` / `output_blocks.N` -> (block, layer), found by walking the numbers once.
 struct UnetMap {
     input: BTreeMap<usize, (usize, usize)>,
@@ -217,17 +276,7 @@ impl UnetMap {
     }
 
     fn map(&self, key: &str) -> Option<String> {
-        let fixed = [
-            ("time_embed.0.", "time_embedding.linear_1."),
-            ("time_embed.2.", "time_embedding.linear_2."),
-            ("label_emb.0.0.", "add_embedding.linear_1."),
-            ("label_emb.0.2.", "add_embedding.linear_2."),
-            ("input_blocks.0.0.", "conv_in."),
-            ("out.0.", "conv_norm_out."),
-            ("out.2.", "conv_out."),
-            ("middle_block.1.", "mid_block.attentions.0."),
-        ];
-        if let Some(name) = fixed.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}"))) {
+        if let Some(name) = UNET_FIXED.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}"))) {
             return Some(name);
         }
         if let Some(rest) = key.strip_prefix("middle_block.0.") {
@@ -261,15 +310,7 @@ impl UnetMap {
 
 /// A U-Net residual block's inner names.
 fn resnet(key: &str) -> Option<String> {
-    let names = [
-        ("in_layers.0.", "norm1."),
-        ("in_layers.2.", "conv1."),
-        ("emb_layers.1.", "time_emb_proj."),
-        ("out_layers.0.", "norm2."),
-        ("out_layers.3.", "conv2."),
-        ("skip_connection.", "conv_shortcut."),
-    ];
-    names.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+    RESNET.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
 }
 
 /// One VAE key without its prefix. Decoder levels are numbered from the finest in the original, from the coarsest here.

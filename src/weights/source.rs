@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
+use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -89,6 +90,21 @@ impl Source {
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
         let scales = |name: &str| name.strip_suffix(SCALE).is_some_and(|n| self.header.info(n).is_some_and(|t| t.dtype == Dtype::I8));
         self.header.tensors().into_iter().filter(move |(name, _)| !scales(name)).map(|(name, t)| (name, t.shape.clone(), t.dtype))
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, key: &str) -> Option<&[usize]> {
+        Some(&self.header.info(key)?.shape)
+    }
+
+    /// SHA-256 of all behind the header, in hex.
+    pub fn data_hash(&self) -> Result<String> {
+        const PIECE: usize = 1 << 22;
+        let (mut hash, end) = (Sha256::new(), usize::try_from(self.len - self.data_start)?);
+        for from in (0..end).step_by(PIECE) {
+            hash.update(self.bytes_of(from, end.min(from + PIECE)).with_context(|| format!("cannot read `{}`", self.path.display()))?);
+        }
+        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
     /// The first bytes of a tensor's part, for fingerprints.

@@ -180,6 +180,49 @@ fn a_lora_that_fits_in_part_is_a_warning_with_counts_and_with_strict_an_error() 
 }
 
 #[test]
+fn every_tensor_of_a_lora_over_all_layers_of_real_checkpoints_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    for (recipe, encoders) in [
+        ("sd1", &[("lora_te_", 12, 768)][..]),
+        ("sd2", &[("lora_te_", 23, 1024)]),
+        ("sdxl", &[("lora_te1_", 12, 768), ("lora_te2_", 32, 1280)]),
+        ("ssd1b", &[("lora_te1_", 12, 768), ("lora_te2_", 32, 1280)]),
+    ] {
+        let real = json(&fixture(&format!("real_{recipe}.json")));
+        let mut layers: Vec<(String, Vec<u64>)> = vec![];
+        for (key, shape) in real.as_object().unwrap() {
+            let layer = key.strip_prefix("model.diffusion_model.").and_then(|key| key.strip_suffix(".weight"));
+            let shape: Vec<u64> = shape.as_array().unwrap().iter().map(|d| d.as_u64().unwrap()).collect();
+            layers.extend(layer.filter(|_| shape.len() > 1).map(|layer| (format!("lora_unet_{}", layer.replace('.', "_")), shape)));
+        }
+        for (start, count, width) in encoders {
+            for i in 0..*count {
+                for name in ["self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_fc2"] {
+                    let wide = |by: &str| if name == by { 4 * width } else { *width };
+                    layers.push((format!("{start}text_model_encoder_layers_{i}_{name}"), vec![wide("mlp_fc1"), wide("mlp_fc2")]));
+                }
+            }
+        }
+        let mut shapes = serde_json::Map::new();
+        for (layer, shape) in &layers {
+            let ones = vec![1; shape.len() - 2];
+            shapes.insert(format!("{layer}.lora_down.weight"), json!([&[4], &shape[1..]].concat()));
+            shapes.insert(format!("{layer}.lora_up.weight"), json!([&[shape[0], 4], &*ones].concat()));
+            shapes.insert(format!("{layer}.alpha"), json!([]));
+        }
+        sparse(&real, &dir.path().join("real.safetensors"));
+        sparse(&shapes.into(), &dir.path().join("all.safetensors"));
+        let mut checkpoint = Checkpoint::open(Origin::Path(&dir.path().join("real.safetensors"))).unwrap();
+        checkpoint.use_loras([Lora::open(&dir.path().join("all.safetensors"), 1.0)], true).unwrap();
+        let total = 3 * layers.len();
+        let said = format!("{total} of {total} tensors fit, they change {} weights of text_encoder, ", layers.len());
+        assert!(checkpoint.loras[0].coverage().contains(&said), "{recipe}: {}", checkpoint.loras[0].coverage());
+        let family = if encoders.len() == 2 { "Stable Diffusion XL" } else { &format!("Stable Diffusion {}.x", &recipe[2..]) };
+        assert_eq!(checkpoint.loras[0].family(), Some(family));
+    }
+}
+
+#[test]
 fn files_that_are_no_lora_or_not_there_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let run = |file: &str| command(dir.path(), &fixture("sd1"), &["--lora", file], "x.png");

@@ -389,3 +389,29 @@ fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Optio
 pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates.map(|c| (strsim::levenshtein(name, c), c)).min().filter(|(d, c)| *d <= c.len().max(name.len()) / 3).map(|(_, c)| c)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn original_names_of_every_u_net_go_to_ours_and_back() {
+        for recipe in ["sd1", "sd2", "sdxl", "sdxl_refiner", "ssd1b", "vega"] {
+            let path = format!("{}/tests/fixtures/real_{recipe}.json", env!("CARGO_MANIFEST_DIR"));
+            let shapes: serde_json::Map<_, _> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+            let map = from_original(shapes.keys().map(String::as_str));
+            let ours: BTreeSet<&str> = map.values().flatten().filter_map(|named| named.name.strip_prefix("unet.")).collect();
+            let has = |prefix: &str| ours.range(prefix..).next().is_some_and(|name| name.starts_with(prefix));
+            let count = |prefix: &str| (0..).take_while(|i| has(&format!("{prefix}{i}."))).count();
+            let mut seen = 0;
+            for (original, named) in map.iter().filter_map(|(key, named)| Some((key.strip_prefix("model.diffusion_model.")?, named))) {
+                let (layer, end) = original.rsplit_once('.').unwrap();
+                let ours = named.first().unwrap().name.strip_prefix("unet.").unwrap().strip_suffix(&format!(".{end}")).unwrap();
+                assert_eq!(to_original(ours, count).as_deref(), Some(layer), "{recipe}: {ours}");
+                seen += 1;
+            }
+            assert!(seen > 500, "{recipe}");
+        }
+    }
+}

@@ -103,6 +103,9 @@ pub struct DrawArgs {
     /// Change the model by a LoRA, by the share X [default: 1]; if given again, by each
     #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
     pub lora: Vec<LoraArg>,
+    /// The folder of the LoRAs that prompts name as A1111's do: <lora:NAME:X>
+    #[arg(hide_short_help = true, long, value_name = "DIR", help_heading = "Model")]
+    pub lora_dir: Option<PathBuf>,
     /// Take a LoRA that fits the model only in part for an error
     #[arg(hide_short_help = true, long, help_heading = "Model")]
     pub strict: bool,

@@ -3,7 +3,7 @@
 //! [`run`] tells the whole story. Hides what happens around the drawing: what is there already, what fails, what ends the
 //! run early, and that files are written beside the drawing of the next pictures.
 
-use crate::cli::{DrawArgs, VaeTiling, merge, open_both, say, use_vae};
+use crate::cli::{DrawArgs, LoraArg, VaeTiling, merge, open_both, say, use_vae};
 use crate::device::{Compute, require_memory};
 use crate::failure::{Code, Failure};
 use crate::family::Family;
@@ -18,10 +18,11 @@ use crate::request::{Job, Request};
 use crate::settings::Settings;
 use crate::sheet::{Cell, sheet};
 use crate::terminal::Terminal;
+use crate::text::prompt::Syntax;
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
-use crate::weights::lora::Lora;
+use crate::weights::lora::{self, Lora};
 use anyhow::{Context, Result, anyhow};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::{Value, json};
@@ -67,8 +68,9 @@ pub fn draw(args: &DrawArgs) -> u8 {
 }
 
 fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(), Failure> {
-    let list = List::read(args).code(2)?;
+    let mut list = List::read(args).code(2)?;
     check(args, &list).code(2)?;
+    let loras = take_loras(args, &mut list).code(2)?;
     let compute = Compute::choose(args.device, args.dtype).code(2)?;
     let shows = !args.quiet && args.progress != ProgressMode::Json;
     let mut checkpoint = open_both(args.model.as_deref(), args.refiner.as_deref(), args.offline, shows).code(3)?;
@@ -76,7 +78,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
         use_vae(&mut checkpoint, vae, args.offline, shows).code(3)?;
     }
     merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, shows).code(3)?;
-    checkpoint.use_loras(args.lora.iter().map(|lora| Lora::open(&lora.path, lora.strength)), args.strict).code(3)?;
+    checkpoint.use_loras(loras.iter().map(|lora| Lora::open(&lora.path, lora.strength)), args.strict).code(3)?;
     let upscaler = args.upscale.as_deref().map(|asked| Upscaler::asked(asked, &compute)).transpose().code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
@@ -196,6 +198,27 @@ fn end(list: &List, request: &Request, tally: &mut Tally, written: Result<()>) -
         (Ok(()), Some(first)) if total == 1 => Err(first),
         (Ok(()), Some(first)) => fail(partly(first.code), anyhow!("{} of {total} pictures failed, {done} are saved", tally.failed)),
     }
+}
+
+/// The LoRAs of the run: those of options, then those of tags, which are taken out of prompts. Errors if prompts differ in them.
+fn take_loras(args: &DrawArgs, list: &mut List) -> Result<Vec<LoraArg>> {
+    let mut of_all = None;
+    for item in list.items.iter_mut().filter(|item| item.options.prompt_syntax != Some(Syntax::Plain)) {
+        let (text, tags) = lora::take_tags(&item.prompt)?;
+        if !tags.is_empty() {
+            item.prompt = text.into();
+        }
+        if *of_all.get_or_insert_with(|| tags.clone()) != tags {
+            return Err(anyhow!("prompts name different LoRAs\n\nhint: LoRAs are of a whole run; make one of each, `--lora` is for all"));
+        }
+    }
+    let find = |(name, strength): (String, f64)| {
+        let hint = "`--lora-dir DIR` says where its file is; `--prompt-syntax plain` takes every character for itself";
+        let folder = args.lora_dir.as_ref().with_context(|| format!("the prompt names the LoRA `{name}`\n\nhint: {hint}"))?;
+        Ok(LoraArg { path: lora::find_named(folder, &name)?, strength })
+    };
+    let named = of_all.unwrap_or_default().into_iter().map(find).collect::<Result<Vec<_>>>()?;
+    Ok(args.lora.iter().cloned().chain(named).collect())
 }
 
 /// What contradicts before a model is looked at.

@@ -240,6 +240,34 @@ fn files_that_are_no_lora_or_not_there_say_so() {
 }
 
 #[test]
+fn tags_in_a_prompt_stand_for_options_and_are_taken_out_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = fixture("lora");
+    let folder = folder.to_str().unwrap();
+    let run = |prompt: &str, options: &[&str], output: &str| {
+        let mut command = sdgen(dir.path());
+        command.args([prompt, "-s", "7", "--steps", "2", "-W", "16", "-H", "16", "--force", "-q", "-o", output, "-m"]);
+        command.arg(fixture("sd1")).args(options);
+        command
+    };
+    let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+    succeed(&mut run("a frog", &["--lora", &format!("{}:0.5", lora("kohya")), "--lora", &lora("old")], "options.png"));
+    succeed(&mut run("<lora:kohya:0.5>a frog <lora:old>", &["--lora-dir", folder], "tags.png"));
+    assert!(read("options.png") == read("tags.png"));
+    fail(&mut run("a frog <lora:kohya:1>", &[], "x.png"), 2, &["the prompt names the LoRA `kohya`", "hint: `--lora-dir DIR`"]);
+    fail(&mut run("a frog <lora:kohia:1>", &["--lora-dir", folder], "x.png"), 2, &["has no LoRA `kohia`", "did you mean `kohya`?"]);
+    fail(&mut run("a frog <lora:kohya:much>", &["--lora-dir", folder], "x.png"), 2, &["`<lora:kohya:much>` has no number"]);
+    std::fs::write(dir.path().join("list.txt"), "a <lora:kohya:1>\nb <lora:kohya:0.5>\n").unwrap();
+    let mut list = sdgen(dir.path());
+    let list = list.args(["--from", "list.txt", "-s", "1", "-o", "x/", "--lora-dir", folder, "-m"]).arg(fixture("sd1"));
+    fail(list, 2, &["prompts name different LoRAs"]);
+    // nothing is a tag there
+    succeed(&mut run("a frog <lora:kohya:1>", &["--prompt-syntax", "plain"], "plain.png"));
+    let said = read_metadata(&read("plain.png")).unwrap().unwrap().sdgen;
+    assert_eq!((&said["prompt"], said.get("loras")), (&json!("a frog <lora:kohya:1>"), None));
+}
+
+#[test]
 fn inspect_tells_what_a_lora_is() {
     let dir = tempfile::tempdir().unwrap();
     let said = |name: &str| -> Value {

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Ends of keys, and what a tensor is in its layer.
 const SLOTS: [(&str, &str); 33] = [
@@ -64,6 +64,9 @@ const DORA: &str = "dora";
 const MAGNITUDE: &str = "magnitude";
 const DIFF: &str = "diff";
 const DIFF_B: &str = "diff_b";
+
+/// How a tag in a prompt begins.
+const TAG: &str = "<lora:";
 
 /// What trainers put before a layer's name, and our component.
 const COMPONENTS: [(&str, &str); 4] =
@@ -348,25 +351,22 @@ impl Lora {
         Ok(f64::from(*number))
     }
 
-    /// What it adds to a weight [rows, ..] at strength 1, in its order.
-    fn change(&self, name: &str, weight: &Tensor) -> Result<Vec<f32>> {
+    /// What it adds to a weight [rows, ..] at strength 1, in its order, and by what that is to be multiplied.
+    fn change(&self, name: &str, weight: &Tensor) -> Result<(Vec<f32>, f32)> {
         let layer = self.changes.get(name).and_then(|layer| self.layers.get(layer)).context("a layer went missing")?;
         if let Some(key) = layer.get(DIFF_B).filter(|_| name.ends_with(".bias")) {
-            return widened(&self.source.read(key)?);
+            return Ok((widened(&self.source.read(key)?)?, 1.0));
         }
-        let mut change = self.product(layer)?;
-        let scale = self.scale(layer, name)? as f32;
-        if scale != 1.0 {
-            change.par_iter_mut().for_each(|value| *value *= scale);
-        }
+        let (change, scale) = (self.product(layer)?, self.scale(layer, name)? as f32);
         match (layer.get(MAGNITUDE), layer.get(DORA)) {
-            (None, None) => Ok(change),
+            (None, None) => Ok((change, scale)),
             (magnitude, dora) => {
                 let key = magnitude.or(dora).context("a layer went missing")?;
                 let magnitudes = self.source.read(key)?;
                 let of_rows = magnitude.is_some() || magnitudes.dims().first() == weight.dims().first();
-                decompose(weight, change, &widened(&magnitudes)?, of_rows)
-                    .with_context(|| format!("tensor `{key}` of the LoRA `{}` does not fit `{name}`", self.name))
+                let change = decompose(weight, change, scale, &widened(&magnitudes)?, of_rows)
+                    .with_context(|| format!("tensor `{key}` of the LoRA `{}` does not fit `{name}`", self.name))?;
+                Ok((change, 1.0))
             }
         }
     }
@@ -446,12 +446,13 @@ impl Kind {
 pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
     let mut sum: Option<Vec<f32>> = None;
     for lora in loras.iter().filter(|lora| lora.changes(name)) {
-        let change = lora.change(name, &weight).with_context(|| format!("the LoRA `{}` cannot be applied to `{name}`", lora.name))?;
+        let (change, scale) =
+            lora.change(name, &weight).with_context(|| format!("the LoRA `{}` cannot be applied to `{name}`", lora.name))?;
         let sum = match &mut sum {
             Some(sum) => sum,
             none => none.insert(widened(&weight)?),
         };
-        let strength = lora.strength as f32;
+        let strength = lora.strength as f32 * scale;
         sum.par_iter_mut().zip(&change).for_each(|(sum, change)| *sum += strength * change);
     }
     match sum {
@@ -460,9 +461,39 @@ pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
     }
 }
 
-/// What DoRA adds to a weight [rows, columns, ..] of which `change` is the low-rank part: their sum is brought to these lengths,
+/// A prompt without A1111's tags `<lora:name:X>`, and what they name; X is 1 where there is none. Errors if it is no number.
+pub fn take_tags(prompt: &str) -> Result<(String, Vec<(String, f64)>)> {
+    let (mut text, mut tags, mut rest) = (String::new(), vec![], prompt);
+    while let Some((before, tag, after)) = rest.split_once(TAG).and_then(|(before, tag)| {
+        let (tag, after) = tag.split_once('>')?;
+        Some((before, tag, after))
+    }) {
+        let (name, strength) = tag.split_once(':').unwrap_or((tag, "1"));
+        let strength = strength.trim().parse().ok().filter(|strength: &f64| strength.is_finite());
+        let strength = strength.with_context(|| format!("`{TAG}{tag}>` has no number\n\nhint: `{TAG}{name}:0.8>`"))?;
+        tags.push((name.trim().into(), strength));
+        text += before;
+        rest = after;
+    }
+    text += rest;
+    Ok(if tags.is_empty() { (text, tags) } else { (text.trim().into(), tags) })
+}
+
+/// The file of a LoRA that a prompt names. Errors name the nearest that is in the folder.
+pub fn find_named(folder: &Path, name: &str) -> Result<PathBuf> {
+    let path = folder.join(format!("{name}.safetensors"));
+    if path.is_file() {
+        return Ok(path);
+    }
+    let files = std::fs::read_dir(folder).with_context(|| format!("cannot read the folder `{}`", folder.display()))?;
+    let there: Vec<String> = files.filter_map(|file| Some(file.ok()?.path().file_stem()?.to_string_lossy().into_owned())).collect();
+    let near = names::nearest(name, there.iter().map(String::as_str)).map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
+    bail!("`{}` has no LoRA `{name}`\n\nhint: {near}its file would be `{}`", folder.display(), path.display())
+}
+
+/// What DoRA adds to a weight [rows, columns, ..] of which `scale` times `change` is the low-rank part: their sum is brought to these lengths,
 /// row by row or column by column, and the weight taken off again.
-fn decompose(weight: &Tensor, mut change: Vec<f32>, magnitudes: &[f32], of_rows: bool) -> Result<Vec<f32>> {
+fn decompose(weight: &Tensor, mut change: Vec<f32>, scale: f32, magnitudes: &[f32], of_rows: bool) -> Result<Vec<f32>> {
     let columns = weight.dims().get(1).copied().unwrap_or(1);
     let row: usize = weight.dims().iter().skip(1).product();
     let kernel = row / columns.max(1);
@@ -471,7 +502,7 @@ fn decompose(weight: &Tensor, mut change: Vec<f32>, magnitudes: &[f32], of_rows:
         bail!("it has {} lengths, there are {lengths}", magnitudes.len());
     }
     let weight = widened(weight)?;
-    change.par_iter_mut().zip(&weight).for_each(|(sum, weight)| *sum += weight);
+    change.par_iter_mut().zip(&weight).for_each(|(sum, weight)| *sum = weight + scale * *sum);
     if of_rows {
         change.par_chunks_mut(row.max(1)).zip(magnitudes).for_each(|(sum, magnitude)| {
             let squares: f64 = sum.iter().map(|value| f64::from(*value).powi(2)).sum();

@@ -4,6 +4,7 @@ use crate::bench::BenchArgs;
 use crate::check::CheckArgs;
 use crate::device::{DTypeChoice, DeviceChoice, limit_threads};
 use crate::draw::draw;
+use crate::dynamic::Dynamic;
 use crate::failure::{Code, Failure};
 use crate::family::{SHORT_NAMES, VAE_SHORT_NAMES};
 use crate::image::Format;
@@ -148,6 +149,12 @@ pub struct DrawArgs {
     /// Each value of an option; if given again, each combination
     #[arg(long, value_name = "KEY=A,B,...", help_heading = "Many pictures")]
     pub sweep: Vec<String>,
+    /// Prompts are templates: {red|green} frog, {2$$a|b|c}, __list__; random for each seed, or =all
+    #[arg(hide_short_help = true, long, num_args = 0..=1, require_equals = true, default_missing_value = "random", hide_possible_values = true, value_name = "HOW", help_heading = "Many pictures")]
+    pub dynamic: Option<Dynamic>,
+    /// Where __list__ finds list.txt, a line for each alternative [default: wildcards]
+    #[arg(hide_short_help = true, long, requires = "dynamic", value_name = "FOLDER", help_heading = "Many pictures")]
+    pub wildcards: Option<PathBuf>,
     /// Skip what is there with the same settings; overwrite what has others
     #[arg(long, conflicts_with_all = ["no_metadata", "force"], help_heading = "Many pictures")]
     pub resume: bool,

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod contexts;
 pub mod device;
 pub mod draw;
+pub mod dynamic;
 pub mod failure;
 pub mod family;
 pub mod ground;

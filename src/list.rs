@@ -1,11 +1,12 @@
 //! The work list: which pictures are asked for, before any model is looked at.
 //!
-//! A pure function of the arguments and the list that `--from` names, so that every machine that reads them sees the same
+//! A pure function of the arguments, the list that `--from` names and those that `--wildcards` holds, so that every machine that reads them sees the same
 //! pictures in the same order. Hides how lines and sweeps become options: each value is given to the command line's own
 //! parser, so that names, aliases and checks are the same everywhere. Read next: [`crate::request`], which fills in what
 //! the model brings.
 
 use crate::cli::{DrawArgs, PictureArgs};
+use crate::dynamic::{Dynamic, Template, Wildcards};
 use crate::image::Format;
 use crate::noise::Variation;
 use crate::output::{self, Destination};
@@ -123,7 +124,10 @@ impl List {
                 if line.trim().is_empty() {
                     return Ok(None);
                 }
-                if *is_json.get_or_insert(line.trim_start().starts_with('{')) {
+                // templates may begin with braces, too
+                let object =
+                    line.trim_start().strip_prefix('{').is_some_and(|rest| args.dynamic.is_none() || rest.trim_start().starts_with('"'));
+                if *is_json.get_or_insert(object) {
                     return Prompt::parse(number, line).map(Some);
                 }
                 Ok(Some(Prompt { line: Some(number), text: line.into(), keys: None }))
@@ -149,13 +153,19 @@ impl List {
         let mut plain = vec![];
         let mut list = Self { name, items: vec![], outputs: vec![], random_seed: None };
         let mut outputs = HashMap::new();
+        let folder = args.wildcards.as_deref().unwrap_or(Path::new("wildcards"));
+        let mut dynamic = args.dynamic.map(|how| (how, Wildcards::new(folder)));
         for prompt in prompts {
             let Prompt { line, text, keys } = prompt?;
             if keys.is_none() && plain.is_empty() {
                 plain = options.swept(&args.picture, &sweeps)?;
             }
             let own = keys.map(|keys| options.of_line(&args.picture, keys).and_then(|own| options.swept(&own, &sweeps))).transpose();
-            let added = own.and_then(|own| list.add(line, &text, own.as_ref().unwrap_or(&plain), args.format, &mut outputs));
+            let added = own.and_then(|own| {
+                let variants = own.as_ref().unwrap_or(&plain);
+                let texts = variants.iter().map(|(options, _)| Texts::of(&text, options, &mut dynamic)).collect::<Result<Vec<_>>>()?;
+                list.add(line, variants, &texts, args.format, &mut outputs)
+            });
             match line {
                 Some(line) => added.with_context(|| format!("line {line} of {}", list.name))?,
                 None => added?,
@@ -164,18 +174,19 @@ impl List {
         Ok(list)
     }
 
-    /// Adds the pictures of one prompt: seed by seed, there every variant of its options.
+    /// Adds the pictures of one prompt: seed by seed, there text by text, there every variant of its options.
     fn add(
         &mut self,
         line: Option<usize>,
-        prompt: &Arc<str>,
         variants: &[Variant],
+        texts: &[Texts],
         format: Option<Format>,
         outputs: &mut HashMap<Option<OsString>, usize>,
     ) -> Result<()> {
         let seeds = variants.iter().map(|(options, _)| self.seeds(options)).collect::<Result<Vec<_>>>()?;
         let (Some((first, _)), Some(count)) = (variants.first(), seeds.iter().map(Vec::len).min()) else { return Ok(()) };
-        let total = self.items.len() + count.saturating_mul(variants.len());
+        let of_seed = texts.iter().map(Texts::count).fold(0, usize::saturating_add);
+        let total = self.items.len().saturating_add(count.saturating_mul(of_seed));
         ensure!(total <= MAX_JOBS, "this asks for more than {MAX_JOBS} pictures\n\nhint: check `--seed`, `--count` and `--sweep`");
         let output = match outputs.get(&first.output) {
             Some(known) => *known,
@@ -185,9 +196,14 @@ impl List {
             }
         };
         for i in 0..count {
-            for ((options, sweep), seeds) in variants.iter().zip(&seeds) {
-                let (prompt, options, sweep) = (prompt.clone(), options.clone(), sweep.clone());
-                self.items.extend(seeds.get(i).map(|&seed| Item { line, prompt, seed, options, sweep, output }));
+            let seeds: Vec<u64> = seeds.iter().filter_map(|seeds| seeds.get(i).copied()).collect();
+            let texts: Vec<_> = texts.iter().zip(&seeds).map(|(texts, seed)| texts.at(*seed)).collect();
+            for nth in 0..texts.iter().map(Vec::len).max().unwrap_or(0) {
+                for (((_, sweep), texts), &seed) in variants.iter().zip(&texts).zip(&seeds) {
+                    let text = texts.get(nth).cloned();
+                    let item = |(prompt, options)| Item { line, prompt, seed, options, sweep: sweep.clone(), output };
+                    self.items.extend(text.map(item));
+                }
             }
         }
         Ok(())
@@ -216,6 +232,72 @@ impl Prompt {
             _ => bail!("it has no text under the key `prompt`\n\nhint: a line looks like {{\"prompt\": \"a frog\", \"seed\": 7}}"),
         }
     }
+}
+
+/// What templates come to, with the options that say the other texts.
+enum Texts {
+    /// for every seed
+    Fixed(Vec<(Arc<str>, Arc<PictureArgs>)>),
+    /// by the seed: of the prompt, the negative one and the one that it goes to
+    Drawn { templates: [Option<Template>; 3], options: Arc<PictureArgs> },
+}
+
+impl Texts {
+    /// Reads the templates of a prompt and its options, if these are any.
+    fn of(prompt: &Arc<str>, options: &Arc<PictureArgs>, dynamic: &mut Option<(Dynamic, Wildcards)>) -> Result<Self> {
+        let Some((how, wildcards)) = dynamic else { return Ok(Self::Fixed(vec![(prompt.clone(), options.clone())])) };
+        let mut template = |name: &str, text: Option<&Arc<str>>| {
+            text.map(|text| Template::parse(text, wildcards)).transpose().with_context(|| format!("the {name}"))
+        };
+        let templates = [
+            template("prompt", Some(prompt))?,
+            template("negative prompt", options.negative.as_ref())?,
+            template("prompt of `--to`", options.to.as_ref())?,
+        ];
+        if *how == Dynamic::Random {
+            return Ok(Self::Drawn { templates, options: options.clone() });
+        }
+        let count = templates.iter().flatten().map(Template::count).fold(1, u64::saturating_mul);
+        let hint = "`--dynamic` alone draws one of them for each seed";
+        ensure!(count <= MAX_JOBS as u64, "this template comes to more than {MAX_JOBS} texts\n\nhint: {hint}");
+        let [prompts, negatives, tos] = templates.map(|template| match template {
+            Some(template) => template.all().into_iter().map(|text| Some(Arc::from(text))).collect(),
+            None => vec![None],
+        });
+        let mut all = vec![];
+        let others = negatives.iter().flat_map(|negative| tos.iter().map(move |to| with_texts(options, negative.clone(), to.clone())));
+        let others: Vec<_> = others.collect();
+        for prompt in prompts.into_iter().flatten() {
+            all.extend(others.iter().map(|options| (Arc::clone(&prompt), options.clone())));
+        }
+        Ok(Self::Fixed(all))
+    }
+
+    /// How many there are for a seed.
+    fn count(&self) -> usize {
+        match self {
+            Self::Fixed(all) => all.len(),
+            Self::Drawn { .. } => 1,
+        }
+    }
+
+    fn at(&self, seed: u64) -> Vec<(Arc<str>, Arc<PictureArgs>)> {
+        match self {
+            Self::Fixed(all) => all.clone(),
+            Self::Drawn { templates, options } => {
+                let [text, negative, to] = templates.each_ref().map(|template| Some(Arc::<str>::from(template.as_ref()?.draw(seed))));
+                vec![(text.unwrap_or_default(), with_texts(options, negative, to))]
+            }
+        }
+    }
+}
+
+/// The options with these texts; the same ones where nothing changes.
+fn with_texts(options: &Arc<PictureArgs>, negative: Option<Arc<str>>, to: Option<Arc<str>>) -> Arc<PictureArgs> {
+    if options.negative == negative && options.to == to {
+        return options.clone();
+    }
+    Arc::new(PictureArgs { negative, to, ..(**options).clone() })
 }
 
 /// Options by their long names, read as the command line reads them.

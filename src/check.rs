@@ -7,10 +7,11 @@ use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::pipeline;
 use crate::progress::{Progress, ProgressMode};
 use crate::request::{Job, Request};
-use crate::settings::{Merged, Settings, UsedLora};
+use crate::settings::{Merged, Settings, UsedEmbedding, UsedLora};
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
+use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -46,6 +47,9 @@ pub struct CheckArgs {
     /// The LoRAs that they were drawn with; how much of each, they say themselves
     #[arg(long, value_name = "FILE")]
     lora: Vec<PathBuf>,
+    /// The embeddings that their prompts use; for which word, they say themselves
+    #[arg(long, value_name = "FILE")]
+    embedding: Vec<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
@@ -127,12 +131,14 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         }
     }
     let hashed = |path: &PathBuf| Ok((path.clone(), Lora::open(path, 1.0)?.hash()?));
-    let given: HashMap<String, PathBuf> =
+    let loras_given: HashMap<String, PathBuf> =
         args.lora.iter().map(|path| hashed(path).map(|(path, hash)| (hash, path))).collect::<Result<_>>().code(3)?;
+    let given = args.embedding.iter().map(|asked| Embedding::asked(asked)).collect::<Result<Vec<_>>>().code(3)?;
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
         let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
         let (vae, loras) = (first.settings.vae.clone(), first.settings.loras.clone());
+        let embeddings = first.settings.embeddings.clone();
         let (upscaler, upscaler_hash, scale) =
             (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone(), first.settings.upscale);
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
@@ -140,6 +146,7 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
             let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
             same_model
                 && s.loras == loras
+                && s.embeddings == embeddings
                 && s.dtype == dtype
                 && s.refiner == refiner
                 && same_vae
@@ -147,7 +154,7 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
                 && s.upscale == scale
         });
         known = rest;
-        if let Some(UsedLora { name, hash, .. }) = loras.iter().find(|lora| !given.contains_key(&*lora.hash)) {
+        if let Some(UsedLora { name, hash, .. }) = loras.iter().find(|lora| !loras_given.contains_key(&*lora.hash)) {
             for known in &group {
                 let hint = "pass its file with `--lora`";
                 tell(&known.path, Err(anyhow::anyhow!("it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: {hint}")))?;
@@ -168,13 +175,19 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, !args.quiet).code(3)?;
         // a name tells of a distillation too, so it is that of the drawing
         let again = loras.iter().filter_map(|used| {
-            let lora = Lora::open(given.get(&*used.hash)?, used.strength);
+            let lora = Lora::open(loras_given.get(&*used.hash)?, used.strength);
             Some(lora.map(|mut lora| {
                 lora.name = used.name.to_string();
                 lora
             }))
         });
         checkpoint.use_loras(again, false).code(3)?;
+        // no others: a prompt may have a word that meant nothing when it was drawn
+        let again = embeddings.iter().filter_map(|used| {
+            let embedding = given.iter().find(|given| given.hash == used.hash)?;
+            Some(Embedding { token: used.name.clone(), ..embedding.clone() })
+        });
+        checkpoint.use_embeddings(again.collect()).code(3)?;
         // without a hash it has no weights, and its name is enough
         let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
         let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));
@@ -218,6 +231,7 @@ fn compare(
     let merges = Merged::all(checkpoint).code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
     request.trace = group.iter().any(|known| known.trace.is_some());
+    let has = |used: &UsedEmbedding| checkpoint.embeddings.iter().any(|embedding| embedding.token == used.name);
     let mut drawn_again: Vec<&Known> = vec![];
     for known in &group {
         let of = &known.settings;
@@ -231,6 +245,9 @@ fn compare(
             let named: Vec<String> = of.merges.iter().map(|merged| format!("`{}:{}`", merged.model, merged.share)).collect();
             let named = if named.is_empty() { "nothing".into() } else { named.join(", ") };
             Err(anyhow::anyhow!("it was drawn with {named} merged into the model\n\nhint: pass the same with `--merge` and `--minus`"))
+        } else if let Some(UsedEmbedding { name, hash }) = of.embeddings.iter().find(|used| !has(used)) {
+            let hint = "pass its file with `--embedding`";
+            Err(anyhow::anyhow!("its prompt uses the embedding `{name}`, SHA-256 {hash:.10}\n\nhint: {hint}"))
         } else if of.upscaler_hash.as_deref() != upscaler.and_then(|upscaler| upscaler.hash.as_deref()) {
             let name = of.upscaler.as_deref().unwrap_or_default();
             Err(anyhow::anyhow!("it was made larger by the network `{name}`\n\nhint: pass that with `--upscaler`"))

@@ -20,6 +20,7 @@ use crate::shard::Shard;
 use crate::terminal::ShowChoice;
 use crate::text::prompt::Syntax;
 use crate::upscale::UpscaleArgs;
+use crate::weights::embedding::Embedding;
 use crate::weights::hub::Hub;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, Merge, Origin, nearest};
@@ -110,6 +111,9 @@ pub struct DrawArgs {
     /// Take a LoRA that fits the model only in part for an error
     #[arg(hide_short_help = true, long, help_heading = "Model")]
     pub strict: bool,
+    /// A word that the model has learned (textual inversion), and what it is in prompts [default: the file's name]
+    #[arg(hide_short_help = true, long, value_name = "FILE[:TOKEN]", help_heading = "Model")]
+    pub embedding: Vec<OsString>,
     /// What the network predicts if the checkpoint does not say: epsilon or v
     #[arg(hide_short_help = true, long, hide_possible_values = true, value_name = "TYPE", help_heading = "Model")]
     pub prediction: Option<PredictionChoice>,
@@ -440,7 +444,11 @@ impl Command {
     fn run(self) -> Result<(), Failure> {
         match self {
             Self::Inspect { model, json, offline } => {
-                let text = match Lora::is_at(Path::new(&model)).then(|| Lora::open(Path::new(&model), 1.0)).transpose().code(3)? {
+                let path = Path::new(&model);
+                if Embedding::is_in(path) {
+                    return say(&crate::inspect::embedding(&Embedding::asked(&model).code(3)?, json)).code(1);
+                }
+                let text = match Lora::is_at(path).then(|| Lora::open(path, 1.0)).transpose().code(3)? {
                     Some(lora) if json => format!("{}\n", crate::inspect::lora_as_json(&lora).code(3)?),
                     Some(lora) => crate::inspect::lora_as_text(&lora).code(3)?,
                     None => {

@@ -22,6 +22,7 @@ use crate::text::prompt::Syntax;
 use crate::trace::Trace;
 use crate::upscale::{Upscaler, require_drawn};
 use crate::weights::Checkpoint;
+use crate::weights::embedding::Embedding;
 use crate::weights::lora::{self, Lora};
 use anyhow::{Context, Result, anyhow};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
@@ -79,6 +80,8 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, tally: &mut Tally) -> Result<(
     }
     merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, shows).code(3)?;
     checkpoint.use_loras(loras.iter().map(|lora| Lora::open(&lora.path, lora.strength)), args.strict).code(3)?;
+    let embeddings = args.embedding.iter().map(|asked| Embedding::asked(asked)).collect::<Result<Vec<_>>>().code(3)?;
+    checkpoint.use_embeddings(embeddings).code(3)?;
     let upscaler = args.upscale.as_deref().map(|asked| Upscaler::asked(asked, &compute)).transpose().code(3)?;
     let mut request = Request::resolve(args, &list, &checkpoint, &compute).code(2)?;
     if let Some(shard) = args.shard {
@@ -309,6 +312,11 @@ fn announce(args: &DrawArgs, list: &List, request: &Request, checkpoint: &Checkp
     ] {
         if has {
             progress.note(format!("warning: {what} has no effect without classifier-free guidance"));
+        }
+    }
+    for Embedding { token, file, .. } in &checkpoint.embeddings {
+        if !request.jobs.iter().any(|job| job.settings.embeddings.iter().any(|used| used.name == *token)) {
+            progress.note(format!("warning: no prompt has the word `{token}`, so the embedding `{file}` has no effect"));
         }
     }
     if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {

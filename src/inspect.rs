@@ -4,6 +4,7 @@ use crate::family::Family;
 use crate::model::Autoencoder;
 use crate::model::unet::{Beside, UNetConfig};
 use crate::schedule::SchedulerConfig;
+use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
@@ -118,4 +119,18 @@ pub fn lora_as_text(lora: &Lora) -> Result<String> {
         out += &format!("  unknown       {} tensors\n", lora.strange());
     }
     Ok(out + &format!("  file size     {:.1} MB\n", lora.bytes() as f64 / 1e6))
+}
+
+/// What an embedding is: its vectors, their widths, and the models that those are usual of.
+pub fn embedding(embedding: &Embedding, as_json: bool) -> String {
+    let Embedding { token, hash, vectors, .. } = embedding;
+    let (widths, family) = (embedding.widths(), embedding.family());
+    if as_json {
+        let json = json!({ "kind": "embedding", "name": token, "vectors": vectors, "widths": widths, "family": family, "hash": hash });
+        return format!("{json}\n");
+    }
+    let widths: Vec<String> = widths.iter().map(usize::to_string).collect();
+    let mut out = format!("{token}: embedding (textual inversion) for {}\n", family.unwrap_or("a model of no known widths"));
+    out += &format!("  hash          {}\n", hash.get(..10).unwrap_or(hash));
+    out + &format!("  vectors       {vectors}, {} wide\n", widths.join(" and "))
 }

@@ -13,9 +13,10 @@ use crate::output::{Naming, plan_paths};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan, plan_from_picture};
-use crate::settings::{Hires, Merged, Settings, UsedLora};
-use crate::text::encoder::EncoderConfig;
+use crate::settings::{Hires, Merged, Settings, UsedEmbedding, UsedLora};
+use crate::text::encoder::{EncoderConfig, Finder};
 use crate::text::prompt::{Prompts, Syntax};
+use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
@@ -99,6 +100,9 @@ pub struct Request {
     /// for people who watch, if the VAE is one that it is known of
     pub preview: Option<Preview>,
     plans: Vec<(PlanKey, Plans)>,
+    /// the checkpoint's embeddings, and what finds them in prompts
+    embeddings: Vec<Embedding>,
+    finder: Option<Finder>,
 }
 
 /// What of a checkpoint makes latents from prompts.
@@ -209,6 +213,8 @@ impl Request {
                 batch_size: 1,
                 trace: false,
                 preview: Preview::of(&vae, model.added_ids > 0),
+                finder: model.encoder.finder(checkpoint)?,
+                embeddings: checkpoint.embeddings.clone(),
                 model,
                 refiner,
                 vae,
@@ -278,6 +284,7 @@ impl Request {
                 model: model.clone(),
                 model_hash: no_negative.clone(),
                 loras: Arc::default(),
+                embeddings: Arc::default(),
                 vae: vae.clone(),
                 vae_hash: None,
                 merges: vec![],
@@ -356,7 +363,7 @@ impl Request {
     }
 
     /// Adds a picture. Errors if this checkpoint cannot draw it.
-    pub fn add(&mut self, settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
+    pub fn add(&mut self, mut settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
         check_size("width", settings.width, self.vae.factor())?;
         check_size("height", settings.height, self.vae.factor())?;
         let sized = [
@@ -415,6 +422,7 @@ impl Request {
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
         let is_on = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
         let prompts = self.prompts(&settings)?;
+        settings.embeddings = self.embeddings(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
             bail!("prompts that `AND` joins need guidance by text alone\n\nhint: use `--guidance` above 1, or write it in lower case");
         }
@@ -437,6 +445,17 @@ impl Request {
         }
         let to = to.as_ref().map(|to| (&to.prompt, to.share));
         Prompts::parse(prompt, negative, to, *prompt_syntax, *steps).map(Arc::new)
+    }
+
+    /// The embeddings that a picture's prompts use, in the order in which they were given.
+    fn embeddings(&self, prompts: &Arc<Prompts>, syntax: Syntax) -> Result<Arc<[UsedEmbedding]>> {
+        let Some(finder) = &self.finder else { return Ok(Arc::default()) };
+        if let Some(last) = self.jobs.last().filter(|last| Arc::ptr_eq(&last.prompts, prompts)) {
+            return Ok(last.settings.embeddings.clone());
+        }
+        let found = prompts.texts().map(|text| finder.find(text, syntax)).collect::<Result<Vec<_>>>()?.concat();
+        let used = self.embeddings.iter().filter(|embedding| found.contains(&embedding.token));
+        Ok(used.map(|used| UsedEmbedding { name: used.token.clone(), hash: used.hash.clone() }).collect())
     }
 
     /// Gives every picture its path. Errors if two would have one.

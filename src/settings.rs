@@ -85,6 +85,9 @@ pub struct Settings {
     /// what changes the model's weights
     #[serde(default, skip_serializing_if = "<[UsedLora]>::is_empty")]
     pub loras: Arc<[UsedLora]>,
+    /// the embeddings that its prompts use
+    #[serde(default, skip_serializing_if = "<[UsedEmbedding]>::is_empty")]
+    pub embeddings: Arc<[UsedEmbedding]>,
     /// none: the model's own
     pub vae: Option<Arc<str>>,
     /// as of the model
@@ -134,6 +137,15 @@ pub struct UsedLora {
     pub hash: Arc<str>,
     /// how much of its change is made
     pub strength: f64,
+}
+
+/// An embedding that a prompt uses.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedEmbedding {
+    /// what stands for it in the prompt
+    pub name: Arc<str>,
+    /// [`crate::weights::embedding::Embedding::hash`]
+    pub hash: Arc<str>,
 }
 
 /// A picture that is drawn again, larger, over what was drawn.
@@ -320,6 +332,9 @@ impl Settings {
         let short = |lora: &UsedLora| Some(format!("{}: {}", lora.name, lora.hash.get(..12)?));
         let loras: Vec<String> = self.loras.iter().filter_map(short).collect();
         extra.extend((!loras.is_empty()).then(|| ("Lora hashes", loras.join(", "))));
+        let short = |used: &UsedEmbedding| Some(format!("{}: {}", used.name, used.hash.get(..10)?));
+        let inverted: Vec<String> = self.embeddings.iter().filter_map(short).collect();
+        extra.extend((!inverted.is_empty()).then(|| ("TI hashes", inverted.join(", "))));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
         for Merged { model, share, minus, .. } in &self.merges {

@@ -70,6 +70,7 @@ pub struct Clip {
     final_layer_norm: LayerNorm,
     text_projection: Option<Linear>,
     eos_token_id: u32,
+    vocab_size: usize,
 }
 
 impl Clip {
@@ -87,6 +88,7 @@ impl Clip {
             final_layer_norm: LayerNorm::new(&w.at("final_layer_norm"), hidden, config.layer_norm_eps)?,
             text_projection: None,
             eos_token_id: config.eos_token_id,
+            vocab_size: config.vocab_size,
         })
     }
 
@@ -94,6 +96,16 @@ impl Clip {
     pub fn projected(w: &Weights, config: &ClipConfig) -> Result<Self> {
         let projection = Linear::without_bias(&w.at("text_projection"), config.hidden_size, config.projection_dim)?;
         Ok(Self { text_projection: Some(projection), ..Self::new(w, config)? })
+    }
+
+    /// Has the ids from the vocabulary's end on stand for these [rows, hidden].
+    pub fn learn(&mut self, rows: &[&Tensor]) -> Result<()> {
+        let (dtype, device) = (self.tokens.dtype(), self.tokens.device().clone());
+        let rows = rows.iter().map(|rows| rows.to_dtype(dtype)?.to_device(&device)).collect::<TensorResult<Vec<_>>>()?;
+        if !rows.is_empty() {
+            self.tokens = Tensor::cat(&std::iter::once(&self.tokens).chain(&rows).collect::<Vec<_>>(), 0)?;
+        }
+        Ok(())
     }
 
     /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last `skip` layers.
@@ -114,9 +126,10 @@ impl Clip {
         Ok((hidden, Some(projection.forward(&end)?)))
     }
 
-    /// Where the text ends, whose state stands for all of it: padding may be the same token, and added tokens larger ones.
+    /// Where the text ends, whose state stands for all of it: padding may be the same token, and learned ones are larger.
     fn end(&self, ids: &[u32]) -> usize {
-        let end = if self.eos_token_id == WRONG_EOS { ids.iter().max() } else { Some(&self.eos_token_id) };
+        let usual = ids.iter().filter(|id| (**id as usize) < self.vocab_size);
+        let end = if self.eos_token_id == WRONG_EOS { usual.max() } else { Some(&self.eos_token_id) };
         ids.iter().position(|id| Some(id) == end).unwrap_or(0)
     }
 

@@ -3,17 +3,18 @@
 //! Hides that SDXL has two encoders, which are asked for other hidden states than a single one is.
 
 use super::clip::{Clip, ClipConfig};
-use super::prompt::{Syntax, pieces};
+use super::prompt::{Piece, Syntax, pieces};
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::device::Compute;
 use crate::weights::{Checkpoint, ENCODERS};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Result as TensorResult, Tensor};
+use std::sync::Arc;
 
 /// What a U-Net is told of a prompt.
 #[derive(Clone)]
 pub struct Embedded {
-    /// token ids of all encoders, one after the other; none for nothing at all
+    /// token ids of all encoders, one after the other, those of learned words all the same; none for nothing at all
     pub ids: Vec<u32>,
     /// [1, n, d]
     pub context: Tensor,
@@ -60,6 +61,57 @@ impl EncoderConfig {
         let unused = usize::from(self.pooled().is_some());
         self.0.iter().map(|(_, config)| config.num_hidden_layers.saturating_sub(unused)).min().unwrap_or(0)
     }
+
+    /// The tokenizer of each encoder, which knows the checkpoint's embeddings too: their ids follow the vocabulary's. Errors if
+    /// one of them is not made for these encoders.
+    fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
+        let tokenizer = |(name, config): &(&'static str, ClipConfig)| {
+            let source =
+                checkpoint.tokenizers.get(*name).with_context(|| format!("`{}` has no tokenizer for its {name}", checkpoint.name))?;
+            let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
+            let mut next = config.vocab_size as u32;
+            for embedding in &checkpoint.embeddings {
+                embedding.rows(name, config.hidden_size)?;
+                ensure!(
+                    self.pooled().is_some() || embedding.parts.len() == 1,
+                    "{}",
+                    embedding.misfit("the one encoder of this model takes one kind")
+                );
+                let end = next + embedding.vectors as u32;
+                tokenizer.learn(&embedding.token, next..end, config.max_position_embeddings)?;
+                next = end;
+            }
+            Ok(tokenizer)
+        };
+        self.0.iter().map(tokenizer).collect()
+    }
+
+    /// What finds the checkpoint's embeddings in prompts; none where it has none. Errors as [`Self::tokenizers`].
+    pub fn finder(&self, checkpoint: &Checkpoint) -> Result<Option<Finder>> {
+        if checkpoint.embeddings.is_empty() {
+            return Ok(None);
+        }
+        Ok(self.tokenizers(checkpoint)?.into_iter().next().map(Finder))
+    }
+}
+
+/// Finds learned words in prompts.
+pub struct Finder(Tokenizer);
+
+impl Finder {
+    /// The tokens of those that stand in a text. Errors if that cannot be read.
+    pub fn find(&self, text: &str, syntax: Syntax) -> Result<Vec<Arc<str>>> {
+        if syntax == Syntax::Plain {
+            return self.0.learned(text);
+        }
+        let mut found = vec![];
+        for piece in pieces(text)? {
+            if let Piece::Text { text, .. } = piece {
+                found.extend(self.0.learned(&text)?);
+            }
+        }
+        Ok(found)
+    }
 }
 
 /// The text encoders with their tokenizers.
@@ -72,14 +124,15 @@ pub struct Encoder {
 impl Encoder {
     /// Reads the encoders.
     pub fn new(checkpoint: &Checkpoint, config: &EncoderConfig, compute: &Compute) -> Result<Self> {
-        let part = |(name, config): &(&'static str, ClipConfig)| {
-            let source =
-                checkpoint.tokenizers.get(*name).with_context(|| format!("`{}` has no tokenizer for its {name}", checkpoint.name))?;
+        let part = |((name, config), tokenizer): (&(&'static str, ClipConfig), Tokenizer)| {
             let weights = checkpoint.weights(name, &compute.device, compute.dtype);
-            let clip = if *name == ENCODERS[1] { Clip::projected(&weights, config) } else { Clip::new(&weights, config) };
-            Ok((Tokenizer::new(&source.files, &source.config)?, clip?, config.clone()))
+            let mut clip = if *name == ENCODERS[1] { Clip::projected(&weights, config) } else { Clip::new(&weights, config) }?;
+            let learned = checkpoint.embeddings.iter().map(|embedding| embedding.rows(name, config.hidden_size));
+            clip.learn(&learned.collect::<Result<Vec<_>>>()?)?;
+            Ok((tokenizer, clip, config.clone()))
         };
-        Ok(Self { parts: config.0.iter().map(part).collect::<Result<_>>()?, is_pooled: config.pooled().is_some() })
+        let tokenizers = config.tokenizers(checkpoint)?;
+        Ok(Self { parts: config.0.iter().zip(tokenizers).map(part).collect::<Result<_>>()?, is_pooled: config.pooled().is_some() })
     }
 
     /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit, which
@@ -108,7 +161,8 @@ impl Encoder {
                 } else {
                     hidden.push(weighted(&clip.forward(&own, skip)?, &weights)?);
                 }
-                ids.extend(own);
+                // a learned word has another id beside others, and is the same all the same
+                ids.extend(own.into_iter().map(|id| id.min(config.vocab_size as u32)));
             }
             contexts.push(Tensor::cat(&hidden, 1)?);
         }

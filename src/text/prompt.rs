@@ -66,10 +66,15 @@ impl Prompts {
         );
         let prompts = Self { parts, negative: one(negative)?, to };
         if syntax == Syntax::A1111 {
-            let all = prompts.parts.iter().map(|part| &part.prompt).chain([&prompts.negative]).chain(prompts.to.iter().map(|(to, _)| to));
-            all.flat_map(Changing::texts).try_for_each(|text| pieces(text).map(|_| ()))?;
+            prompts.texts().try_for_each(|text| pieces(text).map(|_| ()))?;
         }
         Ok(prompts)
+    }
+
+    /// Every text of every step.
+    pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
+        let prompts = self.parts.iter().map(|part| &part.prompt).chain([&self.negative]).chain(self.to.iter().map(|(to, _)| to));
+        prompts.flat_map(Changing::texts)
     }
 }
 

@@ -5,15 +5,18 @@
 
 use super::prompt::Piece;
 use crate::weights::TokenizerFiles;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers, replace::ReplacePattern};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, Encoding, SplitDelimiterBehavior};
+use tokenizers::tokenizer::normalizer::Range as In;
+use tokenizers::{AddedToken, NormalizedString, Normalizer, SplitDelimiterBehavior};
 
 /// CLIP's 48,894 merges; its vocabulary follows from them.
 const CLIP_MERGES: &str = include_str!("../../assets/clip/merges.txt");
@@ -45,6 +48,21 @@ pub struct Chunk {
 /// A chunk is left early at a comma among so many of its last tokens, as A1111 does, so that a phrase stays whole.
 const COMMA_REACH: usize = 20;
 
+/// What stands together in a text: a token, or all vectors of a word that was learned.
+struct Word {
+    ids: Vec<u32>,
+    /// its place in the text, in bytes
+    from: usize,
+}
+
+/// A word beyond the vocabulary.
+struct Learned {
+    token: Arc<str>,
+    /// the token as the tokenizer reads text: in lower case
+    normal: String,
+    ids: Range<u32>,
+}
+
 /// Turns text into token ids.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -53,6 +71,8 @@ pub struct Tokenizer {
     end: u32,
     pad: u32,
     max_tokens: usize,
+    /// the longest first
+    learned: Vec<Learned>,
 }
 
 impl Tokenizer {
@@ -90,27 +110,94 @@ impl Tokenizer {
         if max_tokens < 3 {
             bail!("model_max_length of the tokenizer is {max_tokens}, too few for any word");
         }
-        Ok(Self { start, end, pad, max_tokens, comma: inner.token_to_id(",</w>"), inner })
+        Ok(Self { start, end, pad, max_tokens, comma: inner.token_to_id(",</w>"), inner, learned: vec![] })
     }
 
-    /// Ids of the text between start and end, with their places in it.
-    fn words(&self, text: &str) -> Result<Encoding> {
-        self.inner.encode(text, false).map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))
+    /// Has these ids stand for a token, wherever that stands by itself. Errors if it is none, or if they do not fit into a chunk.
+    pub fn learn(&mut self, token: &Arc<str>, ids: Range<u32>, positions: usize) -> Result<()> {
+        let normal = self.normalized(token)?.get().trim().to_string();
+        ensure!(!normal.is_empty(), "`{token}` is no word that could stand in a prompt");
+        let (n, room) = (ids.len(), self.room(positions));
+        ensure!(n <= room, "`{token}` has {n} vectors, the model takes {room} tokens at once");
+        self.learned.push(Learned { token: token.clone(), normal, ids });
+        self.learned.sort_by_key(|learned| std::cmp::Reverse(learned.normal.len()));
+        Ok(())
+    }
+
+    /// The learned tokens that stand in a text.
+    pub fn learned(&self, text: &str) -> Result<Vec<Arc<str>>> {
+        Ok(self.places(&self.normalized(text)?).into_iter().map(|(_, learned)| learned.token.clone()).collect())
+    }
+
+    fn room(&self, positions: usize) -> usize {
+        self.max_tokens.min(positions).saturating_sub(2)
+    }
+
+    fn normalized(&self, text: &str) -> Result<NormalizedString> {
+        let mut normalized = NormalizedString::from(text);
+        let normalizer = self.inner.get_normalizer();
+        normalizer.map_or(Ok(()), |normalizer| normalizer.normalize(&mut normalized)).map_err(unreadable)?;
+        Ok(normalized)
+    }
+
+    /// Where learned tokens stand in a text, in the bytes of its normal form: the first that can, of those the longest.
+    fn places(&self, text: &NormalizedString) -> Vec<(Range<usize>, &Learned)> {
+        let text = text.get();
+        let mut places: Vec<(Range<usize>, &Learned)> = vec![];
+        for (from, _) in text.char_indices().filter(|_| !self.learned.is_empty()) {
+            let (before, rest) = text.split_at(from);
+            let stands = |learned: &&Learned| {
+                rest.strip_prefix(&*learned.normal)
+                    .is_some_and(|after| !runs_on(before, &learned.normal) && !runs_on(&learned.normal, after))
+            };
+            if places.last().is_none_or(|(last, _)| last.end <= from)
+                && let Some(learned) = self.learned.iter().find(stands)
+            {
+                places.push((from..from + learned.normal.len(), learned));
+            }
+        }
+        places
+    }
+
+    /// The text between start and end.
+    fn words(&self, text: &str) -> Result<Vec<Word>> {
+        let (mut words, mut at) = (vec![], 0);
+        if !self.learned.is_empty() {
+            let normalized = self.normalized(text)?;
+            for (place, learned) in self.places(&normalized) {
+                let place = normalized.convert_offsets(In::Normalized(place)).context("a word lost its place in the prompt")?;
+                self.usual(text, at..place.start, &mut words)?;
+                words.push(Word { ids: learned.ids.clone().collect(), from: place.start });
+                at = place.end;
+            }
+        }
+        self.usual(text, at..text.len(), &mut words)?;
+        Ok(words)
+    }
+
+    /// Adds what stands at a place of a text, as the vocabulary has it.
+    fn usual(&self, text: &str, place: Range<usize>, words: &mut Vec<Word>) -> Result<()> {
+        let encoding = self.inner.encode(text.get(place.clone()).unwrap_or_default(), false).map_err(unreadable)?;
+        let each = encoding.get_ids().iter().zip(encoding.get_offsets());
+        words.extend(each.map(|(id, (from, _))| Word { ids: vec![*id], from: place.start + from }));
+        Ok(())
     }
 
     /// All ids with start and end, neither cut nor padded.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        Ok([&[self.start], self.words(text)?.get_ids(), &[self.end]].concat())
+        let words = self.words(text)?.into_iter().flat_map(|word| word.ids);
+        Ok(std::iter::once(self.start).chain(words).chain([self.end]).collect())
     }
 
     /// Exactly `max_tokens` ids (at most the encoder's positions): cut after the last that fits, or padded.
     pub fn encode(&self, text: &str, positions: usize) -> Result<Tokens> {
         let length = self.max_tokens.min(positions);
-        let encoding = self.words(text)?;
-        let room = length.saturating_sub(2);
-        let cut = encoding.get_offsets().get(room).and_then(|(from, _)| text.get(*from..)).map(|s| s.trim().to_string());
-        let words = encoding.get_ids();
-        let mut ids = [&[self.start], words.get(..room).unwrap_or(words), &[self.end]].concat();
+        let words = self.words(text)?;
+        let all = || words.iter().flat_map(|word| word.ids.iter().map(|id| (*id, word.from)));
+        let room = self.room(positions);
+        let cut = all().nth(room).and_then(|(_, from)| text.get(from..)).map(|s| s.trim().to_string());
+        let mut ids = vec![self.start];
+        ids.extend(all().map(|(id, _)| id).take(room).chain([self.end]));
         ids.resize(length, self.pad);
         Ok(Tokens { ids, cut })
     }
@@ -118,12 +205,12 @@ impl Tokenizer {
     /// All of a prompt, in chunks of `max_tokens` ids (at most the encoder's positions), at least one. As in A1111 each piece
     /// is tokenized by itself.
     pub fn chunks(&self, pieces: &[Piece], positions: usize) -> Result<Vec<Chunk>> {
-        let room = self.max_tokens.min(positions).saturating_sub(2).max(1);
+        let room = self.room(positions).max(1);
         let mut filling = Filling { tokenizer: self, room, done: vec![], open: vec![], comma: None };
         for piece in pieces {
             match piece {
                 Piece::Break => filling.close(),
-                Piece::Text { text, weight } => self.words(text)?.get_ids().iter().for_each(|id| filling.push(*id, *weight)),
+                Piece::Text { text, weight } => self.words(text)?.iter().for_each(|word| filling.push(&word.ids, *weight)),
             }
         }
         if !filling.open.is_empty() || filling.done.is_empty() {
@@ -145,8 +232,9 @@ struct Filling<'a> {
 }
 
 impl Filling<'_> {
-    fn push(&mut self, id: u32, weight: f32) {
-        if Some(id) == self.tokenizer.comma {
+    /// Adds what stands together.
+    fn push(&mut self, ids: &[u32], weight: f32) {
+        if self.tokenizer.comma.is_some_and(|comma| ids == [comma]) {
             self.comma = Some(self.open.len());
         } else if self.open.len() == self.room
             && let Some(comma) = self.comma.filter(|comma| self.room - comma <= COMMA_REACH)
@@ -155,10 +243,10 @@ impl Filling<'_> {
             self.close();
             self.open = next;
         }
-        if self.open.len() == self.room {
+        if self.open.len() + ids.len() > self.room {
             self.close();
         }
-        self.open.push((id, weight));
+        self.open.extend(ids.iter().map(|id| (*id, weight)));
     }
 
     fn close(&mut self) {
@@ -170,6 +258,15 @@ impl Filling<'_> {
         self.done.push(Chunk { ids, weights });
         self.comma = None;
     }
+}
+
+fn unreadable(e: tokenizers::Error) -> anyhow::Error {
+    anyhow!("cannot tokenize the prompt: {e}")
+}
+
+/// Whether one text ends in the word that the next one begins with.
+fn runs_on(text: &str, next: &str) -> bool {
+    text.chars().next_back().is_some_and(char::is_alphabetic) && next.chars().next().is_some_and(char::is_alphabetic)
 }
 
 /// The merges file, less its version line.

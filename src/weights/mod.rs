@@ -3,8 +3,9 @@
 //! [`Checkpoint::open`] reads headers and JSON only and checks that all parts are there; [`Weights`] then hands tensors to
 //! the networks, one at a time. It hides where things lie: a diffusers folder, a single original file, the embedded
 //! model. Foreign names are in [`names`], the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`],
-//! what LoRAs change in [`lora`].
+//! what LoRAs change in [`lora`], words that it has learned in [`embedding`].
 
+pub mod embedding;
 mod guess;
 pub mod hub;
 pub mod lora;
@@ -14,6 +15,7 @@ mod source;
 use crate::nn::wrap::Wrap;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
+use embedding::Embedding;
 use lora::Lora;
 use names::{Layout, Named, Part};
 use serde_json::Value;
@@ -91,6 +93,8 @@ pub struct Checkpoint {
     pub merges: Vec<Merge>,
     /// what changes its weights as they are read
     pub loras: Vec<Lora>,
+    /// words beyond its vocabulary
+    pub embeddings: Vec<Embedding>,
     sources: Vec<Source>,
     entries: BTreeMap<String, Entry>,
 }
@@ -141,6 +145,7 @@ impl Checkpoint {
             vae: None,
             merges: vec![],
             loras: vec![],
+            embeddings: vec![],
             sources: vec![],
             entries: BTreeMap::new(),
         }
@@ -339,6 +344,20 @@ impl Checkpoint {
     fn text_width(&self) -> Option<usize> {
         let takes_text = |name: &str| name.starts_with("unet.") && name.ends_with(".attn2.to_k.weight");
         self.entries.iter().find(|(name, _)| takes_text(name)).and_then(|(_, entry)| entry.shape.get(1).copied())
+    }
+
+    /// Gives it words beyond its vocabulary, and its refiner. Errors if two have one token.
+    pub fn use_embeddings(&mut self, embeddings: Vec<Embedding>) -> Result<()> {
+        let mut known = BTreeSet::new();
+        if let Some(again) = embeddings.iter().find(|one| !known.insert(one.token.to_lowercase())) {
+            let (token, file) = (&again.token, &again.file);
+            bail!("two embeddings stand for `{token}`\n\nhint: give one another word in prompts: `--embedding {file}:TOKEN`");
+        }
+        if let Some(refiner) = &mut self.refiner {
+            refiner.embeddings = embeddings.clone();
+        }
+        self.embeddings = embeddings;
+        Ok(())
     }
 
     /// What holds the weights of a component.
@@ -716,6 +735,8 @@ fn unknown(path: &Path, keys: &[String]) -> String {
         ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
     } else if starts("text_model.") {
         ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
+    } else if Embedding::is_in(path) {
+        ("is an embedding, no model: it only adds a word", "pass a whole checkpoint with `--model`, and this with `--embedding`")
     } else if ["conv_first.", "model.1.sub.", "params_ema.", "params.", "RRDB_trunk."].into_iter().any(starts) {
         ("is an upscaler, which draws nothing by itself", "`sdgen upscale -m` takes it")
     } else {

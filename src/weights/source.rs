@@ -205,7 +205,7 @@ fn refuse_pickle(start: &[u8], path: &Path) -> Result<()> {
     let pickled = start.starts_with(b"PK\x03\x04") || start.starts_with(&[0x80, 2]) || start.starts_with(&[0x80, 4]);
     if pickled || matches!(extension.as_str(), "ckpt" | "pt" | "pth" | "bin") {
         bail!(
-            "`{}` is a PyTorch pickle, which may run code when it is opened\n\nhint: convert it once with python -c \"import sys,torch;from safetensors.torch import save_file;d=torch.load(sys.argv[1],weights_only=True);d=next((d[k] for k in ('state_dict','params_ema','params') if k in d),d);save_file({{k:v.contiguous() for k,v in d.items() if hasattr(v,'contiguous')}},'model.safetensors')\" {0}",
+            "`{}` is a PyTorch pickle, which may run code when it is opened\n\nhint: convert it once with python -c \"import sys,torch;from safetensors.torch import save_file;d=torch.load(sys.argv[1],weights_only=True);d=next((d[k] for k in ('state_dict','params_ema','params','string_to_param') if k in d),d);save_file({{k:v.contiguous() for k,v in d.items() if hasattr(v,'contiguous')}},'model.safetensors')\" {0}",
             path.display()
         );
     }

@@ -1,6 +1,6 @@
 //! Where the arithmetic runs, and in which type.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use std::str::FromStr;
@@ -62,7 +62,13 @@ impl Compute {
                         "this sdgen was built without CUDA\n\nhint: build it with `cargo build --release --features cuda`, or use `--device cpu`"
                     );
                 }
-                Device::new_cuda(index).with_context(|| format!("CUDA device {index} cannot be used"))?
+                let hint = "`nvidia-smi` lists the GPUs that there are; `--device cpu` needs none";
+                // candle's error has a backtrace and no words of its own
+                Device::new_cuda(index).map_err(|error| {
+                    let reason = error.to_string();
+                    let reason = reason.lines().next().unwrap_or_default().to_string();
+                    anyhow!("CUDA device {index} cannot be used: {reason}\n\nhint: {hint}")
+                })?
             }
             DeviceChoice::Metal => {
                 if !cfg!(feature = "metal") {

@@ -735,7 +735,7 @@ fn unknown(path: &Path, keys: &[String]) -> String {
         ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
     } else if starts("text_model.") {
         ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
-    } else if Embedding::is_in(path) {
+    } else if ["emb_params", "clip_l", "<"].into_iter().any(starts) && Embedding::is_in(path) {
         ("is an embedding, no model: it only adds a word", "pass a whole checkpoint with `--model`, and this with `--embedding`")
     } else if ["conv_first.", "model.1.sub.", "params_ema.", "params.", "RRDB_trunk."].into_iter().any(starts) {
         ("is an upscaler, which draws nothing by itself", "`sdgen upscale -m` takes it")

@@ -64,7 +64,7 @@ impl Compute {
                 }
                 let hint = "`nvidia-smi` lists the GPUs that there are; `--device cpu` needs none";
                 // candle's error has a backtrace and no words of its own
-                Device::new_cuda(index).map_err(|error| {
+                cuda(index).map_err(|error| {
                     let reason = error.to_string();
                     let reason = reason.lines().next().unwrap_or_default().to_string();
                     anyhow!("CUDA device {index} cannot be used: {reason}\n\nhint: {hint}")
@@ -93,8 +93,19 @@ impl Compute {
     }
 }
 
+/// A CUDA device with one stream for all threads: work is done in the order in which it is given.
+fn cuda(index: usize) -> candle_core::Result<Device> {
+    let device = Device::new_cuda_with_stream(index)?;
+    #[cfg(feature = "cuda")]
+    // SAFETY: with one stream there is nothing to wait for
+    unsafe {
+        device.as_cuda_device()?.disable_event_tracking();
+    }
+    Ok(device)
+}
+
 fn gpu(index: usize) -> Option<Device> {
-    let cuda = if cfg!(feature = "cuda") { Device::new_cuda(index).ok() } else { None };
+    let cuda = if cfg!(feature = "cuda") { cuda(index).ok() } else { None };
     let metal = || if cfg!(feature = "metal") { Device::new_metal(index).ok() } else { None };
     cuda.or_else(metal)
 }

@@ -2,6 +2,7 @@
 
 use super::cost::measured;
 use super::cpu;
+use super::gpu::{self, Engine, engine};
 use candle_core::{Result, Tensor};
 
 /// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a picture.
@@ -11,11 +12,12 @@ const MAX_SCORES: usize = 1 << 23;
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
-    measured(("attention", [2 * b * n, k.dim(1)?, c]), || {
-        if q.device().is_cpu() {
-            return q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &cpu::Attention { heads });
+    measured(("attention", [2 * b * n, k.dim(1)?, c]), || match engine(q.device()) {
+        Engine::Cpu => q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &cpu::Attention { heads }),
+        Engine::Gpu if gpu::Attention::serves(q, k, heads)? => {
+            gpu::run(gpu::Attention { q: q.contiguous()?, k: k.contiguous()?, v: v.contiguous()?, heads })
         }
-        attention_plain(q, k, v, heads, None)
+        _ => attention_plain(q, k, v, heads, None),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use super::cost::measured;
 use super::cpu;
+use super::gpu::{self, Engine, engine};
 use super::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
@@ -12,13 +13,25 @@ use std::ops::Range;
 enum Kernel {
     /// CPU: in panels, by [`cpu::Pack`]
     Packed(Tensor),
-    /// GPU: as checkpoints store them, [out, in, ..]
+    /// GPU: [out, .., in], and gated rows in turn
+    Rows(Tensor),
+    /// others: as checkpoints store them, [out, in, ..]
     Plain(Tensor),
 }
 
 impl Kernel {
     fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
-        if w.device().is_cpu() { Ok(Self::pack(&w.get_stored("weight", shape)?, gated)?) } else { Ok(Self::Plain(w.get("weight", shape)?)) }
+        let weight = if engine(w.device()) == Engine::Cpu { w.get_stored("weight", shape)? } else { w.get("weight", shape)? };
+        Ok(Self::of(&weight, gated)?)
+    }
+
+    fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
+        match engine(weight.device()) {
+            Engine::Cpu => Self::pack(weight, gated),
+            Engine::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
+            Engine::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
+            Engine::Plain => Ok(Self::Plain(weight.clone())),
+        }
     }
 
     fn pack(weight: &Tensor, gated: bool) -> TensorResult<Self> {
@@ -50,8 +63,9 @@ impl Linear {
     /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv 2002.05202): the first half
     /// of what they give times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = Kernel::new(w, &[2 * outputs, inputs], true)?;
-        Ok(Self { weight, bias: Some(w.get("bias", &[2 * outputs])?), inputs, outputs: 2 * outputs, gated: true })
+        let (weight, bias) = (Kernel::new(w, &[2 * outputs, inputs], true)?, w.get("bias", &[2 * outputs])?);
+        let bias = if let Kernel::Rows(_) = weight { gpu::interleaved(&bias)? } else { bias };
+        Ok(Self { weight, bias: Some(bias), inputs, outputs: 2 * outputs, gated: true })
     }
 
     /// Width of what it takes.
@@ -87,6 +101,10 @@ impl Linear {
                 let op = cpu::Product { outputs: self.outputs, bias: self.bias.clone(), residual, gated: self.gated };
                 x.contiguous()?.apply_op2_no_bwd(weight, &op)
             }
+            Kernel::Rows(weight) => {
+                let product = gpu::Product::linear(x.contiguous()?, weight.clone(), self.bias.clone(), residual, self.gated)?;
+                gpu::run(product)?.flatten_to(2)
+            }
             Kernel::Plain(weight) => product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated),
         }
     }
@@ -94,7 +112,13 @@ impl Linear {
 
 /// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's operations: the path of
 /// devices without a kernel, and its oracle. With `gated`, [m, n/2].
-fn product_plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, gated: bool) -> TensorResult<Tensor> {
+pub(super) fn product_plain(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    gated: bool,
+) -> TensorResult<Tensor> {
     let mut y = x.matmul(&weight.t()?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(bias)?;
@@ -164,7 +188,7 @@ impl Conv2d {
     /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding that keeps height and width.
     pub fn times(w: &Weights, inputs: usize, outputs: usize, size: usize, factor: f64) -> Result<Self> {
         let (weight, bias) = ((w.get("weight", &[outputs, inputs, size, size])? * factor)?, (w.get("bias", &[outputs])? * factor)?);
-        let kernel = if w.device().is_cpu() { Kernel::pack(&weight, false)? } else { Kernel::Plain(weight) };
+        let kernel = Kernel::of(&weight, false)?;
         Ok(Self { kernel, bias, slope: None, size, stride: 1, padding: (size / 2, size / 2), wrap: w.wrap().clone() })
     }
 
@@ -207,33 +231,47 @@ impl Conv2d {
         let rows = extra.rows.clone().unwrap_or(0..out(h));
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
         let layer = (kind, [b * rows.len() * out(w), self.size * self.size * c, self.bias.dim(0)?]);
-        measured(layer, || self.apply(x, rows, extra))
+        measured(layer, || self.apply(x, rows, out(w), extra))
     }
 
-    fn apply(&self, x: &Tensor, rows: Range<usize>, Extra { scaled, shift, residual, .. }: Extra) -> TensorResult<Tensor> {
-        let bias = match shift {
-            Some(shift) => shift.broadcast_add(&self.bias)?,
-            None => self.bias.clone(),
-        };
-        let wraps = self.wrap.get();
+    fn apply(
+        &self,
+        x: &Tensor,
+        rows: Range<usize>,
+        out_width: usize,
+        Extra { scaled, shift, residual, .. }: Extra,
+    ) -> TensorResult<Tensor> {
+        let (size, stride, padding, wraps) = (self.size, self.stride, self.padding, self.wrap.get());
+        let residual = residual.map(Tensor::contiguous).transpose()?;
+        let bias = || shift.map_or(Ok(self.bias.clone()), |shift| shift.broadcast_add(&self.bias));
         match &self.kernel {
             Kernel::Packed(weight) => {
-                let residual = residual.map(Tensor::contiguous).transpose()?;
-                let op = cpu::Conv2d {
-                    size: self.size,
-                    stride: self.stride,
-                    padding: self.padding,
-                    wraps,
-                    rows,
-                    scaled,
+                let op = cpu::Conv2d { size, stride, padding, wraps, rows, scaled, residual, slope: self.slope.clone() };
+                x.contiguous()?.apply_op3_no_bwd(weight, &bias()?, &op)
+            }
+            Kernel::Rows(weight) => {
+                let product = gpu::Product {
+                    x: x.contiguous()?,
+                    weight: weight.clone(),
+                    bias: Some(self.bias.clone()),
+                    shift: shift.map(Tensor::contiguous).transpose()?,
                     residual,
                     slope: self.slope.clone(),
+                    gated: false,
+                    size,
+                    stride,
+                    before: padding.0,
+                    scaled: scaled.unwrap_or((x.dim(1)?, x.dim(2)?)),
+                    rows,
+                    out_width,
+                    wraps,
                 };
-                x.contiguous()?.apply_op3_no_bwd(weight, &bias, &op)
+                gpu::run(product)
             }
             Kernel::Plain(weight) => {
+                let bias = bias()?;
                 let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
-                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, self.stride, self.padding, wraps)?;
+                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, stride, padding, wraps)?;
                 let bias = if bias.rank() == 2 { bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))? } else { bias };
                 let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
                 let y = residual.map_or(Ok(y.clone()), |residual| y + residual)?;
@@ -244,7 +282,7 @@ impl Conv2d {
 }
 
 /// The same by candle's own convolution: the path of devices without a kernel, and its oracle. Weight [out, in, k, k].
-fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
+pub(super) fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
     let is_plain = padding.0 == padding.1 && wraps == [false; 2];
     let (x, padding) = if is_plain { (x.clone(), padding.0) } else { (pad(x, padding, wraps)?, 0) };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
@@ -252,7 +290,7 @@ fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usi
 }
 
 /// [.., c] with what is below 0 times slopes [c].
-fn leaky_plain(x: &Tensor, slope: &Tensor) -> TensorResult<Tensor> {
+pub(super) fn leaky_plain(x: &Tensor, slope: &Tensor) -> TensorResult<Tensor> {
     x.relu()? + x.minimum(0.0)?.broadcast_mul(slope)?
 }
 
@@ -309,10 +347,12 @@ impl GroupNorm {
     /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c] each, contiguous.
     pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
         let affine = match parts.first() {
-            Some(x) if x.device().is_cpu() => measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || {
-                let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
-                norm.statistics(parts, &self.weight, &self.bias).map(Some)
-            })?,
+            Some(x) if engine(x.device()) == Engine::Cpu => {
+                measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || {
+                    let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
+                    norm.statistics(parts, &self.weight, &self.bias).map(Some)
+                })?
+            }
             _ => None,
         };
         Ok(Normal { norm: self, affine })
@@ -342,6 +382,10 @@ impl Normal<'_> {
                 return x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below });
             }
             let GroupNorm { weight, bias, groups, eps } = self.norm;
+            if engine(x.device()) == Engine::Gpu {
+                let (weight, bias) = (weight.clone(), bias.clone());
+                return gpu::run(gpu::GroupNorm { x: x.clone(), weight, bias, groups: *groups, eps: *eps, silu });
+            }
             let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
             if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
         })
@@ -349,7 +393,7 @@ impl Normal<'_> {
 }
 
 /// Group normalisation as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-fn group_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> TensorResult<Tensor> {
+pub(super) fn group_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let dtype = x.dtype();
     let x = x.to_dtype(candle_core::DType::F32)?.reshape((b, h * w, groups, c / groups))?;
@@ -376,16 +420,18 @@ impl LayerNorm {
     /// Normalises [.., width].
     pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         measured(("layer norm", [x.elem_count(), 0, 0]), || {
-            if x.device().is_cpu() {
-                return x.contiguous()?.apply_op3_no_bwd(&self.weight, &self.bias, &cpu::LayerNorm { eps: self.eps });
+            let Self { weight, bias, eps } = self;
+            match engine(x.device()) {
+                Engine::Cpu => x.contiguous()?.apply_op3_no_bwd(weight, bias, &cpu::LayerNorm { eps: *eps }),
+                Engine::Gpu => gpu::run(gpu::LayerNorm { x: x.contiguous()?, weight: weight.clone(), bias: bias.clone(), eps: *eps }),
+                Engine::Plain => layer_norm_plain(x, weight, bias, *eps),
             }
-            layer_norm_plain(x, &self.weight, &self.bias, self.eps)
         })
     }
 }
 
 /// The same by candle's own: the path of devices without a kernel, and its oracle.
-fn layer_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> TensorResult<Tensor> {
+pub(super) fn layer_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> TensorResult<Tensor> {
     candle_nn::LayerNorm::new(weight.clone(), bias.clone(), eps).forward(x)
 }
 
@@ -428,7 +474,7 @@ impl Activation {
 
 /// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width` as a composition of candle's operations: the path of
 /// devices without a kernel, and its oracle.
-fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+pub(super) fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     if height == 2 * h && width == 2 * w {
         let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
@@ -440,8 +486,9 @@ fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> 
 
 /// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
 pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
-    measured(("concat", [a.elem_count() + b.elem_count(), 0, 0]), || {
-        if a.device().is_cpu() { a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat) } else { Tensor::cat(&[a, b], 3) }
+    measured(("concat", [a.elem_count() + b.elem_count(), 0, 0]), || match engine(a.device()) {
+        Engine::Cpu => a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat),
+        _ => Tensor::cat(&[a, b], 3),
     })
 }
 

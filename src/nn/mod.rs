@@ -1,12 +1,14 @@
 //! The layers that all networks are made of, on activations [b, h, w, c] and tokens [b, n, c].
 //!
 //! Read [`layers`] first; [`strips`] holds pictures that are too large to be held twice, [`attention`] is scaled dot-product attention without a whole score matrix, [`embed`] the
-//! sinusoidal timestep embedding, [`wrap`] seamless pictures, [`cost`] what each layer takes, `cpu` the fused kernels behind the layers.
+//! sinusoidal timestep embedding, [`wrap`] seamless pictures, [`cost`] what each layer takes, `cpu` and `gpu` the fused kernels
+//! behind the layers.
 
 pub mod attention;
 pub mod cost;
 pub mod cpu;
 pub mod embed;
+pub mod gpu;
 pub mod layers;
 pub mod strips;
 pub mod wrap;

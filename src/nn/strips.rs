@@ -3,6 +3,7 @@
 //! What a strip was normalised into is still in a cache when the convolution reads it, and a strip's memory is free as soon
 //! as the one below it was read. On a GPU there is one strip.
 
+use super::gpu::{Engine, engine};
 use super::layers::{Activation, Conv2d, Normal};
 use candle_core::{Result, Tensor};
 use std::collections::VecDeque;
@@ -22,7 +23,7 @@ impl Strips {
         let (_, h, w, c) = x.dims4()?;
         // whatever the batch: sums over a picture are sums of its strips' sums
         let rows = (STRIP / (w * c).max(1) / ROWS).max(1) * ROWS;
-        self.push_cut(x, if x.device().is_cpu() { rows } else { h })
+        self.push_cut(x, if engine(x.device()) == Engine::Cpu { rows } else { h })
     }
 
     fn push_cut(&mut self, x: &Tensor, rows: usize) -> Result<()> {

@@ -1,0 +1,110 @@
+//! Kernels for NVIDIA's GPUs from compute capability 8.0 on, in f16, bf16 and f32, as candle CustomOps.
+//!
+//! `kernels/` holds their source, which [`build.rs`](../../../src/nn/gpu/build.rs) compiles with nvcc for the feature `cuda`. What
+//! they are launched with is worked out here, without a GPU: a [`Work`] says which kernels run on how many blocks, and
+//! [`launch`] runs them. The tests run the same launches of the same source on the CPU, where `kernels/host.h` stands in for
+//! the machine, and compare what comes out with the plain composition. Sums are f32 throughout; products of f32 are made of
+//! three of tf32, which leaves about 21 bits.
+
+mod attention;
+#[cfg(all(test, target_os = "linux"))]
+pub mod emulated;
+mod launch;
+mod norm;
+mod product;
+
+pub use attention::Attention;
+pub use launch::run;
+pub use norm::{GroupNorm, LayerNorm};
+pub use product::{Product, interleaved, rows};
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+
+/// Who does the work of layers on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// [`super::cpu`]
+    Cpu,
+    /// the kernels here
+    Gpu,
+    /// compositions of candle's operations
+    Plain,
+}
+
+/// Of a device.
+pub fn engine(device: &Device) -> Engine {
+    match device {
+        #[cfg(all(test, target_os = "linux"))]
+        Device::Cpu if emulated::is_on() => Engine::Gpu,
+        Device::Cpu => Engine::Cpu,
+        Device::Cuda(_) if cfg!(feature = "cuda") => Engine::Gpu,
+        _ => Engine::Plain,
+    }
+}
+
+/// Kernels to run, one after the other, that fill one output.
+pub trait Work {
+    /// What they work on: the output is of its type, on its device.
+    fn input(&self) -> &Tensor;
+
+    /// That of the output.
+    fn shape(&self) -> Result<Shape>;
+
+    /// Floats of memory that they share besides.
+    fn scratch(&self) -> usize {
+        0
+    }
+
+    /// The launches, where `address` says where tensors are, which are contiguous and of one type; those of the output and
+    /// the scratch memory are given. An address is 0 where there is nothing.
+    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, scratch: u64) -> Result<Vec<Launch>>;
+}
+
+/// A kernel on blocks of threads.
+pub struct Launch {
+    pub kernel: String,
+    pub grid: [usize; 3],
+    pub threads: usize,
+    /// bytes of shared memory
+    pub shared: usize,
+    pub params: Params,
+}
+
+/// The bytes of a kernel's one argument, a struct of addresses and 32-bit numbers as the kernel declares it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Params([u64; 32]);
+
+impl Params {
+    fn new<T: Copy>(value: &T) -> Self {
+        const { assert!(size_of::<T>() <= 256 && align_of::<T>() <= 8) };
+        let mut bytes = [0u64; 32];
+        // SAFETY: T is plain data that fits
+        unsafe { std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), bytes.as_mut_ptr().cast(), size_of::<T>()) };
+        Self(bytes)
+    }
+}
+
+/// Bytes that a thread moves at once.
+const CHUNK: usize = 16;
+
+/// What kernels for a type have at the end of their names. Errors if there are none.
+fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F16 => Ok("f16"),
+        DType::BF16 => Ok("bf16"),
+        DType::F32 => Ok("f32"),
+        other => candle_core::bail!("no kernels for {other:?}"),
+    }
+}
+
+/// Multiprocessors that work is cut for, where the device does not say.
+const PROCESSORS: usize = 132;
+
+fn processors(device: &Device) -> usize {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => launch::processors(device),
+        _ => PROCESSORS,
+    }
+}

@@ -1,6 +1,6 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with random weights.
 
-use crate::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
+use crate::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
 use crate::guidance::{Guidance, Guided, Reuse};
 use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
@@ -9,7 +9,7 @@ use crate::schedule::Prediction;
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin, Weights};
 use anyhow::{Result, bail};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -117,6 +117,7 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
         "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
+        "peak_gpu_memory_mb": peak_gpu_memory(&compute.device).map(mb),
         "ceiling_gflops": ceiling,
     });
     if args.json {
@@ -131,11 +132,24 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         compute.dtype,
         rayon::current_num_threads()
     );
-    let memory = peak_memory_mb().map(|mb| format!("{:<22}{mb:>8.0} MB\n", "peak memory")).unwrap_or_default();
+    let of_gpu = ("peak GPU memory", peak_gpu_memory(&compute.device).map(mb));
+    let memory = [("peak memory", peak_memory_mb()), of_gpu];
+    let memory: String = memory.into_iter().filter_map(|(name, mb)| Some(format!("{name:<22}{:>8.0} MB\n", mb?))).collect();
     let ceiling = ceiling.map(|c| format!("{:<22}{c:>8.0} GFLOP/s, multiply-adds in registers\n", "ceiling")).unwrap_or_default();
     let tables: String =
         [("U-Net step, guided", unet), ("VAE decode", vae)].iter().filter_map(|(name, value)| Some(table(name, value.as_ref()?))).collect();
     Ok(title + &tables + &ceiling + &memory)
+}
+
+/// Three digits or so.
+fn seconds(seconds: f64) -> String {
+    if seconds >= 0.995 {
+        format!("{seconds:.2} s")
+    } else if seconds >= 0.01 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else {
+        format!("{:.2} ms", seconds * 1e3)
+    }
 }
 
 /// A line for the whole, and one for each kind of layer.
@@ -143,9 +157,9 @@ fn table(name: &str, value: &Value) -> String {
     let number = |value: &Value, key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
     let n = |key: &str| number(value, key);
     let mut text = format!(
-        "{name:<22}{:>8.2} s median, {:.2} s best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
-        n("median_s"),
-        n("best_s"),
+        "{name:<22}{:>8} median, {} best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
+        seconds(n("median_s")),
+        seconds(n("best_s")),
         n("gflops"),
         n("tflop"),
         n("load_s")
@@ -163,7 +177,7 @@ fn table(name: &str, value: &Value) -> String {
     }
     kinds.sort_by(|a, b| b.1[1].total_cmp(&a.1[1]));
     for (kind, [calls, ms, gflop]) in kinds {
-        text += &format!("  {kind:<20}{ms:>8.0} ms {calls:>5.0} calls");
+        text += &format!("  {kind:<20}{:>10} {calls:>5.0} calls", seconds(ms / 1e3));
         text += &if gflop > 0.0 { format!(" {gflop:>7.1} GFLOP {:>5.0} GFLOP/s\n", gflop / ms * 1e3) } else { "\n".into() };
     }
     text
@@ -185,7 +199,7 @@ fn time_unet(args: &BenchArgs, compute: &Compute, sizes: &Sizes, (h, w): (usize,
     let mut guided =
         Guided { unet: told, guidance: Guidance::Text(1), weights: vec![1.0], beside: None, scale: 7.5, rescale: 0.0, prediction, reuse };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
-    timed(args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
+    timed(device, args.repeat, load_s, || Ok(guided.denoise(&latents, 1.0, 500.0)?.sum_all()?.to_scalar::<f32>()?))
 }
 
 fn time_vae(args: &BenchArgs, compute: &Compute, config: &VaeConfig, (h, w): (usize, usize)) -> Result<Value> {
@@ -193,21 +207,33 @@ fn time_vae(args: &BenchArgs, compute: &Compute, config: &VaeConfig, (h, w): (us
     let decoder = Decoder::new(&Weights::random(&compute.device, DType::F32), config)?;
     let load_s = start.elapsed().as_secs_f64();
     let latents = Tensor::randn(0f32, 1.0, (1, h, w, config.latent_channels), &compute.device)?;
-    timed(args.repeat, load_s, || Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?))
+    timed(&compute.device, args.repeat, load_s, || Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?))
 }
 
-/// Times `work`, whose result is read back so that a device has finished it.
-fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Result<Value> {
+/// Times `work`, whose result is read back so that a device has finished it. What layers cost is measured in the same runs on
+/// a CPU, and on a GPU in one of its own, in which each is waited for.
+fn timed(device: &Device, repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Result<Value> {
     let _attended = cpu::Attended::start();
     work()?;
+    let on_cpu = device.is_cpu();
     cost::take();
+    cost::wait_for((!on_cpu).then_some(device));
+    let start = Instant::now();
+    let awaited = if on_cpu { Ok(0.0) } else { work() };
+    cost::wait_for(None);
+    awaited?;
+    let (of_one, of_one_s) = (cost::take(), start.elapsed().as_secs_f64());
     let mut seconds = vec![];
     for _ in 0..repeat {
         let start = Instant::now();
         work()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
-    let (costs, runs, total) = (cost::take(), repeat as f64, seconds.iter().sum::<f64>());
+    let of_all = cost::take();
+    let (costs, runs, total) = match on_cpu {
+        true => (of_all, repeat as f64, seconds.iter().sum::<f64>()),
+        false => (of_one, 1.0, of_one_s),
+    };
     seconds.sort_by(f64::total_cmp);
     let best = seconds.first().copied().unwrap_or(f64::NAN);
     let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
@@ -229,5 +255,9 @@ fn timed(repeat: u64, load_s: f64, mut work: impl FnMut() -> Result<f32>) -> Res
 
 /// The most memory that this process ever held, where the system tells.
 fn peak_memory_mb() -> Option<f64> {
-    Some(peak_memory()? as f64 / f64::from(1 << 20))
+    peak_memory().map(mb)
+}
+
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }

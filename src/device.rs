@@ -97,9 +97,19 @@ impl Compute {
 fn cuda(index: usize) -> candle_core::Result<Device> {
     let device = Device::new_cuda_with_stream(index)?;
     #[cfg(feature = "cuda")]
-    // SAFETY: with one stream there is nothing to wait for
-    unsafe {
-        device.as_cuda_device()?.disable_event_tracking();
+    {
+        use candle_core::cuda_backend::WrapErr;
+        use candle_core::cuda_backend::cudarc::driver::{result, sys};
+        let device = device.as_cuda_device()?;
+        let mut kept = u64::MAX;
+        // SAFETY: with one stream no event has to be waited for; the driver reads the one number that it is given
+        unsafe {
+            device.disable_event_tracking();
+            // freed memory stays at hand, where the driver would give it back whenever the GPU is waited for
+            let pool = result::device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+            let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            sys::cuMemPoolSetAttribute(pool, threshold, std::ptr::from_mut(&mut kept).cast()).result().w()?;
+        }
     }
     Ok(device)
 }
@@ -137,6 +147,27 @@ pub fn available_memory() -> Option<u64> {
 /// The most memory that this process ever held, in bytes (Linux).
 pub fn peak_memory() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmHWM:")
+}
+
+/// The most memory of a GPU that was ever taken for tensors and recorded steps, in bytes (CUDA).
+pub fn peak_gpu_memory(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        use candle_core::cuda_backend::cudarc::driver::{result, sys};
+        let device = device.cuda_stream().context().cu_device();
+        let (mut tensors, mut steps) = (0u64, 0u64);
+        // SAFETY: the driver writes the one number for which there is room
+        unsafe {
+            let pool = result::device::get_default_mem_pool(device).ok()?;
+            let most = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
+            sys::cuMemPoolGetAttribute(pool, most, std::ptr::from_mut(&mut tensors).cast()).result().ok()?;
+            let most = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH;
+            sys::cuDeviceGetGraphMemAttribute(device, most, std::ptr::from_mut(&mut steps).cast()).result().ok()?;
+        }
+        return Some(tensors + steps);
+    }
+    let _ = device;
+    None
 }
 
 /// A line of one of Linux's memory tables, which count in kB.

@@ -4,6 +4,7 @@
 
 use crate::nn::attention::attention;
 use crate::nn::embed;
+use crate::nn::gpu::Recorder;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
 use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
@@ -385,7 +386,7 @@ impl UNet {
             (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
         };
         let prompts = Prompts { embedding: conditioning.context.clone(), projected: RefCell::default() };
-        Ok(Told { unet: self, prompts, added, guidance: conditioning.guidance })
+        Ok(Told { unet: self, prompts, added, guidance: conditioning.guidance, recorder: Recorder::default() })
     }
 }
 
@@ -396,6 +397,7 @@ pub struct Told<'a> {
     /// [b, time_dim]
     added: Option<Tensor>,
     guidance: Option<f64>,
+    recorder: Recorder,
 }
 
 impl Told<'_> {
@@ -406,32 +408,37 @@ impl Told<'_> {
 
     /// Latents [b, h, w, c], one timestep -> prediction [b, h, w, c].
     pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
-        self.traced(latents, timestep, &mut |_, _| {})
+        let time = self.time(latents, timestep)?;
+        self.recorder.call([latents, &time], |[latents, time]| self.run(latents, time, None, &mut |_, _| {}))
     }
 
     /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below gave in an earlier step;
     /// else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
     pub fn forward_reusing(&self, latents: &Tensor, timestep: f64, inner: &mut Option<Tensor>) -> TensorResult<Tensor> {
-        self.run(latents, timestep, Some(inner), &mut |_, _| {})
+        self.run(latents, &self.time(latents, timestep)?, Some(inner), &mut |_, _| {})
     }
 
     /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
     pub fn traced(&self, latents: &Tensor, timestep: f64, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
-        self.run(latents, timestep, None, show)
+        self.run(latents, &self.time(latents, timestep)?, None, show)
+    }
+
+    /// The embedding of a timestep, as every residual block takes it: [time_dim], or [b, time_dim].
+    fn time(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
+        let Self { unet, added, guidance, .. } = self;
+        let time = unet.time_embedding.forward(timestep, *guidance, latents)?;
+        let time = added.as_ref().map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
+        unet.activation.forward(&time)
     }
 
     fn run(
         &self,
         latents: &Tensor,
-        timestep: f64,
+        time: &Tensor,
         inner: Option<&mut Option<Tensor>>,
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
         let Self { unet, prompts, .. } = self;
-        let time = unet.time_embedding.forward(timestep, self.guidance, latents)?; // [time_dim]
-        let time = self.added.as_ref().map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?; // or [b, time_dim]
-        // as every residual block would apply it
-        let time = unet.activation.forward(&time)?;
         let latents = if unet.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
         let mut x = unet.conv_in.forward(&latents)?;
         show("conv_in", &x);
@@ -439,29 +446,29 @@ impl Told<'_> {
         let (Some((first, lower)), Some((last, upper))) = (unet.down_blocks.split_first(), unet.up_blocks.split_last()) else {
             candle_core::bail!("a U-Net without blocks");
         };
-        x = first.layers(&x, &time, prompts, &mut skips)?;
+        x = first.layers(&x, time, prompts, &mut skips)?;
         if let Some(Some(inner)) = &inner {
             x = inner.clone();
         } else {
             x = first.downsample(&x, &mut skips)?;
             show("down_blocks.0", &x);
             for (i, block) in lower.iter().enumerate() {
-                x = block.downsample(&block.layers(&x, &time, prompts, &mut skips)?, &mut skips)?;
+                x = block.downsample(&block.layers(&x, time, prompts, &mut skips)?, &mut skips)?;
                 show(&format!("down_blocks.{}", i + 1), &x);
             }
             if let Some(mid_block) = &unet.mid_block {
-                x = mid_block.forward(&x, &time, prompts)?;
+                x = mid_block.forward(&x, time, prompts)?;
                 show("mid_block", &x);
             }
             for (i, block) in upper.iter().enumerate() {
-                x = block.forward(&x, &time, prompts, &mut skips)?;
+                x = block.forward(&x, time, prompts, &mut skips)?;
                 show(&format!("up_blocks.{i}"), &x);
             }
             if let Some(inner) = inner {
                 *inner = Some(x.clone());
             }
         }
-        x = last.forward(&x, &time, prompts, &mut skips)?;
+        x = last.forward(&x, time, prompts, &mut skips)?;
         show(&format!("up_blocks.{}", upper.len()), &x);
         unet.conv_out.forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
     }

@@ -1,5 +1,6 @@
 //! What layers cost: calls, seconds and floating-point operations by kind and shape, for benchmarks.
 
+use candle_core::Device;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -17,11 +18,31 @@ pub struct Cost {
 pub type Layer = (&'static str, [usize; 3]);
 
 static COSTS: Mutex<BTreeMap<Layer, Cost>> = Mutex::new(BTreeMap::new());
+/// The GPU that layers wait for.
+static AWAITED: Mutex<Option<Device>> = Mutex::new(None);
 
-/// Does the work of a layer and takes note of its cost. On a GPU the time is that of the launch.
+/// From now on layers on this device wait until their work is done; with none, their time on a GPU is that of the launch.
+pub fn wait_for(device: Option<&Device>) {
+    if let Ok(mut awaited) = AWAITED.lock() {
+        *awaited = device.cloned();
+    }
+}
+
+/// Whether layers wait for a device.
+pub fn waits() -> bool {
+    AWAITED.lock().is_ok_and(|awaited| awaited.is_some())
+}
+
+/// Does the work of a layer and takes note of its cost.
 pub fn measured<R>(layer: Layer, work: impl FnOnce() -> R) -> R {
     let start = Instant::now();
     let result = work();
+    if let Ok(awaited) = AWAITED.lock()
+        && let Some(device) = &*awaited
+    {
+        // what failed shows in the results
+        device.synchronize().ok();
+    }
     if let Ok(mut costs) = COSTS.lock() {
         let cost = costs.entry(layer).or_default();
         cost.calls += 1;

@@ -575,7 +575,7 @@ impl<'a> Weights<'a> {
     /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32); trailing dimensions of
     /// size 1 may differ (a linear layer stored as a 1x1 convolution). Errors name the tensor, its shape and the expected one.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(&self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
+        let dtype = if engine(self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
         Ok(self.read(name, shape)?.to_dtype(dtype)?.to_device(self.device)?)
     }
 
@@ -607,7 +607,7 @@ impl<'a> Weights<'a> {
 
     /// Zeros in place of a tensor that a layer has not, in the type of the arithmetic.
     pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(&self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
+        let dtype = if engine(self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
         Ok(Tensor::zeros(shape, dtype, self.device)?)
     }
 

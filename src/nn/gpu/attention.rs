@@ -68,7 +68,7 @@ impl Work for Attention {
             scale: std::f32::consts::LOG2_E / (d as f32).sqrt(),
         };
         let kernel = format!("attention_{width}_{}", suffix(self.q.dtype())?);
-        let grid = [n.div_ceil(TILE), b * self.heads, 1];
+        let grid = [n.div_ceil(TILE), b * self.heads];
         Ok(vec![Launch { kernel, grid, threads: 128, shared: 4 * TILE * (2 * width + 16), params: Params::new(&params) }])
     }
 }

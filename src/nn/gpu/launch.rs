@@ -137,9 +137,9 @@ mod cuda {
             if launch.shared > SHARED {
                 kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared as i32).w()?;
             }
-            let [x, y, z] = launch.grid.map(|blocks| blocks as u32);
+            let [x, y] = launch.grid.map(|blocks| blocks as u32);
             let config =
-                LaunchConfig { grid_dim: (x, y, z), block_dim: (launch.threads as u32, 1, 1), shared_mem_bytes: launch.shared as u32 };
+                LaunchConfig { grid_dim: (x, y, 1), block_dim: (launch.threads as u32, 1, 1), shared_mem_bytes: launch.shared as u32 };
             // SAFETY: parameters are as the kernel declares them, and the tensors behind their addresses are borrowed by `work`
             unsafe { stream.launch_builder(&kernel).arg(&launch.params).launch(config) }.w()?;
         }

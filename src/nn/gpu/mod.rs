@@ -9,11 +9,13 @@
 mod attention;
 #[cfg(all(test, target_os = "linux"))]
 pub mod emulated;
+mod graph;
 mod launch;
 mod norm;
 mod product;
 
 pub use attention::Attention;
+pub use graph::Recorder;
 pub use launch::run;
 pub use norm::{GroupNorm, LayerNorm};
 pub use product::{Product, interleaved, rows};
@@ -63,7 +65,8 @@ pub trait Work {
 /// A kernel on blocks of threads.
 pub struct Launch {
     pub kernel: String,
-    pub grid: [usize; 3],
+    /// across and down
+    pub grid: [usize; 2],
     pub threads: usize,
     /// bytes of shared memory
     pub shared: usize,

@@ -98,13 +98,8 @@ impl Work for GroupNorm {
         let across = channels / at_once;
         let rows_at_once = (THREADS / across).max(1);
         let blocks = (pixels * across).div_ceil(4 * THREADS).min((8 * processors(self.x.device())).div_ceil(b));
-        let launch = |name: &str, blocks, shared| Launch {
-            kernel: format!("{name}_{kind}"),
-            grid: [blocks, b, 1],
-            threads: THREADS,
-            shared,
-            params,
-        };
+        let launch =
+            |name: &str, blocks, shared| Launch { kernel: format!("{name}_{kind}"), grid: [blocks, b], threads: THREADS, shared, params };
         Ok(vec![launch("group_sums", slices, rows_at_once * channels * 8), launch("group_apply", blocks.max(1), channels * 8)])
     }
 }
@@ -133,7 +128,7 @@ impl Work for LayerNorm {
         let (kind, _) = kind(&self.x, channels, &[x, weight, bias, output])?;
         let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
         let params = LayerNormParams { x, weight, bias, y: output, rows: int(rows)?, channels: int(channels)?, eps: self.eps as f32 };
-        let grid = [rows.div_ceil(THREADS / 32), 1, 1];
+        let grid = [rows.div_ceil(THREADS / 32), 1];
         Ok(vec![Launch { kernel: format!("layer_norm_{kind}"), grid, threads: THREADS, shared: 0, params: Params::new(&params) }])
     }
 }

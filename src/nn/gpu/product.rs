@@ -202,13 +202,13 @@ impl Work for Product {
             aligned: (outputs.is_multiple_of(chunk) && at_chunks(&[bias, shift, residual, output])).into(),
         });
         let suffix = suffix(self.x.dtype())?;
-        let grid = [n.div_ceil(cut.tile), m.div_ceil(cut.tile), cut.splits];
+        let grid = [n.div_ceil(cut.tile) * m.div_ceil(cut.tile), cut.splits];
         let mut launches =
             vec![Launch { kernel: format!("product_{}_{suffix}", cut.tile), grid, threads: cut.threads(), shared: cut.shared(), params }];
         if cut.splits > 1 {
             let chunks = m * n.div_ceil(if self.gated { 2 * chunk } else { chunk });
             let kernel = format!("product_parts_{suffix}");
-            launches.push(Launch { kernel, grid: [chunks.div_ceil(256), 1, 1], threads: 256, shared: 0, params });
+            launches.push(Launch { kernel, grid: [chunks.div_ceil(256), 1], threads: 256, shared: 0, params });
         }
         Ok(launches)
     }

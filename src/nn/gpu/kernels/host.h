@@ -1,7 +1,7 @@
 // The kernels' machine for tests without a GPU: blocks run one after the other, threads as fibers on one processor.
 // What a GPU leaves undefined is made to show: shared memory starts as numbers that are none, asynchronous copies land no
 // earlier than they are waited for, the order of threads can be turned around, and threads of a warp that do not do the
-// same together are an error.
+// same together are an error, as are matrices whose rows cannot be read at once.
 #pragma once
 #include <cmath>
 #include <csetjmp>
@@ -151,11 +151,26 @@ inline float shuffle_xor(float x, int lanes) {
   return m.y;
 }
 
+namespace host {
+// That the rows of every matrix can be read at once: shared memory has eight banks of 16 bytes.
+inline void require_banks(const void* const* rows) {
+  for (int i = 0; i < 32; i++)
+    for (int j = i / 8 * 8; j < i; j++) {
+      size_t a = (const unsigned char*)rows[i] - shared.data(), b = (const unsigned char*)rows[j] - shared.data();
+      if (a % 16) fail("a row of a matrix is not aligned");
+      if (a != b && a / 16 % 8 == b / 16 % 8) fail("rows of a matrix share a bank");
+    }
+}
+}  // namespace host
+
 // Four 8x8 matrices of 16-byte rows: lanes 8i..8i+7 name the rows of matrix i, lane l gets bytes 4(l%4).. of row l/4.
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   struct Mine { uint32_t* r; const void* row; } m{r, row};
   static const char what = 0;
   host::together(&what, &m, [](const void** all) {
+    const void* rows[32];
+    for (int l = 0; l < 32; l++) rows[l] = ((Mine*)all[l])->row;
+    host::require_banks(rows);
     for (int i = 0; i < 4; i++)
       for (int l = 0; l < 32; l++) memcpy(&((Mine*)all[l])->r[i], (const char*)((Mine*)all[8 * i + l / 4])->row + 4 * (l % 4), 4);
   });
@@ -166,6 +181,9 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   struct Mine { uint32_t* r; const void* row; } m{r, row};
   static const char what = 0;
   host::together(&what, &m, [](const void** all) {
+    const void* rows[32];
+    for (int l = 0; l < 32; l++) rows[l] = ((Mine*)all[l])->row;
+    host::require_banks(rows);
     for (int i = 0; i < 4; i++)
       for (int l = 0; l < 32; l++)
         for (int e = 0; e < 2; e++)
@@ -234,11 +252,11 @@ inline float exp2_fast(float x) { return exp2f(x); }
 extern "C" inline __attribute__((used)) const char* emulate(void (*kernel)(const void*), const void* params, const uint32_t* grid, uint32_t threads, uint32_t shared, bool backwards) {
   using namespace host;
   host::body = kernel, host::params = params, host::threads = threads, host::backwards = backwards, host::error = nullptr;
-  gridDim = {grid[0], grid[1], grid[2]}, blockDim = {threads, 1, 1};
+  gridDim = {grid[0], grid[1], 1}, blockDim = {threads, 1, 1};
   fibers.resize(threads);
   static volatile uint32_t block;
-  for (block = 0; block < grid[0] * grid[1] * grid[2] && !error; block = block + 1) {
-    blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
+  for (block = 0; block < grid[0] * grid[1] && !error; block = block + 1) {
+    blockIdx = {block % grid[0], block / grid[0], 0};
     host::shared.assign(shared + 16, 0xff);
     warps.assign((threads + 31) / 32, Warp{});
     alive = threads, waiting = idle = 0;

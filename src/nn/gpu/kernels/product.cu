@@ -116,7 +116,7 @@ template <typename T, bool GATED, int BM, int BN, int THREADS> __device__ __forc
   }
 }
 
-// BM x BN of y a block, WM x WN a warp; blocks (n tiles, m tiles, splits).
+// BM x BN of y a block, WM x WN a warp; blocks (m tiles * n tiles, splits), those of one m next to each other.
 template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __forceinline__ void product(const Product& p) {
   constexpr int N = Chunk<T>::N, BK = ROW / sizeof(T);
   constexpr int ACROSS = BN / WN, THREADS = BM / WM * ACROSS * 32;
@@ -125,9 +125,9 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
   static_assert(BM * SUMS * 4 <= STAGES * STAGE, "the sums of a tile find room where its factors were");
   SHARED(memory);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN;
+  const int tiles_n = ceil_div(p.n, BN), m0 = blockIdx.x / tiles_n * BM, n0 = blockIdx.x % tiles_n * BN;
   const int all = ceil_div(p.k, BK), per_split = ceil_div(all, p.splits);
-  const int first = blockIdx.z * per_split, tiles = max(0, min(all - first, per_split));
+  const int first = blockIdx.y * per_split, tiles = max(0, min(all - first, per_split));
 
   // what this thread reads: one column of chunks, of several rows
   const int chunk = tid % 8, taps = p.size * p.size;
@@ -230,7 +230,7 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
   if (p.splits > 1) {
     for (int i = tid; i < BM * BN; i += THREADS) {
       int row = m0 + i / BN, col = n0 + i % BN;
-      if (row < p.m && col < p.n) p.parts[((size_t)blockIdx.z * p.m + row) * p.n + col] = tile[i / BN * SUMS + i % BN];
+      if (row < p.m && col < p.n) p.parts[((size_t)blockIdx.y * p.m + row) * p.n + col] = tile[i / BN * SUMS + i % BN];
     }
     return;
   }

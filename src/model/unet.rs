@@ -9,11 +9,12 @@ use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat
 use crate::nn::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Result as TensorResult, Tensor};
+use candle_core::{D, DType, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Transformer2D's own norm, whatever `norm_eps` says.
 const TRANSFORMER_NORM_EPS: f64 = 1e-6;
@@ -306,6 +307,8 @@ pub struct UNet {
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
     add_embedding: Option<AddEmbedding>,
+    /// those of all residual blocks
+    time_projections: Linear,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
     up_blocks: Vec<UpBlock>,
@@ -323,7 +326,7 @@ impl UNet {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let blocks = config.block_out_channels.len();
         let time_dim = config.time_embedding_dim.unwrap_or(4 * config.width(0)?);
-        let resnet = ResnetConfig { time_dim, groups: config.norm_num_groups, eps: config.norm_eps, activation };
+        let resnet = ResnetConfig { groups: config.norm_num_groups, eps: config.norm_eps, activation, projections: RefCell::default() };
         let (conv_in, first) = (config.conv_in_kernel, config.width(0)?);
         let mut skips = vec![first];
         let mut width = first;
@@ -367,6 +370,7 @@ impl UNet {
                 .is_some()
                 .then(|| AddEmbedding::new(&w.at("add_embedding"), config, time_dim))
                 .transpose()?,
+            time_projections: Linear::joined(&resnet.projections.into_inner(), time_dim, true)?,
             down_blocks,
             mid_block,
             up_blocks,
@@ -423,12 +427,12 @@ impl Told<'_> {
         self.run(latents, &self.time(latents, timestep)?, None, show)
     }
 
-    /// The embedding of a timestep, as every residual block takes it: [time_dim], or [b, time_dim].
+    /// The embedding of a timestep, projected for all residual blocks: [widths], or [b, widths].
     fn time(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
         let Self { unet, added, guidance, .. } = self;
         let time = unet.time_embedding.forward(timestep, *guidance, latents)?;
         let time = added.as_ref().map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
-        unet.activation.forward(&time)
+        unet.time_projections.forward(&unet.activation.forward(&time)?)
     }
 
     fn run(
@@ -479,18 +483,19 @@ struct Prompts {
     /// [b, n, d]
     embedding: Tensor,
     /// by the address of the attention, which is borrowed as long
-    projected: RefCell<HashMap<*const Attention, [Tensor; 2]>>,
+    projected: RefCell<HashMap<*const Attention, Tensor>>,
 }
 
 impl Prompts {
-    /// Keys and values [b, n, width] of an attention of this network.
-    fn of(&self, attention: &Attention) -> TensorResult<[Tensor; 2]> {
+    /// Keys and values [b, n, 2*width] of an attention of this network, if it attends to prompts.
+    fn of(&self, attention: &Attention) -> TensorResult<Option<Tensor>> {
+        let Some(layer) = &attention.from_context else { return Ok(None) };
         if let Some(known) = self.projected.borrow().get(&std::ptr::from_ref(attention)) {
-            return Ok(known.clone());
+            return Ok(Some(known.clone()));
         }
-        let projected = attention.keys_values(&self.embedding)?;
+        let projected = layer.forward(&self.embedding)?;
         self.projected.borrow_mut().insert(attention, projected.clone());
-        Ok(projected)
+        Ok(Some(projected))
     }
 }
 
@@ -567,13 +572,13 @@ struct DownBlock {
 }
 
 impl DownBlock {
-    fn new(
-        w: &Weights,
+    fn new<'a>(
+        w: &Weights<'a>,
         inputs: usize,
         outputs: usize,
         layers: usize,
         attention: Option<AttentionConfig>,
-        resnet: &ResnetConfig,
+        resnet: &ResnetConfig<'a>,
         downsample_padding: Option<usize>,
     ) -> Result<Self> {
         let layer = |i: usize| {
@@ -610,13 +615,13 @@ impl DownBlock {
 }
 
 /// One residual block and its transformer, where the block has attention.
-fn layer(
-    w: &Weights,
+fn layer<'a>(
+    w: &Weights<'a>,
     i: usize,
     inputs: usize,
     outputs: usize,
     attention: Option<&AttentionConfig>,
-    resnet: &ResnetConfig,
+    resnet: &ResnetConfig<'a>,
 ) -> Result<(Resnet, Option<Transformer>)> {
     let transformer = attention.map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i)).transpose()?;
     Ok((Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?, transformer))
@@ -629,7 +634,7 @@ struct MidBlock {
 }
 
 impl MidBlock {
-    fn new(w: &Weights, width: usize, attention: Option<AttentionConfig>, resnet: &ResnetConfig) -> Result<Self> {
+    fn new<'a>(w: &Weights<'a>, width: usize, attention: Option<AttentionConfig>, resnet: &ResnetConfig<'a>) -> Result<Self> {
         let attended = |attention| -> Result<_> {
             Ok((Transformer::new(&w.at("attentions.0"), &attention, 0)?, Resnet::new(&w.at("resnets.1"), width, width, resnet)?))
         };
@@ -652,13 +657,13 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    fn new(
-        w: &Weights,
+    fn new<'a>(
+        w: &Weights<'a>,
         inputs: usize,
         outputs: usize,
         skips: &[usize],
         attention: Option<AttentionConfig>,
-        resnet: &ResnetConfig,
+        resnet: &ResnetConfig<'a>,
         upsample: bool,
     ) -> Result<Self> {
         let layer = |(i, skip): (usize, &usize)| {
@@ -692,18 +697,20 @@ impl UpBlock {
 }
 
 /// What all residual blocks of a network share.
-struct ResnetConfig {
-    time_dim: usize,
+struct ResnetConfig<'a> {
     groups: usize,
     eps: f64,
     activation: Activation,
+    /// the projections of the timestep so far, one after the other, and their widths: see [`UNet::time_projections`]
+    projections: RefCell<Vec<(Weights<'a>, usize)>>,
 }
 
 /// Residual block (He et al. 2016) with the timestep added between its convolutions.
 struct Resnet {
     norm1: GroupNorm,
     conv1: Conv2d,
-    time_emb_proj: Linear,
+    /// its part of the projections of the timestep
+    time: Range<usize>,
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
@@ -711,11 +718,14 @@ struct Resnet {
 }
 
 impl Resnet {
-    fn new(w: &Weights, inputs: usize, outputs: usize, config: &ResnetConfig) -> Result<Self> {
+    fn new<'a>(w: &Weights<'a>, inputs: usize, outputs: usize, config: &ResnetConfig<'a>) -> Result<Self> {
+        let mut projections = config.projections.borrow_mut();
+        let start = projections.iter().map(|(_, width)| width).sum();
+        projections.push((w.at("time_emb_proj"), outputs));
         Ok(Self {
             norm1: GroupNorm::new(&w.at("norm1"), config.groups, inputs, config.eps)?,
             conv1: Conv2d::new(&w.at("conv1"), inputs, outputs, 3)?,
-            time_emb_proj: Linear::new(&w.at("time_emb_proj"), config.time_dim, outputs)?,
+            time: start..start + outputs,
             norm2: GroupNorm::new(&w.at("norm2"), config.groups, outputs, config.eps)?,
             conv2: Conv2d::new(&w.at("conv2"), outputs, outputs, 3)?,
             conv_shortcut: (inputs != outputs).then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1)).transpose()?,
@@ -724,7 +734,7 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
-        let time = self.time_emb_proj.forward(time)?; // [c] or [b, c]
+        let time = time.narrow(D::Minus1, self.time.start, self.time.len())?; // [c] or [b, c]
         let h = self.conv1.forward_add(&self.norm1.forward_act(x, self.activation)?, Some(&time), None)?;
         let h = self.norm2.forward_act(&h, self.activation)?;
         let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
@@ -782,60 +792,59 @@ struct TransformerBlock {
     attn2: Attention,
     norm3: LayerNorm,
     ff: GegluFeedForward,
-    only_cross: bool,
 }
 
 impl TransformerBlock {
     fn new(w: &Weights, config: &AttentionConfig) -> Result<Self> {
-        let (width, only_cross) = (config.width, config.only_cross);
+        let width = config.width;
         let norm = |name: &str| LayerNorm::new(&w.at(name), width, LAYER_NORM_EPS);
         Ok(Self {
             norm1: norm("norm1")?,
-            attn1: Attention::new(&w.at("attn1"), width, if only_cross { config.context } else { width }, config.heads)?,
+            attn1: Attention::new(&w.at("attn1"), width, config.only_cross.then_some(config.context), config.heads)?,
             norm2: norm("norm2")?,
-            attn2: Attention::new(&w.at("attn2"), width, config.context, config.heads)?,
+            attn2: Attention::new(&w.at("attn2"), width, Some(config.context), config.heads)?,
             norm3: norm("norm3")?,
             ff: GegluFeedForward::new(&w.at("ff.net"), width)?,
-            only_cross,
         })
     }
 
     fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
-        let h = self.norm1.forward(x)?;
-        let seen = if self.only_cross { prompts.of(&self.attn1)? } else { self.attn1.keys_values(&h)? };
-        let x = self.attn1.forward_add(&h, &seen, x)?;
-        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, &prompts.of(&self.attn2)?, &x)?;
+        let x = self.attn1.forward_add(&self.norm1.forward(x)?, prompts, x)?;
+        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, prompts, &x)?;
         self.ff.forward_add(&self.norm3.forward(&x)?, &x)
     }
 }
 
 struct Attention {
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
+    /// queries, keys and values of what attends to itself; queries alone of what attends to something else
+    from_x: Linear,
+    /// keys and values of that
+    from_context: Option<Linear>,
     to_out: Linear,
     heads: usize,
+    width: usize,
 }
 
 impl Attention {
-    fn new(w: &Weights, width: usize, context: usize, heads: usize) -> Result<Self> {
-        Ok(Self {
-            to_q: Linear::without_bias(&w.at("to_q"), width, width)?,
-            to_k: Linear::without_bias(&w.at("to_k"), context, width)?,
-            to_v: Linear::without_bias(&w.at("to_v"), context, width)?,
-            to_out: Linear::new(&w.at("to_out.0"), width, width)?,
-            heads,
-        })
+    /// That of tokens [b, n, width] to themselves, or to something [b, m, context] else.
+    fn new(w: &Weights, width: usize, context: Option<usize>, heads: usize) -> Result<Self> {
+        let [q, k, v] = ["to_q", "to_k", "to_v"].map(|name| (w.at(name), width));
+        let (from_x, from_context) = match context {
+            None => (Linear::joined(&[q, k, v], width, false)?, None),
+            Some(context) => (Linear::without_bias(&q.0, width, width)?, Some(Linear::joined(&[k, v], context, false)?)),
+        };
+        Ok(Self { from_x, from_context, to_out: Linear::new(&w.at("to_out.0"), width, width)?, heads, width })
     }
 
-    /// Keys and values [b, m, width] of what is attended to [b, m, context].
-    fn keys_values(&self, context: &Tensor) -> TensorResult<[Tensor; 2]> {
-        Ok([self.to_k.forward(context)?, self.to_v.forward(context)?])
-    }
-
-    /// x [b, n, width] attends to keys and values [b, m, width]; the result is added to residual [b, n, width].
-    fn forward_add(&self, x: &Tensor, [k, v]: &[Tensor; 2], residual: &Tensor) -> TensorResult<Tensor> {
-        self.to_out.forward_add(&attention(&self.to_q.forward(x)?, k, v, self.heads)?, residual)
+    /// x [b, n, width] attends; the result is added to residual [b, n, width].
+    fn forward_add(&self, x: &Tensor, prompts: &Prompts, residual: &Tensor) -> TensorResult<Tensor> {
+        let part = |x: &Tensor, i: usize| x.narrow(2, i * self.width, self.width);
+        let (x, seen) = (self.from_x.forward(x)?, prompts.of(self)?);
+        let (k, v) = match &seen {
+            Some(seen) => (part(seen, 0)?, part(seen, 1)?),
+            None => (part(&x, 1)?, part(&x, 2)?),
+        };
+        self.to_out.forward_add(&attention(&part(&x, 0)?, &k, &v, self.heads)?, residual)
     }
 }
 

@@ -357,23 +357,25 @@ impl Resnet {
 /// One-headed self-attention over all pixels.
 struct Attention {
     group_norm: GroupNorm,
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
+    /// queries, keys and values
+    to_qkv: Linear,
     to_out: Linear,
 }
 
 impl Attention {
     fn new(w: &Weights, width: usize, groups: usize) -> Result<Self> {
-        let linear = |name: &str| Linear::new(&w.at(name), width, width);
-        let group_norm = GroupNorm::new(&w.at("group_norm"), groups, width, NORM_EPS)?;
-        Ok(Self { group_norm, to_q: linear("to_q")?, to_k: linear("to_k")?, to_v: linear("to_v")?, to_out: linear("to_out.0")? })
+        Ok(Self {
+            group_norm: GroupNorm::new(&w.at("group_norm"), groups, width, NORM_EPS)?,
+            to_qkv: Linear::joined(&["to_q", "to_k", "to_v"].map(|name| (w.at(name), width)), width, true)?,
+            to_out: Linear::new(&w.at("to_out.0"), width, width)?,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let tokens = self.group_norm.forward(x)?.reshape((b, h * w, c))?;
-        let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
-        self.to_out.forward_add(&attention(&q, &k, &v, 1)?, x)?.reshape((b, h, w, c))
+        let qkv = self.to_qkv.forward(&tokens)?;
+        let part = |i: usize| qkv.narrow(2, i * c, c);
+        self.to_out.forward_add(&attention(&part(0)?, &part(1)?, &part(2)?, 1)?, x)?.reshape((b, h, w, c))
     }
 }

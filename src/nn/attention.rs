@@ -8,16 +8,34 @@ use candle_core::{Result, Tensor};
 /// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a picture.
 const MAX_SCORES: usize = 1 << 23;
 
+/// How far the rows of x [b, n, c] stand apart, which themselves are contiguous: those of a part of a wider tensor's columns.
+pub fn row_stride(x: &Tensor) -> Option<usize> {
+    match *x.stride() {
+        [picture, row, 1] if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| picture == n * row) => Some(row),
+        _ => None,
+    }
+}
+
+/// x itself where kernels can read its rows, else laid out anew.
+fn readable(x: &Tensor) -> Result<Tensor> {
+    if row_stride(x).is_some() { Ok(x.clone()) } else { x.contiguous() }
+}
+
 /// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n, heads*d].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
-    measured(("attention", [2 * b * n, k.dim(1)?, c]), || match engine(q.device()) {
-        Engine::Cpu => q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &cpu::Attention { heads }),
-        Engine::Gpu if gpu::Attention::serves(q, k, heads)? => {
-            gpu::run(gpu::Attention { q: q.contiguous()?, k: k.contiguous()?, v: v.contiguous()?, heads })
+    measured(("attention", [2 * b * n, k.dim(1)?, c]), || {
+        let engine = engine(q.device());
+        if engine == Engine::Plain {
+            return attention_plain(q, k, v, heads, None);
         }
-        _ => attention_plain(q, k, v, heads, None),
+        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
+        match engine {
+            Engine::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
+            _ if gpu::Attention::serves(&q, &k, &v, heads)? => gpu::run(gpu::Attention { q, k, v, heads }),
+            _ => attention_plain(&q, &k, &v, heads, None),
+        }
     })
 }
 
@@ -129,6 +147,21 @@ mod tests {
                 assert!(alone == bits(attention(&of(&q), &of(&k), &of(&v), heads).unwrap()));
             }
         }
+    }
+
+    #[test]
+    fn parts_of_a_wider_tensor_are_read_where_they_stand() {
+        let (b, n, c) = (2, 37, 48);
+        let joined = random(b, n, 3 * c);
+        let [q, k, v] = [0, 1, 2].map(|i| joined.narrow(2, i * c, c).unwrap());
+        assert_eq!(row_stride(&k), Some(3 * c));
+        let apart = [&q, &k, &v].map(|x| x.contiguous().unwrap());
+        let [y, same] = [attention(&q, &k, &v, 3), attention(&apart[0], &apart[1], &apart[2], 3)].map(|y| y.unwrap());
+        assert_eq!(worst(&y, &same), 0.0);
+        // rows that are not in one piece are laid out first
+        let turned = q.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
+        assert_eq!(row_stride(&turned), None);
+        assert_eq!(worst(&attention(&turned, &k, &v, 3).unwrap(), &same), 0.0);
     }
 
     #[test]

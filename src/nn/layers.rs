@@ -6,7 +6,7 @@ use super::gpu::{self, Engine, engine};
 use super::wrap::Wrap;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{D, Module, Result as TensorResult, Tensor};
+use candle_core::{D, DType, Module, Result as TensorResult, Tensor};
 use std::ops::Range;
 
 /// The weights of a product in the layout that their device wants.
@@ -21,8 +21,11 @@ enum Kernel {
 
 impl Kernel {
     fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
-        let weight = if engine(w.device()) == Engine::Cpu { w.get_stored("weight", shape)? } else { w.get("weight", shape)? };
-        Ok(Self::of(&weight, gated)?)
+        Ok(Self::of(&Self::read(w, shape)?, gated)?)
+    }
+
+    fn read(w: &Weights, shape: &[usize]) -> Result<Tensor> {
+        if engine(w.device()) == Engine::Cpu { w.get_stored("weight", shape) } else { w.get("weight", shape) }
     }
 
     fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
@@ -58,6 +61,22 @@ impl Linear {
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self { weight: Kernel::new(w, &[outputs, inputs], false)?, bias: None, inputs, outputs, gated: false })
+    }
+
+    /// Several layers that take the same: their outputs next to each other. Reads `weight` [out, in] of each place, and `bias`
+    /// [out] if they have one.
+    pub fn joined(layers: &[(Weights, usize)], inputs: usize, biased: bool) -> Result<Self> {
+        let each = |read: &dyn Fn(&Weights, usize) -> Result<Tensor>| {
+            layers.iter().map(|(w, outputs)| read(w, *outputs)).collect::<Result<Vec<_>>>()
+        };
+        let mut weights = each(&|w, outputs| Kernel::read(w, &[outputs, inputs]))?;
+        // files may hold some narrower than others
+        if weights.iter().any(|weight| weight.dtype() != weights[0].dtype()) {
+            weights = weights.iter().map(|weight| weight.to_dtype(DType::F32)).collect::<TensorResult<_>>()?;
+        }
+        let bias = biased.then(|| Ok::<_, anyhow::Error>(Tensor::cat(&each(&|w, outputs| w.get("bias", &[outputs]))?, 0)?)).transpose()?;
+        let weight = Kernel::of(&Tensor::cat(&weights, 0)?, false)?;
+        Ok(Self { weight, bias, inputs, outputs: layers.iter().map(|(_, outputs)| outputs).sum(), gated: false })
     }
 
     /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv 2002.05202): the first half
@@ -254,7 +273,7 @@ impl Conv2d {
                     x: x.contiguous()?,
                     weight: weight.clone(),
                     bias: Some(self.bias.clone()),
-                    shift: shift.map(Tensor::contiguous).transpose()?,
+                    shift: shift.cloned(),
                     residual,
                     slope: self.slope.clone(),
                     gated: false,
@@ -497,7 +516,7 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 mod tests {
     use super::*;
     use crate::nn::wrap::Tile;
-    use candle_core::{DType, Device, IndexOp, Tensor};
+    use candle_core::{Device, IndexOp, Tensor};
 
     /// The largest difference; NaN where there is one, which is what a kernel did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {

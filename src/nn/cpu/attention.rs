@@ -9,7 +9,7 @@
 //! laid out for this once per call, in the order in which they are read.
 
 use super::copy::fresh;
-use super::product::{Output, slice, with_memory};
+use super::product::{Output, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;
@@ -56,27 +56,48 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         lv: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((b, n, c), (bk, m, ck)) = (lq.shape().dims3()?, lk.shape().dims3()?);
-        let (q, k, v, heads) = (slice(q, lq)?, slice(k, lk)?, slice(v, lv)?, self.heads);
+        let ((b, n, c), (bk, m, ck), heads) = (lq.shape().dims3()?, lk.shape().dims3()?, self.heads);
         if bk != b || ck != c || lv.shape() != lk.shape() || heads == 0 || !c.is_multiple_of(heads) || m == 0 {
             bail!("attention of {:?} to {:?} in {heads} heads", lq.shape(), lk.shape());
         }
-        let y = if q.is_empty() {
+        let y = if lq.shape().elem_count() == 0 {
             vec![]
         } else {
-            Plan::new(q, k, v, (n, m, c), heads).run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
+            let [q, k, v] = [Rows::of(q, lq)?, Rows::of(k, lk)?, Rows::of(v, lv)?];
+            Plan::new([q, k, v], (b, n, m, c), heads).run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
         };
         Ok((CpuStorage::F32(y), lq.shape().clone()))
+    }
+}
+
+/// Rows of numbers that stand `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    numbers: &'a [f32],
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Those of a tensor [b, n, c], none of which is 0.
+    fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        match (storage, layout.dims(), layout.stride()) {
+            (CpuStorage::F32(x), [b, n, c], [picture, row, 1]) if *b == 1 || *picture == n * row => {
+                let end = layout.start_offset() + (b * n - 1) * row + c;
+                Ok(Self { numbers: &x[layout.start_offset()..end], stride: *row })
+            }
+            _ => bail!("this kernel takes rows of f32"),
+        }
     }
 }
 
 /// What is computed, and how it is cut.
 struct Plan<'a> {
     /// [b, n, c]
-    q: &'a [f32],
+    q: Rows<'a>,
     /// [b, m, c]
-    k: &'a [f32],
-    v: &'a [f32],
+    k: Rows<'a>,
+    v: Rows<'a>,
+    b: usize,
     n: usize,
     m: usize,
     /// heads * d
@@ -91,17 +112,17 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(q: &'a [f32], k: &'a [f32], v: &'a [f32], (n, m, c): (usize, usize, usize), heads: usize) -> Self {
+    fn new([q, k, v]: [Rows<'a>; 3], (b, n, m, c): (usize, usize, usize, usize), heads: usize) -> Self {
         let (d, blocks) = (c / heads, m.div_ceil(KEYS));
-        Self { q, k, v, n, m, c, heads, d, padded: d.next_multiple_of(ROWS), keys: m.div_ceil(blocks).next_multiple_of(LANES), blocks }
+        Self { q, k, v, b, n, m, c, heads, d, padded: d.next_multiple_of(ROWS), keys: m.div_ceil(blocks).next_multiple_of(LANES), blocks }
     }
 
     /// The result [b, n, c]. None of the lengths may be 0.
     fn run(&self, pack: impl Fn(Pack) + Sync, attend: impl Fn(Attend) + Sync) -> Vec<f32> {
-        let Plan { q, n, c, heads, d, padded, keys, blocks, .. } = *self;
-        let (b, tasks, block) = (q.len() / (n * c), n.div_ceil(QUERIES), keys * (d + padded));
+        let Plan { b, n, c, heads, d, padded, keys, blocks, .. } = *self;
+        let (tasks, block) = (n.div_ceil(QUERIES), keys * (d + padded));
         // neither is cleared first: that would cost up to a quarter of the time where there are few keys
-        let (mut packed, mut y) = (fresh(b * blocks * heads * block), fresh(q.len()));
+        let (mut packed, mut y) = (fresh(b * blocks * heads * block), fresh(b * n * c));
         packed.par_chunks_exact_mut(block).enumerate().for_each(|(i, packed)| {
             pack(Pack { plan: self, image: i / (blocks * heads), head: i % heads, first: i / heads % blocks * keys, packed });
         });
@@ -140,21 +161,21 @@ impl Kernel for Pack<'_> {
 impl Pack<'_> {
     #[inline(always)]
     fn pack<V: Vector, const R: usize>(self) {
-        let Plan { k, v, m, c, d, keys, .. } = *self.plan;
+        let Plan { k, v, m, d, keys, .. } = *self.plan;
         let last = keys.min(m - self.first) - 1;
-        let at = |key: usize| (self.image * m + self.first + key.min(last)) * c + self.head * d;
+        let at = |of: Rows, key: usize| (self.image * m + self.first + key.min(last)) * of.stride + self.head * d;
         let (to_k, to_v) = self.packed.split_at_mut(keys * d);
         for key in (0..keys).step_by(LANES) {
-            let rows = std::array::from_fn(|i| at(key + i));
+            let rows = std::array::from_fn(|i| at(k, key + i));
             for first in starts(d) {
-                for (i, column) in (first..d).zip(columns::<V>(k, rows, first, d)) {
+                for (i, column) in (first..d).zip(columns::<V>(k.numbers, rows, first, d)) {
                     spread::<V, R>(column, &mut to_k[key * d + i * R..], d);
                 }
             }
         }
         for first in (0..d).step_by(LANES) {
             for key in 0..keys {
-                spread::<V, R>(V::load_some(&v[at(key) + first..]), &mut to_v[first * keys + key * R..], keys);
+                spread::<V, R>(V::load_some(&v.numbers[at(v, key) + first..]), &mut to_v[first * keys + key * R..], keys);
             }
         }
     }
@@ -236,15 +257,15 @@ impl Attend<'_> {
     /// Queries in lanes [groups, d, C], times what makes exp2(score) their weight.
     #[inline(always)]
     fn take_queries<V: Vector, const C: usize>(&self, queries: &mut [Lanes], count: usize) {
-        let Plan { q, n, c, d, .. } = *self.plan;
+        let Plan { q, n, d, .. } = *self.plan;
         let scale = V::splat(LOG2_E / (d as f32).sqrt());
         for vector in 0..count.next_multiple_of(C * LANES) / LANES {
             // the last query fills up its vectors
-            let row = |i: usize| (self.image * n + self.first + i.min(count - 1)) * c + self.head * d;
+            let row = |i: usize| (self.image * n + self.first + i.min(count - 1)) * q.stride + self.head * d;
             let rows = std::array::from_fn(|i| row(vector * LANES + i));
             let group = &mut queries[vector / C * d * C..][..d * C];
             for first in starts(d) {
-                for (i, column) in (first..d).zip(columns::<V>(q, rows, first, d)) {
+                for (i, column) in (first..d).zip(columns::<V>(q.numbers, rows, first, d)) {
                     column.mul(scale).store(&mut group[i * C + vector % C].0);
                 }
             }
@@ -398,7 +419,9 @@ mod tests {
                 let c = heads * d;
                 let waves = |len: usize, pace: f32| (0..len).map(|i| 2.0 * (i as f32 * pace).sin()).collect::<Vec<f32>>();
                 let (q, k, v) = (waves(b * n * c, 0.7), waves(b * m * c, 1.1), waves(b * m * c, 1.3));
-                let y = Plan::new(&q, &k, &v, (n, m, c), heads).run(|kernel| kernel.run::<V>(), |kernel| kernel.run::<V>());
+                let rows = |numbers| Rows { numbers, stride: c };
+                let y = Plan::new([rows(&q), rows(&k), rows(&v)], (b, n, m, c), heads)
+                    .run(|kernel| kernel.run::<V>(), |kernel| kernel.run::<V>());
                 for (i, y) in y.iter().enumerate() {
                     let (image, head, row) = (i / (n * c), i % c / d, i / c);
                     let at = |key: usize| (image * m + key) * c + head * d;

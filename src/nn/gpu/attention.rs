@@ -1,6 +1,7 @@
 //! Flash attention (Dao et al. 2022, arXiv 2205.14135).
 
 use super::{Launch, Params, Work, suffix};
+use crate::nn::attention::row_stride;
 use candle_core::{DType, Result, Shape, Tensor};
 
 /// Head widths that there are kernels for; others take the next one.
@@ -8,7 +9,8 @@ const WIDTHS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 160];
 /// Queries of a block, and keys of a tile.
 const TILE: usize = 64;
 
-/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d].
+/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], whose rows may stand apart as
+/// [`row_stride`](crate::nn::attention::row_stride) finds.
 pub struct Attention {
     pub q: Tensor,
     pub k: Tensor,
@@ -18,12 +20,13 @@ pub struct Attention {
 
 impl Attention {
     /// Whether there is a kernel for q [b, n, heads*d] and k [b, m, heads*d].
-    pub fn serves(q: &Tensor, k: &Tensor, heads: usize) -> Result<bool> {
+    pub fn serves(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<bool> {
         let (c, m) = (q.dim(2)?, k.dim(1)?);
         let d = c / heads;
-        let aligned = |x: &Tensor| x.layout().start_offset().is_multiple_of(8);
+        let aligned =
+            |x: &Tensor| x.layout().start_offset().is_multiple_of(8) && row_stride(x).is_none_or(|stride| stride.is_multiple_of(8));
         let type_serves = matches!(q.dtype(), DType::F16 | DType::BF16);
-        Ok(type_serves && d.is_multiple_of(8) && d <= WIDTHS[WIDTHS.len() - 1] && m > 0 && aligned(q) && aligned(k))
+        Ok(type_serves && d.is_multiple_of(8) && d <= WIDTHS[WIDTHS.len() - 1] && m > 0 && [q, k, v].into_iter().all(aligned))
     }
 }
 
@@ -39,6 +42,7 @@ struct AttentionParams {
     m: i32,
     heads: i32,
     d: i32,
+    strides: [i32; 3],
     scale: f32,
 }
 
@@ -56,6 +60,7 @@ impl Work for Attention {
         let (d, m) = (c / self.heads, self.k.dim(1)?);
         let Some(width) = WIDTHS.into_iter().find(|width| d <= *width) else { candle_core::bail!("heads of {d} are too wide") };
         let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
+        let stride = |x: &Tensor| int(row_stride(x).unwrap_or(c));
         let params = AttentionParams {
             q: address(&self.q)?,
             k: address(&self.k)?,
@@ -65,6 +70,7 @@ impl Work for Attention {
             m: int(m)?,
             heads: int(self.heads)?,
             d: int(d)?,
+            strides: [stride(&self.q)?, stride(&self.k)?, stride(&self.v)?],
             scale: std::f32::consts::LOG2_E / (d as f32).sqrt(),
         };
         let kernel = format!("attention_{width}_{}", suffix(self.q.dtype())?);
@@ -89,10 +95,13 @@ mod tests {
         let more = [(1, 33, 65, 2, 24), (1, 64, 1, 1, 96), (1, 17, 64, 1, 128)];
         for (b, n, m, heads, d) in sizes.into_iter().chain(more) {
             for dtype in [DType::F16, DType::BF16] {
-                let [q, k, v] = [n, m, m].map(|len| random(&[b, len, heads * d], dtype));
+                // the parts of one product, as networks make them
+                let (c, kv) = (heads * d, random(&[b, m, 2 * heads * d], dtype));
+                let q = random(&[b, n, 3 * c], dtype).narrow(2, c, c).unwrap();
+                let [k, v] = [0, c].map(|from| kv.narrow(2, from, c).unwrap());
                 let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
                 let plain = attention_plain(&wide(&q), &wide(&k), &wide(&v), heads, None).unwrap();
-                assert!(Attention::serves(&q, &k, heads).unwrap());
+                assert!(Attention::serves(&q, &k, &v, heads).unwrap());
                 same(
                     &super::super::run(Attention { q, k, v, heads }).unwrap(),
                     &plain,
@@ -107,7 +116,7 @@ mod tests {
         let tensor = |c: usize, dtype| Tensor::zeros((1, 4, c), dtype, &candle_core::Device::Cpu).unwrap();
         for (c, heads, dtype) in [(512, 1, DType::F16), (15, 3, DType::F16), (64, 1, DType::F32)] {
             let x = tensor(c, dtype);
-            assert!(!Attention::serves(&x, &x, heads).unwrap());
+            assert!(!Attention::serves(&x, &x, &x, heads).unwrap());
         }
     }
 }

@@ -106,7 +106,8 @@ impl Guarded {
     fn of(x: &Tensor) -> Result<Self> {
         let (storage, layout) = x.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else { candle_core::bail!("a tensor that is not on the CPU") };
-        let Some((from, to)) = layout.contiguous_offsets() else { candle_core::bail!("a tensor that is not contiguous") };
+        let from = layout.start_offset();
+        let to = from + 1 + layout.dims().iter().zip(layout.stride()).map(|(n, stride)| (n - 1) * stride).sum::<usize>();
         let bytes: &[u8] = match storage {
             // SAFETY: numbers are bytes
             CpuStorage::F32(values) => unsafe { values[from..to].align_to().1 },

@@ -119,9 +119,6 @@ mod cuda {
         let mut address = |x: &Tensor| {
             let (storage, layout) = x.storage_and_layout();
             let Storage::Cuda(storage) = &*storage else { candle_core::bail!("a tensor that is not on the GPU") };
-            if !layout.is_contiguous() {
-                candle_core::bail!("a tensor that is not contiguous");
-            }
             // there is one stream, on which memory is freed too: an address holds for all that is launched in turn
             let start = match &storage.slice {
                 CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,

@@ -57,7 +57,7 @@ pub trait Work {
         0
     }
 
-    /// The launches, where `address` says where tensors are, which are contiguous and of one type; those of the output and
+    /// The launches, where `address` says where tensors start, which are of one type; those of the output and
     /// the scratch memory are given. An address is 0 where there is nothing.
     fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, scratch: u64) -> Result<Vec<Launch>>;
 }

@@ -27,7 +27,7 @@ pub struct Product {
     pub weight: Tensor,
     /// [out]: added
     pub bias: Option<Tensor>,
-    /// [out] or [b, out]: added
+    /// [out] or [b, out], whose rows may stand apart: added
     pub shift: Option<Tensor>,
     /// [b, rows, w', out]: added
     pub residual: Option<Tensor>,
@@ -134,6 +134,7 @@ struct ProductParams {
     out_width: i32,
     wraps: [i32; 2],
     per_shift: i32,
+    shift_stride: i32,
     splits: i32,
     gated: i32,
     wide: i32,
@@ -171,7 +172,10 @@ impl Work for Product {
         let chunk = CHUNK / self.x.dtype().size_in_bytes();
         let at_chunks = |addresses: &[u64]| addresses.iter().all(|at| at % CHUNK as u64 == 0);
         let outputs = if self.gated { n / 2 } else { n };
-        let per_shift = if self.shift.as_ref().is_some_and(|shift| shift.rank() == 2) { m / b } else { m };
+        let (per_shift, shift_stride) = match &self.shift {
+            Some(shift) if shift.rank() == 2 => (m / b, shift.stride()[0]),
+            _ => (m, 0),
+        };
         let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
         let params = Params::new(&ProductParams {
             x,
@@ -196,10 +200,12 @@ impl Work for Product {
             out_width: int(self.out_width)?,
             wraps: self.wraps.map(i32::from),
             per_shift: int(per_shift)?,
+            shift_stride: int(shift_stride)?,
             splits: int(cut.splits)?,
             gated: self.gated.into(),
             wide: (channels.is_multiple_of(chunk) && at_chunks(&[x, weight])).into(),
-            aligned: (outputs.is_multiple_of(chunk) && at_chunks(&[bias, shift, residual, output])).into(),
+            aligned: (outputs.is_multiple_of(chunk) && shift_stride.is_multiple_of(chunk) && at_chunks(&[bias, shift, residual, output]))
+                .into(),
         });
         let suffix = suffix(self.x.dtype())?;
         let grid = [n.div_ceil(cut.tile) * m.div_ceil(cut.tile), cut.splits];

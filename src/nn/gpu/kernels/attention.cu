@@ -3,9 +3,10 @@
 #include "warp.cuh"
 
 struct Attention {
-  const void *q, *k, *v;  // [b, n, heads, d], [b, m, heads, d]
+  const void *q, *k, *v;  // [b, n, heads, d], [b, m, heads, d], rows as far apart as said
   void* y;                // [b, n, heads, d]
   int n, m, heads, d;
+  int q_stride, k_stride, v_stride;
   float scale;  // 1 / sqrt(d), times log2(e)
 };
 
@@ -17,24 +18,23 @@ template <typename T, int D> __device__ __forceinline__ void attention(const Att
   SHARED(memory);  // keys and values of two tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int b = blockIdx.y / p.heads, head = blockIdx.y % p.heads, row0 = blockIdx.x * 16 * WARPS;
-  const size_t stride = (size_t)p.heads * p.d;
-  const T* q = (const T*)p.q + (size_t)b * p.n * stride + head * p.d;
-  const T* k = (const T*)p.k + (size_t)b * p.m * stride + head * p.d;
-  const T* v = (const T*)p.v + (size_t)b * p.m * stride + head * p.d;
+  const T* q = (const T*)p.q + (size_t)b * p.n * p.q_stride + head * p.d;
+  const T* k = (const T*)p.k + (size_t)b * p.m * p.k_stride + head * p.d;
+  const T* v = (const T*)p.v + (size_t)b * p.m * p.v_stride + head * p.d;
 
-  auto load = [&](unsigned char* to, const T* from, int row0, int rows) {
+  auto load = [&](unsigned char* to, const T* from, int stride, int row0, int rows) {
 #pragma unroll
     for (int i = tid; i < KEYS * D / 8; i += WARPS * 32) {
       int row = i / (D / 8), chunk = i % (D / 8);
       bool valid = row0 + row < rows && chunk * 8 < p.d;
-      copy_async(to + row * ROW + chunk * 16, valid ? from + (row0 + row) * stride + chunk * 8 : from, valid);
+      copy_async(to + row * ROW + chunk * 16, valid ? from + (size_t)(row0 + row) * stride + chunk * 8 : from, valid);
     }
   };
 
-  load(memory + 2 * TILE, q, row0, p.n);
+  load(memory + 2 * TILE, q, p.q_stride, row0, p.n);
   copy_commit();
-  load(memory, k, 0, p.m);
-  load(memory + TILE, v, 0, p.m);
+  load(memory, k, p.k_stride, 0, p.m);
+  load(memory + TILE, v, p.v_stride, 0, p.m);
   copy_commit();
   copy_wait<1>();
   __syncthreads();
@@ -50,8 +50,8 @@ template <typename T, int D> __device__ __forceinline__ void attention(const Att
   for (int t = 0; t < tiles; t++) {
     if (t + 1 < tiles) {
       unsigned char* to = memory + (t + 1) % 2 * 2 * TILE;
-      load(to, k, (t + 1) * KEYS, p.m);
-      load(to + TILE, v, (t + 1) * KEYS, p.m);
+      load(to, k, p.k_stride, (t + 1) * KEYS, p.m);
+      load(to + TILE, v, p.v_stride, (t + 1) * KEYS, p.m);
     }
     copy_commit();
     copy_wait<1>();
@@ -118,7 +118,7 @@ template <typename T, int D> __device__ __forceinline__ void attention(const Att
     float sum = total[half] + shuffle_xor(total[half], 1);
     sum += shuffle_xor(sum, 2);
     const int row = row0 + 16 * warp + lane / 4 + 8 * half;
-    T* to = (T*)p.y + ((size_t)b * p.n + row) * stride + head * p.d;
+    T* to = (T*)p.y + ((size_t)b * p.n + row) * p.heads * p.d + head * p.d;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
       int at = 8 * j + lane % 4 * 2;

@@ -9,7 +9,7 @@
 struct Product {
   const void *x, *w;
   const void* bias;      // [n], or null, as all that follow
-  const void* shift;     // [m / per_shift, n]: added
+  const void* shift;     // [m / per_shift, n], rows `shift_stride` apart: added
   const void* residual;  // [m, n]: added
   const void* slope;     // [n]: what is below 0 is multiplied by it
   void* y;               // [m, n], or [m, n/2]: what is in even columns times the exact GELU of the next
@@ -20,7 +20,7 @@ struct Product {
   int h, w_;               // to which it is scaled as it is read
   int first_row, rows, out_w;
   int wrap_y, wrap_x;
-  int per_shift;
+  int per_shift, shift_stride;
   int splits;
   int gated;
   int wide;     // whether chunks of x and w are whole and aligned
@@ -62,7 +62,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void finish(const P
   const int col = GATED ? from / 2 : from, outputs = GATED ? p.n / 2 : p.n;
   const T* added[3] = {
       (const T*)p.bias,
-      p.shift ? (const T*)p.shift + (size_t)(row / p.per_shift) * p.n : nullptr,
+      p.shift ? (const T*)p.shift + (size_t)(row / p.per_shift) * p.shift_stride : nullptr,
       p.residual ? (const T*)p.residual + (size_t)row * p.n : nullptr,
   };
 #pragma unroll

@@ -1,5 +1,6 @@
 //! Where the arithmetic runs, and in which type.
 
+use crate::nn::gpu::{Engine, engine};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
@@ -41,6 +42,18 @@ pub enum DTypeChoice {
     F16,
 }
 
+impl DTypeChoice {
+    /// By itself f32, which is as fast as any other on a CPU; f16 where tensor cores take that.
+    fn on(self, engine: Engine) -> DType {
+        match self {
+            Self::Auto if engine == Engine::Gpu => DType::F16,
+            Self::Auto | Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
 /// The device and the type of the U-Net's and text encoder's weights. The VAE and the latents are always f32.
 #[derive(Debug, Clone)]
 pub struct Compute {
@@ -50,7 +63,7 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Chooses: a GPU if the program was built for one and it is there, else the CPU; f32 unless told otherwise.
+    /// Chooses: a GPU if the program was built for one and it is there, else the CPU.
     /// Errors name what is missing.
     pub fn choose(device: DeviceChoice, dtype: DTypeChoice) -> Result<Self> {
         let device = match device {
@@ -79,11 +92,7 @@ impl Compute {
                 Device::new_metal(0).context("the Metal device cannot be used")?
             }
         };
-        let dtype = match dtype {
-            DTypeChoice::Auto | DTypeChoice::F32 => DType::F32,
-            DTypeChoice::Bf16 => DType::BF16,
-            DTypeChoice::F16 => DType::F16,
-        };
+        let dtype = dtype.on(engine(&device));
         Ok(Self { device, dtype })
     }
 
@@ -175,4 +184,16 @@ fn proc_bytes(table: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(table).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix(key))?;
     Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_type_follows_the_device_unless_it_is_named() {
+        assert_eq!([Engine::Cpu, Engine::Gpu, Engine::Plain].map(|on| DTypeChoice::Auto.on(on)), [DType::F32, DType::F16, DType::F32]);
+        assert_eq!([Engine::Cpu, Engine::Gpu].map(|on| DTypeChoice::F32.on(on)), [DType::F32; 2]);
+        assert_eq!(DTypeChoice::Bf16.on(Engine::Gpu), DType::BF16);
+    }
 }

@@ -31,6 +31,8 @@ impl Kernel {
     fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
         match engine(weight.device()) {
             Engine::Cpu => Self::pack(weight, gated),
+            // candle's own, through cuDNN
+            Engine::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => Ok(Self::Plain(weight.clone())),
             Engine::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
             Engine::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
             Engine::Plain => Ok(Self::Plain(weight.clone())),

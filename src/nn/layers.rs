@@ -367,24 +367,44 @@ impl GroupNorm {
 
     /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c] each, contiguous.
     pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
-        let affine = match parts.first() {
-            Some(x) if engine(x.device()) == Engine::Cpu => {
-                measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || {
-                    let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
-                    norm.statistics(parts, &self.weight, &self.bias).map(Some)
-                })?
+        let Some(first) = parts.first() else { candle_core::bail!("a picture without parts") };
+        let statistics = measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || match engine(first.device()) {
+            Engine::Cpu => {
+                let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
+                norm.statistics(parts, &self.weight, &self.bias).map(Statistics::Cpu)
             }
-            _ => None,
-        };
-        Ok(Normal { norm: self, affine })
+            Engine::Gpu => {
+                // a copy, as a view would keep the whole part
+                let origin =
+                    if let [whole] = parts { (*whole).clone() } else { first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()? };
+                let sums = |x: &&Tensor| gpu::run(gpu::GroupSums { x: (*x).clone(), origin: origin.clone(), groups: self.groups });
+                let sums = parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?;
+                let sums = if let [sums] = &*sums { sums.clone() } else { Tensor::cat(&sums, 1)? };
+                let pixels = parts.iter().map(|x| Ok(x.dim(1)? * x.dim(2)?)).sum::<TensorResult<usize>>()?;
+                Ok(Statistics::Gpu { sums, origin, pixels })
+            }
+            Engine::Plain => Ok(Statistics::Unknown),
+        })?;
+        Ok(Normal { norm: self, statistics })
     }
 }
 
 /// A group norm with the statistics of one picture.
 pub struct Normal<'a> {
     norm: &'a GroupNorm,
-    /// on the CPU; elsewhere they are found when a picture is normalised, which is then a whole one
-    affine: Option<Vec<cpu::Affine>>,
+    statistics: Statistics,
+}
+
+enum Statistics {
+    Cpu(Vec<cpu::Affine>),
+    /// see [`gpu::GroupSums`]
+    Gpu {
+        sums: Tensor,
+        origin: Tensor,
+        pixels: usize,
+    },
+    /// found when a picture is normalised, which is then a whole one
+    Unknown,
 }
 
 impl Normal<'_> {
@@ -399,16 +419,20 @@ impl Normal<'_> {
 
     fn apply(&self, x: &Tensor, above: Option<&Tensor>, below: Option<&Tensor>, silu: bool) -> TensorResult<Tensor> {
         measured(("normalise", [x.elem_count(), 0, 0]), || {
-            if let Some(affine) = &self.affine {
-                return x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below });
-            }
             let GroupNorm { weight, bias, groups, eps } = self.norm;
-            if engine(x.device()) == Engine::Gpu {
-                let (weight, bias) = (weight.clone(), bias.clone());
-                return gpu::run(gpu::GroupNorm { x: x.clone(), weight, bias, groups: *groups, eps: *eps, silu });
+            match &self.statistics {
+                Statistics::Cpu(affine) => x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below }),
+                Statistics::Gpu { sums, origin, pixels } => {
+                    let parts: Vec<&Tensor> = above.into_iter().chain([x]).chain(below).collect();
+                    let x = if let [one] = parts[..] { one.clone() } else { Tensor::cat(&parts, 1)? };
+                    let (sums, origin, weight, bias) = (sums.clone(), origin.clone(), weight.clone(), bias.clone());
+                    gpu::run(gpu::GroupApply { x, origin, sums, weight, bias, pixels: *pixels, eps: *eps, silu })
+                }
+                Statistics::Unknown => {
+                    let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
+                    if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
+                }
             }
-            let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
-            if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Pictures in strips of rows, for activations that are too large to be held twice.
 //!
 //! What a strip was normalised into is still in a cache when the convolution reads it, and a strip's memory is free as soon
-//! as the one below it was read. On a GPU there is one strip.
+//! as the one below it was read. On devices without kernels there is one strip.
 
 use super::gpu::{Engine, engine};
 use super::layers::{Activation, Conv2d, Normal};
@@ -10,6 +10,8 @@ use std::collections::VecDeque;
 
 /// Numbers of a strip of one picture, about.
 const STRIP: usize = 1 << 22;
+/// The same on a GPU, where a strip has to keep all multiprocessors busy.
+const GPU_STRIP: usize = 1 << 24;
 /// Rows of a strip are a multiple of it: those of Winograd's tiles.
 const ROWS: usize = 4;
 
@@ -21,9 +23,13 @@ impl Strips {
     /// Adds [b, rows, w, c] at the bottom, cut into strips.
     pub fn push(&mut self, x: &Tensor) -> Result<()> {
         let (_, h, w, c) = x.dims4()?;
+        let numbers = match engine(x.device()) {
+            Engine::Cpu => STRIP,
+            Engine::Gpu => GPU_STRIP,
+            Engine::Plain => return self.push_cut(x, h),
+        };
         // whatever the batch: sums over a picture are sums of its strips' sums
-        let rows = (STRIP / (w * c).max(1) / ROWS).max(1) * ROWS;
-        self.push_cut(x, if engine(x.device()) == Engine::Cpu { rows } else { h })
+        self.push_cut(x, (numbers / (w * c).max(1) / ROWS).max(1) * ROWS)
     }
 
     fn push_cut(&mut self, x: &Tensor, rows: usize) -> Result<()> {
@@ -167,8 +173,20 @@ mod tests {
 
     #[test]
     fn layers_give_the_same_for_strips_as_for_the_whole_picture() {
+        compare(&[(1, 1), (4, 5), (5, 4), (9, 17), (33, 20), (65, 67), (70, 18)], &[1, 4, 8, 100]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn layers_of_a_gpu_give_the_same_for_strips_as_for_the_whole_picture() {
+        if crate::nn::gpu::emulated::is_there() {
+            crate::nn::gpu::emulated::on(|| compare(&[(4, 5), (9, 6)], &[4, 100]));
+        }
+    }
+
+    fn compare(sizes: &[(usize, usize)], strips: &[usize]) {
         let weights = Weights::random(&Device::Cpu, DType::F32);
-        let sizes = [(1, 1), (4, 5), (5, 4), (9, 17), (33, 20), (65, 67), (70, 18)].into_iter().zip([1, 2, 3].into_iter().cycle());
+        let sizes = sizes.iter().copied().zip([1, 2, 3].into_iter().cycle());
         for (((h, w), b), tile) in sizes.flat_map(|size| [None, Some(Tile::X), Some(Tile::Y)].map(|tile| (size, tile))) {
             weights.wrap().set(tile);
             let (norm, conv) = (GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(), Conv2d::new(&weights, 35, 19, 3).unwrap());
@@ -177,7 +195,7 @@ mod tests {
             let residual = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
             let whole = conv.forward_add(&norm.forward_act(&x, Activation::Silu).unwrap(), None, Some(&residual)).unwrap();
             let doubled = conv.forward_scaled(&x, 2 * h, 2 * w).unwrap();
-            for rows in [1, 4, 8, 100] {
+            for &rows in strips {
                 let normal = norm.of(&cut(&x, rows).parts()).unwrap();
                 let (mut strips, mut doubled_strips) = (Strips::default(), Strips::default());
                 for (window, residual) in cut(&x, rows).windows(&conv).unwrap().zip(cut(&residual, rows)) {

@@ -1,6 +1,6 @@
 //! Flash attention (Dao et al. 2022, arXiv 2205.14135).
 
-use super::{Launch, Params, Work, suffix};
+use super::{Launch, Params, Work, int, suffix};
 use crate::nn::attention::row_stride;
 use candle_core::{DType, Result, Shape, Tensor};
 
@@ -59,7 +59,6 @@ impl Work for Attention {
         let (b, n, c) = self.q.dims3()?;
         let (d, m) = (c / self.heads, self.k.dim(1)?);
         let Some(width) = WIDTHS.into_iter().find(|width| d <= *width) else { candle_core::bail!("heads of {d} are too wide") };
-        let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
         let stride = |x: &Tensor| int(row_stride(x).unwrap_or(c));
         let params = AttentionParams {
             q: address(&self.q)?,

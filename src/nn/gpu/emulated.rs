@@ -149,7 +149,7 @@ pub fn emulate(work: &impl Work) -> Result<CpuStorage> {
         inputs.push(guarded);
         Ok(address)
     };
-    let dtype = work.input().dtype();
+    let dtype = work.dtype();
     let len = work.shape()?.elem_count() * dtype.size_in_bytes();
     let [mut output, mut scratch] = [len, 4 * work.scratch()].map(|len| Guarded::new(len, 0));
     let launches = work.launches(&mut address, output.address(), scratch.address())?;

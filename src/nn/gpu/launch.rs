@@ -103,7 +103,7 @@ mod cuda {
 
     pub fn launch(device: &CudaDevice, work: &impl Work) -> Result<CudaStorage> {
         let elements = work.shape()?.elem_count();
-        match work.input().dtype() {
+        match work.dtype() {
             DType::F16 => launch_as::<f16>(device, work, elements).map(CudaStorageSlice::F16),
             DType::BF16 => launch_as::<bf16>(device, work, elements).map(CudaStorageSlice::BF16),
             DType::F32 => launch_as::<f32>(device, work, elements).map(CudaStorageSlice::F32),

@@ -17,7 +17,7 @@ mod product;
 pub use attention::Attention;
 pub use graph::Recorder;
 pub use launch::run;
-pub use norm::{GroupNorm, LayerNorm};
+pub use norm::{GroupApply, GroupSums, LayerNorm};
 pub use product::{Product, interleaved, rows};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
@@ -46,8 +46,12 @@ pub fn engine(device: &Device) -> Engine {
 
 /// Kernels to run, one after the other, that fill one output.
 pub trait Work {
-    /// What they work on: the output is of its type, on its device.
+    /// What they work on: the output is on its device, and of its type unless [`Self::dtype`] says otherwise.
     fn input(&self) -> &Tensor;
+
+    fn dtype(&self) -> DType {
+        self.input().dtype()
+    }
 
     /// That of the output.
     fn shape(&self) -> Result<Shape>;
@@ -86,6 +90,11 @@ impl Params {
         unsafe { std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), bytes.as_mut_ptr().cast(), size_of::<T>()) };
         Self(bytes)
     }
+}
+
+/// As kernels count. Errors if it is too many.
+fn int(x: usize) -> Result<i32> {
+    i32::try_from(x).map_err(candle_core::Error::wrap)
 }
 
 /// Bytes that a thread moves at once.

@@ -1,35 +1,64 @@
 //! Group normalisation with what follows it, and layer normalisation.
 
-use super::{CHUNK, Launch, Params, Work, processors, suffix};
-use candle_core::{Result, Shape, Tensor};
+use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
+use candle_core::{DType, Result, Shape, Tensor};
 
 const THREADS: usize = 256;
 /// Slices of a picture whose sums are kept apart.
 const MAX_SLICES: usize = 64;
 
-/// Group normalisation of x [b, h, w, c] (Wu & He 2018, arXiv 1803.08494), perhaps followed by SiLU.
-pub struct GroupNorm {
+/// Sums over groups of channels of x [b, h, w, c], which may be a part of a picture -> f32 [b, slices, groups, 2]: of the
+/// differences from `origin`, and of their squares. Those of parts stand next to each other in the second dimension.
+pub struct GroupSums {
     pub x: Tensor,
+    /// [b, .., c]: one pixel of each picture, the first, the same for all parts
+    pub origin: Tensor,
+    pub groups: usize,
+}
+
+/// Group normalisation of x [b, h, w, c] (Wu & He 2018, arXiv 1803.08494) by the sums of whole pictures, perhaps followed by SiLU.
+pub struct GroupApply {
+    pub x: Tensor,
+    pub origin: Tensor,
+    pub sums: Tensor,
     pub weight: Tensor,
     pub bias: Tensor,
-    pub groups: usize,
+    /// pixels of a whole picture
+    pub pixels: usize,
     pub eps: f64,
     pub silu: bool,
 }
 
-/// As `struct GroupNorm` of norm.cu.
+/// As `struct GroupSums` of norm.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct GroupNormParams {
+struct GroupSumsParams {
     x: u64,
-    weight: u64,
-    bias: u64,
-    y: u64,
-    parts: u64,
+    origin: u64,
+    sums: u64,
     pixels: i32,
     channels: i32,
     groups: i32,
     slices: i32,
+    origin_stride: i32,
+}
+
+/// As `struct GroupApply` of norm.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GroupApplyParams {
+    x: u64,
+    origin: u64,
+    weight: u64,
+    bias: u64,
+    sums: u64,
+    y: u64,
+    pixels: i32,
+    channels: i32,
+    groups: i32,
+    slices: i32,
+    origin_stride: i32,
+    all: i32,
     silu: i32,
     eps: f32,
 }
@@ -55,7 +84,7 @@ fn kind(x: &Tensor, channels: usize, addresses: &[u64]) -> Result<(String, usize
     Ok(if wide { (format!("wide_{suffix}"), chunk) } else { (suffix.into(), 1) })
 }
 
-impl GroupNorm {
+impl GroupSums {
     /// Enough slices that all multiprocessors have some, and that each has some rows of its own.
     fn slices(&self) -> Result<usize> {
         let (b, h, w, _) = self.x.dims4()?;
@@ -63,7 +92,45 @@ impl GroupNorm {
     }
 }
 
-impl Work for GroupNorm {
+impl Work for GroupSums {
+    fn input(&self) -> &Tensor {
+        &self.x
+    }
+
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn shape(&self) -> Result<Shape> {
+        Ok((self.x.dim(0)?, self.slices()?, self.groups, 2).into())
+    }
+
+    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
+        let (b, h, w, channels) = self.x.dims4()?;
+        let (x, slices) = (address(&self.x)?, self.slices()?);
+        let (kind, at_once) = kind(&self.x, channels, &[x])?;
+        let params = Params::new(&GroupSumsParams {
+            x,
+            origin: address(&self.origin)?,
+            sums: output,
+            pixels: int(h * w)?,
+            channels: int(channels)?,
+            groups: int(self.groups)?,
+            slices: int(slices)?,
+            origin_stride: int(self.origin.elem_count() / b)?,
+        });
+        let rows_at_once = (THREADS / (channels / at_once)).max(1);
+        Ok(vec![Launch {
+            kernel: format!("group_sums_{kind}"),
+            grid: [slices, b],
+            threads: THREADS,
+            shared: rows_at_once * channels * 8,
+            params,
+        }])
+    }
+}
+
+impl Work for GroupApply {
     fn input(&self) -> &Tensor {
         &self.x
     }
@@ -72,35 +139,30 @@ impl Work for GroupNorm {
         Ok(self.x.shape().clone())
     }
 
-    fn scratch(&self) -> usize {
-        self.slices().unwrap_or(0) * self.x.dim(0).unwrap_or(0) * self.groups * 2
-    }
-
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
         let (b, h, w, channels) = self.x.dims4()?;
-        let (pixels, slices) = (h * w, self.slices()?);
+        let (_, slices, groups, _) = self.sums.dims4()?;
         let [x, weight, bias] = [address(&self.x)?, address(&self.weight)?, address(&self.bias)?];
         let (kind, at_once) = kind(&self.x, channels, &[x, weight, bias, output])?;
-        let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
-        let params = Params::new(&GroupNormParams {
+        let params = Params::new(&GroupApplyParams {
             x,
+            origin: address(&self.origin)?,
             weight,
             bias,
+            sums: address(&self.sums)?,
             y: output,
-            parts: scratch,
-            pixels: int(pixels)?,
+            pixels: int(h * w)?,
             channels: int(channels)?,
-            groups: int(self.groups)?,
+            groups: int(groups)?,
             slices: int(slices)?,
+            origin_stride: int(self.origin.elem_count() / b)?,
+            all: int(self.pixels)?,
             silu: self.silu.into(),
             eps: self.eps as f32,
         });
-        let across = channels / at_once;
-        let rows_at_once = (THREADS / across).max(1);
-        let blocks = (pixels * across).div_ceil(4 * THREADS).min((8 * processors(self.x.device())).div_ceil(b));
-        let launch =
-            |name: &str, blocks, shared| Launch { kernel: format!("{name}_{kind}"), grid: [blocks, b], threads: THREADS, shared, params };
-        Ok(vec![launch("group_sums", slices, rows_at_once * channels * 8), launch("group_apply", blocks.max(1), channels * 8)])
+        let blocks = (h * w * channels / at_once).div_ceil(4 * THREADS).min((8 * processors(self.x.device())).div_ceil(b));
+        let kernel = format!("group_apply_{kind}");
+        Ok(vec![Launch { kernel, grid: [blocks.max(1), b], threads: THREADS, shared: channels * 8, params }])
     }
 }
 
@@ -126,7 +188,6 @@ impl Work for LayerNorm {
         let rows = self.x.elem_count() / channels;
         let [x, weight, bias] = [address(&self.x)?, address(&self.weight)?, address(&self.bias)?];
         let (kind, _) = kind(&self.x, channels, &[x, weight, bias, output])?;
-        let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
         let params = LayerNormParams { x, weight, bias, y: output, rows: int(rows)?, channels: int(channels)?, eps: self.eps as f32 };
         let grid = [rows.div_ceil(THREADS / 32), 1];
         Ok(vec![Launch { kernel: format!("layer_norm_{kind}"), grid, threads: THREADS, shared: 0, params: Params::new(&params) }])
@@ -139,7 +200,6 @@ mod tests {
     use super::super::emulated::{self, random, same};
     use super::*;
     use crate::nn::layers::{group_norm_plain, layer_norm_plain};
-    use candle_core::DType;
 
     const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
@@ -165,8 +225,27 @@ mod tests {
                 let (weight, bias) = (random(&[c], dtype), random(&[c], dtype));
                 let plain = group_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), groups, 1e-5).unwrap();
                 let plain = if silu { candle_nn::ops::silu(&plain).unwrap() } else { plain };
-                let norm = GroupNorm { x, weight, bias, groups, eps: 1e-5, silu };
-                same(&super::super::run(norm).unwrap(), &plain, &format!("{b}x{h}x{w}, {c} in {groups} {dtype:?}"));
+                // whole, and in two parts
+                for cut in [h, h.div_ceil(2)] {
+                    let parts: Vec<Tensor> = [(0, cut), (cut, h - cut)]
+                        .into_iter()
+                        .filter(|(_, rows)| *rows > 0)
+                        .map(|(from, rows)| x.narrow(1, from, rows).unwrap().contiguous().unwrap())
+                        .collect();
+                    let origin = if parts.len() == 1 {
+                        x.clone()
+                    } else {
+                        x.narrow(1, 0, 1).unwrap().narrow(2, 0, 1).unwrap().force_contiguous().unwrap()
+                    };
+                    let sums = |x: &Tensor| super::super::run(GroupSums { x: x.clone(), origin: origin.clone(), groups }).unwrap();
+                    let sums = Tensor::cat(&parts.iter().map(sums).collect::<Vec<_>>(), 1).unwrap();
+                    let apply = |x: &Tensor| {
+                        let (x, origin, sums, weight, bias) = (x.clone(), origin.clone(), sums.clone(), weight.clone(), bias.clone());
+                        super::super::run(GroupApply { x, origin, sums, weight, bias, pixels: h * w, eps: 1e-5, silu }).unwrap()
+                    };
+                    let y = Tensor::cat(&parts.iter().map(apply).collect::<Vec<_>>(), 1).unwrap();
+                    same(&y, &plain, &format!("{b}x{h}x{w}, {c} in {groups} {dtype:?}"));
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Linear layers and convolutions: one kernel, which gathers what a convolution sees as it reads.
 
-use super::{CHUNK, Launch, Params, Work, processors, suffix};
+use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
 use candle_core::{Result, Shape, Tensor};
 use std::ops::Range;
 
@@ -176,7 +176,6 @@ impl Work for Product {
             Some(shift) if shift.rank() == 2 => (m / b, shift.stride()[0]),
             _ => (m, 0),
         };
-        let int = |x: usize| i32::try_from(x).map_err(candle_core::Error::wrap);
         let params = Params::new(&ProductParams {
             x,
             weight,

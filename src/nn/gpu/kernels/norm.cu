@@ -1,12 +1,21 @@
 // Group and layer normalisation over the channels-last layout, sums in f32.
 #include "warp.cuh"
 
-struct GroupNorm {
-  const void* x;               // [b, pixels, channels]
-  const void *weight, *bias;   // [channels]
+struct GroupSums {
+  const void* x;       // [b, pixels, channels]
+  const void* origin;  // [b, .., channels], pictures `origin_stride` apart: see origin()
+  float* sums;         // [b, slices, groups, 2]: of x - origin, and of their squares
+  int pixels, channels, groups, slices, origin_stride;
+};
+
+struct GroupApply {
+  const void* x;              // [b, pixels, channels]
+  const void* origin;
+  const void *weight, *bias;  // [channels]
+  const float* sums;          // of whole pictures, of which x may be a part
   void* y;
-  float* parts;  // [b, slices, groups, 2]: sums of x - origin and of their squares
-  int pixels, channels, groups, slices;
+  int pixels, channels, groups, slices, origin_stride;
+  int all;  // pixels of a whole picture
   int silu;
   float eps;
 };
@@ -25,17 +34,17 @@ constexpr int THREADS = 256;
 template <typename T, int V> struct alignas(V * sizeof(T)) Some { T at[V]; };
 
 // The first number of a group in its picture, from which all are counted: sums of squares stay exact far from zero.
-template <typename T> __device__ __forceinline__ float origin(const GroupNorm& p, int b, int group) {
-  return to_float(((const T*)p.x)[(size_t)b * p.pixels * p.channels + group * (p.channels / p.groups)]);
+template <typename T, typename Params> __device__ __forceinline__ float origin(const Params& p, int b, int group) {
+  return to_float(((const T*)p.origin)[(size_t)b * p.origin_stride + group * (p.channels / p.groups)]);
 }
 
 // Blocks (slices, b). Shared memory: two floats for every channel of every row that is read at once.
-template <typename T, int V> __device__ __forceinline__ void group_sums(const GroupNorm& p) {
+template <typename T, int V> __device__ __forceinline__ void group_sums(const GroupSums& p) {
   SHARED(memory);
   const int b = blockIdx.y, tid = threadIdx.x, across = p.channels / V, per_group = p.channels / p.groups;
   const int at_once = across < THREADS ? THREADS / across : 1;
   const int per_slice = ceil_div(p.pixels, p.slices), from = blockIdx.x * per_slice, to = min(p.pixels, from + per_slice);
-  float* sums = (float*)memory;  // [at_once, channels, 2]
+  float* own = (float*)memory;  // [at_once, channels, 2]
   const T* x = (const T*)p.x + (size_t)b * p.pixels * p.channels;
   if (tid < at_once * across || across >= THREADS) {
     for (int v = tid % across; v < across; v += THREADS) {
@@ -53,8 +62,8 @@ template <typename T, int V> __device__ __forceinline__ void group_sums(const Gr
       }
 #pragma unroll
       for (int e = 0; e < V; e++) {
-        sums[(row * p.channels + v * V + e) * 2] = sum[e];
-        sums[(row * p.channels + v * V + e) * 2 + 1] = squares[e];
+        own[(row * p.channels + v * V + e) * 2] = sum[e];
+        own[(row * p.channels + v * V + e) * 2 + 1] = squares[e];
       }
     }
   }
@@ -63,26 +72,26 @@ template <typename T, int V> __device__ __forceinline__ void group_sums(const Gr
     float sum = 0, squares = 0;
     for (int row = 0; row < at_once; row++)
       for (int c = group * per_group; c < (group + 1) * per_group; c++) {
-        sum += sums[(row * p.channels + c) * 2];
-        squares += sums[(row * p.channels + c) * 2 + 1];
+        sum += own[(row * p.channels + c) * 2];
+        squares += own[(row * p.channels + c) * 2 + 1];
       }
-    float* part = p.parts + (((size_t)b * p.slices + blockIdx.x) * p.groups + group) * 2;
+    float* part = p.sums + (((size_t)b * p.slices + blockIdx.x) * p.groups + group) * 2;
     part[0] = sum, part[1] = squares;
   }
 }
 
 // Blocks (any number, b), which share the pixels. Shared memory: two floats a channel.
-template <typename T, int V> __device__ __forceinline__ void group_apply(const GroupNorm& p) {
+template <typename T, int V> __device__ __forceinline__ void group_apply(const GroupApply& p) {
   SHARED(memory);
   const int b = blockIdx.y, tid = threadIdx.x, per_group = p.channels / p.groups;
   float* factors = (float*)memory;  // [channels, 2]: y = x factor + offset
   for (int group = tid; group < p.groups; group += THREADS) {
     float sum = 0, squares = 0;
     for (int s = 0; s < p.slices; s++) {
-      const float* part = p.parts + (((size_t)b * p.slices + s) * p.groups + group) * 2;
+      const float* part = p.sums + (((size_t)b * p.slices + s) * p.groups + group) * 2;
       sum += part[0], squares += part[1];
     }
-    const float count = float(p.pixels) * per_group, off = sum / count;
+    const float count = float(p.all) * per_group, off = sum / count;
     const float mean = off + origin<T>(p, b, group), variance = fmaxf(squares / count - off * off, 0.0f);
     const float scale = 1.0f / sqrtf(variance + p.eps);
     for (int c = group * per_group; c < (group + 1) * per_group; c++) {
@@ -143,8 +152,8 @@ template <typename T, int V> __device__ __forceinline__ void layer_norm(const La
 
 // `wide`: 16 bytes at once, where channels and addresses allow it.
 #define NORMS(T, V, name)                                                           \
-  KERNEL(group_sums_##name, THREADS, 1, GroupNorm) { group_sums<T, V>(p); }            \
-  KERNEL(group_apply_##name, THREADS, 1, GroupNorm) { group_apply<T, V>(p); }          \
+  KERNEL(group_sums_##name, THREADS, 1, GroupSums) { group_sums<T, V>(p); }            \
+  KERNEL(group_apply_##name, THREADS, 1, GroupApply) { group_apply<T, V>(p); }          \
   KERNEL(layer_norm_##name, THREADS, 1, LayerNorm) { layer_norm<T, V>(p); }
 NORMS(half, 1, f16)
 NORMS(bfloat16, 1, bf16)

@@ -110,12 +110,21 @@ fn cuda(index: usize) -> candle_core::Result<Device> {
         use candle_core::cuda_backend::WrapErr;
         use candle_core::cuda_backend::cudarc::driver::{result, sys};
         let device = device.as_cuda_device()?;
+        let (stream, built) = (device.cuda_stream(), env!("SDGEN_CUDA_COMPUTE_CAP").parse().unwrap_or(80));
+        let (major, minor) = stream.context().compute_capability().w()?;
+        if 10 * major + minor < built {
+            candle_core::bail!(
+                "it has compute capability {major}.{minor}, and this sdgen was built for {}.{} and newer",
+                built / 10,
+                built % 10
+            );
+        }
         let mut kept = u64::MAX;
         // SAFETY: with one stream no event has to be waited for; the driver reads the one number that it is given
         unsafe {
             device.disable_event_tracking();
             // freed memory stays at hand, where the driver would give it back whenever the GPU is waited for
-            let pool = result::device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+            let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
             let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
             sys::cuMemPoolSetAttribute(pool, threshold, std::ptr::from_mut(&mut kept).cast()).result().w()?;
         }

@@ -19,6 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if cap < 80 {
         return Err(format!("CUDA_COMPUTE_CAP is {cap}: the kernels need a GPU of compute capability 8.0 or newer").into());
     }
+    println!("cargo:rustc-env=SDGEN_CUDA_COMPUTE_CAP={cap}");
     let of_home = env::var("CUDA_HOME").ok().map(|home| format!("{home}/bin/nvcc")).filter(|nvcc| Path::new(nvcc).exists());
     let nvcc = env::var("NVCC").ok().or(of_home).unwrap_or_else(|| "nvcc".into());
     let output = Path::new(&env::var("OUT_DIR")?).join("kernels.fatbin");

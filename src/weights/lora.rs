@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Ends of keys, and what a tensor is in its layer.
-const SLOTS: [(&str, &str); 33] = [
+const SLOTS: [(&str, &str); 34] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
@@ -51,8 +51,8 @@ const SLOTS: [(&str, &str); 33] = [
     (".lokr_w2", "lokr_w2"),
     (".lokr_w2_a", "lokr_w2_a"),
     (".lokr_w2_b", "lokr_w2_b"),
+    (".lokr_t2", LOKR_CORE),
 ];
-/// The one whose name ends as another's does not: LoKr's core.
 const LOKR_CORE: &str = "lokr_t2";
 const DOWN: &str = "down";
 const UP: &str = "up";
@@ -456,7 +456,7 @@ pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
         sum.par_iter_mut().zip(&change).for_each(|(sum, change)| *sum += strength * change);
     }
     match sum {
-        Some(sum) => Ok(Tensor::from_vec(sum, weight.dims(), &Device::Cpu)?),
+        Some(sum) => narrowed(sum, &weight),
         None => Ok(weight),
     }
 }
@@ -548,10 +548,19 @@ fn widened(tensor: &Tensor) -> Result<Vec<f32>> {
     })
 }
 
+/// A tensor of these numbers, of the shape and type of another.
+fn narrowed(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    let shape = like.dims();
+    Ok(match like.dtype() {
+        DType::F16 => Tensor::from_vec(numbers.into_par_iter().map(f16::from_f32).collect::<Vec<_>>(), shape, &Device::Cpu)?,
+        DType::BF16 => Tensor::from_vec(numbers.into_par_iter().map(bf16::from_f32).collect::<Vec<_>>(), shape, &Device::Cpu)?,
+        _ => Tensor::from_vec(numbers, shape, &Device::Cpu)?,
+    })
+}
+
 /// The layer of a key, and what it is there.
 fn split(key: &str) -> Option<(&str, &'static str)> {
-    let core = (".lokr_t2", LOKR_CORE);
-    SLOTS.iter().chain([&core]).find_map(|(end, slot)| Some((key.strip_suffix(end)?, *slot)))
+    SLOTS.iter().find_map(|(end, slot)| Some((key.strip_suffix(end)?, *slot)))
 }
 
 /// A layer's name as kohya's trainer would say it, without what PEFT puts before it.

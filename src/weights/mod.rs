@@ -445,12 +445,10 @@ impl Checkpoint {
         (of().map(|(_, e)| e.shape.iter().product::<usize>()).sum(), of().map(|(_, e)| e.dtype.as_str()).collect())
     }
 
-    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`]; those that
-    /// LoRAs change are wide.
+    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
-        let is_changed = |name: &str| self.loras.iter().any(|lora| lora.changes(name));
-        let width = |name: &str, dtype: &str| if matches!(dtype, "f16" | "bf16") && !is_changed(name) { 2 } else { 4 };
-        self.entries_of(component).map(|(name, e)| width(name, &e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
+        let width = |dtype: &str| if matches!(dtype, "f16" | "bf16") { 2 } else { 4 };
+        self.entries_of(component).map(|(_, e)| width(&e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
     }
 
     /// Bytes of all files.
@@ -504,7 +502,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor with the shares of others, in its own type, and then with what LoRAs add, in f32.
+    /// A tensor with the shares of others and then with what LoRAs add, in its own type: each as if it was made and saved.
     fn read(&self, name: &str) -> Result<Tensor> {
         let own = self.read_own(name)?;
         let part = name.split('.').next().unwrap_or_default();
@@ -580,7 +578,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was asked for, that of the file,
-    /// since products widen weights as they read them; f32 where a LoRA changes them.
+    /// since products widen weights as they read them.
     pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.read(name, shape)?;
         let dtype = if self.device.is_cpu() && self.dtype == DType::F32 { tensor.dtype() } else { self.dtype };

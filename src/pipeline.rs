@@ -178,10 +178,13 @@ impl Vae<'_> {
     }
 }
 
+/// What devices say that have no memory left: CUDA, and Metal of a tensor and of a computation.
+const NO_MEMORY: [&str; 3] = ["out of memory", "failed to create metal resource: buffer", "insufficient memory"];
+
 /// Gives an error of the device its kind. The backends of candle have no kind of error for this, only their words.
 fn known(error: Error) -> Error {
     let text = format!("{error:#}").to_lowercase().replace('_', " ");
-    if text.contains("out of memory") { error.context(OutOfMemory) } else { error }
+    if NO_MEMORY.iter().any(|words| text.contains(words)) { error.context(OutOfMemory) } else { error }
 }
 
 /// The jobs that are left, and how they become batches.
@@ -496,4 +499,20 @@ fn finished(job: &Job, drawn: Picture) -> Result<Picture> {
 
 pub(crate) fn finite(x: &Tensor) -> TensorResult<bool> {
     Ok(x.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_memory_is_known_by_its_words() {
+        let cuda = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let metal = "Metal error Failed to create metal resource: Buffer";
+        let late = "Command buffer had following error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)";
+        for words in [cuda, metal, late] {
+            assert!(known(anyhow::anyhow!(words).context("the batch failed")).is::<OutOfMemory>(), "{words}");
+        }
+        assert!(!known(anyhow::anyhow!("no kernel image is available")).is::<OutOfMemory>());
+    }
 }

@@ -302,12 +302,36 @@ impl Conv2d {
     }
 }
 
+/// What candle's convolution lays out at once at most, in numbers: of each pixel of the result all that the weights see there.
+/// Its kernels count them in 32 bits, and a picture of 1024x1024 pixels would need 10 GB of them in the VAE.
+const MAX_UNFOLDED: usize = 1 << 28;
+
 /// The same by candle's own convolution: the path of devices without a kernel, and its oracle. Weight [out, in, k, k].
 pub(super) fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
-    let is_plain = padding.0 == padding.1 && wraps == [false; 2];
+    conv2d_in_parts(x, weight, stride, padding, wraps, MAX_UNFOLDED)
+}
+
+/// In parts of rows that lay out at most so many numbers, if one row does.
+fn conv2d_in_parts(
+    x: &Tensor,
+    weight: &Tensor,
+    stride: usize,
+    padding: (usize, usize),
+    wraps: [bool; 2],
+    unfolded: usize,
+) -> TensorResult<Tensor> {
+    let ((b, h, w, c), size) = (x.dims4()?, weight.dim(3)?);
+    let out = |n: usize| (n + padding.0 + padding.1 + stride).saturating_sub(size) / stride;
+    let rows = (unfolded / (b * out(w) * c * size * size).max(1)).clamp(1, out(h).max(1));
+    let is_plain = padding.0 == padding.1 && wraps == [false; 2] && rows >= out(h);
     let (x, padding) = if is_plain { (x.clone(), padding.0) } else { (pad(x, padding, wraps)?, 0) };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
-    x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
+    let part = |top: usize| {
+        let seen = || x.narrow(2, top * stride, (rows.min(out(h) - top) - 1) * stride + size)?.contiguous();
+        if is_plain { x.clone() } else { seen()? }.conv2d(weight, padding, stride, 1, 1)
+    };
+    let parts = (0..out(h)).step_by(rows).map(part).collect::<TensorResult<Vec<_>>>()?;
+    Tensor::cat(&parts, 2)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
 }
 
 /// [.., c] with what is below 0 times slopes [c].
@@ -682,6 +706,23 @@ mod tests {
             );
             let added = leaky_plain(&(&plain + &residual).unwrap(), &shift).unwrap();
             assert!(worst(&conv.leaky(shift).forward_add(&x, None, Some(&residual)).unwrap(), &added) < 1e-4);
+        }
+    }
+
+    #[test]
+    fn a_plain_convolution_in_parts_is_that_of_the_whole() {
+        let sizes = [(7, 5, 3, 1, (1, 1)), (9, 4, 3, 2, (1, 1)), (8, 6, 3, 2, (0, 1)), (5, 6, 1, 1, (0, 0)), (2, 9, 5, 1, (2, 2))];
+        for ((h, w, size, stride, padding), tile) in sizes.into_iter().flat_map(tiled) {
+            let wrap = Wrap::default();
+            wrap.set(tile);
+            let x = Tensor::randn(0f32, 1.0, (2, h, w, 3), &Device::Cpu).unwrap();
+            let weight = Tensor::randn(0f32, 0.3, (4, 3, size, size), &Device::Cpu).unwrap();
+            let whole = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap();
+            let row = 2 * whole.dim(2).unwrap() * 3 * size * size;
+            for unfolded in [0, row, 2 * row, 3 * row + 1, 100 * row] {
+                let parts = conv2d_in_parts(&x, &weight, stride, padding, wrap.get(), unfolded).unwrap();
+                assert!(worst(&parts, &whole) < 1e-5, "{h}x{w}, size {size}, stride {stride}, {tile:?}, {unfolded} at once");
+            }
         }
     }
 

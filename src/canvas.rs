@@ -23,7 +23,14 @@ const BORDER_NOISE: i32 = 24;
 
 /// What is known of the files that a list names.
 #[derive(Default)]
-pub struct Sources(HashMap<PathBuf, Known>);
+pub struct Sources<'a> {
+    files: HashMap<PathBuf, Known>,
+    /// what was found last: pictures that differ by their seeds share their options
+    last: Option<(&'a PictureArgs, Option<Found>)>,
+}
+
+/// A source picture, and its width and height.
+pub type Found = (Arc<Source>, (usize, usize));
 
 #[derive(Clone)]
 struct Known {
@@ -32,9 +39,18 @@ struct Known {
     is_partly_transparent: bool,
 }
 
-impl Sources {
-    /// What the options say of a source picture, and its width and height. Errors if there is none and they say more.
-    pub fn find(&mut self, options: &PictureArgs) -> Result<Option<(Source, (usize, usize))>> {
+impl<'a> Sources<'a> {
+    /// What the options say of a source picture. Errors if there is none and they say more.
+    pub fn find(&mut self, options: &'a PictureArgs) -> Result<Option<Found>> {
+        if let Some((_, found)) = self.last.as_ref().filter(|(of, _)| std::ptr::eq(*of, options)) {
+            return Ok(found.clone());
+        }
+        let found = self.look(options)?;
+        self.last = Some((options, found.clone()));
+        Ok(found)
+    }
+
+    fn look(&mut self, options: &PictureArgs) -> Result<Option<Found>> {
         let Some(image) = &options.image else {
             let given = [
                 ("strength", options.strength.is_some()),
@@ -80,17 +96,17 @@ impl Sources {
         }
         let (width, height) = known.size;
         let border = source.extend.unwrap_or_default();
-        Ok(Some((source, (width + border.left + border.right, height + border.top + border.bottom))))
+        Ok(Some((Arc::new(source), (width + border.left + border.right, height + border.top + border.bottom))))
     }
 
     fn read(&mut self, path: &Path) -> Result<Known> {
-        if let Some(known) = self.0.get(path) {
+        if let Some(known) = self.files.get(path) {
             return Ok(known.clone());
         }
         let input = Input::read(path)?;
         let is_partly_transparent = input.alpha.as_ref().is_some_and(|alpha| alpha.iter().any(|level| u8::MAX - level >= WHITE));
         let known = Known { size: (input.picture.width, input.picture.height), hash: input.sha256().into(), is_partly_transparent };
-        self.0.insert(path.into(), known.clone());
+        self.files.insert(path.into(), known.clone());
         Ok(known)
     }
 }
@@ -183,8 +199,9 @@ impl Canvas {
     }
 
     /// The picture with what was drawn in its place. Pixels that are not repainted are those of the source.
-    pub fn put_back(self, drawn: Picture) -> Picture {
-        let Some(Back { mut whole, share, place }) = self.back else { return drawn };
+    pub fn put_back(&self, drawn: Picture) -> Picture {
+        let Some(Back { whole, share, place }) = &self.back else { return drawn };
+        let mut whole = whole.clone();
         let drawn = drawn.fit(place.width, place.height, Fit::Stretch);
         for (y, row) in drawn.rgb.chunks_exact(place.width * 3).enumerate() {
             let start = (place.top + y) * whole.width + place.left;

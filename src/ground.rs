@@ -24,6 +24,8 @@ pub struct Ground {
     pub image: Posterior,
     /// what of it is repainted, if not all
     pub repainted: Option<Repainted>,
+    /// where that is put back
+    canvas: Option<Canvas>,
 }
 
 /// A part of a picture.
@@ -68,7 +70,7 @@ impl<'a> Grounds<'a> {
             let ground = match self.known.get(&key) {
                 Some(known) => known.clone(),
                 None => {
-                    let ground = Arc::new(self.encode(&job.settings, &key.0, compute, progress)?);
+                    let ground = Arc::new(self.ground(&job.settings, &key.0, compute, progress)?);
                     if self.known.len() >= KEPT {
                         self.known.clear();
                     }
@@ -86,11 +88,19 @@ impl<'a> Grounds<'a> {
 
     /// A picture that was just drawn and is drawn over at once.
     pub fn of_drawn(&mut self, drawn: &Picture, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Arc<Ground>> {
-        let tile = settings.vae_tiling.then(|| self.vae.tile());
-        let encoder = self.encoder(compute, progress)?;
-        encoder.wrap().set(settings.tile);
-        let image = encoder.encode(&drawn.to_tensor(&compute.device)?, tile)?;
-        Ok(Arc::new(Ground { image, repainted: None }))
+        let image = self.encode(&drawn.to_tensor(&compute.device)?, settings, compute, progress)?;
+        Ok(Arc::new(Ground { image, repainted: None, canvas: None }))
+    }
+
+    /// A drawn picture, put back into its source if it is a part of that.
+    pub fn put_back(&self, job: &Job, drawn: Picture) -> Result<Picture> {
+        let Settings { source, width, height, .. } = &job.settings;
+        let Some(source) = source.as_ref().filter(|source| source.repaints()) else { return Ok(drawn) };
+        Ok(match key(&job.settings).and_then(|key| self.known.get(&key)?.canvas.as_ref()) {
+            Some(canvas) => canvas.put_back(drawn),
+            // forgotten, as there were too many
+            None => Canvas::read(source, *width, *height)?.put_back(drawn),
+        })
     }
 
     fn encoder(&mut self, compute: &Compute, progress: &Progress) -> Result<&Encoder> {
@@ -104,17 +114,21 @@ impl<'a> Grounds<'a> {
         })
     }
 
-    fn encode(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
+    /// RGB [1, h, w, 3] of a picture with these settings.
+    fn encode(&mut self, rgb: &Tensor, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Posterior> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
-        let factor = self.vae.factor();
         let encoder = self.encoder(compute, progress)?;
         encoder.wrap().set(settings.tile);
-        let posterior = |rgb: &Tensor| encoder.encode(rgb, tile);
+        Ok(encoder.encode(rgb, tile)?)
+    }
+
+    fn ground(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
+        let mut encode = |rgb: &Tensor| self.encode(rgb, settings, compute, progress);
         let canvas = Canvas::read(source, settings.width, settings.height)?;
-        let repainted = match (canvas.mask(factor, &compute.device)?, canvas.kept_rgb(&compute.device)?) {
-            (Some(mask), Some(kept)) => Some(Repainted { mask, rest: posterior(&kept)? }),
-            _ => None,
-        };
-        Ok(Ground { image: posterior(&canvas.picture.to_tensor(&compute.device)?)?, repainted })
+        let image = encode(&canvas.picture.to_tensor(&compute.device)?)?;
+        let rest = canvas.kept_rgb(&compute.device)?.map(|kept| encode(&kept)).transpose()?;
+        let mask = canvas.mask(self.vae.factor(), &compute.device)?;
+        let repainted = mask.zip(rest).map(|(mask, rest)| Repainted { mask, rest });
+        Ok(Ground { image, canvas: repainted.is_some().then_some(canvas), repainted })
     }
 }

@@ -4,7 +4,6 @@
 //! before the next stage's are read by scope; with several batches the U-Net stays, so that every picture is finished as
 //! soon as its batch is.
 
-use crate::canvas::Canvas;
 use crate::contexts::Contexts;
 use crate::device::Compute;
 use crate::ground::{Ground, Grounds};
@@ -112,8 +111,7 @@ pub fn generate<'a>(
             let decoder = vae.decoder(compute, progress)?;
             let over = |(i, job): (usize, &Job)| {
                 let Settings { width, height, .. } = job.settings;
-                decoder.wrap().set(job.settings.tile);
-                let drawn = decode(decoder, small, i, request.tile(&job.settings))?;
+                let drawn = decode(decoder, small, i, &job.settings, request)?;
                 grounds.of_drawn(&drawn.fit(width, height, Fit::Stretch), &job.settings, compute, progress)
             };
             let ground = larger.iter().enumerate().map(over).collect::<Result<Vec<_>>>();
@@ -145,8 +143,7 @@ pub fn generate<'a>(
         // one at a time: a decode needs far more memory than a latent
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
-            decoder.wrap().set(job.settings.tile);
-            let drawn = decode(decoder, &latents, i, request.tile(&job.settings)).and_then(|drawn| finished(job, drawn)).map_err(known);
+            let drawn = decode(decoder, &latents, i, &job.settings, request).and_then(|drawn| grounds.put_back(job, drawn)).map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
                 trace.picture(picture);
@@ -475,10 +472,11 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Picture `i` of latents [b, h, w, c], perhaps in tiles with this many latents a side.
-fn decode(decoder: &Decoder, latents: &Tensor, i: usize, tile: Option<usize>) -> Result<Picture> {
+/// Picture `i` of latents [b, h, w, c].
+fn decode(decoder: &Decoder, latents: &Tensor, i: usize, settings: &Settings, request: &Request) -> Result<Picture> {
+    decoder.wrap().set(settings.tile);
     let latents = latents.narrow(0, i, 1)?;
-    let rgb = match tile {
+    let rgb = match request.tile(settings) {
         Some(side) => tiles::apply(&latents, side, decoder.wrap(), |tile| decoder.decode(tile))?,
         None => decoder.decode(&latents)?,
     }; // [1, h, w, 3]
@@ -486,15 +484,6 @@ fn decode(decoder: &Decoder, latents: &Tensor, i: usize, tile: Option<usize>) ->
         return Err(NotFinite { place: "after decoding".into() }.into());
     }
     Picture::from_tensor(&rgb)?.pop().context("nothing was decoded")
-}
-
-/// A drawn picture, put back into its source if it is a part of that.
-fn finished(job: &Job, drawn: Picture) -> Result<Picture> {
-    let Settings { source, width, height, .. } = &job.settings;
-    match source.as_ref().filter(|source| source.repaints()) {
-        Some(source) => Ok(Canvas::read(source, *width, *height)?.put_back(drawn)),
-        None => Ok(drawn),
-    }
 }
 
 pub(crate) fn finite(x: &Tensor) -> TensorResult<bool> {

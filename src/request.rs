@@ -268,7 +268,7 @@ impl Request {
                 }),
                 strength: source.as_ref().and_then(|_| request.model.strength(options.strength)),
                 image_guidance: source.as_ref().and_then(|_| request.model.image_guidance(options.image_guidance)),
-                source: source.map(|(source, _)| Arc::new(source)),
+                source: source.map(|(source, _)| source),
                 hires: request.hires(options, width, height)?,
                 eta: options.eta.or(defaults.eta.filter(|_| options.sampler.unwrap_or(sampler) == Sampler::Tcd)),
                 original_size: options.original_size,

@@ -9,6 +9,7 @@ use std::io::Cursor;
 use std::path::Path;
 use std::str::FromStr;
 
+use crate::hex::hex;
 use crate::sampler::Sampler;
 use crate::schedule::Schedule;
 use anyhow::{Context, bail};
@@ -81,7 +82,7 @@ impl Picture {
     /// SHA-256 of the pixels alone, 64 lower-case hex digits: equal for the same picture in any
     /// lossless format and with any metadata.
     pub fn sha256(&self) -> String {
-        Sha256::digest(&self.rgb).iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&Sha256::digest(&self.rgb))
     }
 
     /// Whether every pixel has the same colour, the mark of a decoder that overflowed.

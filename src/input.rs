@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::hex::hex;
 use crate::image::Picture;
 use crate::request::MAX_SIDE_PX;
 
@@ -100,7 +101,7 @@ impl Input {
     /// picture again in another file.
     pub fn sha256(&self) -> String {
         let hash = Sha256::new().chain_update(&self.picture.rgb).chain_update(self.alpha.as_deref().unwrap_or_default());
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hash.finalize())
     }
 
     /// What a white page behind it shows: where a picture starts that has no use for transparency.

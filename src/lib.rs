@@ -18,6 +18,7 @@ pub mod failure;
 pub mod family;
 pub mod ground;
 pub mod guidance;
+pub mod hex;
 pub mod image;
 pub mod input;
 pub mod inspect;

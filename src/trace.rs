@@ -3,6 +3,7 @@
 //! Hides what is hashed and what the stages are called. Only a picture's own slice of its batch is hashed, so that a trace
 //! depends on neither batch nor neighbours. Read next: [`crate::check`], which compares.
 
+use crate::hex::hex;
 use crate::image::Picture;
 use crate::text::encoder::Embedded;
 use candle_core::{DType, Result, Tensor};
@@ -85,7 +86,7 @@ impl Trace {
 
     fn keep(&mut self, stage: impl Into<String>, bytes: impl IntoIterator<Item = u8>) {
         let digest = Sha256::digest(Vec::from_iter(bytes));
-        let hash: String = digest.iter().take(HASH_BYTES).map(|byte| format!("{byte:02x}")).collect();
+        let hash = hex(&digest[..HASH_BYTES]);
         self.0.insert(stage.into(), hash.into());
     }
 

@@ -54,7 +54,7 @@ struct Server {
 }
 
 fn hex_sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    sdgen::hex::hex(&Sha256::digest(bytes))
 }
 
 /// Large files are the weights; the etag of the others has the length of git's SHA-1.

@@ -6,6 +6,7 @@
 use super::ENCODERS;
 use super::names::{self, Layout};
 use super::source::Source;
+use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 use sha2::{Digest, Sha256};
@@ -60,7 +61,7 @@ impl Embedding {
             bail!("`{file}` has {} vectors\n\nhint: fetch it again; it is no embedding that could be used", counts.join(" and "));
         }
         let whole = std::fs::read(path).with_context(|| format!("cannot read `{file}`"))?;
-        let hash: String = Sha256::digest(whole).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = hex(&Sha256::digest(whole));
         Ok(Self { token: token.into(), hash: hash.into(), file, vectors, parts })
     }
 

@@ -16,6 +16,7 @@
 //! unverified, appends to a partial file even when the server starts again from the first byte,
 //! and has no time limits. Next: the opened files are read by `Checkpoint`, beside this file.
 
+use crate::hex::hex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::ffi::OsString;
@@ -977,7 +978,7 @@ fn sha256(path: &Path) -> io::Result<String> {
         let Some(chunk) = buffer.get(..n).filter(|chunk| !chunk.is_empty()) else { break };
         hasher.update(chunk);
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hasher.finalize()))
 }
 
 #[cfg(unix)]

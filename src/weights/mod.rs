@@ -12,6 +12,7 @@ pub mod lora;
 mod names;
 mod source;
 
+use crate::hex::hex;
 use crate::nn::gpu::{Engine, engine};
 use crate::nn::wrap::Wrap;
 use anyhow::{Context, Result, bail};
@@ -472,7 +473,7 @@ impl Checkpoint {
                 hash.update(source.sample(&entry.key, &entry.part)?);
             }
         }
-        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Ok(hex(&hash.finalize()))
     }
 
     /// The weights of one component, to build a network from.

@@ -2,6 +2,7 @@
 //! so a file that shrinks under us is an error and no crash, and memory holds only what was asked for.
 
 use super::names::Part;
+use crate::hex::hex;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -104,7 +105,7 @@ impl Source {
         for from in (0..end).step_by(PIECE) {
             hash.update(self.bytes_of(from, end.min(from + PIECE)).with_context(|| format!("cannot read `{}`", self.path.display()))?);
         }
-        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Ok(hex(&hash.finalize()))
     }
 
     /// The first bytes of a tensor's part, for fingerprints.

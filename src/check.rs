@@ -131,51 +131,42 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         }
     }
     let hashed = |path: &PathBuf| Ok((path.clone(), Lora::open(path, 1.0)?.hash()?));
-    let loras_given: HashMap<String, PathBuf> =
+    let loras: HashMap<String, PathBuf> =
         args.lora.iter().map(|path| hashed(path).map(|(path, hash)| (hash, path))).collect::<Result<_>>().code(3)?;
-    let given = args.embedding.iter().map(|asked| Embedding::asked(asked)).collect::<Result<Vec<_>>>().code(3)?;
+    let embeddings = args.embedding.iter().map(|asked| Embedding::asked(asked)).collect::<Result<Vec<_>>>().code(3)?;
     // pictures of one model and type are drawn together
     while let Some(first) = known.first() {
-        let (model, refiner, dtype) = (first.settings.model.clone(), first.settings.refiner.clone(), first.settings.dtype.clone());
-        let (vae, loras) = (first.settings.vae.clone(), first.settings.loras.clone());
-        let embeddings = first.settings.embeddings.clone();
-        let (upscaler, upscaler_hash, scale) =
-            (first.settings.upscaler.clone(), first.settings.upscaler_hash.clone(), first.settings.upscale);
+        let first = first.settings.clone();
         let (group, rest): (Vec<Known>, Vec<Known>) = known.into_iter().partition(|Known { settings: s, .. }| {
-            let same_model = args.model.is_some() || s.model == model;
-            let same_vae = s.vae == vae || args.vae.is_some() && s.vae.is_some() && vae.is_some();
-            same_model
-                && s.loras == loras
-                && s.embeddings == embeddings
-                && s.dtype == dtype
-                && s.refiner == refiner
-                && same_vae
-                && s.upscaler == upscaler
-                && s.upscale == scale
+            let same_model = args.model.is_some() || s.model == first.model;
+            let same_vae = s.vae == first.vae || args.vae.is_some() && s.vae.is_some() && first.vae.is_some();
+            let same_changes = s.loras == first.loras && s.embeddings == first.embeddings;
+            let same_upscaler = s.upscaler == first.upscaler && s.upscale == first.upscale;
+            same_model && same_vae && same_changes && same_upscaler && s.dtype == first.dtype && s.refiner == first.refiner
         });
         known = rest;
-        if let Some(UsedLora { name, hash, .. }) = loras.iter().find(|lora| !loras_given.contains_key(&*lora.hash)) {
+        if let Some(UsedLora { name, hash, .. }) = first.loras.iter().find(|lora| !loras.contains_key(&*lora.hash)) {
             for known in &group {
                 let hint = "pass its file with `--lora`";
                 tell(&known.path, Err(anyhow::anyhow!("it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: {hint}")))?;
             }
             continue;
         }
-        let dtype = DTypeChoice::from_str(&dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
+        let dtype = DTypeChoice::from_str(&first.dtype, true).map_err(anyhow::Error::msg).context("unknown type of weights").code(1)?;
         let compute = Compute::choose(args.device, dtype).code(2)?;
-        let reference = args.model.as_deref().unwrap_or(OsStr::new(&*model));
-        let refiner = refiner.as_deref().map(|refiner| args.refiner.as_deref().unwrap_or(OsStr::new(refiner)));
+        let reference = args.model.as_deref().unwrap_or(OsStr::new(&*first.model));
+        let refiner = first.refiner.as_deref().map(|refiner| args.refiner.as_deref().unwrap_or(OsStr::new(refiner)));
         let mut checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
             .with_context(|| format!("the model of `{}` cannot be opened", group[0].path.display()))
             .code(3)?;
-        let named = vae.map(|vae| args.vae.clone().or_else(|| vae.contains('/').then(|| OsString::from(&*vae))));
+        let named = first.vae.as_deref().map(|vae| args.vae.clone().or_else(|| vae.contains('/').then(|| OsString::from(vae))));
         if let Some(vae) = named.flatten() {
             use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
         }
         merge(&mut checkpoint, &args.merge, args.minus.as_deref(), args.offline, !args.quiet).code(3)?;
         // a name tells of a distillation too, so it is that of the drawing
-        let again = loras.iter().filter_map(|used| {
-            let lora = Lora::open(loras_given.get(&*used.hash)?, used.strength);
+        let again = first.loras.iter().filter_map(|used| {
+            let lora = Lora::open(loras.get(&*used.hash)?, used.strength);
             Some(lora.map(|mut lora| {
                 lora.name = used.name.to_string();
                 lora
@@ -183,15 +174,15 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
         });
         checkpoint.use_loras(again, false).code(3)?;
         // no others: a prompt may have a word that meant nothing when it was drawn
-        let again = embeddings.iter().filter_map(|used| {
-            let embedding = given.iter().find(|given| given.hash == used.hash)?;
+        let again = first.embeddings.iter().filter_map(|used| {
+            let embedding = embeddings.iter().find(|embedding| embedding.hash == used.hash)?;
             Some(Embedding { token: used.name.clone(), ..embedding.clone() })
         });
         checkpoint.use_embeddings(again.collect()).code(3)?;
         // without a hash it has no weights, and its name is enough
-        let reference = upscaler.as_deref().map(OsStr::new).filter(|_| upscaler_hash.is_none());
-        let reference = reference.or(args.upscaler.as_deref().filter(|_| upscaler.is_some()));
-        let upscaler = reference.map(|reference| Upscaler::open(reference, scale, &compute)).transpose().code(3)?;
+        let reference = first.upscaler.as_deref().map(OsStr::new).filter(|_| first.upscaler_hash.is_none());
+        let reference = reference.or(args.upscaler.as_deref().filter(|_| first.upscaler.is_some()));
+        let upscaler = reference.map(|reference| Upscaler::open(reference, first.upscale, &compute)).transpose().code(3)?;
         compare(group, &checkpoint, upscaler.as_ref(), &compute, &progress, &mut tell)?;
     }
     if bad == 0 { Ok(()) } else { Err(anyhow::anyhow!("{bad} of {} pictures are not the same{hint}", args.pictures.len())).code(1) }

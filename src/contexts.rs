@@ -153,6 +153,7 @@ impl<'a> Contexts<'a> {
 
     /// What the network is told of a batch with these texts.
     pub fn of(&self, batch: &[&Job], texts: &Texts) -> Result<Conditioning> {
+        // a batch's jobs are alike in the texts of its model, but those of its refiner may be longer in some
         let tokens = batch.iter().map(|job| self.tokens(job)).max_by_key(|tokens| tokens.as_ref().map_or(usize::MAX, |n| *n));
         let tokens = tokens.context("the batch is empty")??;
         let embedded = texts.0.iter().map(|text| self.get(text, tokens)).collect::<Result<Vec<_>>>()?;

@@ -166,12 +166,17 @@ impl List {
                 let texts = variants.iter().map(|(options, _)| Texts::of(&text, options, &mut dynamic)).collect::<Result<Vec<_>>>()?;
                 list.add(line, variants, &texts, args.format, &mut outputs)
             });
-            match line {
-                Some(line) => added.with_context(|| format!("line {line} of {}", list.name))?,
-                None => added?,
-            }
+            list.of_line(line, added)?;
         }
         Ok(list)
+    }
+
+    /// A result whose error names the line that it comes from, if it is one of a list.
+    pub fn of_line<T>(&self, line: Option<usize>, result: Result<T>) -> Result<T> {
+        match line {
+            Some(line) => result.with_context(|| format!("line {line} of {}", self.name)),
+            None => result,
+        }
     }
 
     /// Adds the pictures of one prompt: seed by seed, there text by text, there every variant of its options.

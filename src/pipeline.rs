@@ -318,7 +318,7 @@ impl<'a> Stage<'a> {
         };
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
-        let weights = batch.first().map(|job| job.weights()).unwrap_or_default();
+        let weights = batch.iter().take(1).flat_map(|job| job.weights()).collect();
         let mut guided = Guided { unet: told, guidance: *guidance, weights, beside, scale, rescale, prediction, reuse };
         let (before, steps) = (*done, *total);
         let mut bad_step = None;

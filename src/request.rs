@@ -71,8 +71,8 @@ impl Job {
     }
 
     /// Of the prompts that `AND` joins.
-    pub fn weights(&self) -> Vec<f64> {
-        self.prompts.parts.iter().map(|part| part.weight).collect()
+    pub fn weights(&self) -> impl Iterator<Item = f64> {
+        self.prompts.parts.iter().map(|part| part.weight)
     }
 
     /// Whether both can be denoised in one batch: they share all that one forward pass shares.
@@ -80,7 +80,7 @@ impl Job {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
             && (a.width, a.height, a.hires, a.tile, a.deep_cache) == (b.width, b.height, b.hires, b.tile, b.deep_cache)
-            && self.weights() == other.weights()
+            && self.weights().eq(other.weights())
             && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
             && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
     }
@@ -239,10 +239,7 @@ impl Request {
         let vae = checkpoint.vae.as_ref().map(|vae| Arc::<str>::from(&*vae.name));
         for item in &list.items {
             let options = &item.options;
-            let source = match item.line {
-                Some(line) => sources.find(options).with_context(|| format!("line {line} of {}", list.name))?,
-                None => sources.find(options)?,
-            };
+            let source = list.of_line(item.line, sources.find(options))?;
             let (width, height) = match &source {
                 Some((source, of)) if source.only_masked.is_none() => request.size_over(options, *of, (width, height)),
                 _ => (options.width.unwrap_or(width), options.height.unwrap_or(height)),
@@ -294,10 +291,7 @@ impl Request {
                 upscale: None,
             };
             let (_, format) = list.outputs.get(item.output).context("a picture has no destination")?;
-            match item.line {
-                Some(line) => request.add(settings, Some(line), *format).with_context(|| format!("line {line} of {}", list.name))?,
-                None => request.add(settings, None, *format)?,
-            }
+            list.of_line(item.line, request.add(settings, item.line, *format))?;
         }
         request.name(list)?;
         // last, as it looks into the files

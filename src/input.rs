@@ -51,6 +51,11 @@ impl Input {
     /// cannot be read, is no such picture, is cut short, or is over [`MAX_SIDE_PX`] on a side or a gigabyte in memory, which
     /// its header tells before anything is decoded.
     pub fn read(path: &Path) -> Result<Input> {
+        Ok(Self::with_bytes(path)?.0)
+    }
+
+    /// The same, and the bytes of the file.
+    pub fn with_bytes(path: &Path) -> Result<(Input, Vec<u8>)> {
         let name = path.display();
         if path.is_dir() {
             bail!("`{name}` is a folder, where a picture is expected\n\nhint: name one file of it");
@@ -59,7 +64,8 @@ impl Input {
         File::open(path)
             .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
             .with_context(|| format!("cannot read the picture `{name}`\n\nhint: is the path right, and may you read it?"))?;
-        Input::decode(&bytes).with_context(|| format!("cannot read the picture `{name}`"))
+        let input = Input::decode(&bytes).with_context(|| format!("cannot read the picture `{name}`"))?;
+        Ok((input, bytes))
     }
 
     fn decode(bytes: &[u8]) -> Result<Input> {

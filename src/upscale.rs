@@ -199,8 +199,7 @@ struct Source {
 
 impl Source {
     fn read(path: &Path) -> Result<Self> {
-        let input = Input::read(path)?;
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read the picture `{}`", path.display()))?;
+        let (input, bytes) = Input::with_bytes(path)?;
         let is_lossless = Format::of_bytes(&bytes).is_some_and(|format| format != Format::Jpg);
         Ok(Self { input, metadata: read_metadata(&bytes).ok().flatten(), is_lossless })
     }

@@ -644,7 +644,7 @@ fn forty_pictures_survive_any_number_of_kills() {
     };
     let start = Instant::now();
     assert!(run("calm/").status().unwrap().success());
-    let whole_ms = start.elapsed().as_millis() as u64;
+    let mut whole_ms = start.elapsed().as_millis() as u64;
     let folder = dir.path().join("torn");
     let pictures = || if folder.exists() { names(&folder) } else { vec![] };
     let mut in_the_middle = 0;
@@ -654,7 +654,13 @@ fn forty_pictures_survive_any_number_of_kills() {
         std::thread::sleep(Duration::from_millis(i * 618 % 1000 * whole_ms / 4000));
         child.kill().unwrap();
         child.wait().unwrap();
-        in_the_middle += usize::from(pictures().len() < 40);
+        if pictures().len() < 40 {
+            in_the_middle += 1;
+        } else {
+            // all is there: anew, and killed sooner, as the first run may have been slowed down by others
+            fs::remove_dir_all(&folder).unwrap();
+            whole_ms /= 2;
+        }
         for name in pictures().iter().filter(|name| name.ends_with(".png")) {
             assert!(image::open(folder.join(name)).is_ok(), "{name} is not whole");
         }

@@ -216,13 +216,7 @@ fn what_is_no_template_is_an_error_that_names_the_place() {
 fn no_text_makes_templates_panic_or_run_away() {
     let dir = tempfile::tempdir().unwrap();
     let alphabet: Vec<char> = "{}{}||$$__::\\-.0129 ab/\u{e9}\u{1f600}\n\0+e*".chars().collect();
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |n: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 16) as usize % n
-    };
+    let mut random = random_numbers();
     lists(dir.path(), &[("a.txt", "x\n{y|z}\n")]);
     let mut wildcards = Wildcards::new(&dir.path().join("wildcards"));
     let mut read = 0;

@@ -182,15 +182,9 @@ fn a_number_that_is_none_is_an_error_that_names_the_place() {
 
 #[test]
 fn no_text_makes_the_grammar_panic() {
-    // a xorshift over the characters that mean something, and some that do not
+    // the characters that mean something, and some that do not
     let alphabet: Vec<char> = "()[]:|\\.,0159- aANDBREAK\u{e9}\u{1f600}\n\0\"'+e".chars().collect();
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |n: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 16) as usize % n
-    };
+    let mut random = random_numbers();
     for _ in 0..20_000 {
         let prompt: String = (0..random(40)).map(|_| alphabet[random(alphabet.len())]).collect();
         let read = Prompts::parse(&prompt.as_str().into(), &prompt.as_str().into(), None, Syntax::A1111, 1 + random(9));

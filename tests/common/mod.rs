@@ -170,3 +170,14 @@ pub fn sparse(shapes: &Value, path: &Path) {
     std::fs::write(path, &start).unwrap();
     std::fs::File::options().write(true).open(path).unwrap().set_len(start.len() as u64 + offset).unwrap();
 }
+
+/// Numbers below what it is given, the same ones in every run (Marsaglia 2003, xorshift).
+pub fn random_numbers() -> impl FnMut(usize) -> usize {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    move |n| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 16) as usize % n
+    }
+}

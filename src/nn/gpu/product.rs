@@ -101,10 +101,10 @@ impl Cut {
         if self.tile == 128 { 256 } else { 128 }
     }
 
-    /// Bytes of shared memory: stages of tiles of both factors.
+    /// Bytes of shared memory: stages of tiles of both factors, and what each row sees.
     fn shared(self) -> usize {
         let stages = if self.tile == 128 { 3 } else { 4 };
-        stages * 2 * self.tile * Self::WIDTH
+        stages * 2 * self.tile * Self::WIDTH + self.tile * 8
     }
 }
 

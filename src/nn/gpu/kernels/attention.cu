@@ -22,19 +22,31 @@ template <typename T, int D> __device__ __forceinline__ void attention(const Att
   const T* k = (const T*)p.k + (size_t)b * p.m * p.k_stride + head * p.d;
   const T* v = (const T*)p.v + (size_t)b * p.m * p.v_stride + head * p.d;
 
-  auto load = [&](unsigned char* to, const T* from, int stride, int row0, int rows) {
+  // A thread reads every eighth chunk of every sixteenth row, from `from` on, of which there are so many rows.
+  const int own_row = tid / 8, own_chunk = tid % 8;
+  auto load = [&](unsigned char* to, const T* from, int stride, int rows) {
 #pragma unroll
-    for (int i = tid; i < KEYS * D / 8; i += WARPS * 32) {
-      int row = i / (D / 8), chunk = i % (D / 8);
-      bool valid = row0 + row < rows && chunk * 8 < p.d;
-      copy_async(to + row * ROW + chunk * 16, valid ? from + (size_t)(row0 + row) * stride + chunk * 8 : from, valid);
-    }
+    for (int row = 0; row < KEYS; row += WARPS * 4)
+#pragma unroll
+      for (int chunk = 0; chunk < D / 8; chunk += 8)
+        if (chunk + 8 <= D / 8 || own_chunk < D / 8 - chunk) {
+          bool valid = own_row + row < rows && (own_chunk + chunk) * 8 < p.d;
+          const T* at = from + (size_t)row * stride + chunk * 8;
+          copy_async(to + (own_row + row) * ROW + (own_chunk + chunk) * 16, valid ? at : (const T*)p.k, valid);
+        }
+  };
+  const T* next_k = k + (size_t)own_row * p.k_stride + own_chunk * 8;
+  const T* next_v = v + (size_t)own_row * p.v_stride + own_chunk * 8;
+  int left = p.m;  // keys that are not under way yet
+  auto load_next = [&](unsigned char* to) {
+    load(to, next_k, p.k_stride, left);
+    load(to + TILE, next_v, p.v_stride, left);
+    next_k += (size_t)KEYS * p.k_stride, next_v += (size_t)KEYS * p.v_stride, left -= KEYS;
   };
 
-  load(memory + 2 * TILE, q, p.q_stride, row0, p.n);
+  load(memory + 2 * TILE, q + (size_t)(row0 + own_row) * p.q_stride + own_chunk * 8, p.q_stride, p.n - row0);
   copy_commit();
-  load(memory, k, p.k_stride, 0, p.m);
-  load(memory + TILE, v, p.v_stride, 0, p.m);
+  load_next(memory);
   copy_commit();
   copy_wait<1>();
   __syncthreads();
@@ -48,11 +60,7 @@ template <typename T, int D> __device__ __forceinline__ void attention(const Att
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
   const int tiles = ceil_div(p.m, KEYS);
   for (int t = 0; t < tiles; t++) {
-    if (t + 1 < tiles) {
-      unsigned char* to = memory + (t + 1) % 2 * 2 * TILE;
-      load(to, k, p.k_stride, (t + 1) * KEYS, p.m);
-      load(to + TILE, v, p.v_stride, (t + 1) * KEYS, p.m);
-    }
+    if (t + 1 < tiles) load_next(memory + (t + 1) % 2 * 2 * TILE);
     copy_commit();
     copy_wait<1>();
     __syncthreads();

@@ -246,7 +246,7 @@ template <int N> inline void copy_wait() {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-inline float exp2_fast(float x) { return exp2f(x); }
+inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
 
 // Runs a kernel. Gives what went wrong, or nothing.
 extern "C" inline __attribute__((used)) const char* emulate(void (*kernel)(const void*), const void* params, const uint32_t* grid, uint32_t threads, uint32_t shared, bool backwards) {

@@ -104,15 +104,16 @@ template <typename T, int V> __device__ __forceinline__ void group_apply(const G
   const int across = p.channels / V;
   const T *x = (const T*)p.x + (size_t)b * p.pixels * p.channels, *bias = (const T*)p.bias;
   T* y = (T*)p.y + (size_t)b * p.pixels * p.channels;
-  for (int64_t i = (int64_t)blockIdx.x * THREADS + tid; i < (int64_t)p.pixels * across; i += (int64_t)gridDim.x * THREADS) {
-    const int c = int(i % across) * V;
-    Some<T, V> some = *(const Some<T, V>*)(x + i * V), shift = *(const Some<T, V>*)(bias + c);
+  // 32 bits count the parts of a picture that is 16384 pixels wide and high
+  for (uint32_t i = blockIdx.x * THREADS + tid; i < (uint32_t)p.pixels * across; i += gridDim.x * THREADS) {
+    const int c = i % (uint32_t)across * V;
+    Some<T, V> some = *(const Some<T, V>*)(x + (size_t)i * V), shift = *(const Some<T, V>*)(bias + c);
 #pragma unroll
     for (int e = 0; e < V; e++) {
       float value = (to_float(some.at[e]) - factors[2 * (c + e)]) * factors[2 * (c + e) + 1] + to_float(shift.at[e]);
       some.at[e] = from_float<T>(p.silu ? value / (1.0f + exp2_fast(value * -1.44269504f)) : value);
     }
-    *(Some<T, V>*)(y + i * V) = some;
+    *(Some<T, V>*)(y + (size_t)i * V) = some;
   }
 }
 

@@ -116,7 +116,13 @@ template <typename T, bool GATED, int BM, int BN, int THREADS> __device__ __forc
   }
 }
 
-// BM x BN of y a block, WM x WN a warp; blocks (m tiles * n tiles, splits), those of one m next to each other.
+// What a row of a tile sees: the first pixel of its picture, and where that starts: row and column, 16 bits each.
+struct Row {
+  int picture, corner;
+};
+
+// BM x BN of y a block, WM x WN a warp; blocks (m tiles * n tiles, splits), those of one m next to each other. Shared memory:
+// the stages, and a Row for each row.
 template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __forceinline__ void product(const Product& p) {
   constexpr int N = Chunk<T>::N, BK = ROW / sizeof(T);
   constexpr int ACROSS = BN / WN, THREADS = BM / WM * ACROSS * 32;
@@ -124,79 +130,98 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
   constexpr int STAGE = (BM + BN) * ROW, SUMS = BN + 8;
   static_assert(BM * SUMS * 4 <= STAGES * STAGE, "the sums of a tile find room where its factors were");
   SHARED(memory);
+  Row* const rows = (Row*)(memory + STAGES * STAGE);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int tiles_n = ceil_div(p.n, BN), m0 = blockIdx.x / tiles_n * BM, n0 = blockIdx.x % tiles_n * BN;
   const int all = ceil_div(p.k, BK), per_split = ceil_div(all, p.splits);
   const int first = blockIdx.y * per_split, tiles = max(0, min(all - first, per_split));
+  const T *const x = (const T*)p.x, *const w = (const T*)p.w;
 
-  // what this thread reads: one column of chunks, of several rows
-  const int chunk = tid % 8, taps = p.size * p.size;
-  int k = first * BK + chunk * N, tap = k / p.channels, c = k % p.channels;
-  int picture[BM / LOADED];   // its first pixel
-  int corner[BM / LOADED];    // of what a pixel of y sees: row and column, 16 bits each
-#pragma unroll
-  for (int i = 0; i < BM / LOADED; i++) {
-    int row = m0 + tid / 8 + i * LOADED;
-    int per_picture = p.rows * p.out_w, b = row / per_picture, inside = row % per_picture;
-    picture[i] = b * p.stored_h * p.stored_w;
+  for (int i = tid; i < BM; i += THREADS) {
+    int row = m0 + i, per_picture = p.rows * p.out_w, b = row / per_picture, inside = row % per_picture;
     // beyond m, far above all pictures
     int top = row < p.m ? (inside / p.out_w + p.first_row) * p.stride - p.before : -(1 << 14);
-    corner[i] = top << 16 | ((inside % p.out_w * p.stride - p.before) & 0xffff);
+    rows[i] = {b * p.stored_h * p.stored_w, top << 16 | ((inside % p.out_w * p.stride - p.before) & 0xffff)};
   }
-  const T *const x = (const T*)p.x, *const w = (const T*)p.w;
-  // What tap (ky, kx) of row i sees, as a number of pixels from x; -1 for a zero.
-  auto seen = [&](int i, int ky, int kx) {
-    int at = pixel(p, (corner[i] >> 16) + ky, int16_t(corner[i]) + kx);
-    return at < 0 ? at : picture[i] + at;
+  __syncthreads();
+  // What a tap of a row sees, as a number of pixels from x; -1 for a zero.
+  auto seen = [&](int row, int tap) {
+    Row r = rows[row];
+    int at = pixel(p, (r.corner >> 16) + tap / p.size, int16_t(r.corner) + tap % p.size);
+    return at < 0 ? at : r.picture + at;
   };
 
+  // This thread reads one column of chunks, of several rows. Where they stand, in chunks from x and w, only changes by the width
+  // of a tile until the next tap begins.
+  const int chunk = tid % 8, row0 = tid / 8, taps = p.size * p.size;
+  int k = first * BK + chunk * N, tap = k / p.channels, c = k % p.channels;
+  uint32_t from[BM / LOADED], from_w = (uint32_t)(n0 + row0) * (p.k / N) + k / N, is_seen = 0;
+  const uint32_t next_w = LOADED * (p.k / N);
+  auto look = [&] {
+    is_seen = 0;
+#pragma unroll
+    for (int i = 0; i < BM / LOADED; i++) {
+      int at = tap < taps ? seen(row0 + i * LOADED, tap) : -1;
+      from[i] = (uint32_t)max(at, 0) * (p.channels / N) + c / N;
+      is_seen |= (at >= 0) << i;
+    }
+  };
+  if (p.wide) look();
+
   // The next tile into a stage.
-  auto load = [&](int stage) {
-    unsigned char* to = memory + stage * STAGE;
+  auto load = [&](unsigned char* stage) {
+    unsigned char *to = stage + swizzled(row0, chunk), *to_w = to + BM * ROW;
     if (p.wide) {
-      const int ky = tap / p.size, kx = tap % p.size;
 #pragma unroll
       for (int i = 0; i < BM / LOADED; i++) {
-        int from = tap < taps ? seen(i, ky, kx) : -1;
-        copy_async(to + swizzled(tid / 8 + i * LOADED, chunk), from < 0 ? x : x + (size_t)from * p.channels + c, from >= 0);
+        bool valid = is_seen >> i & 1;
+        copy_async(to + i * LOADED * ROW, x + (valid ? (size_t)from[i] * N : 0), valid);
       }
 #pragma unroll
       for (int i = 0; i < BN / LOADED; i++) {
-        int row = tid / 8 + i * LOADED;
-        bool valid = n0 + row < p.n && k < p.k;
-        copy_async(to + BM * ROW + swizzled(row, chunk), valid ? w + (size_t)(n0 + row) * p.k + k : w, valid);
+        bool valid = n0 + row0 + i * LOADED < p.n && k < p.k;
+        copy_async(to_w + i * LOADED * ROW, w + (valid ? (size_t)(from_w + i * next_w) * N : 0), valid);
+      }
+      k += BK, c += BK, from_w += ROW / 16;
+      if (c < p.channels) {
+#pragma unroll
+        for (int i = 0; i < BM / LOADED; i++) from[i] += ROW / 16;
+      } else {
+        while (c >= p.channels) c -= p.channels, tap++;
+        look();
       }
     } else {
-      for (int e = 0; e < N; e++) {
-        int at = k + e, tap = at / p.channels, c = at % p.channels;
+      for (int e = 0; e < N; e++, k++) {
+        int tap = k / p.channels, c = k % p.channels;
         for (int i = 0; i < BM / LOADED; i++) {
-          int from = tap < taps ? seen(i, tap / p.size, tap % p.size) : -1;
-          ((T*)(to + swizzled(tid / 8 + i * LOADED, chunk)))[e] = from < 0 ? from_float<T>(0.0f) : x[(size_t)from * p.channels + c];
+          int at = tap < taps ? seen(row0 + i * LOADED, tap) : -1;
+          ((T*)(to + i * LOADED * ROW))[e] = at < 0 ? from_float<T>(0.0f) : x[(size_t)at * p.channels + c];
         }
         for (int i = 0; i < BN / LOADED; i++) {
-          int row = tid / 8 + i * LOADED;
-          bool valid = n0 + row < p.n && at < p.k;
-          ((T*)(to + BM * ROW + swizzled(row, chunk)))[e] = valid ? w[(size_t)(n0 + row) * p.k + at] : from_float<T>(0.0f);
+          int row = n0 + row0 + i * LOADED;
+          ((T*)(to_w + i * LOADED * ROW))[e] = row < p.n && k < p.k ? w[(size_t)row * p.k + k] : from_float<T>(0.0f);
         }
       }
+      k += BK - N;
     }
-    k += BK, c += BK;
-    while (c >= p.channels) c -= p.channels, tap++;
   };
 
   float sums[WM / 16][WN / 8][4] = {};
   const int warp_m = warp / ACROSS * WM, warp_n = warp % ACROSS * WN;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
-    if (s < tiles) load(s);
+    if (s < tiles) load(memory + s * STAGE);
     copy_commit();
   }
+  unsigned char *full = memory, *empty = memory + (STAGES - 1) * STAGE;
+  auto next = [&](unsigned char* stage) { return stage == memory + (STAGES - 1) * STAGE ? memory : stage + STAGE; };
   for (int t = 0; t < tiles; t++) {
     copy_wait<STAGES - 2>();
     __syncthreads();
-    if (t + STAGES - 1 < tiles) load((t + STAGES - 1) % STAGES);
+    if (t + STAGES - 1 < tiles) load(empty);
     copy_commit();
-    const unsigned char *a_tile = memory + t % STAGES * STAGE, *b_tile = a_tile + BM * ROW;
+    const unsigned char *a_tile = full, *b_tile = full + BM * ROW;
+    full = next(full), empty = next(empty);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
       uint32_t a[WM / 16][4], b[WN / 16][4];
@@ -242,9 +267,9 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
 template <typename T, bool GATED> __device__ __forceinline__ void add_parts(const Product& p) {
   constexpr int WIDTH = GATED ? 2 * Chunk<T>::N : Chunk<T>::N;
   const int across = ceil_div(p.n, WIDTH);
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (int64_t)p.m * across) return;
-  const int row = int(i / across), col = int(i % across) * WIDTH;
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (uint32_t)p.m * across) return;
+  const int row = i / (uint32_t)across, col = i % (uint32_t)across * WIDTH;
   float sums[WIDTH] = {};
   for (int s = 0; s < p.splits; s++) {
     const float* from = p.parts + ((size_t)s * p.m + row) * p.n + col;

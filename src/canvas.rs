@@ -11,6 +11,7 @@ use crate::settings::{Border, Source};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use std::collections::HashMap;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,8 +26,9 @@ const BORDER_NOISE: i32 = 24;
 #[derive(Default)]
 pub struct Sources<'a> {
     files: HashMap<PathBuf, Known>,
-    /// what was found last: pictures that differ by their seeds share their options
-    last: Option<(&'a PictureArgs, Option<Found>)>,
+    /// by the address of the options, which are borrowed as long: pictures that differ by their seeds share them
+    found: HashMap<*const PictureArgs, Option<Found>>,
+    options: PhantomData<&'a PictureArgs>,
 }
 
 /// A source picture, and its width and height.
@@ -42,11 +44,11 @@ struct Known {
 impl<'a> Sources<'a> {
     /// What the options say of a source picture. Errors if there is none and they say more.
     pub fn find(&mut self, options: &'a PictureArgs) -> Result<Option<Found>> {
-        if let Some((_, found)) = self.last.as_ref().filter(|(of, _)| std::ptr::eq(*of, options)) {
+        if let Some(found) = self.found.get(&std::ptr::from_ref(options)) {
             return Ok(found.clone());
         }
         let found = self.look(options)?;
-        self.last = Some((options, found.clone()));
+        self.found.insert(options, found.clone());
         Ok(found)
     }
 
@@ -196,6 +198,11 @@ impl Canvas {
         let at = |y: usize, x: usize| mask.get(y * factor * self.picture.width + x * factor).copied().unwrap_or(false);
         let values: Vec<f32> = (0..h).flat_map(|y| (0..w).map(move |x| f32::from(u8::from(at(y, x))))).collect();
         Tensor::from_vec(values, (1, h, w, 1), device).map(Some)
+    }
+
+    /// Those of the source that drawings are put back into: 4 bytes each.
+    pub fn pixels(&self) -> usize {
+        self.back.as_ref().map_or(0, |back| back.share.len())
     }
 
     /// The picture with what was drawn in its place. Pixels that are not repainted are those of the source.

@@ -16,8 +16,9 @@ use candle_core::{DType, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Sources that are kept for later pictures at most.
+/// Sources that are kept for later pictures at most, and the pixels of those that drawings are put back into.
 const KEPT: usize = 64;
+const KEPT_PIXELS: usize = 1 << 26;
 
 /// One source picture.
 pub struct Ground {
@@ -71,7 +72,8 @@ impl<'a> Grounds<'a> {
                 Some(known) => known.clone(),
                 None => {
                     let ground = Arc::new(self.ground(&job.settings, &key.0, compute, progress)?);
-                    if self.known.len() >= KEPT {
+                    let pixels = |ground: &Arc<Ground>| ground.canvas.as_ref().map_or(0, Canvas::pixels);
+                    if self.known.len() >= KEPT || self.known.values().map(pixels).sum::<usize>() + pixels(&ground) > KEPT_PIXELS {
                         self.known.clear();
                     }
                     self.known.insert(key, ground.clone());

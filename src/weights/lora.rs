@@ -442,7 +442,7 @@ impl Kind {
     }
 }
 
-/// A weight of the checkpoint with what the LoRAs that change it add, in f32; as it is, if none does.
+/// A weight of the checkpoint with what the LoRAs that change it add, in its own type; as it is, if none does.
 pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
     let mut sum: Option<Vec<f32>> = None;
     for lora in loras.iter().filter(|lora| lora.changes(name)) {

@@ -20,7 +20,6 @@ use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, ENCODERS, Origin};
 use serde_json::Value;
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
 const REFINER: &str = "sdxl_refiner";
@@ -37,12 +36,8 @@ struct Fixture {
     json: Value,
 }
 
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
 fn fixture(name: &str) -> Fixture {
-    let folder = folder(name);
+    let folder = common::fixture(name);
     let whole = tempfile::tempdir().unwrap();
     with_base(name, whole.path());
     Fixture {
@@ -59,7 +54,7 @@ fn device() -> Device {
 }
 
 fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(folder(name).join("goldens.safetensors"), &device()).unwrap()
+    candle_core::safetensors::load(common::fixture(name).join("goldens.safetensors"), &device()).unwrap()
 }
 
 impl Fixture {

@@ -17,7 +17,7 @@ if ldd "$folder/sdgen" | grep 'not found'; then exit 1; fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 echo "== is it right: every network beside diffusers' goldens, on the device, f32"
-SDGEN_TEST_DEVICE=cuda "$folder/parity" || echo "PARITY FAILED"
+CARGO_MANIFEST_DIR=$PWD SDGEN_TEST_DEVICE=cuda "$folder/parity" || echo "PARITY FAILED"
 echo "== the same picture as on the CPU"
 out=$(mktemp -d)
 for type in f32 f16 bf16; do

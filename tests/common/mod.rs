@@ -7,8 +7,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// This project, wherever it is now: a test may run on another machine than it was built on.
+fn project() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    project().join("tests/fixtures").join(name)
 }
 
 /// The program, in a folder of its own, with no settings of the machine's owner and no network.
@@ -91,7 +96,7 @@ pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
 /// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding rows are repeated.
 pub fn with_full_vocabulary(name: &str, to: &Path) {
     copy_folder(&fixture(name), to);
-    let merges = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/clip/merges.txt")).unwrap();
+    let merges = std::fs::read_to_string(project().join("assets/clip/merges.txt")).unwrap();
     for part in sdgen::weights::ENCODERS.into_iter().filter(|part| to.join(part).is_dir()) {
         let weights = to.join(part).join("model.safetensors");
         let mut text = load(&weights);

@@ -1,6 +1,6 @@
 //! Kernels for NVIDIA's GPUs from compute capability 8.0 on, in f16, bf16 and f32, as candle CustomOps.
 //!
-//! `kernels/` holds their source, which [`build.rs`](../../../src/nn/gpu/build.rs) compiles with nvcc for the feature `cuda`. What
+//! `kernels/` holds their source, which `build.rs` compiles with nvcc for the feature `cuda`. What
 //! they are launched with is worked out here, without a GPU: a [`Work`] says which kernels run on how many blocks, and
 //! [`launch`] runs them. The tests run the same launches of the same source on the CPU, where `kernels/host.h` stands in for
 //! the machine, and compare what comes out with the plain composition. Sums are f32 throughout; products of f32 are made of

@@ -1,6 +1,6 @@
 // Products y = x w' with what follows them, as an implicit convolution: a row of y is a pixel, and the row of x that it
 // needs, [taps, channels], is gathered from x [b, stored_h, stored_w, channels] as it is read. A linear layer is a
-// convolution of one tap over one long row. w is [n, taps, channels].
+// convolution of one tap over pictures of one pixel. w is [n, taps, channels].
 //
 // A block makes a tile of y from tiles of x and w that are 128 bytes of k wide, several of them under way at a time.
 // 16-byte chunks are swizzled within their rows, so that no two rows of a matrix share a bank.
@@ -140,7 +140,7 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
   for (int i = tid; i < BM; i += THREADS) {
     int row = m0 + i, per_picture = p.rows * p.out_w, b = row / per_picture, inside = row % per_picture;
     // beyond m, far above all pictures
-    int top = row < p.m ? (inside / p.out_w + p.first_row) * p.stride - p.before : -(1 << 14);
+    int top = row < p.m ? (inside / p.out_w + p.first_row) * p.stride - p.before : -(1 << 15);
     rows[i] = {b * p.stored_h * p.stored_w, top << 16 | ((inside % p.out_w * p.stride - p.before) & 0xffff)};
   }
   __syncthreads();

@@ -402,8 +402,7 @@ impl GroupNorm {
                 let origin =
                     if let [whole] = parts { (*whole).clone() } else { first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()? };
                 let sums = |x: &&Tensor| gpu::run(gpu::GroupSums { x: (*x).clone(), origin: origin.clone(), groups: self.groups });
-                let sums = parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?;
-                let sums = if let [sums] = &*sums { sums.clone() } else { Tensor::cat(&sums, 1)? };
+                let sums = Tensor::cat(&parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?, 1)?;
                 let pixels = parts.iter().map(|x| Ok(x.dim(1)? * x.dim(2)?)).sum::<TensorResult<usize>>()?;
                 Ok(Statistics::Gpu { sums, origin, pixels })
             }
@@ -448,7 +447,7 @@ impl Normal<'_> {
                 Statistics::Cpu(affine) => x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below }),
                 Statistics::Gpu { sums, origin, pixels } => {
                     let parts: Vec<&Tensor> = above.into_iter().chain([x]).chain(below).collect();
-                    let x = if let [one] = parts[..] { one.clone() } else { Tensor::cat(&parts, 1)? };
+                    let x = Tensor::cat(&parts, 1)?;
                     let (sums, origin, weight, bias) = (sums.clone(), origin.clone(), weight.clone(), bias.clone());
                     gpu::run(gpu::GroupApply { x, origin, sums, weight, bias, pixels: *pixels, eps: *eps, silu })
                 }

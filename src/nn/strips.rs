@@ -143,7 +143,7 @@ impl Window {
     /// -> [b, 2*rows, 2*w, out].
     pub fn convolve_doubled(&self, conv: &Conv2d) -> Result<Tensor> {
         let parts: Vec<&Tensor> = self.above.iter().chain([&self.strip]).chain(&self.below).collect();
-        let x = if let [one] = parts[..] { one.clone() } else { Tensor::cat(&parts, 1)? };
+        let x = Tensor::cat(&parts, 1)?;
         let first = 2 * usize::from(self.above.is_some());
         conv.forward_rows_doubled(&x, first..first + 2 * self.strip.dim(1)?)
     }

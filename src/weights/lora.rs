@@ -137,8 +137,7 @@ impl Lora {
 
     /// Finds the weights of a model that its layers change. Errors if there are none, or if it was made for a model that reads
     /// other texts.
-    pub fn fit(&mut self, model: &Checkpoint) -> Result<()> {
-        let known = Known::of(model);
+    pub fn fit(&mut self, model: &Checkpoint, known: &Known) -> Result<()> {
         (self.changes, self.unfit) = (BTreeMap::new(), self.strange.clone());
         for (name, layer) in &self.layers {
             let base = known.find(name);
@@ -585,10 +584,10 @@ fn examples(keys: &[String]) -> String {
 }
 
 /// A model's layers by their flattened names, which makes underscores unambiguous.
-struct Known(BTreeMap<String, String>);
+pub struct Known(BTreeMap<String, String>);
 
 impl Known {
-    fn of(model: &Checkpoint) -> Self {
+    pub fn of(model: &Checkpoint) -> Self {
         let count = |prefix: &str| model.count(&format!("unet.{prefix}"));
         let mut known = BTreeMap::new();
         for layer in model.names().filter_map(|name| name.strip_suffix(".weight")) {

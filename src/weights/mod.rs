@@ -18,7 +18,7 @@ use crate::nn::wrap::Wrap;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use embedding::Embedding;
-use lora::Lora;
+use lora::{Known, Lora};
 use names::{Layout, Named, Part};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -325,9 +325,10 @@ impl Checkpoint {
     /// Changes weights by these as they are read; one of strength 0 is left out. One that was distilled to few steps, by its
     /// name, brings its scheduler. Errors if one does not fit, with `strict` also if it fits in part.
     pub fn use_loras(&mut self, loras: impl IntoIterator<Item = Result<Lora>>, strict: bool) -> Result<()> {
+        let mut known = None;
         for lora in loras {
             let mut lora = lora?;
-            lora.fit(self)?;
+            lora.fit(self, known.get_or_insert_with(|| Known::of(self)))?;
             if let Some(misfit) = lora.misfit().filter(|_| strict) {
                 bail!("{misfit}\n\nhint: without `--strict` the rest of it is used");
             }

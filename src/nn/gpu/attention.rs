@@ -2,7 +2,7 @@
 
 use super::{Launch, Params, Work, int, suffix};
 use crate::nn::attention::row_stride;
-use candle_core::{DType, Result, Shape, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// Head widths that there are kernels for; others take the next one.
 const WIDTHS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 160];
@@ -51,10 +51,6 @@ impl Work for Attention {
         &self.q
     }
 
-    fn shape(&self) -> Result<Shape> {
-        Ok(self.q.shape().clone())
-    }
-
     fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
         let (b, n, c) = self.q.dims3()?;
         let (d, m) = (c / self.heads, self.k.dim(1)?);
@@ -81,7 +77,7 @@ impl Work for Attention {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same};
+    use super::super::emulated::{self, random, same, wide};
     use super::*;
     use crate::nn::attention::attention_plain;
 
@@ -98,7 +94,6 @@ mod tests {
                 let (c, kv) = (heads * d, random(&[b, m, 2 * heads * d], dtype));
                 let q = random(&[b, n, 3 * c], dtype).narrow(2, c, c).unwrap();
                 let [k, v] = [0, c].map(|from| kv.narrow(2, from, c).unwrap());
-                let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
                 let plain = attention_plain(&wide(&q), &wide(&k), &wide(&v), heads, None).unwrap();
                 assert!(Attention::serves(&q, &k, &v, heads).unwrap());
                 same(

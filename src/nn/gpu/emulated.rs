@@ -179,16 +179,22 @@ pub fn random(shape: &[usize], dtype: DType) -> Tensor {
     Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
+/// The same numbers in f32.
+#[allow(clippy::unwrap_used)]
+pub fn wide(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap()
+}
+
 /// That a kernel's result is that of the plain composition in f32, as near as its type allows.
 #[allow(clippy::unwrap_used)]
 pub fn same(y: &Tensor, plain: &Tensor, what: &str) {
-    let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let values = |x: &Tensor| wide(x).flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let step = match y.dtype() {
         DType::F16 => 1e-3,
         DType::BF16 => 8e-3,
         _ => 1e-5,
     };
-    let (y, plain) = (wide(y), wide(plain));
+    let (y, plain) = (values(y), values(plain));
     assert_eq!(y.len(), plain.len(), "{what}");
     let largest = plain.iter().fold(1f32, |most, value| most.max(value.abs()));
     let worst = y.iter().zip(&plain).map(|(y, plain)| (y - plain).abs()).max_by(f32::total_cmp).unwrap_or_default();
@@ -211,7 +217,7 @@ mod tests {
     /// The largest difference, relative to the largest value.
     fn difference(x: &Tensor, plain: &Tensor) -> f32 {
         let max = |x: &Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-        max(&(x.to_dtype(DType::F32).unwrap() - plain).unwrap()) / max(plain)
+        max(&(wide(x) - plain).unwrap()) / max(plain)
     }
 
     #[test]

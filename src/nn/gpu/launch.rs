@@ -115,7 +115,12 @@ mod cuda {
     fn launch_as<T: DeviceRepr>(device: &CudaDevice, work: &impl Work, elements: usize) -> Result<CudaSlice<T>> {
         let stream = device.cuda_stream();
         // SAFETY: the kernels write all of the output, and of the scratch memory what they read
-        let (output, scratch) = unsafe { (device.alloc::<T>(elements)?, device.alloc::<f32>(work.scratch().max(1))?) };
+        let output = unsafe { device.alloc::<T>(elements)? };
+        let scratch = match work.scratch() {
+            0 => None,
+            // SAFETY: the same
+            floats => Some(unsafe { device.alloc::<f32>(floats)? }),
+        };
         let mut address = |x: &Tensor| {
             let (storage, layout) = x.storage_and_layout();
             let Storage::Cuda(storage) = &*storage else { candle_core::bail!("a tensor that is not on the GPU") };
@@ -128,7 +133,8 @@ mod cuda {
             };
             Ok(start + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
         };
-        let launches = work.launches(&mut address, output.device_ptr(&stream).0, scratch.device_ptr(&stream).0)?;
+        let scratch_at = scratch.as_ref().map_or(0, |scratch| scratch.device_ptr(&stream).0);
+        let launches = work.launches(&mut address, output.device_ptr(&stream).0, scratch_at)?;
         for launch in launches {
             let kernel = kernel(device, &launch.kernel)?;
             if launch.shared > SHARED {

@@ -53,8 +53,10 @@ pub trait Work {
         self.input().dtype()
     }
 
-    /// That of the output.
-    fn shape(&self) -> Result<Shape>;
+    /// That of the output: the input's, unless it says otherwise.
+    fn shape(&self) -> Result<Shape> {
+        Ok(self.input().shape().clone())
+    }
 
     /// Floats of memory that they share besides.
     fn scratch(&self) -> usize {

@@ -135,10 +135,6 @@ impl Work for GroupApply {
         &self.x
     }
 
-    fn shape(&self) -> Result<Shape> {
-        Ok(self.x.shape().clone())
-    }
-
     fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
         let (b, h, w, channels) = self.x.dims4()?;
         let (_, slices, groups, _) = self.sums.dims4()?;
@@ -179,10 +175,6 @@ impl Work for LayerNorm {
         &self.x
     }
 
-    fn shape(&self) -> Result<Shape> {
-        Ok(self.x.shape().clone())
-    }
-
     fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
         let channels = self.weight.elem_count();
         let rows = self.x.elem_count() / channels;
@@ -197,15 +189,11 @@ impl Work for LayerNorm {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same};
+    use super::super::emulated::{self, random, same, wide};
     use super::*;
     use crate::nn::layers::{group_norm_plain, layer_norm_plain};
 
     const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
-
-    fn wide(x: &Tensor) -> Tensor {
-        x.to_dtype(DType::F32).unwrap()
-    }
 
     #[test]
     fn the_group_norm_kernel_equals_its_plain_composition() {

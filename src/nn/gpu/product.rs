@@ -222,7 +222,7 @@ impl Work for Product {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same};
+    use super::super::emulated::{self, random, same, wide};
     use super::*;
     use crate::nn::layers::{conv2d_plain, leaky_plain, product_plain, scale_plain};
     use candle_core::DType;
@@ -236,10 +236,6 @@ mod tests {
             let cut = Cut::best(m, n, 2 * k, 132);
             assert!(cut.splits <= (2 * k).div_ceil(Cut::WIDTH), "{cut:?}");
         }
-    }
-
-    fn wide(x: &Tensor) -> Tensor {
-        x.to_dtype(DType::F32).unwrap()
     }
 
     #[test]

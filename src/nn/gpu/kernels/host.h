@@ -163,31 +163,30 @@ inline void require_banks(const void* const* rows) {
 }
 }  // namespace host
 
-// Four 8x8 matrices of 16-byte rows: lanes 8i..8i+7 name the rows of matrix i, lane l gets bytes 4(l%4).. of row l/4.
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+namespace host {
+// Register i of lane l gets what `read` takes of the eight rows of matrix i.
+template <typename F> inline void load(uint32_t (&r)[4], const void* row, F read) {
   struct Mine { uint32_t* r; const void* row; } m{r, row};
   static const char what = 0;
-  host::together(&what, &m, [](const void** all) {
+  together(&what, &m, [&](const void** all) {
     const void* rows[32];
     for (int l = 0; l < 32; l++) rows[l] = ((Mine*)all[l])->row;
-    host::require_banks(rows);
+    require_banks(rows);
     for (int i = 0; i < 4; i++)
-      for (int l = 0; l < 32; l++) memcpy(&((Mine*)all[l])->r[i], (const char*)((Mine*)all[8 * i + l / 4])->row + 4 * (l % 4), 4);
+      for (int l = 0; l < 32; l++) read((char*)&((Mine*)all[l])->r[i], (const char* const*)rows + 8 * i, l);
   });
+}
+}  // namespace host
+
+// Four 8x8 matrices of 16-byte rows: lanes 8i..8i+7 name the rows of matrix i, lane l gets bytes 4(l%4).. of row l/4.
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  host::load(r, row, [](char* to, const char* const* rows, int l) { memcpy(to, rows[l / 4] + 4 * (l % 4), 4); });
 }
 
 // The same of 2-byte numbers, each matrix transposed.
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  struct Mine { uint32_t* r; const void* row; } m{r, row};
-  static const char what = 0;
-  host::together(&what, &m, [](const void** all) {
-    const void* rows[32];
-    for (int l = 0; l < 32; l++) rows[l] = ((Mine*)all[l])->row;
-    host::require_banks(rows);
-    for (int i = 0; i < 4; i++)
-      for (int l = 0; l < 32; l++)
-        for (int e = 0; e < 2; e++)
-          memcpy((char*)&((Mine*)all[l])->r[i] + 2 * e, (const char*)((Mine*)all[8 * i + 2 * (l % 4) + e])->row + 2 * (l / 4), 2);
+  host::load(r, row, [](char* to, const char* const* rows, int l) {
+    for (int e = 0; e < 2; e++) memcpy(to + 2 * e, rows[2 * (l % 4) + e] + 2 * (l / 4), 2);
   });
 }
 

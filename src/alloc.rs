@@ -1,8 +1,10 @@
-//! The program's allocator: the system's, with large blocks kept when they are freed and handed out again.
+//! The program's allocator: the system's, with large blocks kept when they are freed and handed out
+//! again.
 //!
-//! A denoising step makes and drops the same few hundred tensors of 1 to 200 MB as the step before. The system's allocator
-//! returns each to the kernel, which then clears and maps every page anew: about a sixth of a step's time. Kept blocks need
-//! neither, and on Linux they are backed by huge pages.
+//! A denoising step makes and drops the same few hundred tensors of 1 to 200 MB as the step before.
+//! The system's allocator returns each to the kernel, which then clears and maps every page anew:
+//! about a sixth of a step's time. Kept blocks need neither, and on Linux they are backed by huge
+//! pages.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
@@ -11,8 +13,8 @@ use std::sync::Mutex;
 const LARGE: usize = 1 << 20;
 /// Idle blocks together hold at most this, in bytes.
 const KEPT: usize = 768 << 20;
-/// Idle blocks and those in use together hold at most the most that was ever in use, and this part of it: what is kept makes
-/// the program's peak of memory hardly larger.
+/// Idle blocks and those in use together hold at most the most that was ever in use, and this part
+/// of it: what is kept makes the program's peak of memory hardly larger.
 const SPARE: usize = 16;
 /// A block that so many large requests passed by goes back to the system: its stage is over.
 const STALE: u64 = 384;
@@ -44,16 +46,34 @@ struct Pool {
     requests: u64,
 }
 
-static POOL: Mutex<Pool> =
-    Mutex::new(Pool { idle: [Idle { address: 0, size: 0, since: 0 }; SLOTS], len: 0, bytes: 0, used: 0, peak: 0, requests: 0 });
+static POOL: Mutex<Pool> = Mutex::new(Pool {
+    idle: [Idle {
+        address: 0,
+        size: 0,
+        since: 0,
+    }; SLOTS],
+    len: 0,
+    bytes: 0,
+    used: 0,
+    peak: 0,
+    requests: 0,
+});
 
 impl Pool {
-    /// The smallest idle block that holds `size` bytes without wasting half of itself. If there is none, a new one of that
-    /// size is counted as in use.
+    /// The smallest idle block that holds `size` bytes without wasting half of itself. If there is
+    /// none, a new one of that size is counted as in use.
     fn take(&mut self, size: usize) -> Option<usize> {
         self.requests += 1;
-        let fits = self.idle.iter().take(self.len).enumerate().filter(|(_, b)| b.size >= size && b.size <= size + size / 2);
-        let found = fits.min_by_key(|(_, b)| b.size).map(|(at, _)| at).map(|at| self.remove(at));
+        let fits = self
+            .idle
+            .iter()
+            .take(self.len)
+            .enumerate()
+            .filter(|(_, b)| b.size >= size && b.size <= size + size / 2);
+        let found = fits
+            .min_by_key(|(_, b)| b.size)
+            .map(|(at, _)| at)
+            .map(|at| self.remove(at));
         self.used += found.map_or(size, |block| block.size);
         self.peak = self.peak.max(self.used);
         found.map(|block| block.address)
@@ -69,14 +89,25 @@ impl Pool {
 
     /// An idle block to give back: any that is stale, or the oldest if there are too many.
     fn excess(&mut self) -> Option<Idle> {
-        let (at, oldest) = self.idle.iter().take(self.len).enumerate().min_by_key(|(_, b)| b.since)?;
-        let crowded = self.bytes > KEPT || self.len == SLOTS || self.used + self.bytes > self.peak + self.peak / SPARE;
+        let (at, oldest) = self
+            .idle
+            .iter()
+            .take(self.len)
+            .enumerate()
+            .min_by_key(|(_, b)| b.since)?;
+        let crowded = self.bytes > KEPT
+            || self.len == SLOTS
+            || self.used + self.bytes > self.peak + self.peak / SPARE;
         (crowded || oldest.since + STALE < self.requests).then(|| self.remove(at))
     }
 
     fn keep(&mut self, address: usize, size: usize) {
         if let Some(slot) = self.idle.get_mut(self.len) {
-            *slot = Idle { address, size, since: self.requests };
+            *slot = Idle {
+                address,
+                size,
+                since: self.requests,
+            };
             self.len += 1;
             self.bytes += size;
         }
@@ -94,8 +125,13 @@ fn block(size: usize) -> Option<Layout> {
 }
 
 fn allocate(layout: Layout) -> *mut u8 {
-    let Some(wanted) = block(layout.size()) else { return std::ptr::null_mut() };
-    let kept = POOL.lock().ok().and_then(|mut pool| pool.take(wanted.size()));
+    let Some(wanted) = block(layout.size()) else {
+        return std::ptr::null_mut();
+    };
+    let kept = POOL
+        .lock()
+        .ok()
+        .and_then(|mut pool| pool.take(wanted.size()));
     let start = match kept {
         Some(address) => address as *mut u8,
         None => {
@@ -128,12 +164,17 @@ fn freed(size: usize) {
 fn release() {
     while let Some(block) = POOL.lock().ok().and_then(|mut pool| pool.excess()) {
         // SAFETY: it was allocated with this layout, and nobody has it any more
-        unsafe { System.dealloc(block.address as *mut u8, Layout::from_size_align_unchecked(block.size, HEADER)) };
+        unsafe {
+            System.dealloc(
+                block.address as *mut u8,
+                Layout::from_size_align_unchecked(block.size, HEADER),
+            )
+        };
     }
 }
 
-/// Lets the system's allocator take each large block from the kernel and give it back when it is freed. glibc would soon keep
-/// those of up to 32 MiB on its heap, whose holes stay the program's.
+/// Lets the system's allocator take each large block from the kernel and give it back when it is
+/// freed. glibc would soon keep those of up to 32 MiB on its heap, whose holes stay the program's.
 fn return_to_system() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -150,14 +191,16 @@ fn huge_pages(start: *mut u8, size: usize) {
     let page = 4096;
     let first = (start as usize).next_multiple_of(page);
     let length = (start as usize + size).saturating_sub(first) / page * page;
-    // SAFETY: advice about pages inside of our own block; a kernel that does not take it changes nothing
+    // SAFETY: advice about pages inside of our own block; a kernel that does not take it changes
+    // nothing
     unsafe { libc::madvise(first as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(not(target_os = "linux"))]
 fn huge_pages(_: *mut u8, _: usize) {}
 
-// SAFETY: blocks come from the system's allocator; a kept block is handed out once, as only `take` under the lock removes it
+// SAFETY: blocks come from the system's allocator; a kept block is handed out once, as only `take`
+// under the lock removes it
 unsafe impl GlobalAlloc for Reuse {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(&layout) {
@@ -202,7 +245,9 @@ unsafe impl GlobalAlloc for Reuse {
     }
 
     unsafe fn realloc(&self, address: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        let Ok(new) = Layout::from_size_align(size, layout.align()) else { return std::ptr::null_mut() };
+        let Ok(new) = Layout::from_size_align(size, layout.align()) else {
+            return std::ptr::null_mut();
+        };
         if !is_large(&layout) && !is_large(&new) {
             // SAFETY: the caller's promise
             return unsafe { System.realloc(address, layout, size) };
@@ -237,7 +282,11 @@ mod tests {
             Reuse.dealloc(first, layout);
             let second = Reuse.alloc_zeroed(layout);
             assert_eq!(first, second);
-            assert!(std::slice::from_raw_parts(second, ODD).iter().all(|b| *b == 0));
+            assert!(
+                std::slice::from_raw_parts(second, ODD)
+                    .iter()
+                    .all(|b| *b == 0)
+            );
             Reuse.dealloc(second, layout);
         }
     }
@@ -262,11 +311,15 @@ mod tests {
         // of other sizes than what is idle, so that new blocks are needed
         for mib in [100, 30, 45, 20, 10] {
             let layout = Layout::from_size_align(mib << 20, 64).unwrap();
-            let blocks: Vec<*mut u8> = (0..1200 / mib).map(|_| unsafe { Reuse.alloc(layout) }).collect();
+            let blocks: Vec<*mut u8> = (0..1200 / mib)
+                .map(|_| unsafe { Reuse.alloc(layout) })
+                .collect();
             let pool = POOL.lock().unwrap();
             assert!(pool.bytes <= KEPT && pool.used + pool.bytes <= pool.peak + pool.peak / SPARE);
             drop(pool);
-            blocks.into_iter().for_each(|b| unsafe { Reuse.dealloc(b, layout) });
+            blocks
+                .into_iter()
+                .for_each(|b| unsafe { Reuse.dealloc(b, layout) });
         }
     }
 }

@@ -54,11 +54,13 @@ impl DTypeChoice {
     }
 }
 
-/// The device and the type of the U-Net's and text encoder's weights. The VAE and the latents are always f32.
+/// The device and the type of the U-Net's and text encoder's weights. The VAE and the latents are
+/// always f32.
 #[derive(Debug, Clone)]
 pub struct Compute {
     pub device: Device,
-    /// On CPUs the arithmetic is f32 all the same, and f32 means that weights stay as narrow as their file.
+    /// On CPUs the arithmetic is f32 all the same, and f32 means that weights stay as narrow as
+    /// their file.
     pub dtype: DType,
 }
 
@@ -98,7 +100,11 @@ impl Compute {
 
     /// The type of activations.
     pub fn arithmetic(&self) -> DType {
-        if self.device.is_cpu() { DType::F32 } else { self.dtype }
+        if self.device.is_cpu() {
+            DType::F32
+        } else {
+            self.dtype
+        }
     }
 }
 
@@ -110,7 +116,10 @@ fn cuda(index: usize) -> candle_core::Result<Device> {
         use candle_core::cuda_backend::WrapErr;
         use candle_core::cuda_backend::cudarc::driver::{result, sys};
         let device = device.as_cuda_device()?;
-        let (stream, built) = (device.cuda_stream(), env!("SDGEN_CUDA_COMPUTE_CAP").parse().unwrap_or(80));
+        let (stream, built) = (
+            device.cuda_stream(),
+            env!("SDGEN_CUDA_COMPUTE_CAP").parse().unwrap_or(80),
+        );
         let (major, minor) = stream.context().compute_capability().w()?;
         if 10 * major + minor < built {
             candle_core::bail!(
@@ -120,32 +129,52 @@ fn cuda(index: usize) -> candle_core::Result<Device> {
             );
         }
         let mut kept = u64::MAX;
-        // SAFETY: with one stream no event has to be waited for; the driver reads the one number that it is given
+        // SAFETY: with one stream no event has to be waited for; the driver reads the one number
+        // that it is given
         unsafe {
             device.disable_event_tracking();
-            // freed memory stays at hand, where the driver would give it back whenever the GPU is waited for
+            // freed memory stays at hand, where the driver would give it back whenever the GPU is
+            // waited for
             let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
             let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            sys::cuMemPoolSetAttribute(pool, threshold, std::ptr::from_mut(&mut kept).cast()).result().w()?;
+            sys::cuMemPoolSetAttribute(pool, threshold, std::ptr::from_mut(&mut kept).cast())
+                .result()
+                .w()?;
         }
     }
     Ok(device)
 }
 
 fn gpu(index: usize) -> Option<Device> {
-    let cuda = if cfg!(feature = "cuda") { cuda(index).ok() } else { None };
-    let metal = || if cfg!(feature = "metal") { Device::new_metal(index).ok() } else { None };
+    let cuda = if cfg!(feature = "cuda") {
+        cuda(index).ok()
+    } else {
+        None
+    };
+    let metal = || {
+        if cfg!(feature = "metal") {
+            Device::new_metal(index).ok()
+        } else {
+            None
+        }
+    };
     cuda.or_else(metal)
 }
 
 /// `--threads`: limits the pool that all kernels share. Errors if it is set twice.
 pub fn limit_threads(threads: usize) -> Result<()> {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("the thread pool cannot be made")
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .context("the thread pool cannot be made")
 }
 
-/// Errors if the system says that it has less memory left than `needed` bytes. Where it says nothing, all is well.
+/// Errors if the system says that it has less memory left than `needed` bytes. Where it says
+/// nothing, all is well.
 pub fn require_memory(needed: u64) -> Result<()> {
-    let Some(available) = available_memory() else { return Ok(()) };
+    let Some(available) = available_memory() else {
+        return Ok(());
+    };
     if needed > available {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         bail!(
@@ -178,9 +207,13 @@ pub fn peak_gpu_memory(device: &Device) -> Option<u64> {
         unsafe {
             let pool = result::device::get_default_mem_pool(device).ok()?;
             let most = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH;
-            sys::cuMemPoolGetAttribute(pool, most, std::ptr::from_mut(&mut tensors).cast()).result().ok()?;
+            sys::cuMemPoolGetAttribute(pool, most, std::ptr::from_mut(&mut tensors).cast())
+                .result()
+                .ok()?;
             let most = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH;
-            sys::cuDeviceGetGraphMemAttribute(device, most, std::ptr::from_mut(&mut steps).cast()).result().ok()?;
+            sys::cuDeviceGetGraphMemAttribute(device, most, std::ptr::from_mut(&mut steps).cast())
+                .result()
+                .ok()?;
         }
         return Some(tensors + steps);
     }
@@ -192,7 +225,14 @@ pub fn peak_gpu_memory(device: &Device) -> Option<u64> {
 fn proc_bytes(table: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(table).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix(key))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
+    Some(
+        line.trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse::<u64>()
+            .ok()?
+            * 1024,
+    )
 }
 
 #[cfg(test)]
@@ -201,8 +241,14 @@ mod tests {
 
     #[test]
     fn the_type_follows_the_device_unless_it_is_named() {
-        assert_eq!([Engine::Cpu, Engine::Gpu, Engine::Plain].map(|on| DTypeChoice::Auto.on(on)), [DType::F32, DType::F16, DType::F32]);
-        assert_eq!([Engine::Cpu, Engine::Gpu].map(|on| DTypeChoice::F32.on(on)), [DType::F32; 2]);
+        assert_eq!(
+            [Engine::Cpu, Engine::Gpu, Engine::Plain].map(|on| DTypeChoice::Auto.on(on)),
+            [DType::F32, DType::F16, DType::F32]
+        );
+        assert_eq!(
+            [Engine::Cpu, Engine::Gpu].map(|on| DTypeChoice::F32.on(on)),
+            [DType::F32; 2]
+        );
         assert_eq!(DTypeChoice::Bf16.on(Engine::Gpu), DType::BF16);
     }
 }

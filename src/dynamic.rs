@@ -1,8 +1,10 @@
-//! Templates of prompts, as A1111's Dynamic Prompts extension reads them: `{red|green} frog`, `__colour__`.
+//! Templates of prompts, as A1111's Dynamic Prompts extension reads them: `{red|green} frog`,
+//! `__colour__`.
 //!
-//! Pure but for the files of wildcards, each of which is read once. Parsed into a tree whose size, depth and length are
-//! bounded, so that neither lists that name each other nor braces in braces run away. What a template draws depends on
-//! its own text and a seed alone. Used by [`crate::list`], before there are pictures to speak of.
+//! Pure but for the files of wildcards, each of which is read once. Parsed into a tree whose size,
+//! depth and length are bounded, so that neither lists that name each other nor braces in braces
+//! run away. What a template draws depends on its own text and a seed alone. Used by
+//! [`crate::list`], before there are pictures to speak of.
 
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -83,8 +85,19 @@ impl Template {
     /// Reads a template. Errors name the place, or the file and the line of a list.
     pub fn parse(text: &str, wildcards: &mut Wildcards) -> Result<Self> {
         // FNV-1a
-        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        Ok(Self { tree: Reader { text, at: 0, depth: 0, wildcards }.tree(false)?, hash })
+        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        Ok(Self {
+            tree: Reader {
+                text,
+                at: 0,
+                depth: 0,
+                wildcards,
+            }
+            .tree(false)?,
+            hash,
+        })
     }
 
     /// The text of a seed, the same one wherever the template stands.
@@ -101,7 +114,8 @@ impl Template {
         self.tree.count
     }
 
-    /// Every text once, the last choice innermost; of several the shorter first, each in the order written.
+    /// Every text once, the last choice innermost; of several the shorter first, each in the order
+    /// written.
     pub fn all(&self) -> Vec<String> {
         let mut seen = HashSet::new();
         let mut texts = self.tree.texts();
@@ -119,7 +133,9 @@ impl Tree {
                 Node::Choice(choice) => {
                     let of_one = choice.options.length.saturating_add(choice.joint.len());
                     count = count.saturating_mul(choice.count());
-                    length = length.saturating_add(choice.most.saturating_mul(of_one)).saturating_add(1);
+                    length = length
+                        .saturating_add(choice.most.saturating_mul(of_one))
+                        .saturating_add(1);
                     depth = depth.max(choice.options.depth + 1);
                 }
             }
@@ -128,8 +144,16 @@ impl Tree {
             length <= MAX_LENGTH,
             "this template may come to more than {MAX_LENGTH} characters\n\nhint: its lists name too many others"
         );
-        ensure!(depth <= MAX_DEPTH, "braces and lists lie more than {MAX_DEPTH} deep in each other");
-        Ok(Self { nodes, count, length, depth })
+        ensure!(
+            depth <= MAX_DEPTH,
+            "braces and lists lie more than {MAX_DEPTH} deep in each other"
+        );
+        Ok(Self {
+            nodes,
+            count,
+            length,
+            depth,
+        })
     }
 
     fn write(&self, random: &mut Random, to: &mut String) {
@@ -156,14 +180,19 @@ fn product<'a>(parts: impl Iterator<Item = &'a [String]>, joint: &str) -> Vec<St
     let mut texts = vec![String::new()];
     for (i, part) in parts.enumerate() {
         let joint = if i == 0 { "" } else { joint };
-        texts = texts.iter().flat_map(|text| part.iter().map(move |more| format!("{text}{joint}{more}"))).collect();
+        texts = texts
+            .iter()
+            .flat_map(|text| part.iter().map(move |more| format!("{text}{joint}{more}")))
+            .collect();
     }
     texts
 }
 
 impl Choice {
     fn write(&self, random: &mut Random, to: &mut String) {
-        let Options { all, total_weight, .. } = &*self.options;
+        let Options {
+            all, total_weight, ..
+        } = &*self.options;
         let many = self.least + random.below(self.most - self.least + 1);
         let mut left = *total_weight;
         let mut taken = vec![false; all.len()];
@@ -177,14 +206,17 @@ impl Choice {
                     break;
                 }
             }
-            let Some(((weight, tree), taken)) = chosen else { return };
+            let Some(((weight, tree), taken)) = chosen else {
+                return;
+            };
             (*taken, left) = (true, left - weight);
             to.push_str(if i == 0 { "" } else { &self.joint });
             tree.write(random, to);
         }
     }
 
-    /// How many texts, saturating: the elementary symmetric polynomials of the alternatives' counts.
+    /// How many texts, saturating: the elementary symmetric polynomials of the alternatives'
+    /// counts.
     fn count(&self) -> u64 {
         let counts = self.options.all.iter().map(|(_, tree)| tree.count);
         if self.most.saturating_mul(self.options.all.len()) > 1 << 26 {
@@ -197,20 +229,43 @@ impl Choice {
                 of_many[k] = of_many[k].saturating_add(of_many[k - 1].saturating_mul(count));
             }
         }
-        of_many.iter().skip(self.least).fold(0, |sum, count| sum.saturating_add(*count))
+        of_many
+            .iter()
+            .skip(self.least)
+            .fold(0, |sum, count| sum.saturating_add(*count))
     }
 
     fn texts(&self) -> Vec<String> {
-        let options: Vec<Vec<String>> = self.options.all.iter().map(|(_, tree)| tree.texts()).collect();
+        let options: Vec<Vec<String>> = self
+            .options
+            .all
+            .iter()
+            .map(|(_, tree)| tree.texts())
+            .collect();
         let mut texts = vec![];
         for many in self.least..=self.most {
             let mut taken: Vec<usize> = (0..many).collect();
             loop {
-                texts.extend(product(taken.iter().filter_map(|i| options.get(*i)).map(Vec::as_slice), &self.joint));
+                texts.extend(product(
+                    taken
+                        .iter()
+                        .filter_map(|i| options.get(*i))
+                        .map(Vec::as_slice),
+                    &self.joint,
+                ));
                 // the last one that can go on does, and those behind it follow it
-                let Some(i) = (0..many).rev().find(|i| taken[*i] < options.len() - many + i) else { break };
+                let Some(i) = (0..many)
+                    .rev()
+                    .find(|i| taken[*i] < options.len() - many + i)
+                else {
+                    break;
+                };
                 let next = taken[i] + 1;
-                taken.iter_mut().skip(i).zip(next..).for_each(|(taken, next)| *taken = next);
+                taken
+                    .iter_mut()
+                    .skip(i)
+                    .zip(next..)
+                    .for_each(|(taken, next)| *taken = next);
             }
         }
         texts
@@ -224,13 +279,22 @@ impl Options {
         let total_weight = all.iter().map(|(weight, _)| weight).sum();
         let length = all.iter().map(|(_, tree)| tree.length).max()?;
         let depth = all.iter().map(|(_, tree)| tree.depth).max()?;
-        Some(Arc::new(Self { all, total_weight, length, depth }))
+        Some(Arc::new(Self {
+            all,
+            total_weight,
+            length,
+            depth,
+        }))
     }
 }
 
 impl Wildcards {
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.into(), lists: HashMap::new(), open: vec![] }
+        Self {
+            folder: folder.into(),
+            lists: HashMap::new(),
+            open: vec![],
+        }
     }
 
     fn list(&mut self, name: &str, depth: usize) -> Result<Arc<Options>> {
@@ -238,7 +302,10 @@ impl Wildcards {
             return Ok(known.clone());
         }
         if self.open.iter().any(|open| open == name) {
-            bail!("`__{name}__` leads back to itself: {} -> {name}", self.open.join(" -> "));
+            bail!(
+                "`__{name}__` leads back to itself: {} -> {name}",
+                self.open.join(" -> ")
+            );
         }
         ensure!(
             name.split('/').all(|part| !matches!(part, "" | "." | "..")),
@@ -251,19 +318,38 @@ impl Wildcards {
             names_in(&self.folder, "", 0, &mut names);
             let hint = match nearest(name, names.iter().map(String::as_str)) {
                 Some(near) => format!("did you mean `__{near}__`?"),
-                None => "`--wildcards FOLDER` says where the lists are; `\\__` are two underscores".into(),
+                None => "`--wildcards FOLDER` says where the lists are; `\\__` are two underscores"
+                    .into(),
             };
-            bail!("`__{name}__` has no list `{}`\n\nhint: {hint}", path.display());
+            bail!(
+                "`__{name}__` has no list `{}`\n\nhint: {hint}",
+                path.display()
+            );
         }
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read the list `{}`", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read the list `{}`", path.display()))?;
         self.open.push(name.into());
-        let lines = (1..).zip(text.trim_start_matches('\u{feff}').lines()).map(|(number, line)| (number, line.trim()));
+        let lines = (1..)
+            .zip(text.trim_start_matches('\u{feff}').lines())
+            .map(|(number, line)| (number, line.trim()));
         let read = |(number, line)| {
-            let tree = Reader { text: line, at: 0, depth, wildcards: self }.tree(false);
-            Ok((1.0, tree.with_context(|| format!("line {number} of `{}`", path.display()))?))
+            let tree = Reader {
+                text: line,
+                at: 0,
+                depth,
+                wildcards: self,
+            }
+            .tree(false);
+            Ok((
+                1.0,
+                tree.with_context(|| format!("line {number} of `{}`", path.display()))?,
+            ))
         };
-        let all = lines.filter(|(_, line): &(usize, &str)| !line.is_empty() && !line.starts_with('#')).map(read);
-        let options = Options::new(all.collect::<Result<_>>()?).ok_or_else(|| anyhow!("the list `{}` has no lines", path.display()))?;
+        let all = lines
+            .filter(|(_, line): &(usize, &str)| !line.is_empty() && !line.starts_with('#'))
+            .map(read);
+        let options = Options::new(all.collect::<Result<_>>()?)
+            .ok_or_else(|| anyhow!("the list `{}` has no lines", path.display()))?;
         self.open.pop();
         self.lists.insert(name.into(), options.clone());
         Ok(options)
@@ -277,7 +363,9 @@ fn names_in(folder: &Path, before: &str, depth: usize, names: &mut Vec<String>) 
         let name = format!("{before}{}", name.to_string_lossy());
         match name.strip_suffix(".txt") {
             // links may go round
-            _ if path.is_dir() && depth < 8 => names_in(&path, &format!("{name}/"), depth + 1, names),
+            _ if path.is_dir() && depth < 8 => {
+                names_in(&path, &format!("{name}/"), depth + 1, names)
+            }
             Some(list) => names.push(list.into()),
             None => {}
         }
@@ -300,7 +388,10 @@ impl<'a> Reader<'a> {
 
     /// Where a byte stands, for people.
     fn place(&self, at: usize) -> String {
-        let before = self.text.get(..at).map_or(0, |before| before.chars().count());
+        let before = self
+            .text
+            .get(..at)
+            .map_or(0, |before| before.chars().count());
         format!("at character {} of `{}`", before + 1, self.text)
     }
 
@@ -312,9 +403,15 @@ impl<'a> Reader<'a> {
             let rest = self.rest();
             match c {
                 '|' | '}' if in_braces => break,
-                '}' => bail!("`}}` closes nothing, {}\n\nhint: `\\}}` is a brace itself", self.place(self.at)),
+                '}' => bail!(
+                    "`}}` closes nothing, {}\n\nhint: `\\}}` is a brace itself",
+                    self.place(self.at)
+                ),
                 '$' if rest.starts_with("${") => {
-                    bail!("variables are not read, {}\n\nhint: write `\\$` for the sign itself", self.place(self.at))
+                    bail!(
+                        "variables are not read, {}\n\nhint: write `\\$` for the sign itself",
+                        self.place(self.at)
+                    )
                 }
                 '{' => {
                     nodes.push(Node::Text(std::mem::take(&mut text)));
@@ -326,7 +423,12 @@ impl<'a> Reader<'a> {
                         self.deeper()?;
                         let options = self.wildcards.list(name, self.depth)?;
                         self.depth -= 1;
-                        nodes.push(Node::Choice(Choice { options, least: 1, most: 1, joint: String::new() }));
+                        nodes.push(Node::Choice(Choice {
+                            options,
+                            least: 1,
+                            most: 1,
+                            joint: String::new(),
+                        }));
                         self.at += name.len() + 4;
                     }
                     None => {
@@ -337,7 +439,12 @@ impl<'a> Reader<'a> {
                 '\\' => {
                     // what it means elsewhere in a prompt it goes on to mean
                     let next = rest[1..].chars().next();
-                    text.extend(Some(c).filter(|_| !next.is_some_and(|next| ESCAPED.contains(next))).into_iter().chain(next));
+                    text.extend(
+                        Some(c)
+                            .filter(|_| !next.is_some_and(|next| ESCAPED.contains(next)))
+                            .into_iter()
+                            .chain(next),
+                    );
                     self.at += 1 + next.map_or(0, char::len_utf8);
                 }
                 _ => {
@@ -353,7 +460,10 @@ impl<'a> Reader<'a> {
 
     fn deeper(&mut self) -> Result<()> {
         self.depth += 1;
-        ensure!(self.depth <= MAX_DEPTH, "braces and lists lie more than {MAX_DEPTH} deep in each other");
+        ensure!(
+            self.depth <= MAX_DEPTH,
+            "braces and lists lie more than {MAX_DEPTH} deep in each other"
+        );
         Ok(())
     }
 
@@ -374,42 +484,77 @@ impl<'a> Reader<'a> {
                         break;
                     }
                 }
-                None => bail!("`{{` is never closed, {}\n\nhint: `{{red|green}}`, or `\\{{` for a brace itself", self.place(begun)),
+                None => bail!(
+                    "`{{` is never closed, {}\n\nhint: `{{red|green}}`, or `\\{{` for a brace itself",
+                    self.place(begun)
+                ),
             }
         }
         self.depth -= 1;
-        let options = Options::new(all).ok_or_else(|| anyhow!("every weight is 0 in the braces {}", self.place(begun)))?;
-        let Some((least, most, joint)) = count else { return Ok(Choice { options, least: 1, most: 1, joint: String::new() }) };
+        let options = Options::new(all)
+            .ok_or_else(|| anyhow!("every weight is 0 in the braces {}", self.place(begun)))?;
+        let Some((least, most, joint)) = count else {
+            return Ok(Choice {
+                options,
+                least: 1,
+                most: 1,
+                joint: String::new(),
+            });
+        };
         // several of a list are several of its lines
         let options = match &*options.all {
             [(_, Tree { nodes, .. })] => match &**nodes {
-                [Node::Choice(Choice { options, least: 1, most: 1, .. })] => options.clone(),
+                [
+                    Node::Choice(Choice {
+                        options,
+                        least: 1,
+                        most: 1,
+                        ..
+                    }),
+                ] => options.clone(),
                 _ => options,
             },
             _ => options,
         };
         let most = most.unwrap_or(usize::MAX).min(options.all.len());
-        Ok(Choice { least: least.min(most), most, joint, options })
+        Ok(Choice {
+            least: least.min(most),
+            most,
+            joint,
+            options,
+        })
     }
 
     /// Reads `2$$`, `1-3$$ and $$`: the least, the most if that is said, and what joins them.
     fn count(&mut self) -> Result<Option<(usize, Option<usize>, String)>> {
         let rest = self.rest();
         let head = &rest[..rest.find(['{', '|', '}']).unwrap_or(rest.len())];
-        let Some((count, after)) = head.split_once("$$") else { return Ok(None) };
+        let Some((count, after)) = head.split_once("$$") else {
+            return Ok(None);
+        };
         let number = |text: &str| text.trim().parse::<usize>().ok();
         let range = match count.split_once('-') {
             None => number(count).map(|n| (n, Some(n))),
-            Some((least, most)) if most.trim().is_empty() => number(least).map(|least| (least, None)),
+            Some((least, most)) if most.trim().is_empty() => {
+                number(least).map(|least| (least, None))
+            }
             Some((least, most)) => {
-                let least = if least.trim().is_empty() { Some(1) } else { number(least) };
-                least.zip(number(most)).map(|(least, most)| (least, Some(most)))
+                let least = if least.trim().is_empty() {
+                    Some(1)
+                } else {
+                    number(least)
+                };
+                least
+                    .zip(number(most))
+                    .map(|(least, most)| (least, Some(most)))
             }
         };
         let range = range.filter(|(least, most)| most.is_none_or(|most| *least <= most));
         let Some((least, most)) = range else {
             let place = self.place(self.at);
-            bail!("`{count}` is no count, {place}\n\nhint: `{{2$$red|green|blue}}`, `{{1-2$$ and $$red|green}}`");
+            bail!(
+                "`{count}` is no count, {place}\n\nhint: `{{2$$red|green|blue}}`, `{{1-2$$ and $$red|green}}`"
+            );
         };
         let joint = after.split_once("$$").map(|(joint, _)| joint);
         self.at += count.len() + 2 + joint.map_or(0, |joint| joint.len() + 2);
@@ -420,14 +565,21 @@ impl<'a> Reader<'a> {
     fn weight(&mut self) -> Result<f64> {
         let rest = self.rest();
         let text = rest.trim_start();
-        let length = text.find(|c: char| !c.is_ascii_digit() && !"+-.".contains(c)).unwrap_or(0);
+        let length = text
+            .find(|c: char| !c.is_ascii_digit() && !"+-.".contains(c))
+            .unwrap_or(0);
         let (number, after) = text.split_at(length);
         if !after.starts_with("::") || number.is_empty() {
             return Ok(1.0);
         }
-        let weight = number.parse().ok().filter(|weight| (0.0..=MAX_WEIGHT).contains(weight));
+        let weight = number
+            .parse()
+            .ok()
+            .filter(|weight| (0.0..=MAX_WEIGHT).contains(weight));
         let place = self.place(self.at + rest.len() - text.len());
-        let weight = weight.with_context(|| format!("`{number}` is no weight, {place}\n\nhint: `{{3::red|blue}}`, from 0"))?;
+        let weight = weight.with_context(|| {
+            format!("`{number}` is no weight, {place}\n\nhint: `{{3::red|blue}}`, from 0")
+        })?;
         self.at += rest.len() - after.len() + 2;
         Ok(weight)
     }
@@ -437,7 +589,9 @@ impl<'a> Reader<'a> {
 fn list_name(text: &str) -> Option<&str> {
     let after = text.strip_prefix("__")?;
     let name = &after[..after.find("__")?];
-    let is_name = !name.is_empty() && name.trim() == name && !name.contains(|c: char| c.is_control() || "{}|$()[]<>:,\"\\".contains(c));
+    let is_name = !name.is_empty()
+        && name.trim() == name
+        && !name.contains(|c: char| c.is_control() || "{}|$()[]<>:,\"\\".contains(c));
     is_name.then_some(name)
 }
 

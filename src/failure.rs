@@ -4,8 +4,8 @@ use crate::pipeline::{NotFinite, OutOfMemory};
 use crate::weights::ModelError;
 use anyhow::{Error, Result};
 
-/// An error and the exit code it ends with (README: 2 arguments, 3 model, 4 memory, 5 not finite, 6 some of many, 1 the
-/// rest, 130 interrupted).
+/// An error and the exit code it ends with (README: 2 arguments, 3 model, 4 memory, 5 not finite, 6
+/// some of many, 1 the rest, 130 interrupted).
 #[derive(Debug)]
 pub struct Failure {
     pub code: u8,
@@ -18,11 +18,15 @@ impl Failure {
         let parts: Vec<String> = self.error.chain().map(|e| e.to_string()).collect();
         let (mut causes, mut hint) = (vec![], None);
         for part in &parts {
-            let (cause, remedy) = part.split_once("\n\nhint: ").map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
+            let (cause, remedy) = part
+                .split_once("\n\nhint: ")
+                .map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
             causes.push(cause);
             hint = hint.or(remedy);
         }
-        let hint = hint.map(|hint| format!("\n\nhint: {hint}")).unwrap_or_default();
+        let hint = hint
+            .map(|hint| format!("\n\nhint: {hint}"))
+            .unwrap_or_default();
         format!("error: {}{hint}", causes.join(": "))
     }
 }

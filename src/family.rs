@@ -33,8 +33,18 @@ pub struct Defaults {
 }
 
 /// As in the papers' and the model cards' examples.
-const STABLE_DIFFUSION: Defaults = Defaults { steps: 50, guidance: 7.5, eta: None, distilled: None };
-const SDXL: Defaults = Defaults { steps: 50, guidance: 5.0, eta: None, distilled: None };
+const STABLE_DIFFUSION: Defaults = Defaults {
+    steps: 50,
+    guidance: 7.5,
+    eta: None,
+    distilled: None,
+};
+const SDXL: Defaults = Defaults {
+    steps: 50,
+    guidance: 5.0,
+    eta: None,
+    distilled: None,
+};
 
 /// Numbers that SDXL's U-Net is told of a picture: its original size, its crop, and its size.
 pub const BASE_IDS: usize = 6;
@@ -56,28 +66,44 @@ pub const SHORT_NAMES: [(&str, &str); 13] = [
     ("small-sd", "segmind/small-sd"),
     ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
     ("sdxl-turbo", "stabilityai/sdxl-turbo"),
-    ("sdxl-lightning", "ByteDance/SDXL-Lightning/sdxl_lightning_4step.safetensors"),
+    (
+        "sdxl-lightning",
+        "ByteDance/SDXL-Lightning/sdxl_lightning_4step.safetensors",
+    ),
     ("ssd1b", "segmind/SSD-1B"),
     ("vega", "segmind/Segmind-Vega"),
-    ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0"),
+    (
+        "sdxl-refiner",
+        "stabilityai/stable-diffusion-xl-refiner-1.0",
+    ),
 ];
 
 /// The same of VAEs.
-pub const VAE_SHORT_NAMES: [(&str, &str); 3] =
-    [("taesd", "madebyollin/taesd"), ("taesdxl", "madebyollin/taesdxl"), ("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix")];
+pub const VAE_SHORT_NAMES: [(&str, &str); 3] = [
+    ("taesd", "madebyollin/taesd"),
+    ("taesdxl", "madebyollin/taesdxl"),
+    ("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix"),
+];
 
 impl Family {
-    /// Recognises the family by the checkpoint's own configuration. Errors name families that are not drawn yet.
+    /// Recognises the family by the checkpoint's own configuration. Errors name families that are
+    /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
         if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
             return match UNetConfig::from_json(unet)?.added_ids(pooled)? {
                 BASE_IDS => Ok(Self::Sdxl),
                 REFINER_IDS => Ok(Self::SdxlRefiner),
-                ids => bail!("the U-Net of `{}` is told {ids} numbers of a picture, which sdgen does not know", checkpoint.name),
+                ids => bail!(
+                    "the U-Net of `{}` is told {ids} numbers of a picture, which sdgen does not know",
+                    checkpoint.name
+                ),
             };
         }
-        let exact_gelu = checkpoint.config("text_encoder")?.get("hidden_act").is_some_and(|a| a == "gelu");
+        let exact_gelu = checkpoint
+            .config("text_encoder")?
+            .get("hidden_act")
+            .is_some_and(|a| a == "gelu");
         Ok(if exact_gelu { Self::Sd2 } else { Self::Sd1 })
     }
 
@@ -91,7 +117,8 @@ impl Family {
         }
     }
 
-    /// Steps and guidance of the family, of the model's distillation, or the checkpoint's own (the embedded model brings some).
+    /// Steps and guidance of the family, of the model's distillation, or the checkpoint's own (the
+    /// embedded model brings some).
     pub fn defaults(self, checkpoint: &Checkpoint) -> Defaults {
         let own = checkpoint.configs.get("defaults");
         let number = |key: &str| own.and_then(|d| d.get(key)?.as_f64());
@@ -108,22 +135,46 @@ impl Family {
     }
 }
 
-/// What a model that was distilled to a few steps draws with: by its name, or by what its configuration says of its
-/// distillation. Numbers are those of diffusers' pipelines and of the model cards.
+/// What a model that was distilled to a few steps draws with: by its name, or by what its
+/// configuration says of its distillation. Numbers are those of diffusers' pipelines and of the
+/// model cards.
 fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
-    let config = |part: &str, key: &str| checkpoint.configs.get(part)?.get(key).filter(|value| !value.is_null());
-    let scheduler = |key: &str| config("scheduler", key).and_then(Value::as_str).unwrap_or_default();
-    let of = |steps, guidance, eta, distilled| Some(Defaults { steps, guidance, eta, distilled: Some(distilled) });
+    let config = |part: &str, key: &str| {
+        checkpoint
+            .configs
+            .get(part)?
+            .get(key)
+            .filter(|value| !value.is_null())
+    };
+    let scheduler = |key: &str| {
+        config("scheduler", key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let of = |steps, guidance, eta, distilled| {
+        Some(Defaults {
+            steps,
+            guidance,
+            eta,
+            distilled: Some(distilled),
+        })
+    };
     let loras = checkpoint.loras.iter().find_map(Lora::distillation);
-    let by_name = loras.or_else(|| Distillation::named(&checkpoint.name)).map(|named| named.defaults);
+    let by_name = loras
+        .or_else(|| Distillation::named(&checkpoint.name))
+        .map(|named| named.defaults);
     match scheduler("_class_name") {
-        _ if config("unet", "time_cond_proj_dim").is_some() => of(4, 8.5, None, "latent consistency, guidance built in"),
+        _ if config("unet", "time_cond_proj_dim").is_some() => {
+            of(4, 8.5, None, "latent consistency, guidance built in")
+        }
         _ if by_name.is_some() => by_name,
         "LCMScheduler" => of(4, 1.0, None, "latent consistency"),
         "TCDScheduler" => of(4, 1.0, Some(TCD_ETA), "trajectory consistency"),
-        // what was trained on all timesteps and draws from the last one on predicts v, as noise is no answer there
+        // what was trained on all timesteps and draws from the last one on predicts v, as noise is
+        // no answer there
         "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler"
-            if scheduler("timestep_spacing") == "trailing" && matches!(scheduler("prediction_type"), "" | "epsilon") =>
+            if scheduler("timestep_spacing") == "trailing"
+                && matches!(scheduler("prediction_type"), "" | "epsilon") =>
         {
             // Turbo draws in one step to four, Lightning in as many as its name says
             of(4, 1.0, None, "to few steps, by its scheduler")
@@ -135,21 +186,63 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
 /// Of the examples of Zheng et al. 2024 (arXiv 2402.19159).
 const TCD_ETA: f64 = 0.3;
 
-/// Distillations by what names have in them, punctuation left out: what it is, steps where the name says none, scheduler of
-/// single files. Those of one step begin a name, as others only trained like them.
+/// Distillations by what names have in them, punctuation left out: what it is, steps where the name
+/// says none, scheduler of single files. Those of one step begin a name, as others only trained
+/// like them.
 const DISTILLATIONS: [(&str, &str, usize, &str); 9] = [
-    ("sdturbo", "adversarial distillation, by its name", 1, "EulerDiscreteScheduler"),
-    ("sdxlturbo", "adversarial distillation, by its name", 1, "EulerDiscreteScheduler"),
-    ("sdxs", "one-step distillation, by its name", 1, "EulerDiscreteScheduler"),
-    ("turbo", "adversarial distillation, by its name", 4, "EulerDiscreteScheduler"),
-    ("lightning", "progressive adversarial distillation, by its name", 4, "EulerDiscreteScheduler"),
-    ("hypersd", "trajectory segmented consistency, by its name", 8, "DDIMScheduler"),
-    ("tcd", "trajectory consistency, by its name", 4, "TCDScheduler"),
+    (
+        "sdturbo",
+        "adversarial distillation, by its name",
+        1,
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "sdxlturbo",
+        "adversarial distillation, by its name",
+        1,
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "sdxs",
+        "one-step distillation, by its name",
+        1,
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "turbo",
+        "adversarial distillation, by its name",
+        4,
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "lightning",
+        "progressive adversarial distillation, by its name",
+        4,
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "hypersd",
+        "trajectory segmented consistency, by its name",
+        8,
+        "DDIMScheduler",
+    ),
+    (
+        "tcd",
+        "trajectory consistency, by its name",
+        4,
+        "TCDScheduler",
+    ),
     ("lcm", "latent consistency, by its name", 4, "LCMScheduler"),
-    ("dmd2", "distribution matching, by its name", 4, "LCMScheduler"),
+    (
+        "dmd2",
+        "distribution matching, by its name",
+        4,
+        "LCMScheduler",
+    ),
 ];
 
-/// A distillation that a model's name tells of: neither weights nor the scheduler of a folder say for how many steps.
+/// A distillation that a model's name tells of: neither weights nor the scheduler of a folder say
+/// for how many steps.
 pub struct Distillation {
     pub defaults: Defaults,
     /// pixels of a side that the model was distilled at, where they are not its family's
@@ -169,29 +262,57 @@ impl Distillation {
             letters = letters.replace("hyper", "hypersd");
         }
         let has = |word: &str| letters.contains(word);
-        let fits = |word: &str, steps| if steps == 1 { letters.starts_with(word) } else { has(word) };
-        let (word, distilled, steps, class) = DISTILLATIONS.into_iter().find(|(word, _, steps, _)| fits(word, *steps))?;
+        let fits = |word: &str, steps| {
+            if steps == 1 {
+                letters.starts_with(word)
+            } else {
+                has(word)
+            }
+        };
+        let (word, distilled, steps, class) = DISTILLATIONS
+            .into_iter()
+            .find(|(word, _, steps, _)| fits(word, *steps))?;
         let mut scheduler = json!({ "_class_name": class, "timestep_spacing": "trailing" });
-        let mut defaults = Defaults { steps: said.unwrap_or(steps), guidance: 1.0, eta: Some(TCD_ETA), distilled: Some(distilled) };
+        let mut defaults = Defaults {
+            steps: said.unwrap_or(steps),
+            guidance: 1.0,
+            eta: Some(TCD_ETA),
+            distilled: Some(distilled),
+        };
         match word {
             "lightning" if has("x0") => scheduler["prediction_type"] = "sample".into(),
             "hypersd" => {
-                // weights for any number of steps were made with all of TCD's noise, some to be guided
+                // weights for any number of steps were made with all of TCD's noise, some to be
+                // guided
                 (defaults.eta, defaults.guidance) = (Some(1.0), if has("cfg") { 5.0 } else { 1.0 });
                 if said == Some(1) {
                     // its one step is from timestep 800; this is from the one below
-                    scheduler = json!({ "_class_name": "LCMScheduler", "original_inference_steps": 800 });
+                    scheduler =
+                        json!({ "_class_name": "LCMScheduler", "original_inference_steps": 800 });
                 }
             }
             _ => (),
         }
-        Some(Self { defaults, side_px: (steps == 1).then_some(512), scheduler })
+        Some(Self {
+            defaults,
+            side_px: (steps == 1).then_some(512),
+            scheduler,
+        })
     }
 }
 
 /// The number in `4step`, `8-steps` and the like; those of a training are larger.
 fn steps_said(name: &str) -> Option<usize> {
-    let before = |(end, _)| name.get(..end).unwrap_or_default().trim_end_matches(['-', '_', ' ']);
-    let numbers = name.match_indices("step").map(before).filter_map(|text| text.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
+    let before = |(end, _)| {
+        name.get(..end)
+            .unwrap_or_default()
+            .trim_end_matches(['-', '_', ' '])
+    };
+    let numbers = name.match_indices("step").map(before).filter_map(|text| {
+        text.rsplit(|c: char| !c.is_ascii_digit())
+            .next()?
+            .parse()
+            .ok()
+    });
     numbers.into_iter().find(|steps| (1..=16).contains(steps))
 }

@@ -1,6 +1,7 @@
 //! Source pictures in latents: what [`crate::canvas`] reads, encoded.
 //!
-//! Hides when the encoder's weights are there, and that a picture is encoded once for all that is drawn over it.
+//! Hides when the encoder's weights are there, and that a picture is encoded once for all that is
+//! drawn over it.
 
 use crate::canvas::Canvas;
 use crate::device::Compute;
@@ -16,7 +17,8 @@ use candle_core::{DType, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Sources that are kept for later pictures at most, and the pixels of those that drawings are put back into.
+/// Sources that are kept for later pictures at most, and the pixels of those that drawings are put
+/// back into.
 const KEPT: usize = 64;
 const KEPT_PIXELS: usize = 1 << 26;
 
@@ -39,9 +41,15 @@ pub struct Repainted {
 
 type Key = (Arc<Source>, usize, usize, Option<Tile>);
 
-/// The source, the size that it is brought to, and whether it is seamless; none for a picture from noise alone.
+/// The source, the size that it is brought to, and whether it is seamless; none for a picture from
+/// noise alone.
 fn key(settings: &Settings) -> Option<Key> {
-    Some((settings.source.clone()?, settings.width, settings.height, settings.tile))
+    Some((
+        settings.source.clone()?,
+        settings.width,
+        settings.height,
+        settings.tile,
+    ))
 }
 
 /// The sources of a run.
@@ -54,10 +62,16 @@ pub struct Grounds<'a> {
 
 impl<'a> Grounds<'a> {
     pub fn new(checkpoint: &'a Checkpoint, vae: &'a Autoencoder) -> Self {
-        Self { checkpoint, vae, known: HashMap::new(), encoder: None }
+        Self {
+            checkpoint,
+            vae,
+            known: HashMap::new(),
+            encoder: None,
+        }
     }
 
-    /// Those of a batch, in its order; empty if it is drawn from noise alone. `next` are the jobs after it.
+    /// Those of a batch, in its order; empty if it is drawn from noise alone. `next` are the jobs
+    /// after it.
     pub fn of<'j>(
         &mut self,
         batch: &[&Job],
@@ -67,13 +81,19 @@ impl<'a> Grounds<'a> {
     ) -> Result<Vec<Arc<Ground>>> {
         let mut grounds = vec![];
         for job in batch {
-            let Some(key) = key(&job.settings) else { continue };
+            let Some(key) = key(&job.settings) else {
+                continue;
+            };
             let ground = match self.known.get(&key) {
                 Some(known) => known.clone(),
                 None => {
                     let ground = Arc::new(self.ground(&job.settings, &key.0, compute, progress)?);
-                    let pixels = |ground: &Arc<Ground>| ground.canvas.as_ref().map_or(0, Canvas::pixels);
-                    if self.known.len() >= KEPT || self.known.values().map(pixels).sum::<usize>() + pixels(&ground) > KEPT_PIXELS {
+                    let pixels =
+                        |ground: &Arc<Ground>| ground.canvas.as_ref().map_or(0, Canvas::pixels);
+                    if self.known.len() >= KEPT
+                        || self.known.values().map(pixels).sum::<usize>() + pixels(&ground)
+                            > KEPT_PIXELS
+                    {
                         self.known.clear();
                     }
                     self.known.insert(key, ground.clone());
@@ -82,27 +102,54 @@ impl<'a> Grounds<'a> {
             };
             grounds.push(ground);
         }
-        if !next.any(|job| job.enlarge.is_some() || key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))) {
+        if !next.any(|job| {
+            job.enlarge.is_some()
+                || key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))
+        }) {
             self.encoder = None;
         }
         Ok(grounds)
     }
 
     /// A picture that was just drawn and is drawn over at once.
-    pub fn of_drawn(&mut self, drawn: &Picture, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Arc<Ground>> {
-        let image = self.encode(&drawn.to_tensor(&compute.device)?, settings, compute, progress)?;
-        Ok(Arc::new(Ground { image, repainted: None, canvas: None }))
+    pub fn of_drawn(
+        &mut self,
+        drawn: &Picture,
+        settings: &Settings,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<Arc<Ground>> {
+        let image = self.encode(
+            &drawn.to_tensor(&compute.device)?,
+            settings,
+            compute,
+            progress,
+        )?;
+        Ok(Arc::new(Ground {
+            image,
+            repainted: None,
+            canvas: None,
+        }))
     }
 
     /// A drawn picture, put back into its source if it is a part of that.
     pub fn put_back(&self, job: &Job, drawn: Picture) -> Result<Picture> {
-        let Settings { source, width, height, .. } = &job.settings;
-        let Some(source) = source.as_ref().filter(|source| source.repaints()) else { return Ok(drawn) };
-        Ok(match key(&job.settings).and_then(|key| self.known.get(&key)?.canvas.as_ref()) {
-            Some(canvas) => canvas.put_back(drawn),
-            // forgotten, as there were too many
-            None => Canvas::read(source, *width, *height)?.put_back(drawn),
-        })
+        let Settings {
+            source,
+            width,
+            height,
+            ..
+        } = &job.settings;
+        let Some(source) = source.as_ref().filter(|source| source.repaints()) else {
+            return Ok(drawn);
+        };
+        Ok(
+            match key(&job.settings).and_then(|key| self.known.get(&key)?.canvas.as_ref()) {
+                Some(canvas) => canvas.put_back(drawn),
+                // forgotten, as there were too many
+                None => Canvas::read(source, *width, *height)?.put_back(drawn),
+            },
+        )
     }
 
     fn encoder(&mut self, compute: &Compute, progress: &Progress) -> Result<&Encoder> {
@@ -117,20 +164,39 @@ impl<'a> Grounds<'a> {
     }
 
     /// RGB [1, h, w, 3] of a picture with these settings.
-    fn encode(&mut self, rgb: &Tensor, settings: &Settings, compute: &Compute, progress: &Progress) -> Result<Posterior> {
+    fn encode(
+        &mut self,
+        rgb: &Tensor,
+        settings: &Settings,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<Posterior> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
         let encoder = self.encoder(compute, progress)?;
         encoder.wrap().set(settings.tile);
         Ok(encoder.encode(rgb, tile)?)
     }
 
-    fn ground(&mut self, settings: &Settings, source: &Source, compute: &Compute, progress: &Progress) -> Result<Ground> {
+    fn ground(
+        &mut self,
+        settings: &Settings,
+        source: &Source,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<Ground> {
         let mut encode = |rgb: &Tensor| self.encode(rgb, settings, compute, progress);
         let canvas = Canvas::read(source, settings.width, settings.height)?;
         let image = encode(&canvas.picture.to_tensor(&compute.device)?)?;
-        let rest = canvas.kept_rgb(&compute.device)?.map(|kept| encode(&kept)).transpose()?;
+        let rest = canvas
+            .kept_rgb(&compute.device)?
+            .map(|kept| encode(&kept))
+            .transpose()?;
         let mask = canvas.mask(self.vae.factor(), &compute.device)?;
         let repainted = mask.zip(rest).map(|(mask, rest)| Repainted { mask, rest });
-        Ok(Ground { image, canvas: repainted.is_some().then_some(canvas), repainted })
+        Ok(Ground {
+            image,
+            canvas: repainted.is_some().then_some(canvas),
+            repainted,
+        })
     }
 }

@@ -1,4 +1,5 @@
-//! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler calls `denoise`.
+//! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler
+//! calls `denoise`.
 
 use crate::model::unet::Told;
 use crate::nn::layers::concat;
@@ -12,7 +13,8 @@ pub struct Guided<'a> {
     pub guidance: Guidance,
     /// of each prompt of a picture beside the others
     pub weights: Vec<f64>,
-    /// what stands beside the latents, [passes*b, h, w, k], for networks that take a source picture as an input
+    /// what stands beside the latents, [passes*b, h, w, k], for networks that take a source picture
+    /// as an input
     pub beside: Option<Tensor>,
     pub scale: f64,
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
@@ -28,8 +30,9 @@ pub enum Guidance {
     Off,
     /// the negative prompts, then so many prompts of each picture
     Text(usize),
-    /// the negative prompts without the source picture, the negative prompts with it, and the prompts with it; the scale
-    /// between the first two (Brooks et al. 2022, arXiv 2211.09800, eq. 3)
+    /// the negative prompts without the source picture, the negative prompts with it, and the
+    /// prompts with it; the scale between the first two (Brooks et al. 2022, arXiv 2211.09800, eq.
+    /// 3)
     TextAndPicture(f64),
 }
 
@@ -56,7 +59,11 @@ pub struct Reuse {
 impl Reuse {
     /// The inner levels run in the first of every `interval` steps; 1 reuses nothing.
     pub fn every(interval: usize) -> Self {
-        Self { interval, calls: 0, inner: None }
+        Self {
+            interval,
+            calls: 0,
+            inner: None,
+        }
     }
 
     fn forward(&mut self, unet: &Told, input: &Tensor, timestep: f64) -> Result<Tensor> {
@@ -72,17 +79,25 @@ impl Reuse {
 }
 
 impl Guided<'_> {
-    /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in f32.
+    /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in
+    /// f32.
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
         let input = (x * scalings.c_in)?.to_dtype(self.unet.dtype())?;
         let passes = self.guidance.passes();
-        let input = if passes > 1 { Tensor::cat(&vec![&input; passes], 0)? } else { input }; // [passes*b, h, w, c]
+        let input = if passes > 1 {
+            Tensor::cat(&vec![&input; passes], 0)?
+        } else {
+            input
+        }; // [passes*b, h, w, c]
         let input = match &self.beside {
             Some(beside) => concat(&input, beside)?,
             None => input,
         };
-        let output = self.reuse.forward(&self.unet, &input, timestep)?.to_dtype(x.dtype())?;
+        let output = self
+            .reuse
+            .forward(&self.unet, &input, timestep)?
+            .to_dtype(x.dtype())?;
         let parts = output.chunk(passes, 0)?;
         let output = match (self.guidance, &parts[..]) {
             (Guidance::Text(_), [unconditional, conditional, ..]) => {
@@ -90,7 +105,11 @@ impl Guided<'_> {
                 for (conditional, weight) in parts.iter().skip(1).zip(&self.weights) {
                     guided = (guided + ((conditional - unconditional)? * (self.scale * weight))?)?;
                 }
-                if self.rescale > 0.0 { rescaled(&guided, conditional, self.rescale)? } else { guided }
+                if self.rescale > 0.0 {
+                    rescaled(&guided, conditional, self.rescale)?
+                } else {
+                    guided
+                }
             }
             (Guidance::TextAndPicture(scale), [unconditional, picture, conditional]) => {
                 let towards_text = ((conditional - picture)? * self.scale)?;
@@ -102,11 +121,15 @@ impl Guided<'_> {
     }
 }
 
-/// Lin et al. 2023 (arXiv 2305.08891), section 3.4: guidance makes a picture's values spread too far. Both [b, h, w, c].
+/// Lin et al. 2023 (arXiv 2305.08891), section 3.4: guidance makes a picture's values spread too
+/// far. Both [b, h, w, c].
 fn rescaled(guided: &Tensor, conditional: &Tensor, share: f64) -> Result<Tensor> {
     let spread = |x: &Tensor| {
         let x = x.flatten_from(1)?; // [b, h*w*c]
-        x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?.sqr()?.sum_keepdim(D::Minus1)?.sqrt() // [b, 1]
+        x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?
+            .sqr()?
+            .sum_keepdim(D::Minus1)?
+            .sqrt() // [b, 1]
     };
     let factor = (((spread(conditional)? / spread(guided)?)? * share)? + (1.0 - share))?; // [b, 1]
     guided.broadcast_mul(&factor.reshape(((), 1, 1, 1))?)

@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: the first asks the run to end after the pictures under way, the second ends it at once.
+//! Ctrl-C and SIGTERM: the first asks the run to end after the pictures under way, the second ends
+//! it at once.
 
 use crate::progress::Progress;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +16,8 @@ pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
-/// While this is held, the program does not end: a file is being written, and nothing of it may be left over.
+/// While this is held, the program does not end: a file is being written, and nothing of it may be
+/// left over.
 pub fn hold_off() -> MutexGuard<'static, ()> {
     SAVING.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,10 @@
-//! `sdgen` turns a sentence into a picture: a CLIP text encoder, a latent U-Net, a sampler and a VAE, from safetensors
-//! weights, on candle.
+//! `sdgen` turns a sentence into a picture: a CLIP text encoder, a latent U-Net, a sampler and a
+//! VAE, from safetensors weights, on candle.
 //!
-//! The command line is the interface; this library is what the command, its tests and its benchmarks share. Start at
-//! [`draw::draw`], which tells the whole story, and go down one level at a time: [`pipeline::generate`],
-//! [`sampler::sample`], [`guidance::Guided`], [`model::unet::UNet`].
+//! The command line is the interface; this library is what the command, its tests and its
+//! benchmarks share. Start at [`draw::draw`], which tells the whole story, and go down one level at
+//! a time: [`pipeline::generate`], [`sampler::sample`], [`guidance::Guided`],
+//! [`model::unet::UNet`].
 
 pub mod alloc;
 pub mod bench;

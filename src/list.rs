@@ -1,9 +1,10 @@
 //! The work list: which pictures are asked for, before any model is looked at.
 //!
-//! A pure function of the arguments, the list that `--from` names and those that `--wildcards` holds, so that every machine that reads them sees the same
-//! pictures in the same order. Hides how lines and sweeps become options: each value is given to the command line's own
-//! parser, so that names, aliases and checks are the same everywhere. Read next: [`crate::request`], which fills in what
-//! the model brings.
+//! A pure function of the arguments, the list that `--from` names and those that `--wildcards`
+//! holds, so that every machine that reads them sees the same pictures in the same order. Hides how
+//! lines and sweeps become options: each value is given to the command line's own parser, so that
+//! names, aliases and checks are the same everywhere. Read next: [`crate::request`], which fills in
+//! what the model brings.
 
 use crate::cli::{DrawArgs, PictureArgs};
 use crate::dynamic::{Dynamic, Template, Wildcards};
@@ -29,7 +30,8 @@ const MAX_JOBS: usize = 1_000_000;
 /// Options whose values are texts; of all others they are numbers.
 const TEXTS: &str = "negative prompt-syntax variation to tile sampler schedule original-size crop target-size output image mask fit";
 
-/// Every picture that is asked for, in order: line by line, there seed by seed, there through the sweeps.
+/// Every picture that is asked for, in order: line by line, there seed by seed, there through the
+/// sweeps.
 pub struct List {
     /// what lines are counted in, for errors: the file, or stdin
     pub name: String,
@@ -76,14 +78,24 @@ pub struct Frame {
 impl Item {
     /// How far the first noise goes to that of another seed.
     pub fn variation(&self) -> Option<Variation> {
-        let of_frame = self.options.to_seed.zip(self.sweep.frame).map(|(seed, Frame { share, .. })| Variation { seed, strength: share });
+        let of_frame =
+            self.options
+                .to_seed
+                .zip(self.sweep.frame)
+                .map(|(seed, Frame { share, .. })| Variation {
+                    seed,
+                    strength: share,
+                });
         of_frame.or(self.options.variation)
     }
 
     /// How far it is to another prompt, and to which.
     pub fn to(&self) -> Option<Toward> {
         let Frame { share, .. } = self.sweep.frame?;
-        Some(Toward { prompt: self.options.to.clone()?, share })
+        Some(Toward {
+            prompt: self.options.to.clone()?,
+            share,
+        })
     }
 }
 
@@ -99,18 +111,41 @@ impl List {
     /// Reads the prompt, or the list, that the arguments name. Errors name the line of the list.
     pub fn read(args: &DrawArgs) -> Result<Self> {
         let missing = || anyhow!("no prompt\n\nhint: sdgen \"a frog in a top hat\"");
-        let ending = |wanted: &str| args.from.as_deref().and_then(Path::extension).is_some_and(|e| e == wanted);
+        let ending = |wanted: &str| {
+            args.from
+                .as_deref()
+                .and_then(Path::extension)
+                .is_some_and(|e| e == wanted)
+        };
         // a list whose name does not tell is one of objects if its first line is
-        let mut is_json = if ending("txt") || args.from.is_none() { Some(false) } else { ending("jsonl").then_some(true) };
+        let mut is_json = if ending("txt") || args.from.is_none() {
+            Some(false)
+        } else {
+            ending("jsonl").then_some(true)
+        };
         let (name, source): (_, Box<dyn BufRead>) = match (&args.from, args.prompt.as_deref()) {
-            (Some(_), Some(_)) => bail!("a prompt and `--from` cannot be used together\n\nhint: put the prompt into the list"),
+            (Some(_), Some(_)) => bail!(
+                "a prompt and `--from` cannot be used together\n\nhint: put the prompt into the list"
+            ),
             (None, Some(prompt)) if prompt != "-" => {
-                return Self::of(args, String::new(), [Ok(Prompt { line: None, text: prompt.into(), keys: None })]);
+                return Self::of(
+                    args,
+                    String::new(),
+                    [Ok(Prompt {
+                        line: None,
+                        text: prompt.into(),
+                        keys: None,
+                    })],
+                );
             }
             (None, None) if stdin().is_terminal() => return Err(missing()),
             (Some(path), None) if path != "-" => {
-                let file = File::open(path).with_context(|| format!("cannot read the list `{}`", path.display()))?;
-                (format!("`{}`", path.display()), Box::new(BufReader::new(file)))
+                let file = File::open(path)
+                    .with_context(|| format!("cannot read the list `{}`", path.display()))?;
+                (
+                    format!("`{}`", path.display()),
+                    Box::new(BufReader::new(file)),
+                )
             }
             _ => ("stdin".into(), Box::new(stdin().lock())),
         };
@@ -125,14 +160,21 @@ impl List {
                     return Ok(None);
                 }
                 // templates may begin with braces, too
-                let object =
-                    line.trim_start().strip_prefix('{').is_some_and(|rest| args.dynamic.is_none() || rest.trim_start().starts_with('"'));
+                let object = line.trim_start().strip_prefix('{').is_some_and(|rest| {
+                    args.dynamic.is_none() || rest.trim_start().starts_with('"')
+                });
                 if *is_json.get_or_insert(object) {
                     return Prompt::parse(number, line).map(Some);
                 }
-                Ok(Some(Prompt { line: Some(number), text: line.into(), keys: None }))
+                Ok(Some(Prompt {
+                    line: Some(number),
+                    text: line.into(),
+                    keys: None,
+                }))
             });
-            prompt.with_context(|| format!("line {number} of {name}")).transpose()
+            prompt
+                .with_context(|| format!("line {number} of {name}"))
+                .transpose()
         });
         let list = Self::of(args, name.clone(), prompts)?;
         match &args.from {
@@ -143,15 +185,35 @@ impl List {
     }
 
     /// The pictures of some prompts.
-    fn of(args: &DrawArgs, name: String, prompts: impl IntoIterator<Item = Result<Prompt>>) -> Result<Self> {
+    fn of(
+        args: &DrawArgs,
+        name: String,
+        prompts: impl IntoIterator<Item = Result<Prompt>>,
+    ) -> Result<Self> {
         let mut options = Options::new();
-        let sweeps = args.sweep.iter().map(|text| options.sweep(text)).collect::<Result<Vec<_>>>()?;
-        if let Some((key, _)) = sweeps.iter().enumerate().find_map(|(i, sweep)| sweeps.iter().take(i).find(|other| other.0 == sweep.0)) {
-            bail!("`--sweep {key}` is given twice\n\nhint: one sweep takes all its values: `--sweep {key}=A,B,C`");
+        let sweeps = args
+            .sweep
+            .iter()
+            .map(|text| options.sweep(text))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some((key, _)) = sweeps
+            .iter()
+            .enumerate()
+            .find_map(|(i, sweep)| sweeps.iter().take(i).find(|other| other.0 == sweep.0))
+        {
+            bail!(
+                "`--sweep {key}` is given twice\n\nhint: one sweep takes all its values: `--sweep {key}=A,B,C`"
+            );
         }
-        // lines without options of their own share those of the command line, which alone may be none that can be drawn
+        // lines without options of their own share those of the command line, which alone may be
+        // none that can be drawn
         let mut plain = vec![];
-        let mut list = Self { name, items: vec![], outputs: vec![], random_seed: None };
+        let mut list = Self {
+            name,
+            items: vec![],
+            outputs: vec![],
+            random_seed: None,
+        };
         let mut outputs = HashMap::new();
         let folder = args.wildcards.as_deref().unwrap_or(Path::new("wildcards"));
         let mut dynamic = args.dynamic.map(|how| (how, Wildcards::new(folder)));
@@ -160,10 +222,19 @@ impl List {
             if keys.is_none() && plain.is_empty() {
                 plain = options.swept(&args.picture, &sweeps)?;
             }
-            let own = keys.map(|keys| options.of_line(&args.picture, keys).and_then(|own| options.swept(&own, &sweeps))).transpose();
+            let own = keys
+                .map(|keys| {
+                    options
+                        .of_line(&args.picture, keys)
+                        .and_then(|own| options.swept(&own, &sweeps))
+                })
+                .transpose();
             let added = own.and_then(|own| {
                 let variants = own.as_ref().unwrap_or(&plain);
-                let texts = variants.iter().map(|(options, _)| Texts::of(&text, options, &mut dynamic)).collect::<Result<Vec<_>>>()?;
+                let texts = variants
+                    .iter()
+                    .map(|(options, _)| Texts::of(&text, options, &mut dynamic))
+                    .collect::<Result<Vec<_>>>()?;
                 list.add(line, variants, &texts, args.format, &mut outputs)
             });
             list.of_line(line, added)?;
@@ -179,7 +250,8 @@ impl List {
         }
     }
 
-    /// Adds the pictures of one prompt: seed by seed, there text by text, there every variant of its options.
+    /// Adds the pictures of one prompt: seed by seed, there text by text, there every variant of
+    /// its options.
     fn add(
         &mut self,
         line: Option<usize>,
@@ -188,25 +260,57 @@ impl List {
         format: Option<Format>,
         outputs: &mut HashMap<Option<OsString>, usize>,
     ) -> Result<()> {
-        let seeds = variants.iter().map(|(options, _)| self.seeds(options)).collect::<Result<Vec<_>>>()?;
-        let (Some((first, _)), Some(count)) = (variants.first(), seeds.iter().map(Vec::len).min()) else { return Ok(()) };
-        let of_seed = texts.iter().map(Texts::count).fold(0, usize::saturating_add);
-        let total = self.items.len().saturating_add(count.saturating_mul(of_seed));
-        ensure!(total <= MAX_JOBS, "this asks for more than {MAX_JOBS} pictures\n\nhint: check `--seed`, `--count` and `--sweep`");
+        let seeds = variants
+            .iter()
+            .map(|(options, _)| self.seeds(options))
+            .collect::<Result<Vec<_>>>()?;
+        let (Some((first, _)), Some(count)) = (variants.first(), seeds.iter().map(Vec::len).min())
+        else {
+            return Ok(());
+        };
+        let of_seed = texts
+            .iter()
+            .map(Texts::count)
+            .fold(0, usize::saturating_add);
+        let total = self
+            .items
+            .len()
+            .saturating_add(count.saturating_mul(of_seed));
+        ensure!(
+            total <= MAX_JOBS,
+            "this asks for more than {MAX_JOBS} pictures\n\nhint: check `--seed`, `--count` and `--sweep`"
+        );
         let output = match outputs.get(&first.output) {
             Some(known) => *known,
             None => {
-                self.outputs.push(Destination::parse(first.output.as_deref(), format)?);
-                *outputs.entry(first.output.clone()).or_insert(self.outputs.len() - 1)
+                self.outputs
+                    .push(Destination::parse(first.output.as_deref(), format)?);
+                *outputs
+                    .entry(first.output.clone())
+                    .or_insert(self.outputs.len() - 1)
             }
         };
         for i in 0..count {
-            let seeds: Vec<u64> = seeds.iter().filter_map(|seeds| seeds.get(i).copied()).collect();
-            let texts: Vec<_> = texts.iter().zip(&seeds).map(|(texts, seed)| texts.at(*seed)).collect();
+            let seeds: Vec<u64> = seeds
+                .iter()
+                .filter_map(|seeds| seeds.get(i).copied())
+                .collect();
+            let texts: Vec<_> = texts
+                .iter()
+                .zip(&seeds)
+                .map(|(texts, seed)| texts.at(*seed))
+                .collect();
             for nth in 0..texts.iter().map(Vec::len).max().unwrap_or(0) {
                 for (((_, sweep), texts), &seed) in variants.iter().zip(&texts).zip(&seeds) {
                     let text = texts.get(nth).cloned();
-                    let item = |(prompt, options)| Item { line, prompt, seed, options, sweep: sweep.clone(), output };
+                    let item = |(prompt, options)| Item {
+                        line,
+                        prompt,
+                        seed,
+                        options,
+                        sweep: sweep.clone(),
+                        output,
+                    };
                     self.items.extend(text.map(item));
                 }
             }
@@ -229,12 +333,22 @@ impl List {
 impl Prompt {
     /// Reads a line of a `.jsonl` list.
     fn parse(line: usize, text: &str) -> Result<Self> {
-        let error =
-            |error: serde_json::Error| anyhow!("it is no JSON object: {}", error.to_string().replace(" at line 1 column", ", column"));
+        let error = |error: serde_json::Error| {
+            anyhow!(
+                "it is no JSON object: {}",
+                error.to_string().replace(" at line 1 column", ", column")
+            )
+        };
         let mut keys: Map<String, Value> = serde_json::from_str(text).map_err(error)?;
         match keys.remove("prompt") {
-            Some(Value::String(prompt)) => Ok(Self { line: Some(line), text: prompt.into(), keys: Some(keys) }),
-            _ => bail!("it has no text under the key `prompt`\n\nhint: a line looks like {{\"prompt\": \"a frog\", \"seed\": 7}}"),
+            Some(Value::String(prompt)) => Ok(Self {
+                line: Some(line),
+                text: prompt.into(),
+                keys: Some(keys),
+            }),
+            _ => bail!(
+                "it has no text under the key `prompt`\n\nhint: a line looks like {{\"prompt\": \"a frog\", \"seed\": 7}}"
+            ),
         }
     }
 }
@@ -244,15 +358,26 @@ enum Texts {
     /// for every seed
     Fixed(Vec<(Arc<str>, Arc<PictureArgs>)>),
     /// by the seed: of the prompt, the negative one and the one that it goes to
-    Drawn { templates: [Option<Template>; 3], options: Arc<PictureArgs> },
+    Drawn {
+        templates: [Option<Template>; 3],
+        options: Arc<PictureArgs>,
+    },
 }
 
 impl Texts {
     /// Reads the templates of a prompt and its options, if these are any.
-    fn of(prompt: &Arc<str>, options: &Arc<PictureArgs>, dynamic: &mut Option<(Dynamic, Wildcards)>) -> Result<Self> {
-        let Some((how, wildcards)) = dynamic else { return Ok(Self::Fixed(vec![(prompt.clone(), options.clone())])) };
+    fn of(
+        prompt: &Arc<str>,
+        options: &Arc<PictureArgs>,
+        dynamic: &mut Option<(Dynamic, Wildcards)>,
+    ) -> Result<Self> {
+        let Some((how, wildcards)) = dynamic else {
+            return Ok(Self::Fixed(vec![(prompt.clone(), options.clone())]));
+        };
         let mut template = |name: &str, text: Option<&Arc<str>>| {
-            text.map(|text| Template::parse(text, wildcards)).transpose().with_context(|| format!("the {name}"))
+            text.map(|text| Template::parse(text, wildcards))
+                .transpose()
+                .with_context(|| format!("the {name}"))
         };
         let templates = [
             template("prompt", Some(prompt))?,
@@ -260,20 +385,41 @@ impl Texts {
             template("prompt of `--to`", options.to.as_ref())?,
         ];
         if *how == Dynamic::Random {
-            return Ok(Self::Drawn { templates, options: options.clone() });
+            return Ok(Self::Drawn {
+                templates,
+                options: options.clone(),
+            });
         }
-        let count = templates.iter().flatten().map(Template::count).fold(1, u64::saturating_mul);
+        let count = templates
+            .iter()
+            .flatten()
+            .map(Template::count)
+            .fold(1, u64::saturating_mul);
         let hint = "`--dynamic` alone draws one of them for each seed";
-        ensure!(count <= MAX_JOBS as u64, "this template comes to more than {MAX_JOBS} texts\n\nhint: {hint}");
+        ensure!(
+            count <= MAX_JOBS as u64,
+            "this template comes to more than {MAX_JOBS} texts\n\nhint: {hint}"
+        );
         let [prompts, negatives, tos] = templates.map(|template| match template {
-            Some(template) => template.all().into_iter().map(|text| Some(Arc::from(text))).collect(),
+            Some(template) => template
+                .all()
+                .into_iter()
+                .map(|text| Some(Arc::from(text)))
+                .collect(),
             None => vec![None],
         });
         let mut all = vec![];
-        let others = negatives.iter().flat_map(|negative| tos.iter().map(move |to| with_texts(options, negative.clone(), to.clone())));
+        let others = negatives.iter().flat_map(|negative| {
+            tos.iter()
+                .map(move |to| with_texts(options, negative.clone(), to.clone()))
+        });
         let others: Vec<_> = others.collect();
         for prompt in prompts.into_iter().flatten() {
-            all.extend(others.iter().map(|options| (Arc::clone(&prompt), options.clone())));
+            all.extend(
+                others
+                    .iter()
+                    .map(|options| (Arc::clone(&prompt), options.clone())),
+            );
         }
         Ok(Self::Fixed(all))
     }
@@ -290,7 +436,9 @@ impl Texts {
         match self {
             Self::Fixed(all) => all.clone(),
             Self::Drawn { templates, options } => {
-                let [text, negative, to] = templates.each_ref().map(|template| Some(Arc::<str>::from(template.as_ref()?.draw(seed))));
+                let [text, negative, to] = templates
+                    .each_ref()
+                    .map(|template| Some(Arc::<str>::from(template.as_ref()?.draw(seed))));
                 vec![(text.unwrap_or_default(), with_texts(options, negative, to))]
             }
         }
@@ -298,11 +446,19 @@ impl Texts {
 }
 
 /// The options with these texts; the same ones where nothing changes.
-fn with_texts(options: &Arc<PictureArgs>, negative: Option<Arc<str>>, to: Option<Arc<str>>) -> Arc<PictureArgs> {
+fn with_texts(
+    options: &Arc<PictureArgs>,
+    negative: Option<Arc<str>>,
+    to: Option<Arc<str>>,
+) -> Arc<PictureArgs> {
     if options.negative == negative && options.to == to {
         return options.clone();
     }
-    Arc::new(PictureArgs { negative, to, ..(**options).clone() })
+    Arc::new(PictureArgs {
+        negative,
+        to,
+        ..(**options).clone()
+    })
 }
 
 /// Options by their long names, read as the command line reads them.
@@ -315,19 +471,37 @@ type Variant = (Arc<PictureArgs>, Arc<Swept>);
 
 impl Options {
     fn new() -> Self {
-        Self(PictureArgs::augment_args_for_update(clap::Command::new("sdgen").no_binary_name(true).disable_help_flag(true)))
+        Self(PictureArgs::augment_args_for_update(
+            clap::Command::new("sdgen")
+                .no_binary_name(true)
+                .disable_help_flag(true),
+        ))
     }
 
-    /// The long name of an option that may be called by an alias, with `_` for `-` too. Errors name the nearest.
+    /// The long name of an option that may be called by an alias, with `_` for `-` too. Errors name
+    /// the nearest.
     fn long_name(&self, key: &str) -> Result<String> {
         let wanted = key.replace('_', "-");
         let names = |option: &clap::Arg| {
-            option.get_all_aliases().unwrap_or_default().into_iter().chain(option.get_long()).map(String::from).collect::<Vec<_>>()
+            option
+                .get_all_aliases()
+                .unwrap_or_default()
+                .into_iter()
+                .chain(option.get_long())
+                .map(String::from)
+                .collect::<Vec<_>>()
         };
-        if let Some(option) = self.0.get_arguments().find(|option| names(option).contains(&wanted)) {
+        if let Some(option) = self
+            .0
+            .get_arguments()
+            .find(|option| names(option).contains(&wanted))
+        {
             return Ok(option.get_long().unwrap_or_default().into());
         }
-        let all: Vec<String> = ["prompt".into()].into_iter().chain(self.0.get_arguments().flat_map(names)).collect();
+        let all: Vec<String> = ["prompt".into()]
+            .into_iter()
+            .chain(self.0.get_arguments().flat_map(names))
+            .collect();
         let hint = match nearest(&wanted, all.iter().map(String::as_str)) {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("keys are {}", all.join(", ")),
@@ -337,10 +511,15 @@ impl Options {
 
     /// Sets the option of this long name. Errors say what it may be.
     fn set(&mut self, options: &mut PictureArgs, long: &str, value: &str) -> Result<()> {
-        let matches = self.0.try_get_matches_from_mut([format!("--{long}={value}")]);
+        let matches = self
+            .0
+            .try_get_matches_from_mut([format!("--{long}={value}")]);
         let set = matches.and_then(|matches| options.update_from_arg_matches(&matches));
         set.map_err(|error| {
-            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
             anyhow!("`{long}` cannot be `{value}`{cause}")
         })
     }
@@ -354,9 +533,14 @@ impl Options {
             let value = match value {
                 // what programs write for an option that is not given
                 Value::Null => continue,
-                Value::String(text) if is_text || matches!(&*long, "seed" | "extend" | "hires") => text,
+                Value::String(text) if is_text || matches!(&*long, "seed" | "extend" | "hires") => {
+                    text
+                }
                 Value::Number(number) if !is_text => number.to_string(),
-                other => bail!("`{key}` wants a {}, not {other}", if is_text { "text" } else { "number" }),
+                other => bail!(
+                    "`{key}` wants a {}, not {other}",
+                    if is_text { "text" } else { "number" }
+                ),
             };
             self.set(&mut options, &long, &value)?;
         }
@@ -365,13 +549,25 @@ impl Options {
 
     /// Reads `KEY=V1,V2,...`.
     fn sweep(&mut self, text: &str) -> Result<Sweep> {
-        let Some((key, values)) = text.split_once('=').filter(|(_, values)| !values.is_empty()) else {
+        let Some((key, values)) = text
+            .split_once('=')
+            .filter(|(_, values)| !values.is_empty())
+        else {
             bail!("`--sweep {text}` has no values\n\nhint: write them as `--sweep guidance=3,5,7`");
         };
-        let long = self.long_name(key).with_context(|| format!("`--sweep {text}`"))?;
+        let long = self
+            .long_name(key)
+            .with_context(|| format!("`--sweep {text}`"))?;
         let values = match &*long {
-            "count" | "crop" | "extend" | "frames" | "output" => bail!("`--sweep` cannot vary `{long}`"),
-            "seed" => values.parse::<Seeds>()?.values(1)?.iter().map(u64::to_string).collect(),
+            "count" | "crop" | "extend" | "frames" | "output" => {
+                bail!("`--sweep` cannot vary `{long}`")
+            }
+            "seed" => values
+                .parse::<Seeds>()?
+                .values(1)?
+                .iter()
+                .map(u64::to_string)
+                .collect(),
             _ => values.split(',').map(String::from).collect(),
         };
         Ok((long, values))
@@ -388,11 +584,27 @@ impl Options {
             for (options, Swept { name, labels, .. }) in &variants {
                 for value in values {
                     let mut options = options.clone();
-                    self.set(&mut options, long, value).with_context(|| format!("`--sweep {long}`"))?;
-                    let labels = labels.iter().cloned().chain([format!("{long} {value}")]).collect();
-                    let value = if value.parse::<f64>().is_ok() { value.clone() } else { output::slug(value, "none") };
+                    self.set(&mut options, long, value)
+                        .with_context(|| format!("`--sweep {long}`"))?;
+                    let labels = labels
+                        .iter()
+                        .cloned()
+                        .chain([format!("{long} {value}")])
+                        .collect();
+                    let value = if value.parse::<f64>().is_ok() {
+                        value.clone()
+                    } else {
+                        output::slug(value, "none")
+                    };
                     let joint = if name.is_empty() { "" } else { "-" };
-                    next.push((options, Swept { name: format!("{name}{joint}{long}-{value}"), labels, frame: None }));
+                    next.push((
+                        options,
+                        Swept {
+                            name: format!("{name}{joint}{long}-{value}"),
+                            labels,
+                            frame: None,
+                        },
+                    ));
                 }
             }
             variants = next;
@@ -400,7 +612,11 @@ impl Options {
         let mut all = vec![];
         for (options, swept) in variants {
             let (frames, options) = (frames(&options, swept)?, Arc::new(options));
-            all.extend(frames.into_iter().map(|swept| (options.clone(), Arc::new(swept))));
+            all.extend(
+                frames
+                    .into_iter()
+                    .map(|swept| (options.clone(), Arc::new(swept))),
+            );
         }
         Ok(all)
     }
@@ -408,37 +624,84 @@ impl Options {
 
 /// What is swept, once for each frame of an animation, or alone where there is none.
 fn frames(options: &PictureArgs, swept: Swept) -> Result<Vec<Swept>> {
-    let PictureArgs { to, to_seed, frames, variation, .. } = options;
-    let to = [to.as_ref().map(|_| "--to"), to_seed.map(|_| "--to-seed")].into_iter().flatten().next();
+    let PictureArgs {
+        to,
+        to_seed,
+        frames,
+        variation,
+        ..
+    } = options;
+    let to = [to.as_ref().map(|_| "--to"), to_seed.map(|_| "--to-seed")]
+        .into_iter()
+        .flatten()
+        .next();
     let frames = match (to, frames) {
         (None, None) => return Ok(vec![swept]),
         (Some(_), Some(frames)) => *frames,
         (Some(option), None) => {
-            bail!("`{option}` does not say in how many pictures\n\nhint: `--frames 24`, the first and the last included")
+            bail!(
+                "`{option}` does not say in how many pictures\n\nhint: `--frames 24`, the first and the last included"
+            )
         }
-        (None, Some(_)) => bail!("`--frames` does not say to what\n\nhint: `--to \"another prompt\"`, `--to-seed 9`, or both"),
+        (None, Some(_)) => bail!(
+            "`--frames` does not say to what\n\nhint: `--to \"another prompt\"`, `--to-seed 9`, or both"
+        ),
     };
-    ensure!(to_seed.is_none() || variation.is_none(), "`--variation` and `--to-seed` both change the noise\n\nhint: leave one of them out");
+    ensure!(
+        to_seed.is_none() || variation.is_none(),
+        "`--variation` and `--to-seed` both change the noise\n\nhint: leave one of them out"
+    );
     let frame = |number: usize| {
         let joint = if swept.name.is_empty() { "" } else { "-" };
-        let labels = swept.labels.iter().cloned().chain([format!("frame {number}")]).collect();
-        let frame = Frame { number, share: number as f64 / (frames - 1) as f64 };
-        Swept { name: format!("{}{joint}{number:04}", swept.name), labels, frame: Some(frame) }
+        let labels = swept
+            .labels
+            .iter()
+            .cloned()
+            .chain([format!("frame {number}")])
+            .collect();
+        let frame = Frame {
+            number,
+            share: number as f64 / (frames - 1) as f64,
+        };
+        Swept {
+            name: format!("{}{joint}{number:04}", swept.name),
+            labels,
+            frame: Some(frame),
+        }
     };
     Ok((0..frames).map(frame).collect())
 }
 
 /// The options with each picture of a folder for a source, by name.
 fn pictures_in(folder: &Path, base: &PictureArgs) -> Result<Vec<(PictureArgs, Swept)>> {
-    let read = || -> std::io::Result<Vec<PathBuf>> { std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect() };
-    let mut paths = read().with_context(|| format!("cannot read the folder `{}`", folder.display()))?;
+    let read = || -> std::io::Result<Vec<PathBuf>> {
+        std::fs::read_dir(folder)?
+            .map(|entry| Ok(entry?.path()))
+            .collect()
+    };
+    let mut paths =
+        read().with_context(|| format!("cannot read the folder `{}`", folder.display()))?;
     paths.retain(|path| path.is_file() && ImageFormat::from_path(path).is_ok());
     paths.sort();
-    ensure!(!paths.is_empty(), "`{}` is a folder without pictures", folder.display());
+    ensure!(
+        !paths.is_empty(),
+        "`{}` is a folder without pictures",
+        folder.display()
+    );
     let variant = |path: PathBuf| {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let swept = Swept { name: output::slug(&name, "picture"), labels: vec![format!("image {name}")], frame: None };
-        (PictureArgs { image: Some(path), ..base.clone() }, swept)
+        let swept = Swept {
+            name: output::slug(&name, "picture"),
+            labels: vec![format!("image {name}")],
+            frame: None,
+        };
+        (
+            PictureArgs {
+                image: Some(path),
+                ..base.clone()
+            },
+            swept,
+        )
     };
     Ok(paths.into_iter().map(variant).collect())
 }
@@ -460,14 +723,22 @@ impl Seeds {
     fn values(&self, count: usize) -> Result<Vec<u64>> {
         let several = self.0.len() > 1 || self.0.iter().any(|r| r.end - r.start > 1);
         if several && count > 1 {
-            bail!("`--count` needs a single `--seed`\n\nhint: write the seeds as a range, for example `--seed 0..{count}`");
+            bail!(
+                "`--count` needs a single `--seed`\n\nhint: write the seeds as a range, for example `--seed 0..{count}`"
+            );
         }
-        let total = self.0.iter().map(|r| r.end - r.start).fold(0u64, u64::saturating_add);
+        let total = self
+            .0
+            .iter()
+            .map(|r| r.end - r.start)
+            .fold(0u64, u64::saturating_add);
         if total > MAX_JOBS as u64 {
             bail!("`--seed` names {total} seeds, more than {MAX_JOBS}");
         }
         let values = self.0.iter().cloned().flatten();
-        Ok(values.flat_map(|seed| (0..count as u64).map(move |i| seed.wrapping_add(i))).collect())
+        Ok(values
+            .flat_map(|seed| (0..count as u64).map(move |i| seed.wrapping_add(i)))
+            .collect())
     }
 }
 
@@ -475,7 +746,11 @@ impl std::str::FromStr for Seeds {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let number = |s: &str| s.trim().parse::<u64>().with_context(|| format!("`{s}` is no seed: a number from 0 to {}", u64::MAX - 1));
+        let number = |s: &str| {
+            s.trim()
+                .parse::<u64>()
+                .with_context(|| format!("`{s}` is no seed: a number from 0 to {}", u64::MAX - 1))
+        };
         let range = |part: &str| match part.split_once("..") {
             Some((from, to)) => {
                 let (from, to) = (number(from)?, number(to)?);

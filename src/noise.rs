@@ -39,7 +39,9 @@ impl MersenneTwister {
         let mut word = (seed & 0xffff_ffff) as u32;
         for (i, slot) in state.iter_mut().enumerate() {
             if i > 0 {
-                word = 1_812_433_253_u32.wrapping_mul(word ^ (word >> 30)).wrapping_add(i as u32);
+                word = 1_812_433_253_u32
+                    .wrapping_mul(word ^ (word >> 30))
+                    .wrapping_add(i as u32);
             }
             *slot = word;
         }
@@ -48,7 +50,8 @@ impl MersenneTwister {
 
     fn refill(&mut self) {
         for i in 0..STATE {
-            let joined = (self.state[i] & 0x8000_0000) | (self.state[(i + 1) % STATE] & 0x7fff_ffff);
+            let joined =
+                (self.state[i] & 0x8000_0000) | (self.state[(i + 1) % STATE] & 0x7fff_ffff);
             let mixed = if joined & 1 == 1 { 0x9908_b0df } else { 0 };
             self.state[i] = self.state[(i + SHIFT) % STATE] ^ (joined >> 1) ^ mixed;
         }
@@ -81,8 +84,9 @@ impl MersenneTwister {
     }
 }
 
-/// Another seed, and how far the first noise of a picture goes towards that seed's. A1111's variation seed does so for each
-/// column of the latents by itself; at 512x512 its noise is 0.02 (strength 0.1) to 0.06 (0.5) of a unit from ours.
+/// Another seed, and how far the first noise of a picture goes towards that seed's. A1111's
+/// variation seed does so for each column of the latents by itself; at 512x512 its noise is 0.02
+/// (strength 0.1) to 0.06 (0.5) of a unit from ours.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Variation {
@@ -95,7 +99,13 @@ impl Variation {
     /// Takes the first noise of a picture [1, h, w, c] that far.
     pub fn of(self, noise: &Tensor) -> Result<Tensor> {
         let (_, h, w, c) = noise.dims4()?;
-        slerp(noise, &Generator::new(self.seed).latents(h, w, c)?.to_device(noise.device())?, self.strength)
+        slerp(
+            noise,
+            &Generator::new(self.seed)
+                .latents(h, w, c)?
+                .to_device(noise.device())?,
+            self.strength,
+        )
     }
 }
 
@@ -103,9 +113,13 @@ impl FromStr for Variation {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let parts = text.split_once(':').and_then(|(seed, strength)| Some((seed.trim().parse().ok()?, strength.trim().parse().ok()?)));
+        let parts = text.split_once(':').and_then(|(seed, strength)| {
+            Some((seed.trim().parse().ok()?, strength.trim().parse().ok()?))
+        });
         match parts {
-            Some((seed, strength)) if (0.0..=1.0).contains(&strength) => Ok(Self { seed, strength }),
+            Some((seed, strength)) if (0.0..=1.0).contains(&strength) => {
+                Ok(Self { seed, strength })
+            }
             _ => Err("expected SEED:X with X from 0 to 1, such as 9:0.2".into()),
         }
     }
@@ -141,7 +155,10 @@ pub struct Generator {
 impl Generator {
     /// Starts from a seed. Like torch's twister, only its low 32 bits count.
     pub fn new(seed: u64) -> Self {
-        Self { bits: MersenneTwister::new(seed), spare: None }
+        Self {
+            bits: MersenneTwister::new(seed),
+            spare: None,
+        }
     }
 
     /// `n` unit normals, as `torch.randn(n)` orders them (any shape with `n` elements).
@@ -182,17 +199,23 @@ impl Generator {
     }
 }
 
-/// Spherical interpolation (Shoemake 1985) between two tensors, each seen as one vector: `a` at 0, `b` at 1, and between
-/// them as long as they are, where their mean would be too short to be unit noise. Of nearly parallel ones the mean.
+/// Spherical interpolation (Shoemake 1985) between two tensors, each seen as one vector: `a` at 0,
+/// `b` at 1, and between them as long as they are, where their mean would be too short to be unit
+/// noise. Of nearly parallel ones the mean.
 fn slerp(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
     let wide = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64);
-    let dot = |a: &Tensor, b: &Tensor| -> Result<f64> { (wide(a)? * wide(b)?)?.sum_all()?.to_scalar::<f64>() };
+    let dot = |a: &Tensor, b: &Tensor| -> Result<f64> {
+        (wide(a)? * wide(b)?)?.sum_all()?.to_scalar::<f64>()
+    };
     let cosine = dot(a, b)? / (dot(a, a)? * dot(b, b)?).sqrt();
     let (of_a, of_b) = if cosine > NEARLY_PARALLEL {
         (1.0 - share, share)
     } else {
         let angle = cosine.acos();
-        (((1.0 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin())
+        (
+            ((1.0 - share) * angle).sin() / angle.sin(),
+            (share * angle).sin() / angle.sin(),
+        )
     };
     (a * of_a)? + (b * of_b)?
 }

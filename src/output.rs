@@ -1,7 +1,8 @@
 //! Where pictures go: file names from templates, checks before anything is drawn, atomic writes.
 //!
 //! Hides how a prompt becomes a legal file name (it can never leave its folder) and how a picture
-//! appears under its name only when it is complete. What is in the file is told by [`crate::image`].
+//! appears under its name only when it is complete. What is in the file is told by
+//! [`crate::image`].
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -91,7 +92,15 @@ impl Field {
     ];
 
     fn is_whole_number(self) -> bool {
-        !matches!(self, Field::Prompt | Field::Negative | Field::Model | Field::Sampler | Field::Guidance | Field::Sweep)
+        !matches!(
+            self,
+            Field::Prompt
+                | Field::Negative
+                | Field::Model
+                | Field::Sampler
+                | Field::Guidance
+                | Field::Sweep
+        )
     }
 }
 
@@ -152,13 +161,21 @@ impl Destination {
     /// a template, any other path one file. `{{` and `}}` are braces. The format is the one asked
     /// for, else the extension's, else PNG. Errors on an empty path, an extension that is no format
     /// or not the one asked for, and a placeholder that is unknown or not closed.
-    pub fn parse(output: Option<&OsStr>, format: Option<Format>) -> anyhow::Result<(Destination, Format)> {
+    pub fn parse(
+        output: Option<&OsStr>,
+        format: Option<Format>,
+    ) -> anyhow::Result<(Destination, Format)> {
         let Some(output) = output else {
             let template = Template::default_in(PathBuf::new(), Vec::new())?;
-            return Ok((Destination::Template(template), format.unwrap_or(Format::Png)));
+            return Ok((
+                Destination::Template(template),
+                format.unwrap_or(Format::Png),
+            ));
         };
         if output.is_empty() {
-            bail!("`--output` is empty\n\nhint: give a file, a folder ending in `/`, or `-` for the bytes");
+            bail!(
+                "`--output` is empty\n\nhint: give a file, a folder ending in `/`, or `-` for the bytes"
+            );
         }
         if output == "-" {
             return Ok((Destination::Stdout, format.unwrap_or(Format::Png)));
@@ -172,9 +189,14 @@ impl Destination {
         match output.to_string_lossy().rsplit(is_separator).next() {
             Some("") => {
                 let template = Template::default_in(folder, pieces)?;
-                return Ok((Destination::Template(template), format.unwrap_or(Format::Png)));
+                return Ok((
+                    Destination::Template(template),
+                    format.unwrap_or(Format::Png),
+                ));
             }
-            Some("." | "..") => bail!("`{typed}` is a folder\n\nhint: `-o {typed}/` puts the pictures into it"),
+            Some("." | "..") => {
+                bail!("`{typed}` is a folder\n\nhint: `-o {typed}/` puts the pictures into it")
+            }
             _ => {}
         }
         // An extension is typed: what a placeholder puts after a dot is none.
@@ -190,11 +212,17 @@ impl Destination {
         };
         let format = match (named, format) {
             (Some(named), Some(format)) if named != format => {
-                bail!("`{typed}` names {named}, but `--format` asks for {format}\n\nhint: leave `--format` out, or change the name")
+                bail!(
+                    "`{typed}` names {named}, but `--format` asks for {format}\n\nhint: leave `--format` out, or change the name"
+                )
             }
             (named, format) => format.or(named).unwrap_or(Format::Png),
         };
-        let mut template = Template { folder, pieces, is_default: false };
+        let mut template = Template {
+            folder,
+            pieces,
+            is_default: false,
+        };
         let Some(path) = template.fixed() else {
             if tail.extension().is_none() {
                 template.pieces.push(Piece::Text(format!(".{format}")));
@@ -208,14 +236,20 @@ impl Destination {
 impl Template {
     fn default_in(folder: PathBuf, mut pieces: Vec<Piece>) -> anyhow::Result<Template> {
         pieces.extend(parse_pieces(DEFAULT_NAME)?);
-        Ok(Template { folder, pieces, is_default: true })
+        Ok(Template {
+            folder,
+            pieces,
+            is_default: true,
+        })
     }
 
     /// The path if it is the same for every picture.
     fn fixed(&self) -> Option<PathBuf> {
         let mut path = self.folder.clone();
         for piece in &self.pieces {
-            let Piece::Text(text) = piece else { return None };
+            let Piece::Text(text) = piece else {
+                return None;
+            };
             path.as_mut_os_string().push(text);
         }
         Some(path)
@@ -250,7 +284,9 @@ fn parse_pieces(template: &str) -> anyhow::Result<Vec<Piece>> {
             continue;
         }
         let Some((inside, after)) = (brace == "{").then(|| after.split_once('}')).flatten() else {
-            bail!("`{template}` has a lone `{brace}`\n\nhint: write `{brace}{brace}` for the brace itself");
+            bail!(
+                "`{template}` has a lone `{brace}`\n\nhint: write `{brace}{brace}` for the brace itself"
+            );
         };
         if !text.is_empty() {
             pieces.push(Piece::Text(std::mem::take(&mut text)));
@@ -267,10 +303,18 @@ fn parse_pieces(template: &str) -> anyhow::Result<Vec<Piece>> {
 
 /// Takes what stands between the braces.
 fn parse_placeholder(inside: &str) -> anyhow::Result<Piece> {
-    let (name, padding) = inside.split_once(':').map_or((inside, None), |(name, padding)| (name, Some(padding)));
+    let (name, padding) = inside
+        .split_once(':')
+        .map_or((inside, None), |(name, padding)| (name, Some(padding)));
     let Some(&(_, field)) = Field::ALL.iter().find(|(known, _)| *known == name) else {
-        let known: Vec<String> = Field::ALL.iter().map(|(known, _)| format!("`{{{known}}}`")).collect();
-        bail!("unknown placeholder `{{{name}}}`\n\nhint: known are {}; write `{{{{` for the brace itself", known.join(", "));
+        let known: Vec<String> = Field::ALL
+            .iter()
+            .map(|(known, _)| format!("`{{{known}}}`"))
+            .collect();
+        bail!(
+            "unknown placeholder `{{{name}}}`\n\nhint: known are {}; write `{{{{` for the brace itself",
+            known.join(", ")
+        );
     };
     let digits = match padding {
         None => 0,
@@ -295,10 +339,18 @@ pub(crate) fn slug(text: &str, fallback: &str) -> String {
     let mut slug = String::new();
     let mut chars = 0;
     // Apostrophes and invisible characters do not end a word: `don't` is `dont`.
-    let visible: String = text.chars().filter(|&c| !is_joined_over(c)).flat_map(char::to_lowercase).collect();
-    for word in visible.split(|c| !is_name_char(c)).filter(|word| !word.is_empty()) {
+    let visible: String = text
+        .chars()
+        .filter(|&c| !is_joined_over(c))
+        .flat_map(char::to_lowercase)
+        .collect();
+    for word in visible
+        .split(|c| !is_name_char(c))
+        .filter(|word| !word.is_empty())
+    {
         let joint = usize::from(!slug.is_empty());
-        let fits = chars + joint + word.chars().count() <= SLUG_CHARS && slug.len() + joint + word.len() <= SLUG_BYTES;
+        let fits = chars + joint + word.chars().count() <= SLUG_CHARS
+            && slug.len() + joint + word.len() <= SLUG_BYTES;
         // Cut at a word, or within one where words are too long for it (Chinese has no spaces).
         if !fits && slug.len() > SLUG_BYTES / 5 {
             break;
@@ -358,19 +410,32 @@ fn is_joined_over(c: char) -> bool {
 
 /// Device names of Windows, which are no file names with any extension either.
 fn is_reserved(name: &str) -> bool {
-    let numbered = name.strip_prefix("com").or_else(|| name.strip_prefix("lpt"));
+    let numbered = name
+        .strip_prefix("com")
+        .or_else(|| name.strip_prefix("lpt"));
     matches!(name, "con" | "prn" | "aux" | "nul")
-        || numbered.is_some_and(|number| matches!(number, "0" | "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "¹" | "²" | "³"))
+        || numbered.is_some_and(|number| {
+            matches!(
+                number,
+                "0" | "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "¹" | "²" | "³"
+            )
+        })
 }
 
 /// The paths of the whole work list, in its order, decided before anything is drawn; none for
 /// [`Destination::Stdout`]. Equal default names are told apart by `-2`, `-3`, ... Errors if
 /// several pictures go to one file or stdout, or a template gives two of them one name.
-pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]) -> anyhow::Result<Vec<PathBuf>> {
+pub fn plan_paths(
+    destination: &Destination,
+    format: Format,
+    jobs: &[Naming<'_>],
+) -> anyhow::Result<Vec<PathBuf>> {
     let count = jobs.len();
     match destination {
         Destination::Stdout if count > 1 => {
-            bail!("`-o -` takes one picture, but {count} are to be drawn\n\nhint: `-o '{DEFAULT_NAME}.{format}'` names each")
+            bail!(
+                "`-o -` takes one picture, but {count} are to be drawn\n\nhint: `-o '{DEFAULT_NAME}.{format}'` names each"
+            )
         }
         Destination::Stdout => Ok(Vec::new()),
         Destination::File(path) if count > 1 => {
@@ -390,7 +455,9 @@ pub fn plan_paths(destination: &Destination, format: Format, jobs: &[Naming<'_>]
             )
         }
         Destination::File(path) => Ok(vec![path.clone(); count]),
-        Destination::Template(template) if template.is_default => Ok(numbered_paths(template, format, jobs)),
+        Destination::Template(template) if template.is_default => {
+            Ok(numbered_paths(template, format, jobs))
+        }
         Destination::Template(template) => {
             let mut taken: HashMap<String, u64> = HashMap::with_capacity(count);
             let mut paths = Vec::with_capacity(count);
@@ -463,9 +530,13 @@ pub fn check_writable(paths: &[&Path], make_folders: bool, force: bool) -> anyho
     let folders: HashSet<&Path> = paths.iter().copied().map(folder_of).collect();
     for folder in folders {
         if make_folders {
-            fs::create_dir_all(folder).with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+            fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
         } else if !folder.is_dir() {
-            bail!("there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`", folder.display());
+            bail!(
+                "there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`",
+                folder.display()
+            );
         }
         temporary_file(folder).map_err(|error| write_error(folder, error))?;
         remove_leftovers(folder);
@@ -477,17 +548,25 @@ pub fn check_writable(paths: &[&Path], make_folders: bool, force: bool) -> anyho
 fn exists(path: &Path) -> anyhow::Result<bool> {
     let metadata = match fs::symlink_metadata(path) {
         // A path below a file is reported with its folder.
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(false);
+        }
         // A link is what it leads to, or a file to replace if it leads nowhere.
         Ok(metadata) if metadata.is_symlink() => fs::metadata(path).unwrap_or(metadata),
         metadata => metadata.with_context(|| format!("cannot write `{}`", path.display()))?,
     };
     if metadata.is_dir() {
-        bail!("`{0}` is a folder\n\nhint: `-o '{0}/'` puts the pictures into it", path.display());
+        bail!(
+            "`{0}` is a folder\n\nhint: `-o '{0}/'` puts the pictures into it",
+            path.display()
+        );
     }
     // Renaming over a device would replace it.
     if !metadata.is_file() && !metadata.is_symlink() {
-        bail!("`{}` is not a file\n\nhint: `-o -` writes the picture's bytes to stdout", path.display());
+        bail!(
+            "`{}` is not a file\n\nhint: `-o -` writes the picture's bytes to stdout",
+            path.display()
+        );
     }
     Ok(true)
 }
@@ -502,11 +581,17 @@ pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
         let mut file = temporary_file(folder_of(path))?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?; // some file systems report a full disk only here
-        let file = if force { file.persist(path) } else { file.persist_noclobber(path) };
+        let file = if force {
+            file.persist(path)
+        } else {
+            file.persist_noclobber(path)
+        };
         Ok(file?)
     };
     // A run that starts just now may have taken the new file for a leftover, before it was locked.
-    let written = (0..3).map(|_| write()).find(|result| !matches!(result, Err(error) if error.kind() == ErrorKind::NotFound));
+    let written = (0..3)
+        .map(|_| write())
+        .find(|result| !matches!(result, Err(error) if error.kind() == ErrorKind::NotFound));
     match written.unwrap_or_else(write) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(exists_error(path, "")),
@@ -538,7 +623,10 @@ fn remove_leftovers(folder: &Path) {
         let name = name.to_string_lossy();
         if name.starts_with(TEMPORARY.0)
             && name.ends_with(TEMPORARY.1)
-            && fs::File::options().write(true).open(entry.path()).is_ok_and(|file| file.try_lock().is_ok())
+            && fs::File::options()
+                .write(true)
+                .open(entry.path())
+                .is_ok_and(|file| file.try_lock().is_ok())
         {
             fs::remove_file(entry.path()).ok();
         }
@@ -559,14 +647,20 @@ pub struct DiskFull(String);
 impl fmt::Display for DiskFull {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let path = &self.0;
-        write!(f, "no space is left on the disk for `{path}`\n\nhint: free some, or put the pictures elsewhere with `-o FOLDER/`")
+        write!(
+            f,
+            "no space is left on the disk for `{path}`\n\nhint: free some, or put the pictures elsewhere with `-o FOLDER/`"
+        )
     }
 }
 
 impl std::error::Error for DiskFull {}
 
 fn exists_error(path: &Path, others: &str) -> anyhow::Error {
-    anyhow!("`{}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name", path.display())
+    anyhow!(
+        "`{}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name",
+        path.display()
+    )
 }
 
 fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
@@ -574,7 +668,9 @@ fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => DiskFull(path.to_string()).into(),
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            anyhow!("no permission to write `{path}`\n\nhint: put the pictures elsewhere with `-o FOLDER/`")
+            anyhow!(
+                "no permission to write `{path}`\n\nhint: put the pictures elsewhere with `-o FOLDER/`"
+            )
         }
         _ => anyhow!("cannot write `{path}`: {error}"),
     }

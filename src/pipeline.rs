@@ -1,8 +1,8 @@
 //! From jobs to pictures: encode the prompts, sample latents, decode them.
 //!
-//! Hides how pictures are packed into batches, and how a batch that fails is taken apart. Each stage's weights are freed
-//! before the next stage's are read by scope; with several batches the U-Net stays, so that every picture is finished as
-//! soon as its batch is.
+//! Hides how pictures are packed into batches, and how a batch that fails is taken apart. Each
+//! stage's weights are freed before the next stage's are read by scope; with several batches the
+//! U-Net stays, so that every picture is finished as soon as its batch is.
 
 use crate::contexts::Contexts;
 use crate::device::Compute;
@@ -70,11 +70,13 @@ pub struct Drawn {
     pub trace: Option<Trace>,
 }
 
-/// Pictures that are looked ahead at: how far a batch reaches for its pictures, and whose prompts are embedded together.
+/// Pictures that are looked ahead at: how far a batch reaches for its pictures, and whose prompts
+/// are embedded together.
 const AHEAD: usize = 128;
 
-/// Draws the jobs and hands each picture to `sink` as soon as it is decoded, or the reason why there is none; errors are
-/// those that leave nothing to draw with. Asks `stop` before every batch whether to end there.
+/// Draws the jobs and hands each picture to `sink` as soon as it is decoded, or the reason why
+/// there is none; errors are those that leave nothing to draw with. Asks `stop` before every batch
+/// whether to end there.
 pub fn generate<'a>(
     checkpoint: &Checkpoint,
     request: &Request,
@@ -84,21 +86,35 @@ pub fn generate<'a>(
     stop: &dyn Fn() -> bool,
     sink: &mut dyn FnMut(&'a Job, Result<Drawn>),
 ) -> Result<()> {
-    let mut queue = Queue { jobs: jobs.iter().copied().collect(), again: vec![], batch_size: request.batch_size };
+    let mut queue = Queue {
+        jobs: jobs.iter().copied().collect(),
+        again: vec![],
+        batch_size: request.batch_size,
+    };
     let mut base = Stage::new(checkpoint, &request.model);
     let refiner = checkpoint.refiner.as_deref().zip(request.refiner.as_ref());
     let mut refiner = refiner.map(|(checkpoint, config)| Stage::new(checkpoint, config));
-    let mut vae = Vae { checkpoint, config: &request.vae, decoder: None };
+    let mut vae = Vae {
+        checkpoint,
+        config: &request.vae,
+        decoder: None,
+    };
     let mut grounds = Grounds::new(checkpoint, &request.vae);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
         let _attended = compute.device.is_cpu().then(cpu::Attended::start);
         base.prepare(&batch, &queue, compute, progress)?;
         let batch = queue.alike(batch, |job| base.contexts.tokens(job))?;
         let mut steps = Steps::of(&batch, request)?;
-        progress.batch(batch.iter().map(|job| job.index).collect(), jobs.len() - queue.len() - batch.len(), jobs.len());
+        progress.batch(
+            batch.iter().map(|job| job.index).collect(),
+            jobs.len() - queue.len() - batch.len(),
+            jobs.len(),
+        );
         let ground = grounds.of(&batch, queue.iter(), compute, progress);
         let start = Instant::now();
-        let mut sampled = ground.and_then(|ground| base.sample(&batch, &mut steps, Start::Anew(&ground), compute, progress));
+        let mut sampled = ground.and_then(|ground| {
+            base.sample(&batch, &mut steps, Start::Anew(&ground), compute, progress)
+        });
         if let (Some(refiner), Ok(begun)) = (&mut refiner, &sampled) {
             // kept for the next batch; after the last its memory is free for the refiner
             base.unet = base.unet.take().filter(|_| queue.len() > 0);
@@ -112,20 +128,35 @@ pub fn generate<'a>(
             let over = |(i, job): (usize, &Job)| {
                 let Settings { width, height, .. } = job.settings;
                 let drawn = decode(decoder, small, i, &job.settings, request)?;
-                grounds.of_drawn(&drawn.fit(width, height, Fit::Stretch), &job.settings, compute, progress)
+                grounds.of_drawn(
+                    &drawn.fit(width, height, Fit::Stretch),
+                    &job.settings,
+                    compute,
+                    progress,
+                )
             };
-            let ground = larger.iter().enumerate().map(over).collect::<Result<Vec<_>>>();
+            let ground = larger
+                .iter()
+                .enumerate()
+                .map(over)
+                .collect::<Result<Vec<_>>>();
             steps.latent_shape = request.latent_shape(&first.settings);
             progress.stage("drawing it again, larger");
             let jobs: Vec<&Job> = larger.iter().collect();
-            sampled = ground.and_then(|ground| base.sample(&jobs, &mut steps, Start::Anew(&ground), compute, progress));
+            sampled = ground.and_then(|ground| {
+                base.sample(&jobs, &mut steps, Start::Anew(&ground), compute, progress)
+            });
         }
         let latents = match sampled.map_err(known) {
             Ok(latents) => latents,
             Err(error) => {
                 if error.is::<OutOfMemory>() && batch.len() > 1 {
                     queue.batch_size = batch.len().div_ceil(2);
-                    progress.note(format!("warning: no memory for a batch of {}; going on with {}", batch.len(), queue.batch_size));
+                    progress.note(format!(
+                        "warning: no memory for a batch of {}; going on with {}",
+                        batch.len(),
+                        queue.batch_size
+                    ));
                 }
                 if let Some((job, error)) = queue.put_back(batch, error) {
                     sink(job, Err(error));
@@ -143,12 +174,22 @@ pub fn generate<'a>(
         // one at a time: a decode needs far more memory than a latent
         for (i, job) in batch.into_iter().enumerate() {
             let start = Instant::now();
-            let drawn = decode(decoder, &latents, i, &job.settings, request).and_then(|drawn| grounds.put_back(job, drawn)).map_err(known);
+            let drawn = decode(decoder, &latents, i, &job.settings, request)
+                .and_then(|drawn| grounds.put_back(job, drawn))
+                .map_err(known);
             let mut trace = steps.traces.get_mut(i).map(std::mem::take);
             if let (Some(trace), Ok(picture)) = (&mut trace, &drawn) {
                 trace.picture(picture);
             }
-            sink(job, drawn.map(|picture| Drawn { picture, sampling_s, decoding_s: start.elapsed().as_secs_f64(), trace }));
+            sink(
+                job,
+                drawn.map(|picture| Drawn {
+                    picture,
+                    sampling_s,
+                    decoding_s: start.elapsed().as_secs_f64(),
+                    trace,
+                }),
+            );
         }
     }
     progress.finish();
@@ -176,12 +217,21 @@ impl Vae<'_> {
 }
 
 /// What devices say that have no memory left: CUDA, and Metal of a tensor and of a computation.
-const NO_MEMORY: [&str; 3] = ["out of memory", "failed to create metal resource: buffer", "insufficient memory"];
+const NO_MEMORY: [&str; 3] = [
+    "out of memory",
+    "failed to create metal resource: buffer",
+    "insufficient memory",
+];
 
-/// Gives an error of the device its kind. The backends of candle have no kind of error for this, only their words.
+/// Gives an error of the device its kind. The backends of candle have no kind of error for this,
+/// only their words.
 fn known(error: Error) -> Error {
     let text = format!("{error:#}").to_lowercase().replace('_', " ");
-    if NO_MEMORY.iter().any(|words| text.contains(words)) { error.context(OutOfMemory) } else { error }
+    if NO_MEMORY.iter().any(|words| text.contains(words)) {
+        error.context(OutOfMemory)
+    } else {
+        error
+    }
 }
 
 /// The jobs that are left, and how they become batches.
@@ -221,15 +271,28 @@ impl<'a> Queue<'a> {
     }
 
     /// Those of a batch that `what` is the same of as of the first; takes back the others.
-    fn alike(&mut self, batch: Vec<&'a Job>, what: impl Fn(&Job) -> Result<usize>) -> Result<Vec<&'a Job>> {
-        let each = batch.iter().map(|job| what(job)).collect::<Result<Vec<_>>>()?;
-        let (same, others): (Vec<_>, Vec<_>) = batch.into_iter().zip(&each).partition(|(_, is)| Some(*is) == each.first());
-        let jobs = |part: Vec<(&'a Job, &usize)>| part.into_iter().map(|(job, _)| job).collect::<Vec<_>>();
-        self.again.extend(Some(jobs(others)).filter(|others| !others.is_empty()));
+    fn alike(
+        &mut self,
+        batch: Vec<&'a Job>,
+        what: impl Fn(&Job) -> Result<usize>,
+    ) -> Result<Vec<&'a Job>> {
+        let each = batch
+            .iter()
+            .map(|job| what(job))
+            .collect::<Result<Vec<_>>>()?;
+        let (same, others): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .zip(&each)
+            .partition(|(_, is)| Some(*is) == each.first());
+        let jobs =
+            |part: Vec<(&'a Job, &usize)>| part.into_iter().map(|(job, _)| job).collect::<Vec<_>>();
+        self.again
+            .extend(Some(jobs(others)).filter(|others| !others.is_empty()));
         Ok(jobs(same))
     }
 
-    /// Takes back a batch that failed, in halves, so that its other pictures are drawn; a single job is given back.
+    /// Takes back a batch that failed, in halves, so that its other pictures are drawn; a single
+    /// job is given back.
     fn put_back(&mut self, mut batch: Vec<&'a Job>, error: Error) -> Option<(&'a Job, Error)> {
         if let [job] = batch[..] {
             return Some((job, error));
@@ -250,11 +313,22 @@ struct Stage<'a> {
 
 impl<'a> Stage<'a> {
     fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig) -> Self {
-        Self { checkpoint, contexts: Contexts::new(config), encoder: None, unet: None }
+        Self {
+            checkpoint,
+            contexts: Contexts::new(config),
+            encoder: None,
+            unet: None,
+        }
     }
 
     /// Embeds the batch's prompts, and those of what comes next, and has the U-Net there.
-    fn prepare(&mut self, batch: &[&Job], queue: &Queue, compute: &Compute, progress: &Progress) -> Result<()> {
+    fn prepare(
+        &mut self,
+        batch: &[&Job],
+        queue: &Queue,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<()> {
         let config = self.contexts.config;
         if batch.iter().any(|job| !self.contexts.has(job)) {
             let encoder = match self.encoder.take() {
@@ -270,15 +344,34 @@ impl<'a> Stage<'a> {
         }
         if self.unet.is_none() {
             progress.stage("reading the U-Net");
-            let weights = self.checkpoint.weights("unet", &compute.device, compute.dtype);
+            let weights = self
+                .checkpoint
+                .weights("unet", &compute.device, compute.dtype);
             self.unet = Some(UNet::new(&weights, &config.unet).context(ModelError)?);
         }
         Ok(())
     }
 
     /// Denoises one batch: latents [b, h, w, c].
-    fn sample(&self, batch: &[&Job], steps: &mut Steps, start: Start, compute: &Compute, progress: &Progress) -> Result<Tensor> {
-        let (Some(Job { settings, guidance, plan, refine, .. }), Some(unet)) = (batch.first(), &self.unet) else {
+    fn sample(
+        &self,
+        batch: &[&Job],
+        steps: &mut Steps,
+        start: Start,
+        compute: &Compute,
+        progress: &Progress,
+    ) -> Result<Tensor> {
+        let (
+            Some(Job {
+                settings,
+                guidance,
+                plan,
+                refine,
+                ..
+            }),
+            Some(unet),
+        ) = (batch.first(), &self.unet)
+        else {
             anyhow::bail!("nothing to draw")
         };
         let (plan, prediction) = match (refine, &start) {
@@ -288,44 +381,95 @@ impl<'a> Stage<'a> {
         unet.wrap.set(settings.tile);
         let mut texts = self.contexts.at(batch, plan.before());
         let told = unet.told(&self.contexts.of(batch, &texts)?)?;
-        let Steps { generators, traces, preview, latent_shape: (h, w, c), scaling_factor, done, total } = steps;
-        let mut noise = || each(generators, |g| g.latents(*h, *w, *c)?.to_device(&compute.device));
+        let Steps {
+            generators,
+            traces,
+            preview,
+            latent_shape: (h, w, c),
+            scaling_factor,
+            done,
+            total,
+        } = steps;
+        let mut noise = || {
+            each(generators, |g| {
+                g.latents(*h, *w, *c)?.to_device(&compute.device)
+            })
+        };
         let (mut beside, mut kept) = (None, None);
         let first = match start {
             Start::Begun(begun) => {
-                traces.iter_mut().zip(batch).try_for_each(|(trace, job)| self.contexts.trace(job, true, trace))?;
+                traces
+                    .iter_mut()
+                    .zip(batch)
+                    .try_for_each(|(trace, job)| self.contexts.trace(job, true, trace))?;
                 (begun * plan.handover_scale())?
             }
             Start::Anew(grounds) => {
-                let over = Over { grounds, config: self.contexts.config, guidance: *guidance, scaling_factor: *scaling_factor };
+                let over = Over {
+                    grounds,
+                    config: self.contexts.config,
+                    guidance: *guidance,
+                    scaling_factor: *scaling_factor,
+                };
                 let image = over.image(settings.strength, &mut noise)?;
                 let first = varied(noise()?, batch)?;
                 // of a picture that is drawn twice the first time alone
-                for (i, (trace, job)) in traces.iter_mut().zip(batch).enumerate().filter(|_| *done == 0) {
+                for (i, (trace, job)) in traces
+                    .iter_mut()
+                    .zip(batch)
+                    .enumerate()
+                    .filter(|_| *done == 0)
+                {
                     self.contexts.trace(job, false, trace)?;
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }
                 let mask = over.mask()?;
-                beside = over.beside(mask.as_ref(), &mut noise)?.map(|beside| beside.to_dtype(told.dtype())).transpose()?;
+                beside = over
+                    .beside(mask.as_ref(), &mut noise)?
+                    .map(|beside| beside.to_dtype(told.dtype()))
+                    .transpose()?;
                 let x = match &image {
                     // diffusers' inpainting forgets what it is to repaint all of
-                    Some(image) if mask.is_none() || settings.strength < Some(1.0) => (image + (&first * plan.first_sigma())?)?,
+                    Some(image) if mask.is_none() || settings.strength < Some(1.0) => {
+                        (image + (&first * plan.first_sigma())?)?
+                    }
                     _ => (&first * plan.init_noise_sigma())?,
                 };
-                kept = image.zip(mask).filter(|_| beside.is_none()).map(|(image, mask)| Kept { image, noise: first, mask });
+                kept = image
+                    .zip(mask)
+                    .filter(|_| beside.is_none())
+                    .map(|(image, mask)| Kept {
+                        image,
+                        noise: first,
+                        mask,
+                    });
                 x
             }
         };
         let reuse = Reuse::every(settings.deep_cache);
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
         let weights = batch.iter().take(1).flat_map(|job| job.weights()).collect();
-        let mut guided = Guided { unet: told, guidance: *guidance, weights, beside, scale, rescale, prediction, reuse };
+        let mut guided = Guided {
+            unet: told,
+            guidance: *guidance,
+            weights,
+            beside,
+            scale,
+            rescale,
+            prediction,
+            reuse,
+        };
         let (before, steps) = (*done, *total);
         let mut bad_step = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
             let now = self.contexts.at(batch, plan.step_of(*done - before));
             if now != texts {
-                guided.unet = unet.told(&self.contexts.of(batch, &now).map_err(candle_core::Error::wrap)?)?;
+                guided.unet = unet.told(
+                    &self
+                        .contexts
+                        .of(batch, &now)
+                        .map_err(candle_core::Error::wrap)?,
+                )?;
                 texts = now;
             }
             let denoised = guided.denoise(x, sigma, timestep)?;
@@ -339,17 +483,32 @@ impl<'a> Stage<'a> {
         };
         let mut on_step = |step: &Step| {
             if let Some(preview) = preview {
-                progress.preview(settings.width * batch.len(), settings.height, || preview.picture(step.denoised));
+                progress.preview(settings.width * batch.len(), settings.height, || {
+                    preview.picture(step.denoised)
+                });
             }
             let each = |i: usize, trace: &mut Trace| {
-                trace.step(before + step.index + 1, steps, &step.denoised.narrow(0, i, 1)?, &step.latents.narrow(0, i, 1)?)
+                trace.step(
+                    before + step.index + 1,
+                    steps,
+                    &step.denoised.narrow(0, i, 1)?,
+                    &step.latents.narrow(0, i, 1)?,
+                )
             };
-            traces.iter_mut().enumerate().try_for_each(|(i, trace)| each(i, trace))?;
-            kept.as_ref().map(|kept| kept.put_into(step, plan)).transpose()
+            traces
+                .iter_mut()
+                .enumerate()
+                .try_for_each(|(i, trace)| each(i, trace))?;
+            kept.as_ref()
+                .map(|kept| kept.put_into(step, plan))
+                .transpose()
         };
         let result = sampler::sample(plan, first, &mut denoise, &mut noise, &mut on_step);
         match bad_step {
-            Some(step) => Err(NotFinite { place: format!("after {step} of {total} denoising steps") }.into()),
+            Some(step) => Err(NotFinite {
+                place: format!("after {step} of {total} denoising steps"),
+            }
+            .into()),
             None => Ok(result?),
         }
     }
@@ -374,7 +533,11 @@ struct Over<'a> {
 
 impl Over<'_> {
     /// The latents of the sources [b, h, w, c], where they are needed.
-    fn image(&self, strength: Option<f64>, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Option<Tensor>> {
+    fn image(
+        &self,
+        strength: Option<f64>,
+        noise: &mut dyn FnMut() -> TensorResult<Tensor>,
+    ) -> TensorResult<Option<Tensor>> {
         let needed = match self.config.beside {
             Beside::Nothing => true,
             Beside::Masked => strength < Some(1.0),
@@ -383,20 +546,37 @@ impl Over<'_> {
         if !needed || self.grounds.is_empty() {
             return Ok(None);
         }
-        Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.sample(noise).map(Some)
+        Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?
+            .sample(noise)
+            .map(Some)
     }
 
     /// [b, h, w, 1], 1 where they are repainted; none if all of them is.
     fn mask(&self) -> TensorResult<Option<Tensor>> {
-        let masks: Vec<&Tensor> = self.grounds.iter().filter_map(|ground| Some(&ground.repainted.as_ref()?.mask)).collect();
-        if masks.is_empty() { Ok(None) } else { Tensor::cat(&masks, 0).map(Some) }
+        let masks: Vec<&Tensor> = self
+            .grounds
+            .iter()
+            .filter_map(|ground| Some(&ground.repainted.as_ref()?.mask))
+            .collect();
+        if masks.is_empty() {
+            Ok(None)
+        } else {
+            Tensor::cat(&masks, 0).map(Some)
+        }
     }
 
     /// What the network sees beside the latents, [passes*b, h, w, k].
-    fn beside(&self, mask: Option<&Tensor>, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Option<Tensor>> {
+    fn beside(
+        &self,
+        mask: Option<&Tensor>,
+        noise: &mut dyn FnMut() -> TensorResult<Tensor>,
+    ) -> TensorResult<Option<Tensor>> {
         let passes = self.guidance.passes();
         if let Some(mask) = mask {
-            let rest = self.grounds.iter().filter_map(|ground| Some(&ground.repainted.as_ref()?.rest));
+            let rest = self
+                .grounds
+                .iter()
+                .filter_map(|ground| Some(&ground.repainted.as_ref()?.rest));
             // diffusers draws for it, whether the network takes it or not
             let rest = Posterior::cat(rest)?.sample(noise)?;
             if self.config.beside == Beside::Masked {
@@ -407,14 +587,24 @@ impl Over<'_> {
         if self.config.beside != Beside::Picture {
             return Ok(None);
         }
-        let image = (Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.mean / self.scaling_factor)?;
+        let image = (Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.mean
+            / self.scaling_factor)?;
         let unconditional = image.zeros_like()?;
-        let rows: Vec<&Tensor> = (0..passes).map(|i| if i == 0 && passes > 1 { &unconditional } else { &image }).collect();
+        let rows: Vec<&Tensor> = (0..passes)
+            .map(|i| {
+                if i == 0 && passes > 1 {
+                    &unconditional
+                } else {
+                    &image
+                }
+            })
+            .collect();
         Tensor::cat(&rows, 0).map(Some)
     }
 }
 
-/// What stays of the sources while the rest is repainted: put back after every step, with the noise of that step.
+/// What stays of the sources while the rest is repainted: put back after every step, with the noise
+/// of that step.
 struct Kept {
     /// latents [b, h, w, c]
     image: Tensor,
@@ -426,29 +616,43 @@ struct Kept {
 impl Kept {
     /// A step's latents with this where nothing is repainted.
     fn put_into(&self, step: &Step, plan: &Plan) -> TensorResult<Tensor> {
-        let noisy = ((&self.image + (&self.noise * step.sigma)?)? / plan.latents_scale(step.sigma))?;
+        let noisy =
+            ((&self.image + (&self.noise * step.sigma)?)? / plan.latents_scale(step.sigma))?;
         &noisy + (step.latents - &noisy)?.broadcast_mul(&self.mask)?
     }
 }
 
 /// One tensor of each generator, in a row.
-fn each(generators: &mut [Generator], draw: impl Fn(&mut Generator) -> TensorResult<Tensor>) -> TensorResult<Tensor> {
-    Tensor::cat(&generators.iter_mut().map(draw).collect::<TensorResult<Vec<_>>>()?, 0)
+fn each(
+    generators: &mut [Generator],
+    draw: impl Fn(&mut Generator) -> TensorResult<Tensor>,
+) -> TensorResult<Tensor> {
+    Tensor::cat(
+        &generators
+            .iter_mut()
+            .map(draw)
+            .collect::<TensorResult<Vec<_>>>()?,
+        0,
+    )
 }
 
-/// The first noise of a batch [b, h, w, c], each picture's as far on the way to another seed's as it asks for.
+/// The first noise of a batch [b, h, w, c], each picture's as far on the way to another seed's as
+/// it asks for.
 fn varied(noise: Tensor, batch: &[&Job]) -> TensorResult<Tensor> {
     if batch.iter().all(|job| job.settings.variation.is_none()) {
         return Ok(noise);
     }
     let each = batch.iter().enumerate().map(|(i, job)| {
         let own = noise.narrow(0, i, 1)?;
-        job.settings.variation.map_or(Ok(own.clone()), |variation| variation.of(&own))
+        job.settings
+            .variation
+            .map_or(Ok(own.clone()), |variation| variation.of(&own))
     });
     Tensor::cat(&each.collect::<TensorResult<Vec<_>>>()?, 0)
 }
 
-/// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours never matter.
+/// How far a batch is, whichever stage it is in. Every picture has its own generator, so neighbours
+/// never matter.
 struct Steps<'a> {
     generators: Vec<Generator>,
     /// of each picture, where they are asked for
@@ -463,17 +667,43 @@ struct Steps<'a> {
 
 impl<'a> Steps<'a> {
     fn of(batch: &[&Job], request: &'a Request) -> Result<Self> {
-        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
-        let generators = batch.iter().map(|job| Generator::new(job.settings.seed)).collect();
-        let traces = batch.iter().filter(|_| request.trace).map(|_| Trace::default()).collect();
-        let (preview, latent_shape) = (request.preview.as_ref(), request.latent_shape(&first.settings));
+        let Some(first) = batch.first() else {
+            anyhow::bail!("the batch is empty")
+        };
+        let generators = batch
+            .iter()
+            .map(|job| Generator::new(job.settings.seed))
+            .collect();
+        let traces = batch
+            .iter()
+            .filter(|_| request.trace)
+            .map(|_| Trace::default())
+            .collect();
+        let (preview, latent_shape) = (
+            request.preview.as_ref(),
+            request.latent_shape(&first.settings),
+        );
         let scaling_factor = request.vae.scaling_factor();
-        Ok(Self { generators, traces, preview, latent_shape, scaling_factor, done: 0, total: first.evaluations() })
+        Ok(Self {
+            generators,
+            traces,
+            preview,
+            latent_shape,
+            scaling_factor,
+            done: 0,
+            total: first.evaluations(),
+        })
     }
 }
 
 /// Picture `i` of latents [b, h, w, c].
-fn decode(decoder: &Decoder, latents: &Tensor, i: usize, settings: &Settings, request: &Request) -> Result<Picture> {
+fn decode(
+    decoder: &Decoder,
+    latents: &Tensor,
+    i: usize,
+    settings: &Settings,
+    request: &Request,
+) -> Result<Picture> {
     decoder.wrap().set(settings.tile);
     let latents = latents.narrow(0, i, 1)?;
     let rgb = match request.tile(settings) {
@@ -481,13 +711,22 @@ fn decode(decoder: &Decoder, latents: &Tensor, i: usize, settings: &Settings, re
         None => decoder.decode(&latents)?,
     }; // [1, h, w, 3]
     if !finite(&rgb)? {
-        return Err(NotFinite { place: "after decoding".into() }.into());
+        return Err(NotFinite {
+            place: "after decoding".into(),
+        }
+        .into());
     }
-    Picture::from_tensor(&rgb)?.pop().context("nothing was decoded")
+    Picture::from_tensor(&rgb)?
+        .pop()
+        .context("nothing was decoded")
 }
 
 pub(crate) fn finite(x: &Tensor) -> TensorResult<bool> {
-    Ok(x.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
+    Ok(x.to_dtype(DType::F32)?
+        .abs()?
+        .sum_all()?
+        .to_scalar::<f32>()?
+        .is_finite())
 }
 
 #[cfg(test)]
@@ -500,7 +739,10 @@ mod tests {
         let metal = "Metal error Failed to create metal resource: Buffer";
         let late = "Command buffer had following error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)";
         for words in [cuda, metal, late] {
-            assert!(known(anyhow::anyhow!(words).context("the batch failed")).is::<OutOfMemory>(), "{words}");
+            assert!(
+                known(anyhow::anyhow!(words).context("the batch failed")).is::<OutOfMemory>(),
+                "{words}"
+            );
         }
         assert!(!known(anyhow::anyhow!("no kernel image is available")).is::<OutOfMemory>());
     }

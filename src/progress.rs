@@ -1,7 +1,8 @@
-//! What is said while drawing, always on stderr: a bar and lines for people, or events for programs.
+//! What is said while drawing, always on stderr: a bar and lines for people, or events for
+//! programs.
 //!
-//! `--progress json` writes one JSON object a line, each with its `event`; pictures are known by `index`, their place in
-//! the whole work list from 0:
+//! `--progress json` writes one JSON object a line, each with its `event`; pictures are known by
+//! `index`, their place in the whole work list from 0:
 //!
 //! | event | with |
 //! | --- | --- |
@@ -78,7 +79,14 @@ impl Progress {
                 Show::Bar(bar)
             }
         };
-        Self { show, terminal: None, preview_rows: AtomicUsize::new(0), quiet, verbose, now: Mutex::default() }
+        Self {
+            show,
+            terminal: None,
+            preview_rows: AtomicUsize::new(0),
+            quiet,
+            verbose,
+            now: Mutex::default(),
+        }
     }
 
     /// Shows pictures there too.
@@ -119,7 +127,8 @@ impl Progress {
         (now.title, now.batch) = (title.into(), vec![]);
     }
 
-    /// Starts to draw a batch: the index of each picture, and how many of how many pictures came before.
+    /// Starts to draw a batch: the index of each picture, and how many of how many pictures came
+    /// before.
     pub fn batch(&self, indices: Vec<usize>, before: usize, total: usize) {
         self.stage("drawing");
         let mut now = self.now();
@@ -138,7 +147,10 @@ impl Progress {
             self.event("step", json!({ "index": index, "step": done, "of": total }));
         }
         let Show::Bar(bar) = &self.show else { return };
-        let elapsed_s = now.stage.as_ref().map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
+        let elapsed_s = now
+            .stage
+            .as_ref()
+            .map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
         let per_step = elapsed_s / done.max(1) as f64;
         if bar.length() != Some(total as u64) {
             bar.set_length(total as u64);
@@ -148,28 +160,46 @@ impl Progress {
         }
         bar.set_position(done as u64);
         let left = per_step * total.saturating_sub(done) as f64;
-        bar.set_message(format!("{}, {per_step:.2} s a step, {left:.0} s left", now.title));
+        bar.set_message(format!(
+            "{}, {per_step:.2} s a step, {left:.0} s left",
+            now.title
+        ));
     }
 
-    /// Shows a finished picture, in the place of a preview. It is drawn and saved by then: an error is no reason to stop.
+    /// Shows a finished picture, in the place of a preview. It is drawn and saved by then: an error
+    /// is no reason to stop.
     pub fn show(&self, picture: &Picture) {
-        let Some(terminal) = &self.terminal else { return };
+        let Some(terminal) = &self.terminal else {
+            return;
+        };
         if let Ok((text, _)) = terminal.draw(picture, picture.width, picture.height, false) {
             self.overwrite(terminal, &text, 0);
         }
     }
 
-    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be; only above a bar.
-    pub fn preview(&self, width: usize, height: usize, picture: impl FnOnce() -> TensorResult<Picture>) {
-        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else { return };
+    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be;
+    /// only above a bar.
+    pub fn preview(
+        &self,
+        width: usize,
+        height: usize,
+        picture: impl FnOnce() -> TensorResult<Picture>,
+    ) {
+        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else {
+            return;
+        };
         let mut now = self.now();
-        let is_time = now.previewed.is_none_or(|before| before.elapsed() >= PREVIEW_INTERVAL);
+        let is_time = now
+            .previewed
+            .is_none_or(|before| before.elapsed() >= PREVIEW_INTERVAL);
         if !is_time || !terminal.can_overwrite() || !std::io::stderr().is_terminal() {
             return;
         }
         now.previewed = Some(Instant::now());
         drop(now);
-        let drawn = picture().map_err(Into::into).and_then(|picture| terminal.draw(&picture, width, height, true));
+        let drawn = picture()
+            .map_err(Into::into)
+            .and_then(|picture| terminal.draw(&picture, width, height, true));
         if let Ok((text, rows)) = drawn {
             self.overwrite(terminal, &text, rows);
         }

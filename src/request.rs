@@ -1,4 +1,5 @@
-//! A work list + what a checkpoint brings -> what will be drawn. Every contradiction dies here, before a weight is read.
+//! A work list + what a checkpoint brings -> what will be drawn. Every contradiction dies here,
+//! before a weight is read.
 
 use crate::canvas::Sources;
 use crate::cli::{DrawArgs, PictureArgs, VaeTiling};
@@ -34,7 +35,8 @@ const HIRES_STRENGTH: f64 = 0.5;
 const IMAGE_GUIDANCE: f64 = 1.5;
 /// A source picture is brought down to the model's own number of pixels from so many times that on.
 const MUCH_LARGER: f64 = 2.0;
-/// Pictures a forward pass where none are asked for: more bring little, and all of them wait for the last.
+/// Pictures a forward pass where none are asked for: more bring little, and all of them wait for
+/// the last.
 const AUTO_BATCH: usize = 4;
 
 /// One picture to draw.
@@ -60,14 +62,41 @@ pub struct Job {
 impl Job {
     /// How often networks run for it, a guided pair counted once.
     pub fn evaluations(&self) -> usize {
-        [Some(&self.plan), self.refine.as_ref(), self.enlarge.as_ref()].into_iter().flatten().map(|plan| plan.evaluations()).sum()
+        [
+            Some(&self.plan),
+            self.refine.as_ref(),
+            self.enlarge.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|plan| plan.evaluations())
+        .sum()
     }
 
     /// The second picture of one that is drawn twice.
     pub fn enlarged(&self) -> Option<Self> {
-        let (plan, Hires { width, height, strength, .. }) = (self.enlarge.clone()?, self.settings.hires?);
-        let settings = Settings { width, height, strength: Some(strength), hires: None, ..self.settings.clone() };
-        Some(Self { settings, plan, enlarge: None, ..self.clone() })
+        let (
+            plan,
+            Hires {
+                width,
+                height,
+                strength,
+                ..
+            },
+        ) = (self.enlarge.clone()?, self.settings.hires?);
+        let settings = Settings {
+            width,
+            height,
+            strength: Some(strength),
+            hires: None,
+            ..self.settings.clone()
+        };
+        Some(Self {
+            settings,
+            plan,
+            enlarge: None,
+            ..self.clone()
+        })
     }
 
     /// Of the prompts that `AND` joins.
@@ -79,10 +108,13 @@ impl Job {
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         Arc::ptr_eq(&self.plan, &other.plan)
-            && (a.width, a.height, a.hires, a.tile, a.deep_cache) == (b.width, b.height, b.hires, b.tile, b.deep_cache)
+            && (a.width, a.height, a.hires, a.tile, a.deep_cache)
+                == (b.width, b.height, b.hires, b.tile, b.deep_cache)
             && self.weights().eq(other.weights())
-            && (a.guidance, a.guidance_rescale, a.image_guidance) == (b.guidance, b.guidance_rescale, b.image_guidance)
-            && a.source.as_ref().map(|source| source.repaints()) == b.source.as_ref().map(|source| source.repaints())
+            && (a.guidance, a.guidance_rescale, a.image_guidance)
+                == (b.guidance, b.guidance_rescale, b.image_guidance)
+            && a.source.as_ref().map(|source| source.repaints())
+                == b.source.as_ref().map(|source| source.repaints())
     }
 }
 
@@ -121,9 +153,12 @@ impl ModelConfig {
     fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
         let encoder = EncoderConfig::of(checkpoint)?;
-        let added_ids = encoder.pooled().map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+        let added_ids = encoder
+            .pooled()
+            .map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
         let pipeline = checkpoint.configs.get("pipeline");
-        let force_zeros = pipeline.and_then(|pipeline| pipeline.get("force_zeros_for_empty_prompt")?.as_bool());
+        let force_zeros =
+            pipeline.and_then(|pipeline| pipeline.get("force_zeros_for_empty_prompt")?.as_bool());
         Ok(Self {
             scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
             // diffusers' default, of pipelines that know it
@@ -135,7 +170,8 @@ impl ModelConfig {
         })
     }
 
-    /// Of a picture that is drawn over another; none where the network sees that one, and starts from noise alone.
+    /// Of a picture that is drawn over another; none where the network sees that one, and starts
+    /// from noise alone.
     fn strength(&self, asked: Option<f64>) -> Option<f64> {
         match self.beside {
             Beside::Nothing => Some(asked.unwrap_or(STRENGTH)),
@@ -148,38 +184,71 @@ impl ModelConfig {
         asked.or((self.beside == Beside::Picture).then_some(IMAGE_GUIDANCE))
     }
 
-    /// Errors if the network needs a source picture and there is none, or cannot do what is asked with it.
+    /// Errors if the network needs a source picture and there is none, or cannot do what is asked
+    /// with it.
     fn check_source(&self, settings: &Settings) -> Result<()> {
-        let Settings { source, strength, image_guidance, model, .. } = settings;
+        let Settings {
+            source,
+            strength,
+            image_guidance,
+            model,
+            ..
+        } = settings;
         match (self.beside, source) {
-            (Beside::Masked, None) => bail!("`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"),
+            (Beside::Masked, None) => bail!(
+                "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"
+            ),
             (Beside::Masked, Some(source)) if !source.repaints() => {
-                bail!("`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is repainted")
+                bail!(
+                    "`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is repainted"
+                )
             }
             (Beside::Picture, None) => {
-                bail!("`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt what to change")
+                bail!(
+                    "`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt what to change"
+                )
             }
             (Beside::Picture, Some(_)) if strength.is_some() => {
-                bail!("`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how closely it follows the picture")
+                bail!(
+                    "`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how closely it follows the picture"
+                )
             }
             (Beside::Nothing | Beside::Masked, _) if image_guidance.is_some() => {
-                bail!("`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for models such as InstructPix2Pix")
+                bail!(
+                    "`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for models such as InstructPix2Pix"
+                )
             }
             _ => Ok(()),
         }
     }
 
-    /// The configuration of a model that takes over latents of this one. Errors if their latents are not the same.
+    /// The configuration of a model that takes over latents of this one. Errors if their latents
+    /// are not the same.
     fn refined_by(&self, refiner: &Checkpoint) -> Result<Self> {
         let other = Self::of(refiner)?;
-        if self.added_ids == 0 || other.added_ids == 0 || self.unet.out_channels != other.unet.in_channels {
-            bail!("`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models of SDXL's family", refiner.name);
+        if self.added_ids == 0
+            || other.added_ids == 0
+            || self.unet.out_channels != other.unet.in_channels
+        {
+            bail!(
+                "`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models of SDXL's family",
+                refiner.name
+            );
         }
         Ok(other)
     }
 }
 
-type PlanKey = (Sampler, Option<Schedule>, usize, Option<f64>, Prediction, Option<f64>, Option<f64>, Option<f64>);
+type PlanKey = (
+    Sampler,
+    Option<Schedule>,
+    usize,
+    Option<f64>,
+    Prediction,
+    Option<f64>,
+    Option<f64>,
+    Option<f64>,
+);
 
 /// As of [`Job`].
 #[derive(Clone)]
@@ -190,7 +259,8 @@ struct Plans {
 }
 
 impl Request {
-    /// A run of this checkpoint with nothing to draw yet. Errors if the checkpoint cannot be drawn with.
+    /// A run of this checkpoint with nothing to draw yet. Errors if the checkpoint cannot be drawn
+    /// with.
     pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let parse = || -> Result<Self> {
             if Family::detect(checkpoint)? == Family::SdxlRefiner {
@@ -201,11 +271,18 @@ impl Request {
             }
             checkpoint.require_vae()?;
             let model = ModelConfig::of(checkpoint)?;
-            let refiner = checkpoint.refiner.as_deref().map(|refiner| model.refined_by(refiner)).transpose()?;
+            let refiner = checkpoint
+                .refiner
+                .as_deref()
+                .map(|refiner| model.refined_by(refiner))
+                .transpose()?;
             let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
             if vae.latent_channels() != model.unet.out_channels {
                 let (latent, out) = (vae.latent_channels(), model.unet.out_channels);
-                bail!("the U-Net of `{}` draws in {out} channels, its VAE has {latent}", checkpoint.name);
+                bail!(
+                    "the U-Net of `{}` draws in {out} channels, its VAE has {latent}",
+                    checkpoint.name
+                );
             }
             Ok(Self {
                 jobs: vec![],
@@ -224,25 +301,55 @@ impl Request {
         parse().context(ModelError)
     }
 
-    /// Resolves a work list for this checkpoint. Errors name the option and what it may be, and the line of the list.
-    pub fn resolve(args: &DrawArgs, list: &List, checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
-        let mut request = Self { list: list.name.clone(), trace: args.trace, ..Self::new(checkpoint)? };
+    /// Resolves a work list for this checkpoint. Errors name the option and what it may be, and the
+    /// line of the list.
+    pub fn resolve(
+        args: &DrawArgs,
+        list: &List,
+        checkpoint: &Checkpoint,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let mut request = Self {
+            list: list.name.clone(),
+            trace: args.trace,
+            ..Self::new(checkpoint)?
+        };
         let mut sources = Sources::default();
-        let defaults = Family::detect(checkpoint).context(ModelError)?.defaults(checkpoint);
-        let prediction = args.prediction.map_or(request.model.scheduler.prediction, Into::into);
+        let defaults = Family::detect(checkpoint)
+            .context(ModelError)?
+            .defaults(checkpoint);
+        let prediction = args
+            .prediction
+            .map_or(request.model.scheduler.prediction, Into::into);
         let (height, width) = request.model.unet.sample_size()?;
         let (height, width) = (height * request.vae.factor(), width * request.vae.factor());
         let sampler = request.model.scheduler.sampler();
-        let [version, dtype, model, no_negative] =
-            [env!("CARGO_PKG_VERSION"), compute.dtype.as_str(), &checkpoint.name, ""].map(Arc::<str>::from);
-        let refiner = checkpoint.refiner.as_ref().map(|refiner| Arc::<str>::from(&*refiner.name));
-        let vae = checkpoint.vae.as_ref().map(|vae| Arc::<str>::from(&*vae.name));
+        let [version, dtype, model, no_negative] = [
+            env!("CARGO_PKG_VERSION"),
+            compute.dtype.as_str(),
+            &checkpoint.name,
+            "",
+        ]
+        .map(Arc::<str>::from);
+        let refiner = checkpoint
+            .refiner
+            .as_ref()
+            .map(|refiner| Arc::<str>::from(&*refiner.name));
+        let vae = checkpoint
+            .vae
+            .as_ref()
+            .map(|vae| Arc::<str>::from(&*vae.name));
         for item in &list.items {
             let options = &item.options;
             let source = list.of_line(item.line, sources.find(options))?;
             let (width, height) = match &source {
-                Some((source, of)) if source.only_masked.is_none() => request.size_over(options, *of, (width, height)),
-                _ => (options.width.unwrap_or(width), options.height.unwrap_or(height)),
+                Some((source, of)) if source.only_masked.is_none() => {
+                    request.size_over(options, *of, (width, height))
+                }
+                _ => (
+                    options.width.unwrap_or(width),
+                    options.height.unwrap_or(height),
+                ),
             };
             let settings = Settings {
                 version: version.clone(),
@@ -263,11 +370,17 @@ impl Request {
                     Schedule::Ays if request.model.added_ids > 0 => Schedule::AysSdxl,
                     other => other,
                 }),
-                strength: source.as_ref().and_then(|_| request.model.strength(options.strength)),
-                image_guidance: source.as_ref().and_then(|_| request.model.image_guidance(options.image_guidance)),
+                strength: source
+                    .as_ref()
+                    .and_then(|_| request.model.strength(options.strength)),
+                image_guidance: source
+                    .as_ref()
+                    .and_then(|_| request.model.image_guidance(options.image_guidance)),
                 source: source.map(|(source, _)| source),
                 hires: request.hires(options, width, height)?,
-                eta: options.eta.or(defaults.eta.filter(|_| options.sampler.unwrap_or(sampler) == Sampler::Tcd)),
+                eta: options.eta.or(defaults
+                    .eta
+                    .filter(|_| options.sampler.unwrap_or(sampler) == Sampler::Tcd)),
                 original_size: options.original_size,
                 crop: options.crop,
                 target_size: options.target_size,
@@ -290,23 +403,51 @@ impl Request {
                 upscaler_hash: None,
                 upscale: None,
             };
-            let (_, format) = list.outputs.get(item.output).context("a picture has no destination")?;
+            let (_, format) = list
+                .outputs
+                .get(item.output)
+                .context("a picture has no destination")?;
             list.of_line(item.line, request.add(settings, item.line, *format))?;
         }
         request.name(list)?;
         // last, as it looks into the files
         let model_hash: Arc<str> = checkpoint.hash().context(ModelError)?.into();
-        let refiner_hash = checkpoint.refiner.as_ref().map(|refiner| refiner.hash()).transpose().context(ModelError)?.map(Arc::from);
-        let vae_hash = checkpoint.vae.as_ref().map(|vae| vae.hash()).transpose().context(ModelError)?.map(Arc::from);
+        let refiner_hash = checkpoint
+            .refiner
+            .as_ref()
+            .map(|refiner| refiner.hash())
+            .transpose()
+            .context(ModelError)?
+            .map(Arc::from);
+        let vae_hash = checkpoint
+            .vae
+            .as_ref()
+            .map(|vae| vae.hash())
+            .transpose()
+            .context(ModelError)?
+            .map(Arc::from);
         let merges = Merged::all(checkpoint).context(ModelError)?;
-        let used = |lora: &Lora| Ok(UsedLora { name: (&*lora.name).into(), hash: lora.hash()?.into(), strength: lora.strength });
-        let loras: Arc<[UsedLora]> = checkpoint.loras.iter().map(used).collect::<Result<_>>().context(ModelError)?;
+        let used = |lora: &Lora| {
+            Ok(UsedLora {
+                name: (&*lora.name).into(),
+                hash: lora.hash()?.into(),
+                strength: lora.strength,
+            })
+        };
+        let loras: Arc<[UsedLora]> = checkpoint
+            .loras
+            .iter()
+            .map(used)
+            .collect::<Result<_>>()
+            .context(ModelError)?;
         let available = compute.device.is_cpu().then(available_memory).flatten();
         let mut jobs = std::mem::take(&mut request.jobs);
         for job in &mut jobs {
             job.settings.vae_tiling = request.has_tiles(&job.settings)
                 && match args.vae_tiling {
-                    VaeTiling::Auto => available.is_some_and(|available| request.vae_bytes(checkpoint, &job.settings) > available),
+                    VaeTiling::Auto => available.is_some_and(|available| {
+                        request.vae_bytes(checkpoint, &job.settings) > available
+                    }),
                     choice => choice == VaeTiling::On,
                 };
             job.settings.model_hash = model_hash.clone();
@@ -316,14 +457,24 @@ impl Request {
             job.settings.loras = loras.clone();
         }
         request.jobs = jobs;
-        let fits = |n: &usize| !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok();
-        request.batch_size = args.batch_size.unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));
+        let fits = |n: &usize| {
+            !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok()
+        };
+        request.batch_size = args
+            .batch_size
+            .unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));
         Ok(request)
     }
 
-    /// Width and height of a picture over one of the size `of`: its own, in the steps that the model has. Where they are
-    /// much more than the model draws by itself, they are brought down to that.
-    fn size_over(&self, options: &PictureArgs, of: (usize, usize), own: (usize, usize)) -> (usize, usize) {
+    /// Width and height of a picture over one of the size `of`: its own, in the steps that the
+    /// model has. Where they are much more than the model draws by itself, they are brought down to
+    /// that.
+    fn size_over(
+        &self,
+        options: &PictureArgs,
+        of: (usize, usize),
+        own: (usize, usize),
+    ) -> (usize, usize) {
         let step = self.vae.factor().max(8);
         if options.extend.is_some() {
             return (of.0.next_multiple_of(step), of.1.next_multiple_of(step));
@@ -336,7 +487,11 @@ impl Request {
             (None, Some(height)) => (whole(height as f64 * w / h), height),
             (None, None) => {
                 let area = (own.0 * own.1) as f64;
-                let scale = if w * h > MUCH_LARGER * area { (area / (w * h)).sqrt() } else { 1.0 };
+                let scale = if w * h > MUCH_LARGER * area {
+                    (area / (w * h)).sqrt()
+                } else {
+                    1.0
+                };
                 (whole(w * scale), whole(h * scale))
             }
         }
@@ -346,18 +501,31 @@ impl Request {
     fn hires(&self, options: &PictureArgs, width: usize, height: usize) -> Result<Option<Hires>> {
         let Some(factor) = options.hires else {
             return match options.hires_strength {
-                Some(_) => bail!("`--hires-strength` without `--hires`\n\nhint: `--hires 2x` draws it again at twice the size"),
+                Some(_) => bail!(
+                    "`--hires-strength` without `--hires`\n\nhint: `--hires 2x` draws it again at twice the size"
+                ),
                 None => Ok(None),
             };
         };
         let step = self.vae.factor().max(8) as f64;
-        let larger = |pixels: usize| (pixels as f64 * factor / step).round() as usize * step as usize;
+        let larger =
+            |pixels: usize| (pixels as f64 * factor / step).round() as usize * step as usize;
         let strength = options.hires_strength.unwrap_or(HIRES_STRENGTH);
-        Ok(Some(Hires { factor, strength, width: larger(width), height: larger(height) }))
+        Ok(Some(Hires {
+            factor,
+            strength,
+            width: larger(width),
+            height: larger(height),
+        }))
     }
 
     /// Adds a picture. Errors if this checkpoint cannot draw it.
-    pub fn add(&mut self, mut settings: Settings, line: Option<usize>, format: Format) -> Result<()> {
+    pub fn add(
+        &mut self,
+        mut settings: Settings,
+        line: Option<usize>,
+        format: Format,
+    ) -> Result<()> {
         check_size("width", settings.width, self.vae.factor())?;
         check_size("height", settings.height, self.vae.factor())?;
         let sized = [
@@ -365,14 +533,27 @@ impl Request {
             ("crop", settings.crop.is_some()),
             ("target-size", settings.target_size.is_some()),
         ];
-        if let (0, Some((name, _))) = (self.model.added_ids, sized.into_iter().find(|(_, is_given)| *is_given)) {
-            bail!("`--{name}` means nothing to `{}`\n\nhint: leave it out; only models of SDXL's family are told of sizes", settings.model);
+        if let (0, Some((name, _))) = (
+            self.model.added_ids,
+            sized.into_iter().find(|(_, is_given)| *is_given),
+        ) {
+            bail!(
+                "`--{name}` means nothing to `{}`\n\nhint: leave it out; only models of SDXL's family are told of sizes",
+                settings.model
+            );
         }
         self.model.check_source(&settings)?;
         if let Some(hires) = settings.hires {
             check_size("hires", hires.width.max(hires.height), self.vae.factor())?;
-            let repaints = settings.source.as_ref().is_some_and(|source| source.repaints());
-            let others = [("refiner", self.refiner.is_some()), ("mask", repaints), ("image-guidance", settings.image_guidance.is_some())];
+            let repaints = settings
+                .source
+                .as_ref()
+                .is_some_and(|source| source.repaints());
+            let others = [
+                ("refiner", self.refiner.is_some()),
+                ("mask", repaints),
+                ("image-guidance", settings.image_guidance.is_some()),
+            ];
             if let Some((name, _)) = others.into_iter().find(|(_, is_given)| *is_given) {
                 bail!(
                     "`--hires` and `--{name}` cannot be used together\n\nhint: draw first, then `--image` what was drawn at another size"
@@ -383,57 +564,125 @@ impl Request {
         if skip > layers {
             bail!("`--clip-skip {skip}` leaves nothing of the text encoder's {layers} layers");
         }
-        let Settings { sampler, schedule, steps, eta, prediction, refine_at, strength, hires, .. } = settings;
+        let Settings {
+            sampler,
+            schedule,
+            steps,
+            eta,
+            prediction,
+            refine_at,
+            strength,
+            hires,
+            ..
+        } = settings;
         let enlarged_by = hires.map(|hires| hires.strength);
-        let key = (sampler, schedule, steps, eta, prediction, refine_at, strength, enlarged_by);
-        let Plans { first: plan, refine, enlarge } = match self.plans.iter().find(|(known, _)| *known == key) {
+        let key = (
+            sampler,
+            schedule,
+            steps,
+            eta,
+            prediction,
+            refine_at,
+            strength,
+            enlarged_by,
+        );
+        let Plans {
+            first: plan,
+            refine,
+            enlarge,
+        } = match self.plans.iter().find(|(known, _)| *known == key) {
             Some((_, plans)) => plans.clone(),
             None => {
                 let mut scheduler = self.model.scheduler.clone();
                 scheduler.prediction = prediction;
-                // a latent consistency model's, which it knows by the guidance that its network takes
+                // a latent consistency model's, which it knows by the guidance that its network
+                // takes
                 let in_all = self.model.unet.time_cond_proj_dim.is_some();
-                let late = |strength| plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, in_all);
+                let late = |strength| {
+                    plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, in_all)
+                };
                 let whole = match strength {
                     Some(strength) => late(strength)?,
                     None => plan(&scheduler, sampler, schedule, steps, eta)?,
                 };
-                let enlarge = enlarged_by.map(late).transpose().context("`--hires-strength`")?.map(Arc::new);
+                let enlarge = enlarged_by
+                    .map(late)
+                    .transpose()
+                    .context("`--hires-strength`")?
+                    .map(Arc::new);
                 let (first, refine) = match (&self.refiner, refine_at) {
                     (None, None) => (Arc::new(whole), None),
                     (Some(refiner), Some(at)) => {
                         let [first, _] = whole.split(at)?;
-                        let [_, second] = plan(&refiner.scheduler, sampler, schedule, steps, eta)?.split(at)?;
+                        let [_, second] =
+                            plan(&refiner.scheduler, sampler, schedule, steps, eta)?.split(at)?;
                         (Arc::new(first), Some(Arc::new(second)))
                     }
-                    _ => bail!("`--refine-at` without `--refiner`\n\nhint: `--refiner sdxl-refiner`"),
+                    _ => {
+                        bail!("`--refine-at` without `--refiner`\n\nhint: `--refiner sdxl-refiner`")
+                    }
                 };
-                let plans = Plans { first, refine, enlarge };
+                let plans = Plans {
+                    first,
+                    refine,
+                    enlarge,
+                };
                 self.plans.push((key, plans.clone()));
                 plans
             }
         };
-        // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an input runs once
+        // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
+        // input runs once
         let is_on = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
         let prompts = self.prompts(&settings)?;
         settings.embeddings = self.embeddings(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
-            bail!("prompts that `AND` joins need guidance by text alone\n\nhint: use `--guidance` above 1, or write it in lower case");
+            bail!(
+                "prompts that `AND` joins need guidance by text alone\n\nhint: use `--guidance` above 1, or write it in lower case"
+            );
         }
         let guidance = match settings.image_guidance {
             Some(scale) if is_on && scale >= 1.0 => Guidance::TextAndPicture(scale),
             None if is_on => Guidance::Text(prompts.parts.len()),
             _ => Guidance::Off,
         };
-        self.jobs.push(Job { index: self.jobs.len(), line, settings, guidance, prompts, plan, refine, enlarge, path: None, format });
+        self.jobs.push(Job {
+            index: self.jobs.len(),
+            line,
+            settings,
+            guidance,
+            prompts,
+            plan,
+            refine,
+            enlarge,
+            path: None,
+            format,
+        });
         Ok(())
     }
 
     /// A picture's prompts, read once for all seeds of one.
     fn prompts(&self, settings: &Settings) -> Result<Arc<Prompts>> {
-        let Settings { prompt, negative, prompt_syntax, steps, to, .. } = settings;
-        if let Some(Job { settings: last, prompts, .. }) = self.jobs.last()
-            && (&last.prompt, &last.negative, &last.to, &last.prompt_syntax, &last.steps) == (prompt, negative, to, prompt_syntax, steps)
+        let Settings {
+            prompt,
+            negative,
+            prompt_syntax,
+            steps,
+            to,
+            ..
+        } = settings;
+        if let Some(Job {
+            settings: last,
+            prompts,
+            ..
+        }) = self.jobs.last()
+            && (
+                &last.prompt,
+                &last.negative,
+                &last.to,
+                &last.prompt_syntax,
+                &last.steps,
+            ) == (prompt, negative, to, prompt_syntax, steps)
         {
             return Ok(prompts.clone());
         }
@@ -443,13 +692,31 @@ impl Request {
 
     /// The embeddings that a picture's prompts use, in the order in which they were given.
     fn embeddings(&self, prompts: &Arc<Prompts>, syntax: Syntax) -> Result<Arc<[UsedEmbedding]>> {
-        let Some(finder) = &self.finder else { return Ok(Arc::default()) };
-        if let Some(last) = self.jobs.last().filter(|last| Arc::ptr_eq(&last.prompts, prompts)) {
+        let Some(finder) = &self.finder else {
+            return Ok(Arc::default());
+        };
+        if let Some(last) = self
+            .jobs
+            .last()
+            .filter(|last| Arc::ptr_eq(&last.prompts, prompts))
+        {
             return Ok(last.settings.embeddings.clone());
         }
-        let found = prompts.texts().map(|text| finder.find(text, syntax)).collect::<Result<Vec<_>>>()?.concat();
-        let used = self.embeddings.iter().filter(|embedding| found.contains(&embedding.token));
-        Ok(used.map(|used| UsedEmbedding { name: used.token.clone(), hash: used.hash.clone() }).collect())
+        let found = prompts
+            .texts()
+            .map(|text| finder.find(text, syntax))
+            .collect::<Result<Vec<_>>>()?
+            .concat();
+        let used = self
+            .embeddings
+            .iter()
+            .filter(|embedding| found.contains(&embedding.token));
+        Ok(used
+            .map(|used| UsedEmbedding {
+                name: used.token.clone(),
+                hash: used.hash.clone(),
+            })
+            .collect())
     }
 
     /// Gives every picture its path. Errors if two would have one.
@@ -462,12 +729,26 @@ impl Request {
         }
         let mut taken: HashMap<PathBuf, usize> = HashMap::new();
         for ((destination, format), indices) in list.outputs.iter().zip(by_output) {
-            let pairs = indices.iter().filter_map(|&i| Some((self.jobs.get(i)?, list.items.get(i)?)));
+            let pairs = indices
+                .iter()
+                .filter_map(|&i| Some((self.jobs.get(i)?, list.items.get(i)?)));
             let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep)).collect();
-            for (index, path) in indices.iter().zip(plan_paths(destination, *format, &namings)?) {
-                if let Some(first) = taken.insert(path.clone(), *index).filter(|_| list.outputs.len() > 1) {
-                    let (first, second) = (self.place(&self.jobs[first]), self.place(&self.jobs[*index]));
-                    bail!("{first} and {second} would both be `{}`\n\nhint: give each its own `output`", path.display());
+            for (index, path) in indices
+                .iter()
+                .zip(plan_paths(destination, *format, &namings)?)
+            {
+                if let Some(first) = taken
+                    .insert(path.clone(), *index)
+                    .filter(|_| list.outputs.len() > 1)
+                {
+                    let (first, second) = (
+                        self.place(&self.jobs[first]),
+                        self.place(&self.jobs[*index]),
+                    );
+                    bail!(
+                        "{first} and {second} would both be `{}`\n\nhint: give each its own `output`",
+                        path.display()
+                    );
                 }
                 if let Some(job) = self.jobs.get_mut(*index) {
                     job.path = Some(path);
@@ -481,21 +762,43 @@ impl Request {
     pub fn place(&self, job: &Job) -> String {
         let Settings { prompt, seed, .. } = &job.settings;
         let start: String = prompt.chars().take(60).collect();
-        let dots = if start.len() < prompt.len() { "..." } else { "" };
+        let dots = if start.len() < prompt.len() {
+            "..."
+        } else {
+            ""
+        };
         match job.line {
-            Some(line) => format!("line {line} of {} (`{start}{dots}`, seed {seed})", self.list),
+            Some(line) => format!(
+                "line {line} of {} (`{start}{dots}`, seed {seed})",
+                self.list
+            ),
             None => format!("`{start}{dots}`, seed {seed}"),
         }
     }
 
-    /// A rough estimate of the memory that drawing needs at its peak, in bytes: the larger of the U-Net with its
-    /// activations and the VAE with its own.
+    /// A rough estimate of the memory that drawing needs at its peak, in bytes: the larger of the
+    /// U-Net with its activations and the VAE with its own.
     pub fn memory_bytes(&self, checkpoint: &Checkpoint, batch_size: usize) -> u64 {
         let base = checkpoint.stored_bytes("unet");
-        let refiner = checkpoint.refiner.as_ref().map_or(0, |refiner| refiner.stored_bytes("unet"));
+        let refiner = checkpoint
+            .refiner
+            .as_ref()
+            .map_or(0, |refiner| refiner.stored_bytes("unet"));
         // a single batch's base is freed before its refiner is read
-        let unet_weights = if self.jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
-        let unet_widest = self.model.unet.block_out_channels.iter().take(2).copied().max().unwrap_or(1) as u64;
+        let unet_weights = if self.jobs.len() > batch_size {
+            base + refiner
+        } else {
+            base.max(refiner)
+        };
+        let unet_widest = self
+            .model
+            .unet
+            .block_out_channels
+            .iter()
+            .take(2)
+            .copied()
+            .max()
+            .unwrap_or(1) as u64;
         let of_job = |job: &Job| {
             let (h, w) = self.final_latents(&job.settings);
             let latents = (h * w) as u64;
@@ -509,7 +812,9 @@ impl Request {
     /// The same of the VAE alone.
     pub fn vae_bytes(&self, checkpoint: &Checkpoint, settings: &Settings) -> u64 {
         let (h, w) = self.final_latents(settings);
-        self.vae.decode_bytes(h, w, settings.vae_tiling).saturating_add(checkpoint.stored_bytes("vae"))
+        self.vae
+            .decode_bytes(h, w, settings.vae_tiling)
+            .saturating_add(checkpoint.stored_bytes("vae"))
     }
 
     /// Latents a side of the tiles in which a picture is decoded, if it is.
@@ -531,12 +836,28 @@ impl Request {
 
     /// (height, width, channels) of a picture's latents.
     pub fn latent_shape(&self, settings: &Settings) -> (usize, usize, usize) {
-        (settings.height / self.vae.factor(), settings.width / self.vae.factor(), self.model.unet.out_channels)
+        (
+            settings.height / self.vae.factor(),
+            settings.width / self.vae.factor(),
+            self.model.unet.out_channels,
+        )
     }
 }
 
 fn naming<'a>(job: &'a Job, sweep: &'a Swept) -> Naming<'a> {
-    let Settings { prompt, negative, seed, width, height, steps, guidance, sampler, model, source, .. } = &job.settings;
+    let Settings {
+        prompt,
+        negative,
+        seed,
+        width,
+        height,
+        steps,
+        guidance,
+        sampler,
+        model,
+        source,
+        ..
+    } = &job.settings;
     let Swept { name, frame, .. } = sweep;
     Naming {
         prompt,
@@ -551,7 +872,10 @@ fn naming<'a>(job: &'a Job, sweep: &'a Swept) -> Naming<'a> {
         sampler: sampler.name(),
         sweep: name,
         frame: frame.map(|frame| frame.number),
-        image: source.as_ref().and_then(|source| Path::new(&*source.image).file_stem()?.to_str()).unwrap_or_default(),
+        image: source
+            .as_ref()
+            .and_then(|source| Path::new(&*source.image).file_stem()?.to_str())
+            .unwrap_or_default(),
     }
 }
 

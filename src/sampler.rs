@@ -93,7 +93,12 @@ impl Sampler {
             Self::Dpmpp2mSde => &["dpmpp-2m-sde", "kdpmpp2msde"],
             Self::DpmppSde => &["dpmpp-sde", "kdpmppsde"],
             Self::Dpmpp3mSde => &["dpmpp-3m-sde", "kdpmpp3msde"],
-            Self::Dpmpp2sA => &["dpmpp-2s-a", "dpmpp2sancestral", "kdpmpp2sa", "kdpmpp2sancestral"],
+            Self::Dpmpp2sA => &[
+                "dpmpp-2s-a",
+                "dpmpp2sancestral",
+                "kdpmpp2sa",
+                "kdpmpp2sancestral",
+            ],
             Self::Heun => &["heun", "kheun"],
             Self::Dpm2 => &["dpm2", "kdpm2"],
             Self::Dpm2A => &["dpm2-a", "dpm2ancestral", "kdpm2a", "kdpm2ancestral"],
@@ -135,7 +140,10 @@ impl Sampler {
 
     /// Whether the network runs twice in every step but the last.
     pub(crate) fn is_two_stage(self) -> bool {
-        matches!(self, Self::Heun | Self::Dpm2 | Self::Dpm2A | Self::DpmppSde | Self::Dpmpp2sA)
+        matches!(
+            self,
+            Self::Heun | Self::Dpm2 | Self::Dpm2A | Self::DpmppSde | Self::Dpmpp2sA
+        )
     }
 }
 
@@ -164,7 +172,9 @@ impl FromStr for Sampler {
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
         let wanted = simplify(text);
-        let found = Self::ALL.into_iter().find(|sampler| sampler.names().iter().any(|name| simplify(name) == wanted));
+        let found = Self::ALL
+            .into_iter()
+            .find(|sampler| sampler.names().iter().any(|name| simplify(name) == wanted));
         found.with_context(|| {
             let close = nearest(&wanted, Self::ALL.iter().map(|sampler| sampler.names()[0]));
             format!("unknown sampler `{text}`\n\nhint: did you mean {close}?")
@@ -174,7 +184,11 @@ impl FromStr for Sampler {
 
 /// Lower case, `+` as `p`, letters and digits only: `DPM++ 2M` and `dpmpp_2m` become one.
 fn simplify(name: &str) -> String {
-    name.to_lowercase().replace('+', "p").chars().filter(|c| c.is_ascii_alphanumeric()).collect()
+    name.to_lowercase()
+        .replace('+', "p")
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric())
+        .collect()
 }
 
 /// The three nearest of some names to a mistyped one: "`a`, `b` or `c`".
@@ -207,11 +221,11 @@ type OnStep<'a> = dyn FnMut(&Step) -> Result<Option<Tensor>> + 'a;
 
 /// Walks a plan.
 ///
-/// `x` is unit noise times [`Plan::init_noise_sigma`], f32, [b, h, w, c]. `denoise(x, sigma,
-/// timestep)` gives x0 for x = x0 + sigma * noise. `noise()` gives unit normals like `x`, asked for
-/// in diffusers' order. `on_step` sees the latents after every evaluation, and may put others in their place. Returns the
-/// latents that diffusers would decode. Errors are those of the
-/// closures and of the tensors.
+/// `x` is unit noise times [`Plan::init_noise_sigma`], f32, [b, h, w, c].
+/// `denoise(x, sigma, timestep)` gives x0 for x = x0 + sigma * noise. `noise()` gives unit normals
+/// like `x`, asked for in diffusers' order. `on_step` sees the latents after every evaluation, and
+/// may put others in their place. Returns the latents that diffusers would decode. Errors are those
+/// of the closures and of the tensors.
 pub fn sample(
     plan: &Plan,
     x: Tensor,
@@ -219,7 +233,13 @@ pub fn sample(
     noise: &mut dyn FnMut() -> Result<Tensor>,
     on_step: &mut dyn FnMut(&Step) -> Result<Option<Tensor>>,
 ) -> Result<Tensor> {
-    let mut run = Run { plan, denoise, noise, on_step, done: 0 };
+    let mut run = Run {
+        plan,
+        denoise,
+        noise,
+        on_step,
+        done: 0,
+    };
     let x = match plan.sampler {
         Sampler::Ddim => ddim(&mut run, x),
         Sampler::Pndm => pndm(&mut run, x),
@@ -263,7 +283,8 @@ impl Run<'_> {
         (self.denoise)(x, self.plan.sigmas[i], self.plan.timesteps[i])
     }
 
-    /// Tells the caller of `x` at noise level `sigma`, after one evaluation, and goes on with what it makes of that.
+    /// Tells the caller of `x` at noise level `sigma`, after one evaluation, and goes on with what
+    /// it makes of that.
     fn report(&mut self, x: Tensor, sigma: f64, denoised: &Tensor) -> Result<Tensor> {
         let (plan, index, total) = (self.plan, self.done, self.plan.evaluations());
         let scale = plan.latents_scale(sigma);
@@ -273,10 +294,20 @@ impl Run<'_> {
             // not always `sigma`: PNDM begun late evaluates at other levels than it reaches
             false => plan.sigmas.get(index + 1).copied().unwrap_or(0.0),
         };
-        let latents = if scale == 1.0 { x.clone() } else { (&x / scale)? };
+        let latents = if scale == 1.0 {
+            x.clone()
+        } else {
+            (&x / scale)?
+        };
         let next = if index + 1 < total { next } else { 0.0 };
         self.done += 1;
-        match (self.on_step)(&Step { index, total, latents: &latents, sigma: next, denoised })? {
+        match (self.on_step)(&Step {
+            index,
+            total,
+            latents: &latents,
+            sigma: next,
+            denoised,
+        })? {
             Some(other) => other * scale,
             None => Ok(x),
         }
@@ -318,7 +349,12 @@ fn derivative(x: &Tensor, denoised: &Tensor, sigma: f64) -> Result<Tensor> {
 /// Euler's method on dx/dsigma, Karras et al. 2022.
 fn euler(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
-    for (i, pair) in plan.sigmas.windows(2).enumerate().take(plan.timesteps.len()) {
+    for (i, pair) in plan
+        .sigmas
+        .windows(2)
+        .enumerate()
+        .take(plan.timesteps.len())
+    {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
         let slope = derivative(&x, &denoised, sigma)?;
@@ -420,13 +456,27 @@ fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
 }
 
 /// What the network itself gave for `denoised`.
-fn network_output(prediction: Prediction, x: &Tensor, denoised: &Tensor, sigma: f64) -> Result<Tensor> {
+fn network_output(
+    prediction: Prediction,
+    x: &Tensor,
+    denoised: &Tensor,
+    sigma: f64,
+) -> Result<Tensor> {
     let scalings = prediction.scalings(sigma);
-    sum(&[(-scalings.c_skip / scalings.c_out, x), (scalings.c_out.recip(), denoised)])
+    sum(&[
+        (-scalings.c_skip / scalings.c_out, x),
+        (scalings.c_out.recip(), denoised),
+    ])
 }
 
 /// Moves a variance-preserving x along one network output (Liu et al. 2022, eq. 9).
-fn move_level(prediction: Prediction, x: &Tensor, output: &Tensor, from: f64, to: f64) -> Result<Tensor> {
+fn move_level(
+    prediction: Prediction,
+    x: &Tensor,
+    output: &Tensor,
+    from: f64,
+    to: f64,
+) -> Result<Tensor> {
     let scaled = (x * from.hypot(1.0))?;
     let scalings = prediction.scalings(from);
     let denoised = sum(&[(scalings.c_skip, &scaled), (scalings.c_out, output)])?;
@@ -436,7 +486,11 @@ fn move_level(prediction: Prediction, x: &Tensor, output: &Tensor, from: f64, to
 
 /// One of the four evaluations of a classic Runge-Kutta step.
 fn runge_kutta(weighted: &mut Option<Tensor>, output: Tensor, stage: usize) -> Result<Tensor> {
-    let weight = if stage == 0 || stage == 3 { 1.0 / 6.0 } else { 1.0 / 3.0 };
+    let weight = if stage == 0 || stage == 3 {
+        1.0 / 6.0
+    } else {
+        1.0 / 3.0
+    };
     let total = match weighted.take() {
         Some(before) => sum(&[(1.0, &before), (weight, &output)])?,
         None => (&output * weight)?,
@@ -450,7 +504,11 @@ fn runge_kutta(weighted: &mut Option<Tensor>, output: Tensor, stage: usize) -> R
 
 /// Adams-Bashforth of as high an order as the history allows, at most four. The first step is
 /// evaluated twice and averaged (`repeated`).
-fn linear_multistep(history: &mut VecDeque<Tensor>, output: Tensor, repeated: bool) -> Result<Tensor> {
+fn linear_multistep(
+    history: &mut VecDeque<Tensor>,
+    output: Tensor,
+    repeated: bool,
+) -> Result<Tensor> {
     if repeated {
         return match history.front() {
             Some(last) => sum(&[(0.5, &output), (0.5, last)]),
@@ -534,7 +592,11 @@ fn dpm_weights(plan: &Plan, i: usize, order: usize) -> Weights {
         Algorithm::SdePlusPlus => 1.0 - (1.0 - shrink * shrink) / (2.0 * h),
         Algorithm::Sde => 2.0 * (next - (sigma - next) / h),
     };
-    let c1 = if order == 3 || plan.solver.solver_type == SolverType::Heun { heun } else { 0.5 * c0 };
+    let c1 = if order == 3 || plan.solver.solver_type == SolverType::Heun {
+        heun
+    } else {
+        0.5 * c0
+    };
     let history = match order {
         1 => [c0, 0.0, 0.0],
         2 => {
@@ -587,7 +649,11 @@ fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 /// steps to less noise and adds fresh noise.
 fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
-    let eta = if plan.sampler == Sampler::Dpm2A { plan.eta } else { 0.0 };
+    let eta = if plan.sampler == Sampler::Dpm2A {
+        plan.eta
+    } else {
+        0.0
+    };
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
@@ -657,7 +723,11 @@ fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (down, up) = ancestral_step(sigma, next, 1.0);
         let unit = up / (sigma - next).sqrt();
         let moved = shrink(&x, &denoised, down / sigma)?;
-        x = sum(&[(1.0, &moved), (before * unit, &first), (after * unit, &second)])?;
+        x = sum(&[
+            (1.0, &moved),
+            (before * unit, &first),
+            (after * unit, &second),
+        ])?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
@@ -688,9 +758,13 @@ fn lagrange_integrals(sigmas: &[f64], order: usize, next: f64) -> Vec<f64> {
     let offset = half / 3_f64.sqrt();
     let basis = |k: usize, tau: f64| {
         let others = nodes.iter().enumerate().filter(|(j, _)| *j != k);
-        others.map(|(_, node)| (tau - node) / (nodes[k] - node)).product::<f64>()
+        others
+            .map(|(_, node)| (tau - node) / (nodes[k] - node))
+            .product::<f64>()
     };
-    (0..order).map(|k| half * (basis(k, centre - offset) + basis(k, centre + offset))).collect()
+    (0..order)
+        .map(|k| half * (basis(k, centre - offset) + basis(k, centre + offset)))
+        .collect()
 }
 
 /// Zhang and Chen 2022, in log(rho): the noise predictions' Lagrange polynomial in log(sigma),
@@ -704,12 +778,19 @@ fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.denoised_at(&x, i)?;
         slopes.push_front(derivative(&x, &denoised, sigma)?);
         slopes.truncate(3);
-        let left = if plan.solver.lower_order_final && plan.steps() < 15 { n - i + plan.after } else { n };
+        let left = if plan.solver.lower_order_final && plan.steps() < 15 {
+            n - i + plan.after
+        } else {
+            n
+        };
         let order = plan.solver.order.min(i + 1).min(left);
         let nodes: Vec<f64> = (0..order).map(|k| plan.sigmas[i - k].ln()).collect();
         let mut terms = vec![(1.0, &x)];
         for (k, slope) in slopes.iter().enumerate().take(order) {
-            terms.push((deis_weight(&nodes, k, next) - deis_weight(&nodes, k, sigma), slope));
+            terms.push((
+                deis_weight(&nodes, k, next) - deis_weight(&nodes, k, sigma),
+                slope,
+            ));
         }
         x = sum(&terms)?;
         x = run.report(x, next, &denoised)?;
@@ -720,7 +801,12 @@ fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 /// An antiderivative in rho of the k-th Lagrange polynomial in log(rho) through `nodes`.
 fn deis_weight(nodes: &[f64], k: usize, rho: f64) -> f64 {
     let log_rho = rho.ln();
-    let others: Vec<f64> = nodes.iter().enumerate().filter(|(j, _)| *j != k).map(|(_, node)| *node).collect();
+    let others: Vec<f64> = nodes
+        .iter()
+        .enumerate()
+        .filter(|(j, _)| *j != k)
+        .map(|(_, node)| *node)
+        .collect();
     let scale: f64 = others.iter().map(|other| nodes[k] - other).product();
     let integral = match others[..] {
         [] => rho,
@@ -742,13 +828,20 @@ fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
             true => denoised.clone(),
             false => derivative(&x, &denoised, plan.sigmas[i])?,
         };
-        if let Some((before, order)) = last.take().filter(|_| !solver.disable_corrector.contains(&(plan.before + i - 1))) {
+        if let Some((before, order)) = last
+            .take()
+            .filter(|_| !solver.disable_corrector.contains(&(plan.before + i - 1)))
+        {
             let step = UniPcStep::new(plan, i - 1, order);
             x = step.advance(&before, &history, Some(&output), &step.corrector())?;
         }
         history.push_front(output);
         history.truncate(solver.order);
-        let left = if solver.lower_order_final { n - i + plan.after } else { n };
+        let left = if solver.lower_order_final {
+            n - i + plan.after
+        } else {
+            n
+        };
         let order = solver.order.min(left).min(i + 1);
         let step = UniPcStep::new(plan, i, order);
         let ahead = step.advance(&x, &history, None, &step.predictor())?;
@@ -781,7 +874,11 @@ impl UniPcStep {
             true => next / sigma - 1.0,
             false => sigma / next - 1.0,
         };
-        let b_h = if plan.solver.solver_type == SolverType::Bh1 { hh } else { phi_1 };
+        let b_h = if plan.solver.solver_type == SolverType::Bh1 {
+            hh
+        } else {
+            phi_1
+        };
         let (mut phi, mut factorial) = (phi_1 / hh - 1.0, 1.0);
         let mut conditions = Vec::new();
         for k in 1..=order {
@@ -793,7 +890,11 @@ impl UniPcStep {
             true => (next / sigma, -phi_1, -b_h),
             false => (1.0, -next * phi_1, -next * b_h),
         };
-        Self { ratios, conditions, weights }
+        Self {
+            ratios,
+            conditions,
+            weights,
+        }
     }
 
     /// Weights of the differences to older outputs; the authors fix that of order two.
@@ -815,9 +916,19 @@ impl UniPcStep {
 
     /// Steps from x with the outputs up to the start of the step in `history` and, for the
     /// corrector, the one at its end in `ahead`.
-    fn advance(&self, x: &Tensor, history: &VecDeque<Tensor>, ahead: Option<&Tensor>, rhos: &[f64]) -> Result<Tensor> {
+    fn advance(
+        &self,
+        x: &Tensor,
+        history: &VecDeque<Tensor>,
+        ahead: Option<&Tensor>,
+        rhos: &[f64],
+    ) -> Result<Tensor> {
         let (of_x, of_newest, of_difference) = self.weights;
-        let others = history.iter().skip(1).take(self.ratios.len() - 1).chain(ahead);
+        let others = history
+            .iter()
+            .skip(1)
+            .take(self.ratios.len() - 1)
+            .chain(ahead);
         let mut terms = vec![(of_x, x)];
         let mut newest = of_newest;
         for ((other, ratio), rho) in others.zip(&self.ratios).zip(rhos) {
@@ -833,7 +944,15 @@ impl UniPcStep {
 /// Solves sum over j of nodes[j]^i * w[j] = values[i] by Gaussian elimination; the nodes differ.
 fn vandermonde(nodes: &[f64], values: &[f64]) -> Vec<f64> {
     let n = nodes.len();
-    let mut rows: Vec<Vec<f64>> = (0..n).map(|i| nodes.iter().map(|node| node.powi(i as i32)).chain([values[i]]).collect()).collect();
+    let mut rows: Vec<Vec<f64>> = (0..n)
+        .map(|i| {
+            nodes
+                .iter()
+                .map(|node| node.powi(i as i32))
+                .chain([values[i]])
+                .collect()
+        })
+        .collect();
     for pivot in 0..n {
         for below in pivot + 1..n {
             let factor = rows[below][pivot] / rows[pivot][pivot];

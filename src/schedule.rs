@@ -68,7 +68,11 @@ impl Prediction {
             Self::V => (variance.recip(), -sigma * c_in),
             Self::Sample => (0.0, 1.0),
         };
-        Scalings { c_skip, c_out, c_in }
+        Scalings {
+            c_skip,
+            c_out,
+            c_in,
+        }
     }
 }
 
@@ -224,7 +228,9 @@ impl Keys<'_> {
         let Some(value) = self.0.get(key).filter(|value| !value.is_null()) else {
             return Ok(None);
         };
-        T::deserialize(value).map(Some).map_err(|cause| anyhow!("the scheduler's `{key}` is {value}, which is not supported ({cause})"))
+        T::deserialize(value).map(Some).map_err(|cause| {
+            anyhow!("the scheduler's `{key}` is {value}, which is not supported ({cause})")
+        })
     }
 
     fn or<T: DeserializeOwned>(&self, key: &str, default: T) -> Result<T> {
@@ -244,9 +250,16 @@ impl SchedulerConfig {
     /// Reads a parsed `scheduler_config.json`. Errors if the class is unknown or a value is not
     /// supported, naming key and value.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let map = value.as_object().context("the scheduler's config is not a JSON object")?;
+        let map = value
+            .as_object()
+            .context("the scheduler's config is not a JSON object")?;
         let keys = Keys(map);
-        let refused = ["thresholding", "use_flow_sigmas", "use_dynamic_shifting", "solver_p"];
+        let refused = [
+            "thresholding",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+            "solver_p",
+        ];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
         let mut solver = SolverConfig::read(&keys)?;
         let sampler = read_class(&keys, &solver)?;
@@ -303,10 +316,20 @@ impl SchedulerConfig {
     }
 
     fn check(self) -> Result<Self> {
-        let betas = self.trained_betas.as_ref().map_or(self.train_timesteps, Vec::len);
-        ensure!(betas == self.train_timesteps, "the scheduler's `trained_betas` has {betas} values for {} timesteps", self.train_timesteps);
+        let betas = self
+            .trained_betas
+            .as_ref()
+            .map_or(self.train_timesteps, Vec::len);
+        ensure!(
+            betas == self.train_timesteps,
+            "the scheduler's `trained_betas` has {betas} values for {} timesteps",
+            self.train_timesteps
+        );
         let order = self.solver.order.unwrap_or(2);
-        ensure!((1..=3).contains(&order), "the scheduler's `solver_order` is {order}, which is not supported");
+        ensure!(
+            (1..=3).contains(&order),
+            "the scheduler's `solver_order` is {order}, which is not supported"
+        );
         Ok(self)
     }
 }
@@ -326,7 +349,9 @@ impl SolverConfig {
 }
 
 fn read_class(keys: &Keys, solver: &SolverConfig) -> Result<Sampler> {
-    let class: String = keys.get("_class_name")?.context("the scheduler's config has no `_class_name`")?;
+    let class: String = keys
+        .get("_class_name")?
+        .context("the scheduler's config has no `_class_name`")?;
     if class == "DPMSolverMultistepScheduler" {
         return Ok(match (solver.algorithm.is_sde(), solver.order) {
             (false, _) => Sampler::Dpmpp2m,
@@ -337,7 +362,9 @@ fn read_class(keys: &Keys, solver: &SolverConfig) -> Result<Sampler> {
     Sampler::ALL
         .into_iter()
         .find(|sampler| sampler.class() == Some(&class))
-        .with_context(|| format!("the scheduler's `_class_name` is \"{class}\", which is not supported"))
+        .with_context(|| {
+            format!("the scheduler's `_class_name` is \"{class}\", which is not supported")
+        })
 }
 
 fn read_law(keys: &Keys) -> Result<Option<SigmaLaw>> {
@@ -350,7 +377,10 @@ fn read_law(keys: &Keys) -> Result<Option<SigmaLaw>> {
     let mut law = None;
     for (key, value) in flags {
         if keys.or(key, false)? {
-            ensure!(law.is_none(), "the scheduler's `{key}` contradicts another of its sigma laws");
+            ensure!(
+                law.is_none(),
+                "the scheduler's `{key}` contradicts another of its sigma laws"
+            );
             law = Some(value);
         }
     }
@@ -380,13 +410,25 @@ pub enum Schedule {
 }
 
 /// Noise levels of Align Your Steps, as its authors published them for ten steps.
-const AYS_SD: [f64; 11] = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029];
-const AYS_SDXL: [f64; 11] = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029];
+const AYS_SD: [f64; 11] = [
+    14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
+];
+const AYS_SDXL: [f64; 11] = [
+    14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029,
+];
 
 impl Schedule {
     /// Every schedule, in the order of the help text.
-    pub const ALL: [Self; 8] =
-        [Self::Karras, Self::Exponential, Self::Beta, Self::Trailing, Self::Leading, Self::Linspace, Self::Ays, Self::AysSdxl];
+    pub const ALL: [Self; 8] = [
+        Self::Karras,
+        Self::Exponential,
+        Self::Beta,
+        Self::Trailing,
+        Self::Leading,
+        Self::Linspace,
+        Self::Ays,
+        Self::AysSdxl,
+    ];
 
     fn names(self) -> &'static [&'static str] {
         match self {
@@ -447,7 +489,9 @@ impl FromStr for Schedule {
 
     fn from_str(text: &str) -> Result<Self> {
         let lower = text.trim().to_lowercase().replace(' ', "-");
-        let found = Self::ALL.into_iter().find(|schedule| schedule.names().contains(&lower.as_str()));
+        let found = Self::ALL
+            .into_iter()
+            .find(|schedule| schedule.names().contains(&lower.as_str()));
         found.with_context(|| {
             let close = nearest(&lower, Self::ALL.iter().map(|schedule| schedule.names()[0]));
             format!("unknown schedule `{text}`\n\nhint: did you mean {close}?")
@@ -473,7 +517,9 @@ impl Sampler {
         match self {
             Self::Ddim | Self::Ddpm | Self::Pndm => Grid::Discrete,
             Self::Lcm | Self::Tcd => Grid::Distilled,
-            Self::Dpmpp2m | Self::Dpmpp2mSde | Self::Dpmpp3mSde | Self::UniPc | Self::Deis => Grid::Multistep,
+            Self::Dpmpp2m | Self::Dpmpp2mSde | Self::Dpmpp3mSde | Self::UniPc | Self::Deis => {
+                Grid::Multistep
+            }
             _ => Grid::Fractional,
         }
     }
@@ -508,7 +554,11 @@ struct Settings<'a> {
 }
 
 impl<'a> Settings<'a> {
-    fn resolve(config: &'a SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>) -> Result<Self> {
+    fn resolve(
+        config: &'a SchedulerConfig,
+        sampler: Sampler,
+        schedule: Option<Schedule>,
+    ) -> Result<Self> {
         let grid = sampler.grid();
         // anything else is a new scheduler, made with `from_config`
         let own = sampler == config.sampler && schedule.is_none();
@@ -517,26 +567,41 @@ impl<'a> Settings<'a> {
             Grid::Fractional | Grid::Multistep => Spacing::Linspace,
         };
         let fixed_steps = matches!(sampler, Sampler::Pndm | Sampler::Lcm | Sampler::Tcd);
-        if let Some(chosen) = schedule.filter(|chosen| (fixed_steps && chosen.law().is_some()) || grid == Grid::Distilled) {
+        if let Some(chosen) = schedule
+            .filter(|chosen| (fixed_steps && chosen.law().is_some()) || grid == Grid::Distilled)
+        {
             bail!(
                 "`{sampler}` has steps of its own and cannot follow the schedule `{chosen}`\n\n\
                  hint: leave `--schedule` out, or choose another sampler, such as `dpmpp-2m`"
             );
         }
-        let knows_laws = matches!(grid, Grid::Fractional | Grid::Multistep) && sampler != Sampler::EulerA;
+        let knows_laws =
+            matches!(grid, Grid::Fractional | Grid::Multistep) && sampler != Sampler::EulerA;
         let law = match schedule {
             Some(chosen) => chosen.law(),
-            None => config.law.filter(|law| knows_laws && (*law != SigmaLaw::Lu || sampler.is_dpm_multistep())),
+            None => config
+                .law
+                .filter(|law| knows_laws && (*law != SigmaLaw::Lu || sampler.is_dpm_multistep())),
         };
-        let knows_final = sampler.is_dpm_multistep() || matches!(sampler, Sampler::Euler | Sampler::UniPc);
+        let knows_final =
+            sampler.is_dpm_multistep() || matches!(sampler, Sampler::Euler | Sampler::UniPc);
         Ok(Self {
             config,
             sampler,
-            spacing: schedule.and_then(Schedule::spacing).or(config.spacing).unwrap_or(default_spacing),
+            spacing: schedule
+                .and_then(Schedule::spacing)
+                .or(config.spacing)
+                .unwrap_or(default_spacing),
             law,
-            steps_offset: config.steps_offset.unwrap_or((config.pipeline && own).into()),
+            steps_offset: config
+                .steps_offset
+                .unwrap_or((config.pipeline && own).into()),
             corrected: config.pipeline && own,
-            final_sigma: if knows_final { config.final_sigma } else { FinalSigma::Zero },
+            final_sigma: if knows_final {
+                config.final_sigma
+            } else {
+                FinalSigma::Zero
+            },
         })
     }
 
@@ -545,7 +610,10 @@ impl<'a> Settings<'a> {
         let knows_zero_snr = match self.sampler.grid() {
             Grid::Discrete => self.sampler != Sampler::Pndm,
             Grid::Distilled => true,
-            Grid::Fractional => matches!(self.sampler, Sampler::Euler | Sampler::EulerA | Sampler::Dpmpp2sA),
+            Grid::Fractional => matches!(
+                self.sampler,
+                Sampler::Euler | Sampler::EulerA | Sampler::Dpmpp2sA
+            ),
             Grid::Multistep => self.sampler != Sampler::Deis,
         };
         let mut betas = self.betas();
@@ -571,21 +639,42 @@ impl<'a> Settings<'a> {
         if let Some(betas) = &config.trained_betas {
             return betas.clone();
         }
-        let stable =
-            matches!(self.sampler, Sampler::Heun | Sampler::Dpm2 | Sampler::Dpm2A | Sampler::DpmppSde | Sampler::Lcm | Sampler::Tcd);
-        let (default_start, default_end) = if stable { (0.00085, 0.012) } else { (0.0001, 0.02) };
+        let stable = matches!(
+            self.sampler,
+            Sampler::Heun
+                | Sampler::Dpm2
+                | Sampler::Dpm2A
+                | Sampler::DpmppSde
+                | Sampler::Lcm
+                | Sampler::Tcd
+        );
+        let (default_start, default_end) = if stable {
+            (0.00085, 0.012)
+        } else {
+            (0.0001, 0.02)
+        };
         let start = config.beta_start.unwrap_or(default_start);
         let end = config.beta_end.unwrap_or(default_end);
         let distilled = self.sampler.grid() == Grid::Distilled;
-        let default = if distilled { BetaSchedule::ScaledLinear } else { BetaSchedule::Linear };
+        let default = if distilled {
+            BetaSchedule::ScaledLinear
+        } else {
+            BetaSchedule::Linear
+        };
         let n = config.train_timesteps;
         match config.beta_schedule.unwrap_or(default) {
             BetaSchedule::Linear => linspace_f32(start, end, n),
-            BetaSchedule::ScaledLinear => linspace_f32(start.sqrt(), end.sqrt(), n).into_iter().map(|root| root * root).collect(),
-            BetaSchedule::Sigmoid => {
-                linspace_f32(-6.0, 6.0, n).into_iter().map(|x| 1.0 / (1.0 + (-x).exp()) * (end - start) as f32 + start as f32).collect()
+            BetaSchedule::ScaledLinear => linspace_f32(start.sqrt(), end.sqrt(), n)
+                .into_iter()
+                .map(|root| root * root)
+                .collect(),
+            BetaSchedule::Sigmoid => linspace_f32(-6.0, 6.0, n)
+                .into_iter()
+                .map(|x| 1.0 / (1.0 + (-x).exp()) * (end - start) as f32 + start as f32)
+                .collect(),
+            BetaSchedule::Cosine => {
+                betas_for_alpha_bar(n, |t| ((t + 0.008) / 1.008 * FRAC_PI_2).cos().powi(2))
             }
-            BetaSchedule::Cosine => betas_for_alpha_bar(n, |t| ((t + 0.008) / 1.008 * FRAC_PI_2).cos().powi(2)),
             BetaSchedule::Exp => betas_for_alpha_bar(n, |t| (-12.0 * t).exp()),
             BetaSchedule::Laplace => betas_for_alpha_bar(n, |t| {
                 let half = 0.5 - t;
@@ -605,18 +694,30 @@ impl<'a> Settings<'a> {
         let whole = self.sampler.grid() != Grid::Fractional;
         let round = |t: f64| if whole { t.round_ties_even() } else { t };
         let mut timesteps: Vec<f64> = match self.spacing {
-            Spacing::Linspace => linspace(0.0, (last - 1) as f64, points).into_iter().rev().map(round).collect(),
+            Spacing::Linspace => linspace(0.0, (last - 1) as f64, points)
+                .into_iter()
+                .rev()
+                .map(round)
+                .collect(),
             Spacing::Leading => {
                 let ratio = last / points;
-                ensure!(ratio > 0, "{n} steps are too many for {last} timesteps\n\nhint: use fewer steps");
-                (0..points).rev().map(|i| (i * ratio + self.steps_offset) as f64).collect()
+                ensure!(
+                    ratio > 0,
+                    "{n} steps are too many for {last} timesteps\n\nhint: use fewer steps"
+                );
+                (0..points)
+                    .rev()
+                    .map(|i| (i * ratio + self.steps_offset) as f64)
+                    .collect()
             }
             Spacing::Trailing => {
                 let ratio = train as f64 / n as f64;
                 // numpy.arange: as many as fit, each a multiple of the first difference
                 let stride = last as f64 - (last as f64 - ratio);
                 let count = (last as f64 / ratio).ceil() as usize;
-                (0..count).map(|i| (last as f64 - i as f64 * stride).round_ties_even() - 1.0).collect()
+                (0..count)
+                    .map(|i| (last as f64 - i as f64 * stride).round_ties_even() - 1.0)
+                    .collect()
             }
         };
         timesteps.truncate(n);
@@ -626,20 +727,42 @@ impl<'a> Settings<'a> {
     /// How many of the noisiest timesteps are left out: those whose lambda = -log(sigma) is low.
     fn clipped(&self, table: &Table) -> usize {
         let is_low = |sigma: &&f64| -sigma.ln() < self.config.lambda_min_clipped;
-        if self.sampler.is_dpm_multistep() { table.sigmas.iter().filter(is_low).count() } else { 0 }
+        if self.sampler.is_dpm_multistep() {
+            table.sigmas.iter().filter(is_low).count()
+        } else {
+            0
+        }
     }
 
     /// Sigmas and timesteps of a law; `spaced` are the sigmas at the spaced timesteps.
-    fn follow(&self, law: SigmaLaw, n: usize, spaced: &[f64], table: &Table) -> (Vec<f64>, Vec<f64>) {
+    fn follow(
+        &self,
+        law: SigmaLaw,
+        n: usize,
+        spaced: &[f64],
+        table: &Table,
+    ) -> (Vec<f64>, Vec<f64>) {
         let multistep = self.sampler.grid() == Grid::Multistep;
         let (first, last) = match multistep {
             true => (table.sigmas.last().copied(), table.sigmas.first().copied()),
             false => (spaced.first().copied(), spaced.last().copied()),
         };
         // two classes of diffusers do not look at these settings here
-        let limits = law != SigmaLaw::Lu && !(law == SigmaLaw::Karras && matches!(self.sampler, Sampler::Lms | Sampler::DpmppSde));
-        let high = self.config.sigma_max.filter(|_| limits).or(first).unwrap_or(1.0);
-        let low = self.config.sigma_min.filter(|_| limits).or(last).unwrap_or(1.0);
+        let limits = law != SigmaLaw::Lu
+            && !(law == SigmaLaw::Karras
+                && matches!(self.sampler, Sampler::Lms | Sampler::DpmppSde));
+        let high = self
+            .config
+            .sigma_max
+            .filter(|_| limits)
+            .or(first)
+            .unwrap_or(1.0);
+        let low = self
+            .config
+            .sigma_min
+            .filter(|_| limits)
+            .or(last)
+            .unwrap_or(1.0);
         let sigmas = match law {
             SigmaLaw::Karras => karras(high, low, n),
             SigmaLaw::Exponential => exponential(high, low, n),
@@ -689,10 +812,17 @@ impl<'a> Settings<'a> {
             (1..=self.config.train_timesteps).contains(&original),
             "the scheduler's `original_inference_steps` is {original}, which is not supported"
         );
-        ensure!(n <= original, "`{}` was distilled for at most {original} steps, not {n}\n\nhint: use `--steps 4`", self.sampler);
+        ensure!(
+            n <= original,
+            "`{}` was distilled for at most {original} steps, not {n}\n\nhint: use `--steps 4`",
+            self.sampler
+        );
         let ratio = self.config.train_timesteps / original;
         let original = (original as f64 * strength) as usize;
-        ensure!(n <= original, "`--strength {strength}` leaves less than {n} steps\n\nhint: use more, or fewer `--steps`");
+        ensure!(
+            n <= original,
+            "`--strength {strength}` leaves less than {n} steps\n\nhint: use more, or fewer `--steps`"
+        );
         let stride = original as f64 / n as f64;
         let pick = |i: usize| original - (i as f64 * stride).floor() as usize;
         Ok((0..n).map(|i| (pick(i) * ratio - 1) as f64).collect())
@@ -710,15 +840,30 @@ struct Table {
 
 impl Table {
     fn new(alphas: &[f32]) -> Self {
-        let sigmas: Vec<f64> = alphas.iter().map(|a| f64::from(((1.0 - a) / a).sqrt())).collect();
-        let logs = sigmas.iter().map(|sigma| f64::from(sigma.ln() as f32)).collect();
+        let sigmas: Vec<f64> = alphas
+            .iter()
+            .map(|a| f64::from(((1.0 - a) / a).sqrt()))
+            .collect();
+        let logs = sigmas
+            .iter()
+            .map(|sigma| f64::from(sigma.ln() as f32))
+            .collect();
         Self { sigmas, logs }
     }
 
     /// The sigma at a whole timestep. Errors beyond those of training.
     fn at(&self, timestep: f64) -> Result<f64> {
-        let found = self.sigmas.get(timestep as usize).filter(|_| timestep >= 0.0).copied();
-        found.with_context(|| format!("the schedule asks for timestep {timestep} of {}\n\nhint: use fewer steps", self.sigmas.len()))
+        let found = self
+            .sigmas
+            .get(timestep as usize)
+            .filter(|_| timestep >= 0.0)
+            .copied();
+        found.with_context(|| {
+            format!(
+                "the schedule asks for timestep {timestep} of {}\n\nhint: use fewer steps",
+                self.sigmas.len()
+            )
+        })
     }
 
     /// The sigma between two timesteps, linearly interpolated.
@@ -796,7 +941,11 @@ impl Plan {
 
     /// What x = x0 + sigma * noise is divided by to give diffusers' latents of this sampler.
     pub fn latents_scale(&self, sigma: f64) -> f64 {
-        if self.is_variance_preserving() { sigma.hypot(1.0) } else { 1.0 }
+        if self.is_variance_preserving() {
+            sigma.hypot(1.0)
+        } else {
+            1.0
+        }
     }
 
     /// Steps of the whole run before this part of it.
@@ -806,7 +955,12 @@ impl Plan {
 
     /// In which step of the whole run, from 0, an evaluation is.
     pub fn step_of(&self, evaluation: usize) -> usize {
-        self.before + if self.sampler.is_two_stage() { evaluation / 2 } else { evaluation }
+        self.before
+            + if self.sampler.is_two_stage() {
+                evaluation / 2
+            } else {
+                evaluation
+            }
     }
 
     /// How often the network runs.
@@ -827,10 +981,14 @@ impl Plan {
         self.before + self.own_steps() + self.after
     }
 
-    /// Cuts a run in two at a share of the way from noise to picture, by timesteps, as diffusers' `denoising_end` and
-    /// `denoising_start` do. A second part has no history of the first. Errors if one of them would have no step.
+    /// Cuts a run in two at a share of the way from noise to picture, by timesteps, as diffusers'
+    /// `denoising_end` and `denoising_start` do. A second part has no history of the first. Errors
+    /// if one of them would have no step.
     pub fn split(&self, at: f64) -> Result<[Self; 2]> {
-        ensure!(self.sampler != Sampler::Pndm, "`pndm` cannot be handed over to a refiner\n\nhint: use another sampler, such as `euler`");
+        ensure!(
+            self.sampler != Sampler::Pndm,
+            "`pndm` cannot be handed over to a refiner\n\nhint: use another sampler, such as `euler`"
+        );
         let train = self.train_timesteps as f64;
         let (cut, steps) = ((train - at * train).round_ties_even(), self.own_steps());
         let k = self.timesteps.iter().take_while(|t| **t >= cut).count();
@@ -841,7 +999,9 @@ impl Plan {
         );
         let (mut first, mut second) = (self.clone(), self.clone());
         // methods of two stages look at the timestep where a step ends
-        first.timesteps.truncate(k + usize::from(self.sampler.is_two_stage()));
+        first
+            .timesteps
+            .truncate(k + usize::from(self.sampler.is_two_stage()));
         first.sigmas.truncate(k + 1);
         first.after = steps - k;
         second.drop_first(k);
@@ -850,7 +1010,12 @@ impl Plan {
 
     /// Leaves out the first `k` steps.
     fn drop_first(&mut self, k: usize) {
-        for list in [&mut self.timesteps, &mut self.sigmas, &mut self.middle_timesteps, &mut self.middle_sigmas] {
+        for list in [
+            &mut self.timesteps,
+            &mut self.sigmas,
+            &mut self.middle_timesteps,
+            &mut self.middle_sigmas,
+        ] {
             list.drain(..k.min(list.len()));
         }
         self.transfers.drain(..k.min(self.transfers.len()));
@@ -874,13 +1039,20 @@ impl Plan {
 /// `schedule` replaces the checkpoint's schedule. `eta` is the share of fresh noise of the
 /// samplers that have one: 0 (no noise) by default for `ddim` and `tcd`, as in diffusers'
 /// pipelines, 1 for the ancestral ones. Errors if the sampler cannot do what is asked.
-pub fn plan(config: &SchedulerConfig, sampler: Sampler, schedule: Option<Schedule>, steps: usize, eta: Option<f64>) -> Result<Plan> {
+pub fn plan(
+    config: &SchedulerConfig,
+    sampler: Sampler,
+    schedule: Option<Schedule>,
+    steps: usize,
+    eta: Option<f64>,
+) -> Result<Plan> {
     plan_late(config, sampler, schedule, steps, eta, (0, 1.0))
 }
 
-/// The same without its first steps, for a run that begins with a picture to which the noise of that level is added: those
-/// that a strength (0..=1) leaves out, as in diffusers. `in_all_steps`, as in its pipeline of latent consistency models: `lcm`
-/// takes as many steps over what the strength leaves. Errors too if it leaves out all of them.
+/// The same without its first steps, for a run that begins with a picture to which the noise of
+/// that level is added: those that a strength (0..=1) leaves out, as in diffusers. `in_all_steps`,
+/// as in its pipeline of latent consistency models: `lcm` takes as many steps over what the
+/// strength leaves. Errors too if it leaves out all of them.
 pub fn plan_from_picture(
     config: &SchedulerConfig,
     sampler: Sampler,
@@ -892,8 +1064,15 @@ pub fn plan_from_picture(
 ) -> Result<Plan> {
     let taken = (steps as f64 * strength) as usize;
     let least = (1.0 / steps as f64 * 1000.0).ceil() / 1000.0;
-    ensure!(taken > 0, "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`");
-    let late = if in_all_steps && sampler == Sampler::Lcm { (0, strength) } else { (steps.saturating_sub(taken), 1.0) };
+    ensure!(
+        taken > 0,
+        "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`"
+    );
+    let late = if in_all_steps && sampler == Sampler::Lcm {
+        (0, strength)
+    } else {
+        (steps.saturating_sub(taken), 1.0)
+    };
     plan_late(config, sampler, schedule, steps, eta, late)
 }
 
@@ -906,7 +1085,10 @@ fn plan_late(
     (skipped, share): (usize, f64),
 ) -> Result<Plan> {
     let train = config.train_timesteps;
-    ensure!((1..=train).contains(&steps), "{steps} steps are not possible\n\nhint: use 1 to {train}");
+    ensure!(
+        (1..=train).contains(&steps),
+        "{steps} steps are not possible\n\nhint: use 1 to {train}"
+    );
     let settings = Settings::resolve(config, sampler, schedule)?;
     let table = Table::new(&settings.alphas_cumprod());
     let mut plan = Plan {
@@ -930,12 +1112,15 @@ fn plan_late(
     };
     match sampler.grid() {
         Grid::Distilled => plan.lay_distilled(&settings, &table, steps, share)?,
-        Grid::Discrete if sampler == Sampler::Pndm => plan.lay_pndm(&settings, &table, steps, skipped)?,
+        Grid::Discrete if sampler == Sampler::Pndm => {
+            plan.lay_pndm(&settings, &table, steps, skipped)?
+        }
         Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &table, steps)?,
         _ => plan.lay_interpolated(&settings, &table, steps)?,
     }
     let levels = &plan.sigmas[..plan.timesteps.len()];
-    let falling = levels.windows(2).all(|pair| pair[0] > pair[1]) && levels.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
+    let falling = levels.windows(2).all(|pair| pair[0] > pair[1])
+        && levels.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
     ensure!(
         falling || sampler == Sampler::Pndm,
         "{steps} steps of `{sampler}` do not give falling noise levels here\n\nhint: use fewer steps, or another `--schedule`"
@@ -954,11 +1139,16 @@ fn resolve_eta(sampler: Sampler, eta: Option<f64>) -> Result<f64> {
     let default = match sampler {
         Sampler::Ddim | Sampler::Tcd => 0.0,
         Sampler::EulerA | Sampler::Dpm2A | Sampler::Dpmpp2sA => 1.0,
-        _ if eta.is_some() => bail!("`{sampler}` takes no `--eta`\n\nhint: `ddim`, `tcd`, `euler-a`, `dpm2-a` and `dpmpp-2s-a` do"),
+        _ if eta.is_some() => bail!(
+            "`{sampler}` takes no `--eta`\n\nhint: `ddim`, `tcd`, `euler-a`, `dpm2-a` and `dpmpp-2s-a` do"
+        ),
         _ => 0.0,
     };
     let eta = eta.unwrap_or(default);
-    ensure!((0.0..=1.0).contains(&eta), "`--eta` is {eta}\n\nhint: use a value from 0 to 1");
+    ensure!(
+        (0.0..=1.0).contains(&eta),
+        "`--eta` is {eta}\n\nhint: use a value from 0 to 1"
+    );
     Ok(eta)
 }
 
@@ -970,7 +1160,10 @@ impl Settings<'_> {
             Sampler::Heun | Sampler::Lcm => false,
             _ => return None,
         };
-        config.clip_sample.unwrap_or(default).then_some(config.clip_sample_range)
+        config
+            .clip_sample
+            .unwrap_or(default)
+            .then_some(config.clip_sample_range)
     }
 
     /// A sampler named after an order and an algorithm has them, unless it is the checkpoint's.
@@ -985,7 +1178,9 @@ impl Settings<'_> {
         if self.sampler.is_dpm_multistep() {
             self.check_algorithm(algorithm, order)?;
         }
-        let solver_type = self.sampler.solver_type(file.solver_type.unwrap_or(SolverType::Midpoint));
+        let solver_type = self
+            .sampler
+            .solver_type(file.solver_type.unwrap_or(SolverType::Midpoint));
         Ok(Solver {
             order,
             algorithm,
@@ -1009,7 +1204,10 @@ impl Settings<'_> {
             "the scheduler's `algorithm_type` is \"{name}\", which needs `final_sigmas_type` \"sigma_min\""
         );
         let known = algorithm == Algorithm::Plain || order < 3;
-        ensure!(known, "the scheduler's `solver_order` is 3, which `algorithm_type` \"{name}\" has not");
+        ensure!(
+            known,
+            "the scheduler's `solver_order` is 3, which `algorithm_type` \"{name}\" has not"
+        );
         Ok(())
     }
 }
@@ -1023,7 +1221,9 @@ impl Plan {
         let mut sigmas: Vec<f64> = timesteps.iter().map(|t| table.interpolate(*t)).collect();
         let euler = self.sampler == Sampler::Euler;
         let log_linear = euler && config.interpolation == Interpolation::LogLinear;
-        if let (true, Some(high), Some(low)) = (log_linear, table.sigmas.last(), table.sigmas.first()) {
+        if let (true, Some(high), Some(low)) =
+            (log_linear, table.sigmas.last(), table.sigmas.first())
+        {
             sigmas = exponential(*high, *low, n + 1);
         }
         if let Some(law) = settings.law {
@@ -1032,10 +1232,20 @@ impl Plan {
         if sigmas.len() == timesteps.len() {
             sigmas.push(settings.last_sigma(&sigmas, table));
         }
-        if euler && config.timestep_type == TimestepType::Continuous && config.prediction == Prediction::V {
-            timesteps = sigmas.iter().take(n).map(|sigma| 0.25 * sigma.ln()).collect();
+        if euler
+            && config.timestep_type == TimestepType::Continuous
+            && config.prediction == Prediction::V
+        {
+            timesteps = sigmas
+                .iter()
+                .take(n)
+                .map(|sigma| 0.25 * sigma.ln())
+                .collect();
         }
-        self.sigmas = sigmas.into_iter().map(|sigma| f64::from(sigma as f32)).collect();
+        self.sigmas = sigmas
+            .into_iter()
+            .map(|sigma| f64::from(sigma as f32))
+            .collect();
         self.timesteps = timesteps.into_iter().map(|t| f64::from(t as f32)).collect();
         Ok(())
     }
@@ -1043,7 +1253,11 @@ impl Plan {
     /// Whole timesteps, each with its training noise level.
     fn lay_discrete(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
         self.timesteps = settings.spaced(n, table)?;
-        self.sigmas = self.timesteps.iter().map(|t| table.at(*t)).collect::<Result<_>>()?;
+        self.sigmas = self
+            .timesteps
+            .iter()
+            .map(|t| table.at(*t))
+            .collect::<Result<_>>()?;
         if self.sampler == Sampler::Ddpm {
             self.sigmas.push(0.0);
             return Ok(());
@@ -1051,17 +1265,36 @@ impl Plan {
         let end = settings.final_discrete_sigma(table);
         let stride = (settings.config.train_timesteps / n) as f64;
         for (t, sigma) in self.timesteps.iter().zip(&self.sigmas) {
-            let target = if *t >= stride { table.at(t - stride)? } else { end };
+            let target = if *t >= stride {
+                table.at(t - stride)?
+            } else {
+                end
+            };
             self.transfers.push((*sigma, target));
         }
-        self.sigmas.extend(self.transfers.last().map(|(_, target)| *target));
+        self.sigmas
+            .extend(self.transfers.last().map(|(_, target)| *target));
         Ok(())
     }
 
-    fn lay_distilled(&mut self, settings: &Settings, table: &Table, n: usize, share: f64) -> Result<()> {
+    fn lay_distilled(
+        &mut self,
+        settings: &Settings,
+        table: &Table,
+        n: usize,
+        share: f64,
+    ) -> Result<()> {
         self.timesteps = settings.distilled(n, share)?;
-        self.sigmas = self.timesteps.iter().map(|t| table.at(*t)).collect::<Result<_>>()?;
-        let end = if self.sampler == Sampler::Tcd { table.at(0.0)? } else { 0.0 };
+        self.sigmas = self
+            .timesteps
+            .iter()
+            .map(|t| table.at(*t))
+            .collect::<Result<_>>()?;
+        let end = if self.sampler == Sampler::Tcd {
+            table.at(0.0)?
+        } else {
+            0.0
+        };
         self.sigmas.push(end);
         for (i, sigma) in self.sigmas[..n].iter().enumerate() {
             let next = self.timesteps.get(i + 1).copied().unwrap_or(0.0);
@@ -1072,12 +1305,21 @@ impl Plan {
         Ok(())
     }
 
-    /// PNDM (Liu et al. 2022, arXiv 2202.09778): pseudo Runge-Kutta steps at the start unless
-    /// they are skipped, then linear multistep ones. A run that begins later counts its evaluations anew, as diffusers
-    /// does: its second goes back to where the first began.
-    fn lay_pndm(&mut self, settings: &Settings, table: &Table, n: usize, skipped: usize) -> Result<()> {
+    /// PNDM (Liu et al. 2022, arXiv 2202.09778): pseudo Runge-Kutta steps at the start unless they
+    /// are skipped, then linear multistep ones. A run that begins later counts its evaluations
+    /// anew, as diffusers does: its second goes back to where the first began.
+    fn lay_pndm(
+        &mut self,
+        settings: &Settings,
+        table: &Table,
+        n: usize,
+        skipped: usize,
+    ) -> Result<()> {
         let config = settings.config;
-        ensure!(config.prediction != Prediction::Sample, "`pndm` does not work with the scheduler's `prediction_type` \"sample\"");
+        ensure!(
+            config.prediction != Prediction::Sample,
+            "`pndm` does not work with the scheduler's `prediction_type` \"sample\""
+        );
         let spaced = settings.spaced(n, table)?;
         let stride = (config.train_timesteps / n) as f64;
         let end = settings.final_discrete_sigma(table);
@@ -1092,26 +1334,43 @@ impl Plan {
             self.timesteps.drain(..skipped);
             self.before = skipped;
         } else {
-            ensure!(skipped == 0, "`pndm` with Runge-Kutta steps cannot begin with a picture\n\nhint: use another `--sampler`");
+            ensure!(
+                skipped == 0,
+                "`pndm` with Runge-Kutta steps cannot begin with a picture\n\nhint: use another `--sampler`"
+            );
             ensure!(n >= 4, "`pndm` needs at least 4 steps here, not {n}");
             let half = (config.train_timesteps / n / 2) as f64;
             for pair in spaced[..4].windows(2) {
                 // the same grid as diffusers' repeat and tile: t, two middles, the next t
                 let (t, next) = (pair[0], pair[1]);
                 self.timesteps.extend([t, next + half, next + half, next]);
-                transfers.extend([(t, t - half), (t, next + half), (t, next + half - half), (t, next)]);
+                transfers.extend([
+                    (t, t - half),
+                    (t, next + half),
+                    (t, next + half - half),
+                    (t, next),
+                ]);
             }
             self.prk_evaluations = self.timesteps.len();
             self.timesteps.extend(&spaced[3..]);
         }
         for (i, t) in self.timesteps.iter().enumerate().skip(self.prk_evaluations) {
-            transfers.push(if i == 1 { (t + stride, *t) } else { (*t, t - stride) });
+            transfers.push(if i == 1 {
+                (t + stride, *t)
+            } else {
+                (*t, t - stride)
+            });
         }
         for (from, to) in transfers {
             self.transfers.push((level(from)?, level(to)?));
         }
-        self.sigmas = self.timesteps.iter().map(|t| table.at(*t)).collect::<Result<_>>()?;
-        self.sigmas.extend(self.transfers.last().map(|(_, target)| *target));
+        self.sigmas = self
+            .timesteps
+            .iter()
+            .map(|t| table.at(*t))
+            .collect::<Result<_>>()?;
+        self.sigmas
+            .extend(self.transfers.last().map(|(_, target)| *target));
         Ok(())
     }
 
@@ -1124,7 +1383,11 @@ impl Plan {
         };
         for pair in self.sigmas.windows(2).filter(|pair| pair[1] > 0.0) {
             let (sigma, next) = (pair[0], pair[1]);
-            let target = if ancestral { ancestral_step(sigma, next, self.eta).0 } else { next };
+            let target = if ancestral {
+                ancestral_step(sigma, next, self.eta).0
+            } else {
+                next
+            };
             let middle = (sigma * target).sqrt();
             self.middle_sigmas.push(middle);
             self.middle_timesteps.push(table.timestep(middle));
@@ -1135,8 +1398,15 @@ impl Plan {
 impl Settings<'_> {
     /// The noise level "before" timestep 0.
     fn final_discrete_sigma(&self, table: &Table) -> f64 {
-        let zero = self.config.set_alpha_to_one.unwrap_or(self.sampler != Sampler::Pndm);
-        if zero { 0.0 } else { table.sigmas.first().copied().unwrap_or(0.0) }
+        let zero = self
+            .config
+            .set_alpha_to_one
+            .unwrap_or(self.sampler != Sampler::Pndm);
+        if zero {
+            0.0
+        } else {
+            table.sigmas.first().copied().unwrap_or(0.0)
+        }
     }
 }
 
@@ -1163,14 +1433,22 @@ fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
 /// numpy.linspace.
 fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
     let step = (end - start) / n.saturating_sub(1).max(1) as f64;
-    let at = |i: usize| if i > 0 && i + 1 == n { end } else { start + i as f64 * step };
+    let at = |i: usize| {
+        if i > 0 && i + 1 == n {
+            end
+        } else {
+            start + i as f64 * step
+        }
+    };
     (0..n).map(at).collect()
 }
 
 /// Nichol and Dhariwal 2021 (arXiv 2102.09672), with betas of at most 0.999.
 fn betas_for_alpha_bar(n: usize, alpha_bar: impl Fn(f64) -> f64) -> Vec<f32> {
     let at = |i: usize| alpha_bar(i as f64 / n as f64);
-    (0..n).map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32).collect()
+    (0..n)
+        .map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32)
+        .collect()
 }
 
 /// torch.cumprod of f32, which accumulates in f64 on the CPU.
@@ -1203,17 +1481,24 @@ fn karras(high: f64, low: f64, n: usize) -> Vec<f64> {
     let rho = 7.0;
     let (high, low) = (high.powf(1.0 / rho), low.powf(1.0 / rho));
     let ramp = linspace(0.0, 1.0, n);
-    ramp.into_iter().map(|t| (high + t * (low - high)).powf(rho)).collect()
+    ramp.into_iter()
+        .map(|t| (high + t * (low - high)).powf(rho))
+        .collect()
 }
 
 fn exponential(high: f64, low: f64, n: usize) -> Vec<f64> {
-    linspace(high.ln(), low.ln(), n).into_iter().map(f64::exp).collect()
+    linspace(high.ln(), low.ln(), n)
+        .into_iter()
+        .map(f64::exp)
+        .collect()
 }
 
 /// Lee et al. 2024 (arXiv 2407.12173): alpha = beta = 0.6.
 fn beta(high: f64, low: f64, n: usize) -> Vec<f64> {
     let ramp = linspace(0.0, 1.0, n);
-    ramp.into_iter().map(|t| low + beta_quantile(1.0 - t) * (high - low)).collect()
+    ramp.into_iter()
+        .map(|t| low + beta_quantile(1.0 - t) * (high - low))
+        .collect()
 }
 
 /// A published list of noise levels stretched to n steps, log-linearly, as its authors do; the
@@ -1237,7 +1522,11 @@ fn beta_quantile(p: f64) -> f64 {
     let (mut low, mut high) = (0.0, 0.5);
     for _ in 0..100 {
         let middle = 0.5 * (low + high);
-        if beta_distribution(middle) < p { low = middle } else { high = middle }
+        if beta_distribution(middle) < p {
+            low = middle
+        } else {
+            high = middle
+        }
     }
     0.5 * (low + high)
 }

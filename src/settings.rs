@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::sync::Arc;
 
-/// The settings of one picture. The same settings and model give the same pixels on the same kind of machine; the
-/// field names are the keys of the `sdgen` JSON in the picture's file and of a `--json` line. Texts are shared, as a
-/// list may have a million pictures.
+/// The settings of one picture. The same settings and model give the same pixels on the same kind
+/// of machine; the field names are the keys of the `sdgen` JSON in the picture's file and of a
+/// `--json` line. Texts are shared, as a list may have a million pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// of the program
@@ -120,10 +120,24 @@ pub struct Merged {
 impl Merged {
     /// Of all that is merged into a checkpoint.
     pub fn all(checkpoint: &Checkpoint) -> Result<Vec<Self>> {
-        let one = |Merge { other, minus, share }: &Merge| {
-            let minus_hash = minus.as_ref().map(|minus| minus.hash()).transpose()?.map(Arc::from);
+        let one = |Merge {
+                       other,
+                       minus,
+                       share,
+                   }: &Merge| {
+            let minus_hash = minus
+                .as_ref()
+                .map(|minus| minus.hash())
+                .transpose()?
+                .map(Arc::from);
             let (model, hash) = (other.name.as_str().into(), other.hash()?.into());
-            Ok(Self { model, hash, share: *share, minus: minus.as_ref().map(|minus| minus.name.as_str().into()), minus_hash })
+            Ok(Self {
+                model,
+                hash,
+                share: *share,
+                minus: minus.as_ref().map(|minus| minus.name.as_str().into()),
+                minus_hash,
+            })
         };
         checkpoint.merges.iter().map(one).collect()
     }
@@ -186,7 +200,8 @@ pub struct Source {
     pub alpha: bool,
     /// pixels over which what is drawn fades in, from the edge of what is repainted inwards
     pub feather: usize,
-    /// what is repainted is cut out with this many pixels around it, drawn at full size and put back
+    /// what is repainted is cut out with this many pixels around it, drawn at full size and put
+    /// back
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only_masked: Option<usize>,
     /// what is added around the picture and painted
@@ -210,7 +225,12 @@ impl std::str::FromStr for Border {
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| text.trim().parse().ok().filter(|n| *n <= MAX_SIDE_PX);
         if let Some(all) = number(text) {
-            return Ok(Self { left: all, top: all, right: all, bottom: all });
+            return Ok(Self {
+                left: all,
+                top: all,
+                right: all,
+                bottom: all,
+            });
         }
         let mut border = Self::default();
         for part in text.split(',') {
@@ -222,7 +242,8 @@ impl std::str::FromStr for Border {
                 "bottom" => &mut border.bottom,
                 _ => return Err("expected pixels, or sides with pixels: left=128,top=64".into()),
             };
-            *side = number(pixels).ok_or_else(|| format!("`{part}` has no number of pixels up to {MAX_SIDE_PX}"))?;
+            *side = number(pixels)
+                .ok_or_else(|| format!("`{part}` has no number of pixels up to {MAX_SIDE_PX}"))?;
         }
         Ok(border)
     }
@@ -238,7 +259,10 @@ impl TryFrom<String> for Border {
 
 impl From<Border> for String {
     fn from(border: Border) -> Self {
-        format!("left={},top={},right={},bottom={}", border.left, border.top, border.right, border.bottom)
+        format!(
+            "left={},top={},right={},bottom={}",
+            border.left, border.top, border.right, border.bottom
+        )
     }
 }
 
@@ -256,8 +280,12 @@ impl<const SEPARATOR: char> std::str::FromStr for Pair<SEPARATOR> {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| text.trim().parse().ok().filter(|n| *n <= MAX_SIDE_PX);
-        let pair = text.split_once(SEPARATOR).and_then(|(a, b)| Some(Self(number(a)?, number(b)?)));
-        pair.ok_or_else(|| format!("expected two numbers up to {MAX_SIDE_PX} with `{SEPARATOR}` between"))
+        let pair = text
+            .split_once(SEPARATOR)
+            .and_then(|(a, b)| Some(Self(number(a)?, number(b)?)));
+        pair.ok_or_else(|| {
+            format!("expected two numbers up to {MAX_SIDE_PX} with `{SEPARATOR}` between")
+        })
     }
 }
 
@@ -282,53 +310,119 @@ impl<const SEPARATOR: char> From<Pair<SEPARATOR>> for String {
 }
 
 impl Settings {
-    /// What SDXL is told of the picture: original height and width, top and left of the crop, height and width.
+    /// What SDXL is told of the picture: original height and width, top and left of the crop,
+    /// height and width.
     pub fn sizes(&self) -> [f64; 6] {
         let own = Pair(self.width, self.height);
-        let (original, Pair(left, top), target) =
-            (self.original_size.unwrap_or(own), self.crop.unwrap_or(Pair(0, 0)), self.target_size.unwrap_or(own));
+        let (original, Pair(left, top), target) = (
+            self.original_size.unwrap_or(own),
+            self.crop.unwrap_or(Pair(0, 0)),
+            self.target_size.unwrap_or(own),
+        );
         [original.1, original.0, top, left, target.1, target.0].map(|n| n as f64)
     }
 
     /// Width and height of the picture that is saved, if it is not put back into another.
     pub fn final_size(&self) -> (usize, usize) {
-        self.hires.map_or((self.width, self.height), |hires| (hires.width, hires.height))
+        self.hires.map_or((self.width, self.height), |hires| {
+            (hires.width, hires.height)
+        })
     }
 
     /// Whether these settings draw the same picture: all is equal but the program's version.
     pub fn draws_the_same_as(&self, other: &Self) -> bool {
-        *self == Self { version: self.version.clone(), ..other.clone() }
+        *self
+            == Self {
+                version: self.version.clone(),
+                ..other.clone()
+            }
     }
 
-    /// What the picture's file remembers: these settings as JSON, beside them the trace, and as A1111's text.
+    /// What the picture's file remembers: these settings as JSON, beside them the trace, and as
+    /// A1111's text.
     pub fn metadata(&self, trace: Option<&Trace>) -> Metadata {
-        let beyond_one = [("Clip skip", self.clip_skip), ("Deep cache", self.deep_cache)];
-        let mut extra: Vec<_> = beyond_one.into_iter().filter(|(_, n)| *n > 1).map(|(name, n)| (name, n.to_string())).collect();
+        let beyond_one = [
+            ("Clip skip", self.clip_skip),
+            ("Deep cache", self.deep_cache),
+        ];
+        let mut extra: Vec<_> = beyond_one
+            .into_iter()
+            .filter(|(_, n)| *n > 1)
+            .map(|(name, n)| (name, n.to_string()))
+            .collect();
         if let Some(Toward { prompt, share }) = &self.to {
             extra.extend([("To", prompt.to_string()), ("To share", share.to_string())]);
         }
         if let Some(Variation { seed, strength }) = self.variation {
-            extra.extend([("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]);
+            extra.extend([
+                ("Variation seed", seed.to_string()),
+                ("Variation seed strength", strength.to_string()),
+            ]);
         }
         // those of one direction as the extension Asymmetric Tiling says them
-        let tiled = [(Tile::X, "Tile X"), (Tile::Y, "Tile Y"), (Tile::Xy, "Tiling")];
-        extra.extend(tiled.into_iter().filter(|(tile, _)| self.tile == Some(*tile)).map(|(_, name)| (name, "True".into())));
-        extra.extend((self.guidance_rescale > 0.0).then(|| ("CFG Rescale", self.guidance_rescale.to_string())));
-        extra.extend(self.strength.map(|strength| ("Denoising strength", strength.to_string())));
-        extra.extend(self.image_guidance.map(|scale| ("Image CFG scale", scale.to_string())));
-        extra.extend(self.source.as_ref().map(|source| ("Init image", source.image.to_string())));
-        extra.extend(self.source.as_ref().and_then(|source| Some(("Mask", source.mask.as_ref()?.to_string()))));
-        if let Some(Hires { factor, strength, .. }) = self.hires {
+        let tiled = [
+            (Tile::X, "Tile X"),
+            (Tile::Y, "Tile Y"),
+            (Tile::Xy, "Tiling"),
+        ];
+        extra.extend(
+            tiled
+                .into_iter()
+                .filter(|(tile, _)| self.tile == Some(*tile))
+                .map(|(_, name)| (name, "True".into())),
+        );
+        extra.extend(
+            (self.guidance_rescale > 0.0)
+                .then(|| ("CFG Rescale", self.guidance_rescale.to_string())),
+        );
+        extra.extend(
+            self.strength
+                .map(|strength| ("Denoising strength", strength.to_string())),
+        );
+        extra.extend(
+            self.image_guidance
+                .map(|scale| ("Image CFG scale", scale.to_string())),
+        );
+        extra.extend(
+            self.source
+                .as_ref()
+                .map(|source| ("Init image", source.image.to_string())),
+        );
+        extra.extend(
+            self.source
+                .as_ref()
+                .and_then(|source| Some(("Mask", source.mask.as_ref()?.to_string()))),
+        );
+        if let Some(Hires {
+            factor, strength, ..
+        }) = self.hires
+        {
             let is_over = self.strength.is_some();
-            extra.extend([("Hires upscale", factor.to_string()), ("Hires upscaler", "Lanczos".into())]);
+            extra.extend([
+                ("Hires upscale", factor.to_string()),
+                ("Hires upscaler", "Lanczos".into()),
+            ]);
             // A1111 has one for both
             extra.extend((!is_over).then(|| ("Denoising strength", strength.to_string())));
         }
-        extra.extend(self.original_size.map(|size| ("Original size", size.to_string())));
+        extra.extend(
+            self.original_size
+                .map(|size| ("Original size", size.to_string())),
+        );
         extra.extend(self.crop.map(|point| ("Crop", point.to_string())));
-        extra.extend(self.target_size.map(|size| ("Target size", size.to_string())));
-        extra.extend(self.refiner.as_ref().map(|refiner| ("Refiner", refiner.to_string())));
-        extra.extend(self.refine_at.map(|at| ("Refiner switch at", at.to_string())));
+        extra.extend(
+            self.target_size
+                .map(|size| ("Target size", size.to_string())),
+        );
+        extra.extend(
+            self.refiner
+                .as_ref()
+                .map(|refiner| ("Refiner", refiner.to_string())),
+        );
+        extra.extend(
+            self.refine_at
+                .map(|at| ("Refiner switch at", at.to_string())),
+        );
         let short = |lora: &UsedLora| Some(format!("{}: {}", lora.name, lora.hash.get(..12)?));
         let loras: Vec<String> = self.loras.iter().filter_map(short).collect();
         extra.extend((!loras.is_empty()).then(|| ("Lora hashes", loras.join(", "))));
@@ -336,14 +430,34 @@ impl Settings {
         let inverted: Vec<String> = self.embeddings.iter().filter_map(short).collect();
         extra.extend((!inverted.is_empty()).then(|| ("TI hashes", inverted.join(", "))));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
-        extra.extend(self.vae_hash.as_ref().and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))));
-        for Merged { model, share, minus, .. } in &self.merges {
-            let minus = minus.as_ref().map(|minus| format!(" - {minus}")).unwrap_or_default();
+        extra.extend(
+            self.vae_hash
+                .as_ref()
+                .and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))),
+        );
+        for Merged {
+            model,
+            share,
+            minus,
+            ..
+        } in &self.merges
+        {
+            let minus = minus
+                .as_ref()
+                .map(|minus| format!(" - {minus}"))
+                .unwrap_or_default();
             extra.push(("Merged", format!("{model}{minus}: {share}")));
         }
         extra.extend(self.vae_tiling.then(|| ("VAE tiling", "True".into())));
-        extra.extend(self.upscale.map(|by| ("Postprocess upscale by", by.to_string())));
-        extra.extend(self.upscaler.as_ref().map(|upscaler| ("Postprocess upscaler", upscaler.to_string())));
+        extra.extend(
+            self.upscale
+                .map(|by| ("Postprocess upscale by", by.to_string())),
+        );
+        extra.extend(
+            self.upscaler
+                .as_ref()
+                .map(|upscaler| ("Postprocess upscaler", upscaler.to_string())),
+        );
         let fields = Parameters {
             prompt: &self.prompt,
             negative: &self.negative,
@@ -362,6 +476,9 @@ impl Settings {
         if let (Some(trace), Some(sdgen)) = (trace, sdgen.as_object_mut()) {
             sdgen.insert(Trace::KEY.into(), json!(trace));
         }
-        Metadata { parameters: parameters(&fields), sdgen }
+        Metadata {
+            parameters: parameters(&fields),
+            sdgen,
+        }
     }
 }

@@ -39,28 +39,65 @@ pub struct Cell {
 /// is no picture, if a picture's values do not make its size, or if the sheet would be larger than
 /// 16384 pixels on a side or 256 megapixels.
 pub fn sheet(cells: &[Cell]) -> anyhow::Result<Picture> {
-    for Cell { picture: Picture { width, height, rgb }, .. } in cells {
-        let size = width.checked_mul(*height).and_then(|area| area.checked_mul(3));
+    for Cell {
+        picture: Picture { width, height, rgb },
+        ..
+    } in cells
+    {
+        let size = width
+            .checked_mul(*height)
+            .and_then(|area| area.checked_mul(3));
         if rgb.is_empty() || size != Some(rgb.len()) {
-            bail!("{} values do not make a picture of {width}x{height}", rgb.len());
+            bail!(
+                "{} values do not make a picture of {width}x{height}",
+                rgb.len()
+            );
         }
     }
-    let sizes = || cells.iter().map(|cell| (cell.picture.width, cell.picture.height));
-    let (Some(cell_width), Some(cell_height)) = (sizes().map(|(width, _)| width).max(), sizes().map(|(_, height)| height).max()) else {
+    let sizes = || {
+        cells
+            .iter()
+            .map(|cell| (cell.picture.width, cell.picture.height))
+    };
+    let (Some(cell_width), Some(cell_height)) = (
+        sizes().map(|(width, _)| width).max(),
+        sizes().map(|(_, height)| height).max(),
+    ) else {
         bail!("a contact sheet needs a picture");
     };
-    let Grid { rows, columns, places } = Grid::new(cells);
+    let Grid {
+        rows,
+        columns,
+        places,
+    } = Grid::new(cells);
 
     let text = Text::new((cell_width.min(cell_height) / 16).clamp(18, 64))?;
     let gap = text.line_px / 2;
-    let row_labels: Vec<_> =
-        rows.iter().map(|label| text.wrap(label, cell_width.max(12 * text.line_px), cell_height / text.line_px)).collect();
-    let column_labels: Vec<_> = columns.iter().map(|label| text.wrap(label, cell_width, COLUMN_LABEL_LINES)).collect();
-    let label_width = row_labels.iter().flatten().map(|line| text.width(line)).max();
+    let row_labels: Vec<_> = rows
+        .iter()
+        .map(|label| {
+            text.wrap(
+                label,
+                cell_width.max(12 * text.line_px),
+                cell_height / text.line_px,
+            )
+        })
+        .collect();
+    let column_labels: Vec<_> = columns
+        .iter()
+        .map(|label| text.wrap(label, cell_width, COLUMN_LABEL_LINES))
+        .collect();
+    let label_width = row_labels
+        .iter()
+        .flatten()
+        .map(|line| text.width(line))
+        .max();
     let label_lines = column_labels.iter().map(Vec::len).max().unwrap_or(0);
 
     let columns_across = match columns.len() {
-        count if rows.len() == 1 && count > MAX_COLUMNS_OF_SINGLE_ROW => (count as f64).sqrt().ceil() as usize,
+        count if rows.len() == 1 && count > MAX_COLUMNS_OF_SINGLE_ROW => {
+            (count as f64).sqrt().ceil() as usize
+        }
         count => count,
     };
     // A band is all rows, with the labels of their columns above.
@@ -68,7 +105,10 @@ pub fn sheet(cells: &[Cell]) -> anyhow::Result<Picture> {
     let top = label_lines * text.line_px;
     let left = label_width.map_or(gap, |label_width| gap + label_width + gap);
     let band_height = top + rows.len() * (cell_height + gap);
-    let (width, height) = (left + columns_across * (cell_width + gap), gap + bands * band_height);
+    let (width, height) = (
+        left + columns_across * (cell_width + gap),
+        gap + bands * band_height,
+    );
     if width.max(height) > MAX_SIDE_PX || width.saturating_mul(height) > MAX_AREA_PX {
         bail!(
             "the contact sheet would be {width}x{height} pixels, more than {MAX_SIDE_PX} on a side or {} megapixels\n\nhint: put fewer \
@@ -79,12 +119,24 @@ pub fn sheet(cells: &[Cell]) -> anyhow::Result<Picture> {
 
     let corner = |row: usize, column: usize| {
         let (band, column) = (column / columns_across, column % columns_across);
-        (left + column * (cell_width + gap), gap + band * band_height + top + row * (cell_height + gap))
+        (
+            left + column * (cell_width + gap),
+            gap + band * band_height + top + row * (cell_height + gap),
+        )
     };
-    let mut sheet = Picture { width, height, rgb: vec![WHITE; width * height * 3] };
+    let mut sheet = Picture {
+        width,
+        height,
+        rgb: vec![WHITE; width * height * 3],
+    };
     for (Cell { picture, .. }, (row, column)) in cells.iter().zip(places) {
         let (x, y) = corner(row, column);
-        paste(&mut sheet, picture, x + (cell_width - picture.width) / 2, y + (cell_height - picture.height) / 2);
+        paste(
+            &mut sheet,
+            picture,
+            x + (cell_width - picture.width) / 2,
+            y + (cell_height - picture.height) / 2,
+        );
     }
     for (row, lines) in row_labels.iter().enumerate() {
         let (_, y) = corner(row, 0);
@@ -137,9 +189,22 @@ impl<'a> Grid<'a> {
                 Some(*end - width)
             })
             .collect();
-        let places = row_of.into_iter().zip(column_of).zip(repeats).map(|((row, column), repeat)| (row, starts[column] + repeat)).collect();
-        let columns = columns.into_iter().zip(widths).flat_map(|(label, width)| std::iter::repeat_n(label, width)).collect();
-        Grid { rows, columns, places }
+        let places = row_of
+            .into_iter()
+            .zip(column_of)
+            .zip(repeats)
+            .map(|((row, column), repeat)| (row, starts[column] + repeat))
+            .collect();
+        let columns = columns
+            .into_iter()
+            .zip(widths)
+            .flat_map(|(label, width)| std::iter::repeat_n(label, width))
+            .collect();
+        Grid {
+            rows,
+            columns,
+            places,
+        }
     }
 }
 
@@ -180,12 +245,22 @@ struct Text {
 
 impl Text {
     fn new(line_px: usize) -> anyhow::Result<Text> {
-        Ok(Text { fonts: [FontRef::try_from_slice(UBUNTU_LIGHT)?, FontRef::try_from_slice(NOTO_EMOJI_REGULAR)?], line_px })
+        Ok(Text {
+            fonts: [
+                FontRef::try_from_slice(UBUNTU_LIGHT)?,
+                FontRef::try_from_slice(NOTO_EMOJI_REGULAR)?,
+            ],
+            line_px,
+        })
     }
 
     fn font(&self, c: char) -> impl ScaleFont<&FontRef<'static>> {
         let [first, ..] = &self.fonts;
-        self.fonts.iter().find(|font| font.glyph_id(c).0 != 0).unwrap_or(first).as_scaled(self.line_px as f32)
+        self.fonts
+            .iter()
+            .find(|font| font.glyph_id(c).0 != 0)
+            .unwrap_or(first)
+            .as_scaled(self.line_px as f32)
     }
 
     /// Pixels from the left of the first letter to the right of the last, rounded up.
@@ -201,7 +276,11 @@ impl Text {
     /// Breaks a label into at most `most_lines` lines (one at least) of at most `width` pixels,
     /// between words where it can, and ends it in `...` where it is longer.
     fn wrap(&self, label: &str, width: usize, most_lines: usize) -> Vec<String> {
-        let label: String = label.chars().filter(|&c| !is_invisible(c)).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let label: String = label
+            .chars()
+            .filter(|&c| !is_invisible(c))
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect();
         let mut rest = label.trim();
         let mut lines = Vec::new();
         while !rest.is_empty() {
@@ -215,7 +294,10 @@ impl Text {
                 lines.push(format!("{}...", rest[..fitting].trim_end()));
                 break;
             }
-            let space = rest.char_indices().rfind(|&(at, c)| at <= fitting && c == ' ').map(|(at, _)| at);
+            let space = rest
+                .char_indices()
+                .rfind(|&(at, c)| at <= fitting && c == ' ')
+                .map(|(at, _)| at);
             let (line, after) = rest.split_at(space.unwrap_or(fitting));
             lines.push(line.trim_end().to_owned());
             rest = after.trim_start();
@@ -247,10 +329,15 @@ impl Text {
             let mut glyph = font.scaled_glyph(c);
             glyph.position = point(right, y as f32 + font.ascent());
             right += font.h_advance(glyph.id);
-            let Some(outline) = font.outline_glyph(glyph) else { continue };
+            let Some(outline) = font.outline_glyph(glyph) else {
+                continue;
+            };
             let corner = outline.px_bounds().min;
             outline.draw(|dx, dy, coverage| {
-                let (x, y) = (corner.x as usize + dx as usize, corner.y as usize + dy as usize);
+                let (x, y) = (
+                    corner.x as usize + dx as usize,
+                    corner.y as usize + dy as usize,
+                );
                 if x < sheet.width && y < sheet.height {
                     let start = (y * sheet.width + x) * 3;
                     for level in &mut sheet.rgb[start..start + 3] {

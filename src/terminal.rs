@@ -1,7 +1,9 @@
-//! `--show`: pictures in the terminal, in kitty's, iTerm2's or sixel graphics, else in half blocks, two pixels a character.
+//! `--show`: pictures in the terminal, in kitty's, iTerm2's or sixel graphics, else in half blocks,
+//! two pixels a character.
 //!
-//! Hides which of them it is and how each is written. The terminal is known by environment variables alone: one that is
-//! asked and does not answer would hold up the drawing, and one behind a multiplexer answers for itself alone.
+//! Hides which of them it is and how each is written. The terminal is known by environment
+//! variables alone: one that is asked and does not answer would hold up the drawing, and one behind
+//! a multiplexer answers for itself alone.
 
 use crate::image::{Format, Picture};
 use anyhow::{Context, Result, bail};
@@ -12,7 +14,8 @@ use image::RgbImage;
 use image::imageops::{FilterType, resize};
 use std::io::IsTerminal;
 
-/// Leaves room for the prompt on a terminal of the usual 24 lines, and for a few pictures on others.
+/// Leaves room for the prompt on a terminal of the usual 24 lines, and for a few pictures on
+/// others.
 const MAX_ROWS: usize = 24;
 /// What a terminal that does not tell is taken for.
 const USUAL_SIZE: (usize, usize) = (80, 24);
@@ -55,8 +58,8 @@ enum Graphics {
 }
 
 impl Terminal {
-    /// The one at stderr, as chosen or by what the environment says of it. Errors if nothing is chosen and stderr is no
-    /// terminal, or one without colours.
+    /// The one at stderr, as chosen or by what the environment says of it. Errors if nothing is
+    /// chosen and stderr is no terminal, or one without colours.
     pub fn choose(choice: ShowChoice) -> Result<Self> {
         let stderr = std::io::stderr();
         let graphics = match choice {
@@ -66,39 +69,64 @@ impl Terminal {
             ShowChoice::Blocks => Some(Graphics::Blocks { true_colour: true }),
             ShowChoice::Blocks256 => Some(Graphics::Blocks { true_colour: false }),
             ShowChoice::Auto if !stderr.is_terminal() => None,
-            ShowChoice::Auto => Graphics::detect(|name| std::env::var(name).ok().filter(|value| !value.is_empty())),
+            ShowChoice::Auto => {
+                Graphics::detect(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+            }
         };
         let Some(graphics) = graphics else {
-            bail!("stderr is no terminal that can show a picture\n\nhint: leave `--show` out, or choose how: `--show=blocks`");
+            bail!(
+                "stderr is no terminal that can show a picture\n\nhint: leave `--show` out, or choose how: `--show=blocks`"
+            );
         };
-        let size = terminal_size::terminal_size_of(stderr).map(|(columns, rows)| (columns.0.into(), rows.0.into()));
-        let (columns, rows) = size.filter(|(columns, rows)| *columns > 0 && *rows > 0).unwrap_or(USUAL_SIZE);
-        Ok(Self { graphics, columns, rows })
+        let size = terminal_size::terminal_size_of(stderr)
+            .map(|(columns, rows)| (columns.0.into(), rows.0.into()));
+        let (columns, rows) = size
+            .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+            .unwrap_or(USUAL_SIZE);
+        Ok(Self {
+            graphics,
+            columns,
+            rows,
+        })
     }
 
-    /// Whether a picture can be written over the one before: how many lines a sixel picture takes is not known.
+    /// Whether a picture can be written over the one before: how many lines a sixel picture takes
+    /// is not known.
     pub fn can_overwrite(&self) -> bool {
         self.graphics != Graphics::Sixel
     }
 
-    /// What draws a picture at the cursor, as large as one of `width` x `height` pixels fits, and leaves the cursor at the
-    /// start of the line below; and how many lines that takes. Only a passing one can be taken back. Errors if the values
-    /// do not make the picture.
-    pub fn draw(&self, picture: &Picture, width: usize, height: usize, passing: bool) -> Result<(String, usize)> {
+    /// What draws a picture at the cursor, as large as one of `width` x `height` pixels fits, and
+    /// leaves the cursor at the start of the line below; and how many lines that takes. Only a
+    /// passing one can be taken back. Errors if the values do not make the picture.
+    pub fn draw(
+        &self,
+        picture: &Picture,
+        width: usize,
+        height: usize,
+        passing: bool,
+    ) -> Result<(String, usize)> {
         let (columns, rows) = fit(width, height, self.columns, self.rows);
         let text = match self.graphics {
             Graphics::Kitty => kitty(&png(picture)?, columns, rows, passing.then_some(KITTY_ID)),
             Graphics::Iterm => iterm(&png(picture)?, columns, rows),
             Graphics::Sixel => sixel(&scaled(picture, columns * CELL_PX.0, rows * CELL_PX.1)?),
-            Graphics::Blocks { true_colour } => blocks(&scaled(picture, columns, 2 * rows)?, true_colour),
+            Graphics::Blocks { true_colour } => {
+                blocks(&scaled(picture, columns, 2 * rows)?, true_colour)
+            }
         };
         Ok((text, rows))
     }
 
-    /// What takes back a picture of so many lines, of which the cursor is at the start of the line below.
+    /// What takes back a picture of so many lines, of which the cursor is at the start of the line
+    /// below.
     pub fn erase(&self, rows: usize) -> String {
         // kitty's pictures lie above the text and stay when it is erased
-        let delete = if self.graphics == Graphics::Kitty { format!("\x1b_Ga=d,d=I,i={KITTY_ID},q=2\x1b\\") } else { String::new() };
+        let delete = if self.graphics == Graphics::Kitty {
+            format!("\x1b_Ga=d,d=I,i={KITTY_ID},q=2\x1b\\")
+        } else {
+            String::new()
+        };
         format!("\x1b[{rows}A\r\x1b[J{delete}")
     }
 }
@@ -108,30 +136,50 @@ impl Graphics {
     fn detect(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let term = variable("TERM").filter(|term| term != "dumb")?;
         let program = variable("TERM_PROGRAM").unwrap_or_default();
-        let multiplexed = ["TMUX", "STY", "ZELLIJ"].into_iter().any(|name| variable(name).is_some());
+        let multiplexed = ["TMUX", "STY", "ZELLIJ"]
+            .into_iter()
+            .any(|name| variable(name).is_some());
         if !multiplexed && !term.starts_with("screen") && !term.starts_with("tmux") {
-            if variable("KITTY_WINDOW_ID").is_some() || matches!(&*term, "xterm-kitty" | "xterm-ghostty") || program == "ghostty" {
+            if variable("KITTY_WINDOW_ID").is_some()
+                || matches!(&*term, "xterm-kitty" | "xterm-ghostty")
+                || program == "ghostty"
+            {
                 return Some(Self::Kitty);
             }
             // LC_TERMINAL comes along over ssh
-            if matches!(&*program, "iTerm.app" | "WezTerm" | "mintty") || variable("LC_TERMINAL").is_some_and(|name| name == "iTerm2") {
+            if matches!(&*program, "iTerm.app" | "WezTerm" | "mintty")
+                || variable("LC_TERMINAL").is_some_and(|name| name == "iTerm2")
+            {
                 return Some(Self::Iterm);
             }
-            if ["foot", "mlterm", "yaft"].into_iter().any(|name| term.starts_with(name)) {
+            if ["foot", "mlterm", "yaft"]
+                .into_iter()
+                .any(|name| term.starts_with(name))
+            {
                 return Some(Self::Sixel);
             }
         }
-        let true_colour = variable("COLORTERM").is_some_and(|depth| matches!(&*depth, "truecolor" | "24bit")) || term.ends_with("-direct");
+        let true_colour = variable("COLORTERM")
+            .is_some_and(|depth| matches!(&*depth, "truecolor" | "24bit"))
+            || term.ends_with("-direct");
         Some(Self::Blocks { true_colour })
     }
 }
 
-/// Columns and rows of the terminal for a picture, in its proportions: a character is twice as high as wide. None stands
-/// for less than 1x2 pixels, and the last column stays free, since behind it some terminals begin a line.
-fn fit(width: usize, height: usize, terminal_columns: usize, terminal_rows: usize) -> (usize, usize) {
+/// Columns and rows of the terminal for a picture, in its proportions: a character is twice as high
+/// as wide. None stands for less than 1x2 pixels, and the last column stays free, since behind it
+/// some terminals begin a line.
+fn fit(
+    width: usize,
+    height: usize,
+    terminal_columns: usize,
+    terminal_rows: usize,
+) -> (usize, usize) {
     let (width, height) = (width.max(1) as f64, height.max(1) as f64);
     let most_rows = terminal_rows.saturating_sub(FREE_ROWS).min(MAX_ROWS);
-    let scale = (terminal_columns.saturating_sub(1) as f64 / width).min(2.0 * most_rows as f64 / height).min(1.0);
+    let scale = (terminal_columns.saturating_sub(1) as f64 / width)
+        .min(2.0 * most_rows as f64 / height)
+        .min(1.0);
     let places = |length: f64| (length.round() as usize).max(1);
     (places(width * scale), places(height * scale / 2.0))
 }
@@ -141,13 +189,24 @@ fn png(picture: &Picture) -> Result<Vec<u8>> {
 }
 
 fn scaled(picture: &Picture, width: usize, height: usize) -> Result<RgbImage> {
-    let Picture { width: w, height: h, rgb } = picture;
+    let Picture {
+        width: w,
+        height: h,
+        rgb,
+    } = picture;
     let pixels = RgbImage::from_raw(u32::try_from(*w)?, u32::try_from(*h)?, rgb.clone());
-    let pixels = pixels.with_context(|| format!("{} values do not make a picture of {w}x{h}", rgb.len()))?;
-    Ok(resize(&pixels, u32::try_from(width)?, u32::try_from(height)?, FilterType::Triangle))
+    let pixels =
+        pixels.with_context(|| format!("{} values do not make a picture of {w}x{h}", rgb.len()))?;
+    Ok(resize(
+        &pixels,
+        u32::try_from(width)?,
+        u32::try_from(height)?,
+        FilterType::Triangle,
+    ))
 }
 
-/// Kitty's graphics protocol: a PNG in base64, in commands of limited length, that nothing is answered to.
+/// Kitty's graphics protocol: a PNG in base64, in commands of limited length, that nothing is
+/// answered to.
 fn kitty(png: &[u8], columns: usize, rows: usize, id: Option<u32>) -> String {
     let data = STANDARD.encode(png);
     let id = id.map(|id| format!(",i={id}")).unwrap_or_default();
@@ -166,7 +225,9 @@ fn kitty(png: &[u8], columns: usize, rows: usize, id: Option<u32>) -> String {
 /// iTerm2's inline images: a PNG in base64.
 fn iterm(png: &[u8], columns: usize, rows: usize) -> String {
     let (size, data) = (png.len(), STANDARD.encode(png));
-    format!("\x1b]1337;File=inline=1;size={size};width={columns};height={rows};preserveAspectRatio=0:{data}\x07\n")
+    format!(
+        "\x1b]1337;File=inline=1;size={size};width={columns};height={rows};preserveAspectRatio=0:{data}\x07\n"
+    )
 }
 
 /// Sixel graphics (DEC STD 070) in 6 levels a channel, ordered dithering by Bayer's matrix.
@@ -177,24 +238,38 @@ fn sixel(picture: &RgbImage) -> String {
     // the place of a pixel's colour among all of them
     let colour = |x: u32, y: u32| {
         let threshold = (f64::from(BAYER[y as usize % 4][x as usize % 4]) + 0.5) / 16.0;
-        let level = |value: &u8| (f64::from(*value) / 255.0 * (LEVELS - 1) as f64 + threshold) as usize;
-        picture.get_pixel(x, y).0.iter().fold(0, |place, value| place * LEVELS + level(value))
+        let level =
+            |value: &u8| (f64::from(*value) / 255.0 * (LEVELS - 1) as f64 + threshold) as usize;
+        picture
+            .get_pixel(x, y)
+            .0
+            .iter()
+            .fold(0, |place, value| place * LEVELS + level(value))
     };
     let mut text = format!("\x1bP0;1;0q\"1;1;{width};{height}");
     for place in 0..LEVELS.pow(3) {
         let percent = |level: usize| level * 100 / (LEVELS - 1);
-        let (r, g, b) = (percent(place / LEVELS / LEVELS), percent(place / LEVELS % LEVELS), percent(place % LEVELS));
+        let (r, g, b) = (
+            percent(place / LEVELS / LEVELS),
+            percent(place / LEVELS % LEVELS),
+            percent(place % LEVELS),
+        );
         text += &format!("#{place};2;{r};{g};{b}");
     }
     for top in (0..height).step_by(6) {
         let mut bands = vec![None; LEVELS.pow(3)];
         for y in top..height.min(top + 6) {
             for x in 0..width {
-                let band: &mut Vec<u8> = bands[colour(x, y)].get_or_insert_with(|| vec![0; width as usize]);
+                let band: &mut Vec<u8> =
+                    bands[colour(x, y)].get_or_insert_with(|| vec![0; width as usize]);
                 band[x as usize] |= 1 << (y - top);
             }
         }
-        for (place, band) in bands.iter().enumerate().filter_map(|(place, band)| Some((place, band.as_ref()?))) {
+        for (place, band) in bands
+            .iter()
+            .enumerate()
+            .filter_map(|(place, band)| Some((place, band.as_ref()?)))
+        {
             text += &format!("#{place}");
             for run in band.chunk_by(|a, b| a == b) {
                 text += &format!("!{}{}", run.len(), char::from(63 + run[0]));
@@ -236,9 +311,19 @@ fn nearest_of_256([r, g, b]: [u8; 3]) -> usize {
     let level = |value: u8| (0..6).min_by_key(|&i| CUBE[i].abs_diff(value)).unwrap_or(0);
     let [i, j, k] = [r, g, b].map(level);
     let grey = ((usize::from(r) + usize::from(g) + usize::from(b)).saturating_sub(9) / 30).min(23);
-    let off = |colour: [u8; 3]| [r, g, b].iter().zip(colour).map(|(a, b)| usize::from(a.abs_diff(b)).pow(2)).sum::<usize>();
+    let off = |colour: [u8; 3]| {
+        [r, g, b]
+            .iter()
+            .zip(colour)
+            .map(|(a, b)| usize::from(a.abs_diff(b)).pow(2))
+            .sum::<usize>()
+    };
     let (cube, greys) = ([CUBE[i], CUBE[j], CUBE[k]], [8 + 10 * grey as u8; 3]);
-    if off(greys) < off(cube) { 232 + grey } else { 16 + 36 * i + 6 * j + k }
+    if off(greys) < off(cube) {
+        232 + grey
+    } else {
+        16 + 36 * i + 6 * j + k
+    }
 }
 
 #[cfg(test)]
@@ -247,11 +332,22 @@ mod tests {
 
     /// A picture of 1x2 pixels: red over blue.
     fn red_over_blue() -> Picture {
-        Picture { width: 1, height: 2, rgb: vec![255, 0, 0, 0, 0, 255] }
+        Picture {
+            width: 1,
+            height: 2,
+            rgb: vec![255, 0, 0, 0, 0, 255],
+        }
     }
 
     fn drawn(graphics: Graphics, picture: &Picture, passing: bool) -> String {
-        Terminal { graphics, columns: 80, rows: 24 }.draw(picture, picture.width, picture.height, passing).unwrap_or_default().0
+        Terminal {
+            graphics,
+            columns: 80,
+            rows: 24,
+        }
+        .draw(picture, picture.width, picture.height, passing)
+        .unwrap_or_default()
+        .0
     }
 
     #[test]
@@ -264,35 +360,78 @@ mod tests {
             ("TERM=xterm-256color COLORTERM=truecolor", blocks(true)),
             ("TERM=xterm-direct", blocks(true)),
             ("TERM=xterm-kitty", Some(Graphics::Kitty)),
-            ("TERM=xterm-256color KITTY_WINDOW_ID=1", Some(Graphics::Kitty)),
-            ("TERM=xterm-256color TERM_PROGRAM=ghostty", Some(Graphics::Kitty)),
-            ("TERM=xterm-256color TERM_PROGRAM=WezTerm", Some(Graphics::Iterm)),
-            ("TERM=xterm-256color LC_TERMINAL=iTerm2", Some(Graphics::Iterm)),
+            (
+                "TERM=xterm-256color KITTY_WINDOW_ID=1",
+                Some(Graphics::Kitty),
+            ),
+            (
+                "TERM=xterm-256color TERM_PROGRAM=ghostty",
+                Some(Graphics::Kitty),
+            ),
+            (
+                "TERM=xterm-256color TERM_PROGRAM=WezTerm",
+                Some(Graphics::Iterm),
+            ),
+            (
+                "TERM=xterm-256color LC_TERMINAL=iTerm2",
+                Some(Graphics::Iterm),
+            ),
             ("TERM=foot", Some(Graphics::Sixel)),
             ("TERM=tmux-256color KITTY_WINDOW_ID=1", blocks(false)),
-            ("TERM=screen.xterm-256color TERM_PROGRAM=iTerm.app COLORTERM=24bit", blocks(true)),
+            (
+                "TERM=screen.xterm-256color TERM_PROGRAM=iTerm.app COLORTERM=24bit",
+                blocks(true),
+            ),
             ("TERM=xterm-kitty ZELLIJ=0", blocks(false)),
         ];
         for (environment, expected) in cases {
-            let variables: Vec<_> = environment.split(' ').filter_map(|variable| variable.split_once('=')).collect();
-            let variable = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string());
+            let variables: Vec<_> = environment
+                .split(' ')
+                .filter_map(|variable| variable.split_once('='))
+                .collect();
+            let variable = |name: &str| {
+                variables
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, value)| value.to_string())
+            };
             assert_eq!(Graphics::detect(variable), expected, "{environment}");
         }
     }
 
     #[test]
     fn half_blocks_hold_two_pixels_and_say_a_colour_once() {
-        let picture = Picture { width: 3, height: 4, rgb: [[255, 0, 0].repeat(6), [0, 0, 255].repeat(6)].concat() };
+        let picture = Picture {
+            width: 3,
+            height: 4,
+            rgb: [[255, 0, 0].repeat(6), [0, 0, 255].repeat(6)].concat(),
+        };
         let expected = "\x1b[38;2;255;0;0m\x1b[48;2;255;0;0m▀▀▀\x1b[0m\n\x1b[38;2;0;0;255m\x1b[48;2;0;0;255m▀▀▀\x1b[0m\n";
-        assert_eq!(drawn(Graphics::Blocks { true_colour: true }, &picture, false), expected);
-        let few = drawn(Graphics::Blocks { true_colour: false }, &red_over_blue(), false);
+        assert_eq!(
+            drawn(Graphics::Blocks { true_colour: true }, &picture, false),
+            expected
+        );
+        let few = drawn(
+            Graphics::Blocks { true_colour: false },
+            &red_over_blue(),
+            false,
+        );
         assert_eq!(few, "\x1b[38;5;196m\x1b[48;5;21m▀\x1b[0m\n");
     }
 
     #[test]
     fn the_nearest_of_256_colours_may_be_a_grey() {
-        let cases = [([0, 0, 0], 16), ([255, 255, 255], 231), ([128, 128, 128], 244), ([9, 9, 9], 232), ([238, 238, 238], 255)];
-        for (colour, expected) in cases.into_iter().chain([([250, 130, 5], 208), ([94, 0, 1], 52)]) {
+        let cases = [
+            ([0, 0, 0], 16),
+            ([255, 255, 255], 231),
+            ([128, 128, 128], 244),
+            ([9, 9, 9], 232),
+            ([238, 238, 238], 255),
+        ];
+        for (colour, expected) in cases
+            .into_iter()
+            .chain([([250, 130, 5], 208), ([94, 0, 1], 52)])
+        {
             assert_eq!(nearest_of_256(colour), expected, "{colour:?}");
         }
     }
@@ -301,21 +440,36 @@ mod tests {
     fn kitty_gets_a_png_in_pieces_and_answers_nothing() {
         let text = drawn(Graphics::Kitty, &red_over_blue(), false);
         let data = STANDARD.encode(png(&red_over_blue()).unwrap_or_default());
-        assert_eq!(text, format!("\x1b_Ga=T,f=100,q=2,c=1,r=1,m=0;{data}\x1b\\\n"));
+        assert_eq!(
+            text,
+            format!("\x1b_Ga=T,f=100,q=2,c=1,r=1,m=0;{data}\x1b\\\n")
+        );
         let large = kitty(&[7; 7000], 40, 20, Some(5));
         let pieces: Vec<&str> = large.split("\x1b\\").collect();
-        let [first, second, third, end] = pieces[..] else { unreachable!("{pieces:?}") };
-        assert!(first.starts_with("\x1b_Ga=T,f=100,q=2,c=40,r=20,i=5,m=1;") && second.starts_with("\x1b_Gm=1;"), "{large}");
+        let [first, second, third, end] = pieces[..] else {
+            unreachable!("{pieces:?}")
+        };
+        assert!(
+            first.starts_with("\x1b_Ga=T,f=100,q=2,c=40,r=20,i=5,m=1;")
+                && second.starts_with("\x1b_Gm=1;"),
+            "{large}"
+        );
         assert!(third.starts_with("\x1b_Gm=0;") && end == "\n", "{large}");
         let data = |piece: &str| piece.split_once(';').map_or(0, |(_, data)| data.len());
-        assert_eq!((data(first), data(second), data(third)), (4096, 4096, 9336 - 2 * 4096));
+        assert_eq!(
+            (data(first), data(second), data(third)),
+            (4096, 4096, 9336 - 2 * 4096)
+        );
     }
 
     #[test]
     fn iterm_gets_a_png_with_its_size() {
         let data = png(&red_over_blue()).unwrap_or_default();
-        let expected =
-            format!("\x1b]1337;File=inline=1;size={};width=1;height=1;preserveAspectRatio=0:{}\x07\n", data.len(), STANDARD.encode(&data));
+        let expected = format!(
+            "\x1b]1337;File=inline=1;size={};width=1;height=1;preserveAspectRatio=0:{}\x07\n",
+            data.len(),
+            STANDARD.encode(&data)
+        );
         assert_eq!(drawn(Graphics::Iterm, &red_over_blue(), false), expected);
     }
 
@@ -323,18 +477,39 @@ mod tests {
     fn sixels_are_bands_of_six_rows_a_colour_at_a_time() {
         let red = RgbImage::from_pixel(3, 7, image::Rgb([255, 0, 0]));
         let text = sixel(&red);
-        assert!(text.starts_with("\x1bP0;1;0q\"1;1;3;7#0;2;0;0;0#1;2;0;0;20#2;"), "{text}");
+        assert!(
+            text.starts_with("\x1bP0;1;0q\"1;1;3;7#0;2;0;0;0#1;2;0;0;20#2;"),
+            "{text}"
+        );
         // six rows are all bits above `?`, the seventh the lowest
-        assert!(text.ends_with("#215;2;100;100;100#180!3~$-#180!3@$-\x1b\\\n"), "{text}");
+        assert!(
+            text.ends_with("#215;2;100;100;100#180!3~$-#180!3@$-\x1b\\\n"),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_preview_is_taken_back_and_a_finished_picture_is_not() {
-        let terminal = Terminal { graphics: Graphics::Kitty, columns: 80, rows: 24 };
-        assert_eq!(terminal.erase(5), "\x1b[5A\r\x1b[J\x1b_Ga=d,d=I,i=29540,q=2\x1b\\");
-        let has_id = |passing| drawn(Graphics::Kitty, &red_over_blue(), passing).contains(",i=29540,");
+        let terminal = Terminal {
+            graphics: Graphics::Kitty,
+            columns: 80,
+            rows: 24,
+        };
+        assert_eq!(
+            terminal.erase(5),
+            "\x1b[5A\r\x1b[J\x1b_Ga=d,d=I,i=29540,q=2\x1b\\"
+        );
+        let has_id =
+            |passing| drawn(Graphics::Kitty, &red_over_blue(), passing).contains(",i=29540,");
         assert!(has_id(true) && !has_id(false));
-        assert_eq!(Terminal { graphics: Graphics::Iterm, ..terminal }.erase(5), "\x1b[5A\r\x1b[J");
+        assert_eq!(
+            Terminal {
+                graphics: Graphics::Iterm,
+                ..terminal
+            }
+            .erase(5),
+            "\x1b[5A\r\x1b[J"
+        );
     }
 
     #[test]

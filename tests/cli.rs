@@ -1,4 +1,5 @@
-//! The contract with scripts: arguments, streams, exit codes, files. Drives the program as a shell would.
+//! The contract with scripts: arguments, streams, exit codes, files. Drives the program as a shell
+//! would.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -12,12 +13,17 @@ use std::process::{Command, Stdio};
 /// A quick picture of a tiny random checkpoint.
 fn tiny(folder: &Path, prompt: &str) -> Command {
     let mut command = sdgen(folder);
-    command.args([prompt, "--steps", "2", "-W", "16", "-H", "16", "-m"]).arg(fixture("sd1"));
+    command
+        .args([prompt, "--steps", "2", "-W", "16", "-H", "16", "-m"])
+        .arg(fixture("sd1"));
     command
 }
 
 fn files(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -28,7 +34,9 @@ fn the_plain_command_draws_with_the_embedded_model() {
     let output = succeed(sdgen(dir.path()).args(["a frog in a top hat", "-s", "1"]));
     assert_eq!(stdout(&output), "a-frog-in-a-top-hat-1.png\n");
     assert_eq!(files(dir.path()), ["a-frog-in-a-top-hat-1.png"]);
-    let picture = image::open(dir.path().join("a-frog-in-a-top-hat-1.png")).unwrap().to_rgb8();
+    let picture = image::open(dir.path().join("a-frog-in-a-top-hat-1.png"))
+        .unwrap()
+        .to_rgb8();
     let first = picture.get_pixel(0, 0);
     assert!(picture.pixels().any(|p| p != first), "the picture is flat");
 }
@@ -48,7 +56,13 @@ fn a_random_seed_is_printed_and_draws_the_same_again() {
 fn same_seed_gives_the_same_picture_in_any_batch_and_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
     // an ancestral sampler, which draws noise at every step
-    let draw = |extra: &[&str]| succeed(tiny(dir.path(), "a frog").args(["--sampler", "euler-a"]).args(extra));
+    let draw = |extra: &[&str]| {
+        succeed(
+            tiny(dir.path(), "a frog")
+                .args(["--sampler", "euler-a"])
+                .args(extra),
+        )
+    };
     draw(&["-s", "5", "-c", "4", "-o", "count/"]);
     draw(&["-s", "5..9", "-b", "3", "-o", "batch/"]);
     draw(&["-s", "5,6,7,8", "--threads", "1", "-o", "thread/"]);
@@ -61,7 +75,10 @@ fn same_seed_gives_the_same_picture_in_any_batch_and_any_number_of_threads() {
         assert_eq!(files(&dir.path().join(other)), names);
         for name in &names {
             let read = |folder: &str| std::fs::read(dir.path().join(folder).join(name)).unwrap();
-            assert!(read("single") == read(other), "{other}/{name} differs from the single run");
+            assert!(
+                read("single") == read(other),
+                "{other}/{name} differs from the single run"
+            );
         }
     }
 }
@@ -91,7 +108,10 @@ fn bad_arguments_exit_2_and_say_what_is_possible() {
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
         for text in texts {
-            assert!(said.contains(text), "{args:?}: `{text}` is missing in: {said}");
+            assert!(
+                said.contains(text),
+                "{args:?}: `{text}` is missing in: {said}"
+            );
         }
         assert!(output.stdout.is_empty() && files(dir.path()).is_empty());
     }
@@ -101,10 +121,18 @@ fn bad_arguments_exit_2_and_say_what_is_possible() {
 fn a_device_that_is_not_built_in_says_how_to_build_it() {
     let dir = tempfile::tempdir().unwrap();
     if !cfg!(feature = "cuda") {
-        fail(tiny(dir.path(), "x").args(["--device", "cuda"]), 2, &["built without CUDA", "--features cuda"]);
+        fail(
+            tiny(dir.path(), "x").args(["--device", "cuda"]),
+            2,
+            &["built without CUDA", "--features cuda"],
+        );
     }
     if !cfg!(feature = "metal") {
-        fail(tiny(dir.path(), "x").args(["--device", "metal"]), 2, &["built without Metal"]);
+        fail(
+            tiny(dir.path(), "x").args(["--device", "metal"]),
+            2,
+            &["built without Metal"],
+        );
     }
 }
 
@@ -112,7 +140,11 @@ fn a_device_that_is_not_built_in_says_how_to_build_it() {
 fn an_existing_picture_is_not_overwritten_without_force() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("x.png"), "mine").unwrap();
-    fail(tiny(dir.path(), "x").args(["-o", "x.png", "-s", "1"]), 2, &["x.png", "--force"]);
+    fail(
+        tiny(dir.path(), "x").args(["-o", "x.png", "-s", "1"]),
+        2,
+        &["x.png", "--force"],
+    );
     assert_eq!(std::fs::read(dir.path().join("x.png")).unwrap(), b"mine");
     succeed(tiny(dir.path(), "x").args(["-o", "x.png", "-s", "1", "--force"]));
     assert!(image::open(dir.path().join("x.png")).is_ok());
@@ -123,18 +155,37 @@ fn an_existing_picture_is_not_overwritten_without_force() {
 #[test]
 fn a_place_that_cannot_be_written_is_an_error_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
-    fail(tiny(dir.path(), "x").args(["-o", "/proc/nothing/x.png"]), 2, &["/proc/nothing"]);
-    fail(tiny(dir.path(), "x").args(["-o", "missing/x.png"]), 2, &["missing"]);
+    fail(
+        tiny(dir.path(), "x").args(["-o", "/proc/nothing/x.png"]),
+        2,
+        &["/proc/nothing"],
+    );
+    fail(
+        tiny(dir.path(), "x").args(["-o", "missing/x.png"]),
+        2,
+        &["missing"],
+    );
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error_that_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let output = tiny(dir.path(), "x").args(["-o", "-", "-s", "1"]).stdout(full).output().unwrap();
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = tiny(dir.path(), "x")
+        .args(["-o", "-", "-s", "1"])
+        .stdout(full)
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("cannot write the picture to stdout"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("cannot write the picture to stdout"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -143,18 +194,35 @@ fn stdout_takes_the_bytes_of_one_picture() {
     let output = succeed(tiny(dir.path(), "x").args(["-o", "-", "-s", "1"]));
     assert!(image::load_from_memory(&output.stdout).is_ok());
     assert!(files(dir.path()).is_empty());
-    fail(tiny(dir.path(), "x").args(["-o", "-", "-c", "2"]), 2, &["takes one picture"]);
-    fail(tiny(dir.path(), "x").args(["-o", "-", "--json"]), 2, &["--json"]);
+    fail(
+        tiny(dir.path(), "x").args(["-o", "-", "-c", "2"]),
+        2,
+        &["takes one picture"],
+    );
+    fail(
+        tiny(dir.path(), "x").args(["-o", "-", "--json"]),
+        2,
+        &["--json"],
+    );
 }
 
 #[cfg(unix)]
 #[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = tiny(dir.path(), "x").args(["-s", "1", "-c", "3"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = tiny(dir.path(), "x")
+        .args(["-s", "1", "-c", "3"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success() && !stderr(&output).contains("panicked"), "{}", stderr(&output));
+    assert!(
+        output.status.success() && !stderr(&output).contains("panicked"),
+        "{}",
+        stderr(&output)
+    );
     assert_eq!(files(dir.path()).len(), 3);
 }
 
@@ -163,9 +231,33 @@ fn prompts_come_from_stdin_one_a_line() {
     let dir = tempfile::tempdir().unwrap();
     for (i, args) in [&["-"][..], &[]].into_iter().enumerate() {
         let mut command = sdgen(dir.path());
-        command.args(args).args(["--steps", "1", "-s", "1", "-W", "16", "-H", "16", "-o", &format!("{i}/"), "-m"]).arg(fixture("sd1"));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all("a frog\n\nein Käfer 🐞\n".as_bytes()).unwrap();
+        command
+            .args(args)
+            .args([
+                "--steps",
+                "1",
+                "-s",
+                "1",
+                "-W",
+                "16",
+                "-H",
+                "16",
+                "-o",
+                &format!("{i}/"),
+                "-m",
+            ])
+            .arg(fixture("sd1"));
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all("a frog\n\nein Käfer 🐞\n".as_bytes())
+            .unwrap();
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success());
         assert_eq!(stdout(&output).lines().count(), 2);
@@ -179,14 +271,31 @@ fn prompts_come_from_stdin_one_a_line() {
 fn a_prompt_that_is_not_utf8_is_refused() {
     use std::os::unix::ffi::OsStrExt;
     let dir = tempfile::tempdir().unwrap();
-    let output = sdgen(dir.path()).arg(std::ffi::OsStr::from_bytes(b"a \xff frog")).output().unwrap();
+    let output = sdgen(dir.path())
+        .arg(std::ffi::OsStr::from_bytes(b"a \xff frog"))
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("UTF-8"));
-    let mut child = sdgen(dir.path()).arg("-").stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(b"fine\na \xff frog\n").unwrap();
+    let mut child = sdgen(dir.path())
+        .arg("-")
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"fine\na \xff frog\n")
+        .unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("line 2 of stdin"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("line 2 of stdin"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -207,7 +316,10 @@ fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
         "--schedule",
         "karras",
     ]));
-    let lines: Vec<Value> = stdout(&output).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines: Vec<Value> = stdout(&output)
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     assert_eq!(lines.len(), 2);
     for (line, seed) in lines.iter().zip([3, 4]) {
         assert_eq!(line["seed"], seed);
@@ -219,7 +331,15 @@ fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
         assert_eq!(line["model_hash"].as_str().unwrap().len(), 64);
         let bytes = std::fs::read(dir.path().join(line["path"].as_str().unwrap())).unwrap();
         let metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
-        for key in ["prompt", "negative", "seed", "steps", "guidance", "sampler", "model_hash"] {
+        for key in [
+            "prompt",
+            "negative",
+            "seed",
+            "steps",
+            "guidance",
+            "sampler",
+            "model_hash",
+        ] {
             assert_eq!(metadata.sdgen[key], line[key], "{key}");
         }
         assert!(
@@ -268,7 +388,11 @@ fn every_sampler_and_schedule_draws() {
 fn guidance_negative_prompt_prediction_and_clip_skip_change_the_picture() {
     let dir = tempfile::tempdir().unwrap();
     let draw = |name: &str, extra: &[&str]| {
-        succeed(tiny(dir.path(), "a frog").args(["-s", "1", "--no-metadata", "-o", name]).args(extra));
+        succeed(
+            tiny(dir.path(), "a frog")
+                .args(["-s", "1", "--no-metadata", "-o", name])
+                .args(extra),
+        );
         std::fs::read(dir.path().join(name)).unwrap()
     };
     let plain = draw("plain.png", &[]);
@@ -280,7 +404,8 @@ fn guidance_negative_prompt_prediction_and_clip_skip_change_the_picture() {
         draw("eta.png", &["--sampler", "ddim", "--eta", "1"]),
     ];
     assert!(others.iter().all(|other| *other != plain));
-    let output = succeed(tiny(dir.path(), "a frog").args(["-s", "1", "-g", "1", "-n", "the house"]));
+    let output =
+        succeed(tiny(dir.path(), "a frog").args(["-s", "1", "-g", "1", "-n", "the house"]));
     assert!(stderr(&output).contains("no effect without classifier-free guidance"));
 }
 
@@ -290,8 +415,19 @@ fn quiet_says_nothing_and_verbose_says_the_stages() {
     let output = succeed(tiny(dir.path(), "x").args(["-q"]));
     assert!(stderr(&output).is_empty());
     let output = succeed(tiny(dir.path(), "x").args(["-v", "-s", "8"]));
-    for stage in ["encoding the prompt", "reading the U-Net", "drawing", "reading the VAE", "decoding", "tensors are not needed"] {
-        assert!(stderr(&output).contains(stage), "{stage} is missing in {}", stderr(&output));
+    for stage in [
+        "encoding the prompt",
+        "reading the U-Net",
+        "drawing",
+        "reading the VAE",
+        "decoding",
+        "tensors are not needed",
+    ] {
+        assert!(
+            stderr(&output).contains(stage),
+            "{stage} is missing in {}",
+            stderr(&output)
+        );
     }
     let output = succeed(tiny(dir.path(), "x").args(["--progress", "bar", "-s", "9"]));
     assert_eq!(stdout(&output).lines().count(), 1);
@@ -309,8 +445,13 @@ fn completions_inspect_and_bench_write_to_stdout() {
     assert_eq!(said["name"], "mini");
     let output = succeed(sdgen(dir.path()).args(["bench", "--size", "mini", "-n", "1", "--json"]));
     let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
-    assert!(said["unet_step"]["best_s"].as_f64().unwrap() > 0.0 && said["vae_decode"]["gflops"].as_f64().unwrap() > 0.0, "{said}");
-    let output = succeed(sdgen(dir.path()).args(["bench", "--size", "mini", "-n", "1", "-W", "32"]));
+    assert!(
+        said["unet_step"]["best_s"].as_f64().unwrap() > 0.0
+            && said["vae_decode"]["gflops"].as_f64().unwrap() > 0.0,
+        "{said}"
+    );
+    let output =
+        succeed(sdgen(dir.path()).args(["bench", "--size", "mini", "-n", "1", "-W", "32"]));
     assert!(stdout(&output).contains("U-Net step, guided"));
 }
 
@@ -318,8 +459,13 @@ fn completions_inspect_and_bench_write_to_stdout() {
 fn the_model_comes_from_the_environment_when_no_option_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = sdgen(dir.path());
-    let output =
-        succeed(command.args(["x", "-s", "1", "--steps", "1", "-W", "16", "-H", "16", "--json"]).env("SDGEN_MODEL", fixture("sd2")));
+    let output = succeed(
+        command
+            .args([
+                "x", "-s", "1", "--steps", "1", "-W", "16", "-H", "16", "--json",
+            ])
+            .env("SDGEN_MODEL", fixture("sd2")),
+    );
     assert!(stdout(&output).contains(r#""model":"sd2""#));
 }
 
@@ -368,27 +514,56 @@ fn help_names_every_option_of_the_contract() {
         assert!(help.contains(option), "{option} is missing");
     }
     let short = stdout(&succeed(sdgen(dir.path()).arg("-h")));
-    assert!(short.lines().count() < 100, "the short help is longer than a screen or two");
-    assert!(short.contains("--seed") && !short.contains("--vae-tiling"), "{short}");
+    assert!(
+        short.lines().count() < 100,
+        "the short help is longer than a screen or two"
+    );
+    assert!(
+        short.contains("--seed") && !short.contains("--vae-tiling"),
+        "{short}"
+    );
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_picture_that_does_not_fit_into_memory_is_refused_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
-    fail(tiny(dir.path(), "x").args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]), 4, &["GB of memory", "--width"]);
+    fail(
+        tiny(dir.path(), "x").args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]),
+        4,
+        &["GB of memory", "--width"],
+    );
 }
 
-/// What `script` sees of a command in a terminal of its own that knows 24-bit colours; none where there is no `script`.
+/// What `script` sees of a command in a terminal of its own that knows 24-bit colours; none where
+/// there is no `script`.
 #[cfg(target_os = "linux")]
 fn in_terminal(folder: &Path, options: &str) -> Option<String> {
-    let command = format!("'{}' 'a frog' -s 1 -o a.png --force {options}", env!("CARGO_BIN_EXE_sdgen"));
+    let command = format!(
+        "'{}' 'a frog' -s 1 -o a.png --force {options}",
+        env!("CARGO_BIN_EXE_sdgen")
+    );
     let mut script = std::process::Command::new("script");
-    for name in ["TMUX", "STY", "ZELLIJ", "KITTY_WINDOW_ID", "TERM_PROGRAM", "LC_TERMINAL", "SDGEN_MODEL"] {
+    for name in [
+        "TMUX",
+        "STY",
+        "ZELLIJ",
+        "KITTY_WINDOW_ID",
+        "TERM_PROGRAM",
+        "LC_TERMINAL",
+        "SDGEN_MODEL",
+    ] {
         script.env_remove(name);
     }
-    script.args(["-qec", &command, "/dev/null"]).current_dir(folder).stdin(std::process::Stdio::null());
-    let output = script.env("TERM", "xterm-256color").env("COLORTERM", "truecolor").output().ok()?;
+    script
+        .args(["-qec", &command, "/dev/null"])
+        .current_dir(folder)
+        .stdin(std::process::Stdio::null());
+    let output = script
+        .env("TERM", "xterm-256color")
+        .env("COLORTERM", "truecolor")
+        .output()
+        .ok()?;
     assert!(output.status.success(), "{}", stdout(&output));
     Some(stdout(&output))
 }
@@ -397,16 +572,29 @@ fn in_terminal(folder: &Path, options: &str) -> Option<String> {
 #[test]
 fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(seen) = in_terminal(dir.path(), "--show") else { return };
+    let Some(seen) = in_terminal(dir.path(), "--show") else {
+        return;
+    };
     // 128x128 pixels in 22 of the usual 24 lines
     let (erase, row) = ("\x1b[22A\r\x1b[J", "\x1b[38;2;");
     assert!(seen.matches(erase).count() >= 1, "no preview was replaced");
     let (_, last) = seen.rsplit_once(erase).unwrap();
-    assert_eq!(last.lines().filter(|line| line.contains('▀')).count(), 22, "{last}");
+    assert_eq!(
+        last.lines().filter(|line| line.contains('▀')).count(),
+        22,
+        "{last}"
+    );
     assert!(last.contains(row) && last.contains("a.png"), "{last}");
     for options in ["--show -q", "--show --progress none"] {
         let seen = in_terminal(dir.path(), options).unwrap();
-        assert_eq!((seen.matches(erase).count(), seen.lines().filter(|line| line.contains('▀')).count()), (0, 22), "{options}");
+        assert_eq!(
+            (
+                seen.matches(erase).count(),
+                seen.lines().filter(|line| line.contains('▀')).count()
+            ),
+            (0, 22),
+            "{options}"
+        );
     }
     assert!(!in_terminal(dir.path(), "").unwrap().contains('▀'));
 }
@@ -415,22 +603,52 @@ fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
 fn a_shown_picture_goes_to_stderr_and_its_bytes_to_stdout() {
     use base64::Engine;
     let dir = tempfile::tempdir().unwrap();
-    let output = succeed(sdgen(dir.path()).args(["a frog", "--steps", "2", "-s", "1", "-o", "-", "--no-metadata", "--show=kitty"]));
+    let output = succeed(sdgen(dir.path()).args([
+        "a frog",
+        "--steps",
+        "2",
+        "-s",
+        "1",
+        "-o",
+        "-",
+        "--no-metadata",
+        "--show=kitty",
+    ]));
     let said = stderr(&output);
-    let pieces = said.strip_prefix("\x1b_Ga=T,").unwrap().strip_suffix("\x1b\\\n").unwrap();
-    let data: String = pieces.split("\x1b\\").filter_map(|piece| piece.split_once(';')).map(|(_, data)| data).collect();
-    assert!(base64::engine::general_purpose::STANDARD.decode(data).unwrap() == output.stdout);
+    let pieces = said
+        .strip_prefix("\x1b_Ga=T,")
+        .unwrap()
+        .strip_suffix("\x1b\\\n")
+        .unwrap();
+    let data: String = pieces
+        .split("\x1b\\")
+        .filter_map(|piece| piece.split_once(';'))
+        .map(|(_, data)| data)
+        .collect();
+    assert!(
+        base64::engine::general_purpose::STANDARD
+            .decode(data)
+            .unwrap()
+            == output.stdout
+    );
 }
 
 #[test]
 fn show_without_a_terminal_or_beside_events_is_an_error_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
-    fail(sdgen(dir.path()).args(["a frog", "--show"]), 2, &["stderr is no terminal", "--show=blocks"]);
+    fail(
+        sdgen(dir.path()).args(["a frog", "--show"]),
+        2,
+        &["stderr is no terminal", "--show=blocks"],
+    );
     fail_events(sdgen(dir.path()).args(["a frog", "--show=blocks", "--progress", "json"]));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 fn fail_events(command: &mut std::process::Command) {
     let output = command.output().unwrap();
-    assert!(output.status.code() == Some(2) && stderr(&output).contains("`--show` and `--progress json` both want stderr"));
+    assert!(
+        output.status.code() == Some(2)
+            && stderr(&output).contains("`--show` and `--progress json` both want stderr")
+    );
 }

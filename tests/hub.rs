@@ -60,7 +60,11 @@ fn hex_sha256(bytes: &[u8]) -> String {
 /// Large files are the weights; the etag of the others has the length of git's SHA-1.
 fn etag(name: &str, bytes: &[u8]) -> String {
     let sha256 = hex_sha256(bytes);
-    if is_large(name) { sha256 } else { sha256[..40].to_string() }
+    if is_large(name) {
+        sha256
+    } else {
+        sha256[..40].to_string()
+    }
 }
 
 fn is_large(name: &str) -> bool {
@@ -69,7 +73,10 @@ fn is_large(name: &str) -> bool {
 
 impl Server {
     fn start(files: BTreeMap<String, Vec<u8>>) -> Server {
-        let state = Arc::new(Mutex::new(State { files, ..State::default() }));
+        let state = Arc::new(Mutex::new(State {
+            files,
+            ..State::default()
+        }));
         let hub = TcpListener::bind("127.0.0.1:0").unwrap();
         let storage = TcpListener::bind("127.0.0.1:0").unwrap();
         let storage_url = format!("http://{}", storage.local_addr().unwrap());
@@ -83,7 +90,10 @@ impl Server {
                 }
             });
         }
-        Server { hub: hub_url, state }
+        Server {
+            hub: hub_url,
+            state,
+        }
     }
 
     fn set(&self, change: impl FnOnce(&mut State)) {
@@ -106,7 +116,12 @@ impl Server {
     }
 }
 
-fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<State>) -> Option<()> {
+fn serve(
+    mut stream: TcpStream,
+    storage: bool,
+    storage_url: &str,
+    state: &Mutex<State>,
+) -> Option<()> {
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
@@ -116,7 +131,9 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
     loop {
         let mut line = String::new();
         reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            break;
+        };
         match name.to_ascii_lowercase().as_str() {
             "authorization" => authorization = Some(value.trim().to_string()),
             "range" => range = Some(value.trim().to_string()),
@@ -125,7 +142,12 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
     }
 
     let mut state = state.lock().unwrap();
-    let seen = Seen { storage, path: path.clone(), authorization, range: range.clone() };
+    let seen = Seen {
+        storage,
+        path: path.clone(),
+        authorization,
+        range: range.clone(),
+    };
     state.seen.push(seen);
     if state.silent {
         drop(state);
@@ -134,17 +156,30 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
     }
     let mut answer = |head: String, body: &[u8]| {
         let close = "Connection: close\r\n\r\n";
-        stream.write_all(format!("HTTP/1.1 {head}\r\n{close}").as_bytes()).ok()?;
+        stream
+            .write_all(format!("HTTP/1.1 {head}\r\n{close}").as_bytes())
+            .ok()?;
         stream.write_all(body).ok()
     };
     if let Some((status, code)) = state.refuses {
-        return answer(format!("{status} No\r\nX-Error-Code: {code}\r\nContent-Length: 0"), b"");
+        return answer(
+            format!("{status} No\r\nX-Error-Code: {code}\r\nContent-Length: 0"),
+            b"",
+        );
     }
     if path.starts_with("/api/models/me/model/revision/") {
-        let file = |(name, bytes): (&String, &Vec<u8>)| format!(r#"{{"rfilename": "{name}", "size": {}}}"#, bytes.len());
+        let file = |(name, bytes): (&String, &Vec<u8>)| {
+            format!(r#"{{"rfilename": "{name}", "size": {}}}"#, bytes.len())
+        };
         let files: Vec<String> = state.files.iter().map(file).collect();
-        let body = format!(r#"{{"sha": "{COMMIT}", "siblings": [{}]}}"#, files.join(","));
-        return answer(format!("200 OK\r\nContent-Length: {}", body.len()), body.as_bytes());
+        let body = format!(
+            r#"{{"sha": "{COMMIT}", "siblings": [{}]}}"#,
+            files.join(",")
+        );
+        return answer(
+            format!("200 OK\r\nContent-Length: {}", body.len()),
+            body.as_bytes(),
+        );
     }
     let at_resolve = path.strip_prefix(&format!("/me/model/resolve/{COMMIT}/"));
     let cached = path.strip_prefix("/api/resolve-cache/");
@@ -154,7 +189,10 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
     };
     let found = name.and_then(|name| Some((name.to_string(), state.files.get(name)?.clone())));
     let Some((name, mut bytes)) = found else {
-        return answer("404 Not Found\r\nX-Error-Code: EntryNotFound\r\nContent-Length: 0".into(), b"");
+        return answer(
+            "404 Not Found\r\nX-Error-Code: EntryNotFound\r\nContent-Length: 0".into(),
+            b"",
+        );
     };
     let (etag, size) = (etag(&name, &bytes), bytes.len());
     if !storage && cached.is_none() {
@@ -179,11 +217,17 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
         bytes[size / 2] ^= 1;
     }
     let start_end = range.filter(|_| !(storage && state.ignores_range));
-    let (status, body) = match start_end.as_deref().and_then(|r| r.strip_prefix("bytes=")?.split_once('-')) {
+    let (status, body) = match start_end
+        .as_deref()
+        .and_then(|r| r.strip_prefix("bytes=")?.split_once('-'))
+    {
         Some((start, end)) => {
             let start: usize = start.parse().ok()?;
             let end = end.parse().unwrap_or(size - 1);
-            (format!("206 Partial\r\nContent-Range: bytes {start}-{end}/{size}"), &bytes[start..=end])
+            (
+                format!("206 Partial\r\nContent-Range: bytes {start}-{end}/{size}"),
+                &bytes[start..=end],
+            )
         }
         None => ("200 OK".to_string(), &bytes[..]),
     };
@@ -193,14 +237,25 @@ fn serve(mut stream: TcpStream, storage: bool, storage_url: &str, state: &Mutex<
         state.hang_up = Some((after, times - 1));
     }
     drop(state);
-    let head = format!("{status}\r\nETag: \"{etag}\"\r\nContent-Length: {}", body.len());
+    let head = format!(
+        "{status}\r\nETag: \"{etag}\"\r\nContent-Length: {}",
+        body.len()
+    );
     answer(head, sent)
 }
 
 /// Contents that differ from file to file.
 fn contents(name: &str, size: usize) -> Vec<u8> {
-    let seed = name.bytes().fold(7u8, |a, b| a.wrapping_mul(31).wrapping_add(b));
-    (0..size).map(|i| (i as u8).wrapping_mul(seed | 1).wrapping_add((i >> 8) as u8)).collect()
+    let seed = name
+        .bytes()
+        .fold(7u8, |a, b| a.wrapping_mul(31).wrapping_add(b));
+    (0..size)
+        .map(|i| {
+            (i as u8)
+                .wrapping_mul(seed | 1)
+                .wrapping_add((i >> 8) as u8)
+        })
+        .collect()
 }
 
 const INDEX: &str = r#"{"_class_name": "StableDiffusionPipeline",
@@ -259,23 +314,41 @@ fn diffusers_repo() -> BTreeMap<String, Vec<u8>> {
     };
     let mut json = |name: &str, text: String| files.insert(name.to_string(), text.into_bytes());
     json("model_index.json", INDEX.to_string());
-    json("unet/diffusion_pytorch_model.safetensors.index.json", shards(""));
-    json("unet/diffusion_pytorch_model.safetensors.index.fp16.json", shards(".fp16"));
+    json(
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        shards(""),
+    );
+    json(
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        shards(".fp16"),
+    );
     files
 }
 
 /// One checkpoint at the top.
 fn single_repo() -> BTreeMap<String, Vec<u8>> {
     let names = ["README.md", "model.safetensors", "extra/lora.safetensors"];
-    names.into_iter().map(|name| (name.to_string(), contents(name, 200_000))).collect()
+    names
+        .into_iter()
+        .map(|name| (name.to_string(), contents(name, 200_000)))
+        .collect()
 }
 
 fn hub(server: &Server, cache: &Path) -> Hub {
-    Hub { endpoint: server.hub.clone(), cache_dir: cache.to_path_buf(), token: None, offline: false, timeout: Duration::from_secs(10) }
+    Hub {
+        endpoint: server.hub.clone(),
+        cache_dir: cache.to_path_buf(),
+        token: None,
+        offline: false,
+        timeout: Duration::from_secs(10),
+    }
 }
 
 fn offline(server: &Server, cache: &Path) -> Hub {
-    Hub { offline: true, ..hub(server, cache) }
+    Hub {
+        offline: true,
+        ..hub(server, cache)
+    }
 }
 
 fn repo_dir(cache: &Path) -> PathBuf {
@@ -288,7 +361,11 @@ fn tree(folder: &Path) -> Vec<String> {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().into_string().unwrap();
         match entry.file_type().unwrap().is_dir() {
-            true => found.extend(tree(&entry.path()).iter().map(|below| format!("{name}/{below}"))),
+            true => found.extend(
+                tree(&entry.path())
+                    .iter()
+                    .map(|below| format!("{name}/{below}")),
+            ),
             false => found.push(name),
         }
     }
@@ -302,7 +379,9 @@ fn error_of(result: anyhow::Result<PathBuf>) -> String {
 
 /// Both parts of an error are there: the cause without a full stop, and what to type.
 fn assert_says(error: &str, cause: &str, hint: &str) {
-    let (said, hinted) = error.split_once("\n\nhint: ").unwrap_or_else(|| panic!("no hint: {error}"));
+    let (said, hinted) = error
+        .split_once("\n\nhint: ")
+        .unwrap_or_else(|| panic!("no hint: {error}"));
     assert!(said.contains(cause), "`{cause}` is not in: {error}");
     assert!(hinted.contains(hint), "`{hint}` is not in: {error}");
     assert!(!said.ends_with('.'), "{error}");
@@ -310,8 +389,13 @@ fn assert_says(error: &str, cause: &str, hint: &str) {
 
 #[test]
 fn only_the_needed_files_come_and_the_second_call_asks_nothing() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
-    let folder = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
+    let folder = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     assert_eq!(folder, repo_dir(dir.path()).join("snapshots").join(COMMIT));
     // The unfinished fp16 variant's index is read to see that it is unfinished.
     let mut expected = NEEDED.to_vec();
@@ -319,41 +403,74 @@ fn only_the_needed_files_come_and_the_second_call_asks_nothing() {
     expected.sort();
     assert_eq!(tree(&folder), expected);
     for name in tree(&folder) {
-        assert_eq!(fs::read(folder.join(&name)).unwrap(), diffusers_repo()[&name], "{name}");
+        assert_eq!(
+            fs::read(folder.join(&name)).unwrap(),
+            diffusers_repo()[&name],
+            "{name}"
+        );
     }
 
     server.forget();
-    let again = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let again = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     assert_eq!(again, folder);
-    assert_eq!(offline(&server, dir.path()).snapshot("me/model", false).unwrap(), folder);
+    assert_eq!(
+        offline(&server, dir.path())
+            .snapshot("me/model", false)
+            .unwrap(),
+        folder
+    );
     assert!(server.seen().is_empty(), "{:?}", server.seen());
 }
 
 #[test]
 fn what_is_written_has_the_layout_of_huggingface_hub() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
-    let folder = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
+    let folder = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     let repo = repo_dir(dir.path());
     assert_eq!(fs::read_to_string(repo.join("refs/main")).unwrap(), COMMIT);
-    for (name, up) in [("model_index.json", "../.."), ("vae/diffusion_pytorch_model.safetensors", "../../..")] {
+    for (name, up) in [
+        ("model_index.json", "../.."),
+        ("vae/diffusion_pytorch_model.safetensors", "../../.."),
+    ] {
         let etag = etag(name, &diffusers_repo()[name]);
         let link = fs::read_link(folder.join(name)).unwrap();
         assert_eq!(link, Path::new(up).join("blobs").join(&etag));
         assert!(repo.join("blobs").join(etag).is_file());
     }
-    assert!(tree(&repo.join("blobs")).iter().all(|blob| !blob.contains('.')), "{:?}", tree(&repo));
+    assert!(
+        tree(&repo.join("blobs"))
+            .iter()
+            .all(|blob| !blob.contains('.')),
+        "{:?}",
+        tree(&repo)
+    );
 }
 
 #[test]
 fn complete_fp16_weights_are_preferred() {
     let mut files = diffusers_repo();
-    let names = ["unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"];
+    let names = [
+        "unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ];
     for name in names {
         files.insert(name.to_string(), contents(name, 1000));
     }
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
-    let folder = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
-    let weights: Vec<String> = tree(&folder).into_iter().filter(|name| is_large(name)).collect();
+    let folder = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
+    let weights: Vec<String> = tree(&folder)
+        .into_iter()
+        .filter(|name| is_large(name))
+        .collect();
     assert_eq!(
         weights,
         [
@@ -376,7 +493,10 @@ fn write_python_cache(cache: &Path, commit: &str, files: &BTreeMap<String, Vec<u
         let (link, etag) = (folder.join(name), etag(name, bytes));
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         fs::write(repo.join("blobs").join(&etag), bytes).unwrap();
-        let target = format!("{}../../blobs/{etag}", "../".repeat(name.matches('/').count()));
+        let target = format!(
+            "{}../../blobs/{etag}",
+            "../".repeat(name.matches('/').count())
+        );
         std::os::unix::fs::symlink(target, link).unwrap();
     }
     folder
@@ -391,8 +511,14 @@ fn a_cache_that_python_wrote_is_read_without_a_request() {
     let folder = write_python_cache(dir.path(), OTHER_COMMIT, &files);
     for hub in [hub(&server, dir.path()), offline(&server, dir.path())] {
         assert_eq!(hub.snapshot("me/model", false).unwrap(), folder);
-        assert_eq!(hub.snapshot(&format!("me/model@{OTHER_COMMIT}"), false).unwrap(), folder);
-        let file = hub.snapshot("me/model/v1-5-pruned.safetensors", false).unwrap();
+        assert_eq!(
+            hub.snapshot(&format!("me/model@{OTHER_COMMIT}"), false)
+                .unwrap(),
+            folder
+        );
+        let file = hub
+            .snapshot("me/model/v1-5-pruned.safetensors", false)
+            .unwrap();
         assert_eq!(file, folder.join("v1-5-pruned.safetensors"));
     }
     assert!(server.seen().is_empty(), "{:?}", server.seen());
@@ -400,7 +526,10 @@ fn a_cache_that_python_wrote_is_read_without_a_request() {
 
 #[test]
 fn files_missing_in_the_cache_are_fetched_and_no_others() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
     let mut files = diffusers_repo();
     files.retain(|name, _| name != "vae/config.json");
     let folder = write_python_cache(dir.path(), COMMIT, &files);
@@ -410,10 +539,19 @@ fn files_missing_in_the_cache_are_fetched_and_no_others() {
     fs::remove_file(folder.join("text_encoder/model.safetensors")).unwrap();
 
     let error = error_of(offline(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "`text_encoder/model.safetensors` is missing", "sdgen pull me/model");
+    assert_says(
+        &error,
+        "`text_encoder/model.safetensors` is missing",
+        "sdgen pull me/model",
+    );
     assert!(server.seen().is_empty(), "{:?}", server.seen());
 
-    assert_eq!(hub(&server, dir.path()).snapshot("me/model", false).unwrap(), folder);
+    assert_eq!(
+        hub(&server, dir.path())
+            .snapshot("me/model", false)
+            .unwrap(),
+        folder
+    );
     assert_eq!(fs::read(folder.join(gone)).unwrap(), diffusers_repo()[gone]);
     let asked = |seen: &Seen| !seen.path.ends_with("vae/config.json") && !seen.path.ends_with(gone);
     let others = server.seen().into_iter().filter(|seen| asked(seen)).count();
@@ -422,9 +560,16 @@ fn files_missing_in_the_cache_are_fetched_and_no_others() {
 
 #[test]
 fn offline_asks_nothing_and_says_how_to_get_the_model() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
     let error = error_of(offline(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "`me/model` is not in the hub's cache", "sdgen pull me/model");
+    assert_says(
+        &error,
+        "`me/model` is not in the hub's cache",
+        "sdgen pull me/model",
+    );
     assert_says(&error, "the network is off", "HF_HUB_OFFLINE");
     assert_says(&error, "off", "--offline");
     let error = error_of(offline(&server, dir.path()).snapshot("me/model@dev", false));
@@ -437,9 +582,16 @@ fn offline_asks_nothing_and_says_how_to_get_the_model() {
 fn a_transfer_that_breaks_off_is_continued_at_once() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
     server.set(|state| state.hang_up = Some((70_000, 1)));
-    let file = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let file = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     assert_eq!(fs::read(file).unwrap(), single_repo()["model.safetensors"]);
-    let ranges: Vec<Option<String>> = server.transfers("model.safetensors").into_iter().filter(|s| s.storage).map(|s| s.range).collect();
+    let ranges: Vec<Option<String>> = server
+        .transfers("model.safetensors")
+        .into_iter()
+        .filter(|s| s.storage)
+        .map(|s| s.range)
+        .collect();
     assert_eq!(ranges, [None, Some("bytes=70000-".to_string())]);
 }
 
@@ -451,18 +603,31 @@ fn an_interrupted_download_is_continued_by_the_next_call() {
     assert_says(&error, "the connection broke off", "sdgen pull me/model");
     let blobs = repo_dir(dir.path()).join("blobs");
     let etag = hex_sha256(&single_repo()["model.safetensors"]);
-    assert_eq!(tree(&blobs), [format!("{etag}.incomplete")], "nothing under the final name");
+    assert_eq!(
+        tree(&blobs),
+        [format!("{etag}.incomplete")],
+        "nothing under the final name"
+    );
     assert!(!repo_dir(dir.path()).join("snapshots").exists());
     assert!(!repo_dir(dir.path()).join("refs").exists());
 
     server.set(|state| state.hang_up = None);
     server.forget();
-    let file = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let file = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     assert_eq!(fs::read(file).unwrap(), single_repo()["model.safetensors"]);
     assert_eq!(tree(&blobs), [etag]);
     let transfers = server.transfers("model.safetensors");
-    let range = transfers.iter().find(|seen| seen.storage).and_then(|seen| seen.range.clone());
-    assert_eq!(range.as_deref(), Some("bytes=50000-"), "five tries of 10000 bytes were kept");
+    let range = transfers
+        .iter()
+        .find(|seen| seen.storage)
+        .and_then(|seen| seen.range.clone());
+    assert_eq!(
+        range.as_deref(),
+        Some("bytes=50000-"),
+        "five tries of 10000 bytes were kept"
+    );
 }
 
 #[test]
@@ -472,17 +637,31 @@ fn a_half_file_is_started_again_where_the_server_cannot_continue_or_it_was_wrong
     let too_long = vec![0; whole.len() + 1];
     let wrong = vec![0; 100_000];
     let wrong_whole = vec![0; whole.len()];
-    for (part, ignores_range) in [(half, true), (too_long, false), (wrong, false), (wrong_whole, false)] {
+    for (part, ignores_range) in [
+        (half, true),
+        (too_long, false),
+        (wrong, false),
+        (wrong_whole, false),
+    ] {
         let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
         server.set(|state| state.ignores_range = ignores_range);
         let blobs = repo_dir(dir.path()).join("blobs");
         fs::create_dir_all(&blobs).unwrap();
-        fs::write(blobs.join(format!("{}.incomplete", hex_sha256(whole))), part).unwrap();
-        let file = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+        fs::write(
+            blobs.join(format!("{}.incomplete", hex_sha256(whole))),
+            part,
+        )
+        .unwrap();
+        let file = hub(&server, dir.path())
+            .snapshot("me/model", false)
+            .unwrap();
         assert_eq!(&fs::read(file).unwrap(), whole);
         assert_eq!(tree(&blobs), [hex_sha256(whole)]);
         if ignores_range {
-            let transfers = server.transfers("model.safetensors").into_iter().filter(|seen| seen.storage);
+            let transfers = server
+                .transfers("model.safetensors")
+                .into_iter()
+                .filter(|seen| seen.storage);
             assert_eq!(transfers.count(), 1, "the whole file is taken as it comes");
         }
     }
@@ -492,13 +671,18 @@ fn a_half_file_is_started_again_where_the_server_cannot_continue_or_it_was_wrong
 fn a_signed_address_that_has_run_out_is_asked_for_again() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
     server.set(|state| state.expired = 2);
-    let file = hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+    let file = hub(&server, dir.path())
+        .snapshot("me/model", false)
+        .unwrap();
     assert_eq!(fs::read(file).unwrap(), single_repo()["model.safetensors"]);
 }
 
 #[test]
 fn the_weights_come_last_so_that_half_a_model_does_not_look_whole() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
     server.set(|state| state.hang_up = Some((0, 1000)));
     error_of(hub(&server, dir.path()).snapshot("me/model", false));
     let folder = repo_dir(dir.path()).join("snapshots").join(COMMIT);
@@ -506,8 +690,15 @@ fn the_weights_come_last_so_that_half_a_model_does_not_look_whole() {
         assert_eq!(folder.join(name).exists(), !is_large(name), "{name}");
     }
     let seen = server.seen();
-    let first = |name: &str| seen.iter().position(|seen| seen.path.ends_with(name)).unwrap();
-    assert!(first("tokenizer/special_tokens_map.json") < first("tokenizer/vocab.json"), "what may be absent comes first");
+    let first = |name: &str| {
+        seen.iter()
+            .position(|seen| seen.path.ends_with(name))
+            .unwrap()
+    };
+    assert!(
+        first("tokenizer/special_tokens_map.json") < first("tokenizer/vocab.json"),
+        "what may be absent comes first"
+    );
 }
 
 #[test]
@@ -515,15 +706,26 @@ fn a_wrong_checksum_is_refused_and_leaves_nothing() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
     server.set(|state| state.corrupts = true);
     let error = error_of(hub(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "`model.safetensors` of `me/model`", "sdgen pull me/model");
+    assert_says(
+        &error,
+        "`model.safetensors` of `me/model`",
+        "sdgen pull me/model",
+    );
     assert_says(&error, "checksum is wrong", "again");
-    assert!(tree(&repo_dir(dir.path())).is_empty(), "{:?}", tree(dir.path()));
+    assert!(
+        tree(&repo_dir(dir.path())).is_empty(),
+        "{:?}",
+        tree(dir.path())
+    );
 }
 
 #[test]
 fn the_token_goes_to_the_hub_and_not_to_its_storage() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
-    let hub = Hub { token: Some(TOKEN.to_string()), ..hub(&server, dir.path()) };
+    let hub = Hub {
+        token: Some(TOKEN.to_string()),
+        ..hub(&server, dir.path())
+    };
     hub.snapshot("me/model", false).unwrap();
     let seen = server.seen();
     assert!(seen.iter().any(|seen| seen.storage) && seen.iter().any(|seen| !seen.storage));
@@ -537,14 +739,47 @@ fn the_token_goes_to_the_hub_and_not_to_its_storage() {
 fn refusals_say_what_to_do() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
     let anonymous = hub(&server, dir.path());
-    let known = Hub { token: Some(TOKEN.to_string()), ..hub(&server, dir.path()) };
+    let known = Hub {
+        token: Some(TOKEN.to_string()),
+        ..hub(&server, dir.path())
+    };
     let cases = [
-        (&anonymous, 401, "GatedRepo", "`me/model` is gated", "HF_TOKEN"),
-        (&known, 403, "GatedRepo", "`me/model` is gated", "accept it on http://127.0.0.1"),
-        (&anonymous, 401, "RepoNotFound", "`me/model` does not exist, or is not open", "licence"),
+        (
+            &anonymous,
+            401,
+            "GatedRepo",
+            "`me/model` is gated",
+            "HF_TOKEN",
+        ),
+        (
+            &known,
+            403,
+            "GatedRepo",
+            "`me/model` is gated",
+            "accept it on http://127.0.0.1",
+        ),
+        (
+            &anonymous,
+            401,
+            "RepoNotFound",
+            "`me/model` does not exist, or is not open",
+            "licence",
+        ),
         (&known, 401, "", "does not accept the token", "HF_TOKEN"),
-        (&anonymous, 404, "RepoNotFound", "`me/model` does not exist", "check the name"),
-        (&anonymous, 404, "RevisionNotFound", "no revision `main`", "branches"),
+        (
+            &anonymous,
+            404,
+            "RepoNotFound",
+            "`me/model` does not exist",
+            "check the name",
+        ),
+        (
+            &anonymous,
+            404,
+            "RevisionNotFound",
+            "no revision `main`",
+            "branches",
+        ),
         (&anonymous, 429, "", "no more requests", "wait"),
         (&anonymous, 503, "", "503", "later"),
     ];
@@ -560,14 +795,31 @@ fn no_connection_and_no_answer_are_told_in_time() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(single_repo());
     server.set(|state| state.silent = true);
-    let hub = Hub { timeout: Duration::from_millis(200), ..hub(&server, dir.path()) };
+    let hub = Hub {
+        timeout: Duration::from_millis(200),
+        ..hub(&server, dir.path())
+    };
     let start = Instant::now();
-    assert_says(&error_of(hub.snapshot("me/model", false)), "cannot reach `http://127.0.0.1", "HF_ENDPOINT");
+    assert_says(
+        &error_of(hub.snapshot("me/model", false)),
+        "cannot reach `http://127.0.0.1",
+        "HF_ENDPOINT",
+    );
     // The server is silent for 5 seconds, then closes the connection.
-    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        start.elapsed()
+    );
 
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let hub = Hub { endpoint: format!("http://{closed}"), ..hub };
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let hub = Hub {
+        endpoint: format!("http://{closed}"),
+        ..hub
+    };
     let error = error_of(hub.snapshot("me/model", false));
     assert_says(&error, "onnection refused", "check the network");
 }
@@ -577,17 +829,27 @@ fn a_file_is_named_by_its_path_and_a_single_checkpoint_needs_no_name() {
     let (server, dir) = (Server::start(single_repo()), tempfile::tempdir().unwrap());
     let hub = hub(&server, dir.path());
     let folder = repo_dir(dir.path()).join("snapshots").join(COMMIT);
-    let named = hub.snapshot("me/model/extra/lora.safetensors", false).unwrap();
+    let named = hub
+        .snapshot("me/model/extra/lora.safetensors", false)
+        .unwrap();
     assert_eq!(named, folder.join("extra/lora.safetensors"));
     assert_eq!(tree(&folder), ["extra/lora.safetensors"]);
-    assert_eq!(hub.snapshot("me/model", false).unwrap(), folder.join("model.safetensors"));
+    assert_eq!(
+        hub.snapshot("me/model", false).unwrap(),
+        folder.join("model.safetensors")
+    );
     server.forget();
     hub.snapshot("me/model", false).unwrap();
-    hub.snapshot("me/model/extra/lora.safetensors", false).unwrap();
+    hub.snapshot("me/model/extra/lora.safetensors", false)
+        .unwrap();
     assert!(server.seen().is_empty(), "{:?}", server.seen());
 
     let error = error_of(hub.snapshot("me/model/absent.safetensors", false));
-    assert_says(&error, "`me/model` has no `absent.safetensors`", "me/model/model.safetensors");
+    assert_says(
+        &error,
+        "`me/model` has no `absent.safetensors`",
+        "me/model/model.safetensors",
+    );
 }
 
 #[test]
@@ -598,7 +860,11 @@ fn one_cached_checkpoint_of_many_files_is_not_taken_for_the_model() {
     let hub = hub(&server, dir.path());
     hub.snapshot("me/model/model.safetensors", false).unwrap();
     let error = error_of(hub.snapshot("me/model", false));
-    assert_says(&error, "2 checkpoints", "me/model/model.safetensors\n    me/model/other.safetensors");
+    assert_says(
+        &error,
+        "2 checkpoints",
+        "me/model/model.safetensors\n    me/model/other.safetensors",
+    );
 }
 
 #[test]
@@ -608,17 +874,27 @@ fn repositories_that_cannot_be_drawn_with_are_refused_before_their_weights_come(
     files.retain(pickled);
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
     let error = error_of(hub(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "has no `text_encoder/model.safetensors`", "pickled weights only");
+    assert_says(
+        &error,
+        "has no `text_encoder/model.safetensors`",
+        "pickled weights only",
+    );
 
     let mut files = diffusers_repo();
     files.remove("vae/diffusion_pytorch_model.safetensors");
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
     let error = error_of(hub(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "has no `vae/diffusion_pytorch_model.safetensors`", "name it:\n    me/model/v1-5-pruned.safetensors");
+    assert_says(
+        &error,
+        "has no `vae/diffusion_pytorch_model.safetensors`",
+        "name it:\n    me/model/v1-5-pruned.safetensors",
+    );
     assert!(!error.contains("safety_checker") && server.seen().iter().all(|seen| !seen.storage));
 
     let mut files = diffusers_repo();
-    let index = INDEX.replace("unet", "transformer").replace("StableDiffusionPipeline", "FluxPipeline");
+    let index = INDEX
+        .replace("unet", "transformer")
+        .replace("StableDiffusionPipeline", "FluxPipeline");
     files.insert("model_index.json".to_string(), index.into_bytes());
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
     let error = error_of(hub(&server, dir.path()).snapshot("me/model", false));
@@ -632,19 +908,46 @@ fn names_that_lead_out_of_the_cache_are_refused() {
     let mut files = diffusers_repo();
     files.retain(|name, _| !name.contains("fp16"));
     let index = r#"{"weight_map": {"a": "../../../../evil.safetensors"}}"#;
-    files.insert("unet/diffusion_pytorch_model.safetensors.index.json".to_string(), index.into());
-    files.insert("text_encoder/model.fp16.safetensors".to_string(), vec![0; 10]);
+    files.insert(
+        "unet/diffusion_pytorch_model.safetensors.index.json".to_string(),
+        index.into(),
+    );
+    files.insert(
+        "text_encoder/model.fp16.safetensors".to_string(),
+        vec![0; 10],
+    );
     files.insert("unet/../../../../evil.safetensors".to_string(), vec![0; 10]);
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
     let hub = hub(&server, dir.path());
     let error = error_of(hub.snapshot("me/model", false));
-    assert_says(&error, "has no `unet/../../../../evil.safetensors`", "v1-5-pruned");
+    assert_says(
+        &error,
+        "has no `unet/../../../../evil.safetensors`",
+        "v1-5-pruned",
+    );
     server.forget();
-    for id in ["me", "me/", "/model", "me/..", "me/model/../x.safetensors", "me/model@../../x", "me/model@", ""] {
-        assert_says(&error_of(hub.snapshot(id, false)), "not a model of the hub", "owner/name");
+    for id in [
+        "me",
+        "me/",
+        "/model",
+        "me/..",
+        "me/model/../x.safetensors",
+        "me/model@../../x",
+        "me/model@",
+        "",
+    ] {
+        assert_says(
+            &error_of(hub.snapshot(id, false)),
+            "not a model of the hub",
+            "owner/name",
+        );
     }
     let error = error_of(hub.snapshot("me/model/model.ckpt", false));
-    assert_says(&error, "not a `.safetensors` file", "owner/name/file.safetensors");
+    assert_says(
+        &error,
+        "not a `.safetensors` file",
+        "owner/name/file.safetensors",
+    );
     assert!(server.seen().is_empty());
 }
 
@@ -680,21 +983,43 @@ fn an_unusable_cache_folder_is_told() {
 
 #[test]
 fn many_at_once_fetch_each_file_once() {
-    let (server, dir) = (Server::start(diffusers_repo()), tempfile::tempdir().unwrap());
+    let (server, dir) = (
+        Server::start(diffusers_repo()),
+        tempfile::tempdir().unwrap(),
+    );
     let folders: Vec<PathBuf> = std::thread::scope(|scope| {
-        let run = || hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+        let run = || {
+            hub(&server, dir.path())
+                .snapshot("me/model", false)
+                .unwrap()
+        };
         let threads: Vec<_> = (0..6).map(|_| scope.spawn(run)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     assert!(folders.iter().all(|folder| folder == &folders[0]));
     for name in tree(&folders[0]) {
-        assert_eq!(fs::read(folders[0].join(&name)).unwrap(), diffusers_repo()[&name], "{name}");
+        assert_eq!(
+            fs::read(folders[0].join(&name)).unwrap(),
+            diffusers_repo()[&name],
+            "{name}"
+        );
         if is_large(&name) {
             let transfers = server.transfers(&name);
-            assert_eq!(transfers.iter().filter(|seen| seen.storage).count(), 1, "{name}");
+            assert_eq!(
+                transfers.iter().filter(|seen| seen.storage).count(),
+                1,
+                "{name}"
+            );
         }
     }
-    assert!(tree(dir.path()).iter().all(|name| !name.contains(".incomplete") && !name.contains(".sdgen-")));
+    assert!(
+        tree(dir.path())
+            .iter()
+            .all(|name| !name.contains(".incomplete") && !name.contains(".sdgen-"))
+    );
 }
 
 fn from(variables: &[(&str, &str)], offline: bool) -> Hub {
@@ -710,12 +1035,24 @@ fn the_cache_is_where_python_has_it() {
     let at = |variables: &[(&str, &str)]| from(variables, false).cache_dir;
     let home = ("HOME", "/home/me");
     assert_eq!(at(&[home]), Path::new("/home/me/.cache/huggingface/hub"));
-    assert_eq!(at(&[home, ("XDG_CACHE_HOME", "/xdg")]), Path::new("/xdg/huggingface/hub"));
-    assert_eq!(at(&[home, ("HF_HOME", "")]), Path::new("/home/me/.cache/huggingface/hub"));
-    assert_eq!(at(&[home, ("HF_HOME", "~/hf"), ("XDG_CACHE_HOME", "/xdg")]), Path::new("/home/me/hf/hub"));
+    assert_eq!(
+        at(&[home, ("XDG_CACHE_HOME", "/xdg")]),
+        Path::new("/xdg/huggingface/hub")
+    );
+    assert_eq!(
+        at(&[home, ("HF_HOME", "")]),
+        Path::new("/home/me/.cache/huggingface/hub")
+    );
+    assert_eq!(
+        at(&[home, ("HF_HOME", "~/hf"), ("XDG_CACHE_HOME", "/xdg")]),
+        Path::new("/home/me/hf/hub")
+    );
     let old = ("HUGGINGFACE_HUB_CACHE", "/old");
     assert_eq!(at(&[home, ("HF_HOME", "/hf"), old]), Path::new("/old"));
-    assert_eq!(at(&[home, ("HF_HOME", "/hf"), old, ("HF_HUB_CACHE", "/new")]), Path::new("/new"));
+    assert_eq!(
+        at(&[home, ("HF_HOME", "/hf"), old, ("HF_HUB_CACHE", "/new")]),
+        Path::new("/new")
+    );
 }
 
 #[test]
@@ -724,7 +1061,10 @@ fn offline_is_the_flag_or_the_variable() {
         assert!(from(&[("HF_HUB_OFFLINE", value)], false).offline, "{value}");
     }
     for value in ["0", "false", "", "no"] {
-        assert!(!from(&[("HF_HUB_OFFLINE", value)], false).offline, "{value}");
+        assert!(
+            !from(&[("HF_HUB_OFFLINE", value)], false).offline,
+            "{value}"
+        );
         assert!(from(&[("HF_HUB_OFFLINE", value)], true).offline, "{value}");
     }
 }
@@ -732,9 +1072,21 @@ fn offline_is_the_flag_or_the_variable() {
 #[test]
 fn endpoint_token_and_timeout_come_from_the_environment() {
     let hub = from(&[("HOME", "/nowhere")], false);
-    assert_eq!((hub.endpoint.as_str(), hub.token), ("https://huggingface.co", None));
-    let hub = from(&[("HF_ENDPOINT", "http://mirror/"), ("HF_HUB_DOWNLOAD_TIMEOUT", "7")], false);
-    assert_eq!((hub.endpoint.as_str(), hub.timeout), ("http://mirror", Duration::from_secs(7)));
+    assert_eq!(
+        (hub.endpoint.as_str(), hub.token),
+        ("https://huggingface.co", None)
+    );
+    let hub = from(
+        &[
+            ("HF_ENDPOINT", "http://mirror/"),
+            ("HF_HUB_DOWNLOAD_TIMEOUT", "7"),
+        ],
+        false,
+    );
+    assert_eq!(
+        (hub.endpoint.as_str(), hub.timeout),
+        ("http://mirror", Duration::from_secs(7))
+    );
 
     let dir = tempfile::tempdir().unwrap();
     let home = dir.path().to_str().unwrap();
@@ -742,12 +1094,19 @@ fn endpoint_token_and_timeout_come_from_the_environment() {
     fs::write(dir.path().join("elsewhere"), "of-the-path").unwrap();
     let elsewhere = format!("{home}/elsewhere");
     let token = |more: &[(&str, &str)]| {
-        let variables: Vec<(&str, &str)> = [("HF_HOME", home)].iter().chain(more).copied().collect();
+        let variables: Vec<(&str, &str)> =
+            [("HF_HOME", home)].iter().chain(more).copied().collect();
         from(&variables, false).token
     };
     assert_eq!(token(&[]).as_deref(), Some("of-the-login"));
-    assert_eq!(token(&[("HF_TOKEN_PATH", &elsewhere)]).as_deref(), Some("of-the-path"));
-    assert_eq!(token(&[("HF_TOKEN_PATH", &elsewhere), ("HF_TOKEN", "of-the-shell")]).as_deref(), Some("of-the-shell"));
+    assert_eq!(
+        token(&[("HF_TOKEN_PATH", &elsewhere)]).as_deref(),
+        Some("of-the-path")
+    );
+    assert_eq!(
+        token(&[("HF_TOKEN_PATH", &elsewhere), ("HF_TOKEN", "of-the-shell")]).as_deref(),
+        Some("of-the-shell")
+    );
 }
 
 /// A fixture's files, as a repository would hold them.
@@ -757,8 +1116,16 @@ fn fixture_repo() -> BTreeMap<String, Vec<u8>> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 walk(root, &path, files);
-            } else if !path.file_name().unwrap().to_string_lossy().starts_with("goldens") {
-                files.insert(path.strip_prefix(root).unwrap().to_str().unwrap().into(), fs::read(&path).unwrap());
+            } else if !path
+                .file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("goldens")
+            {
+                files.insert(
+                    path.strip_prefix(root).unwrap().to_str().unwrap().into(),
+                    fs::read(&path).unwrap(),
+                );
             }
         }
     }
@@ -774,16 +1141,44 @@ fn the_program_pulls_a_model_and_draws_it_offline_with_the_same_picture_as_from_
     let server = Server::start(fixture_repo());
     let run = |args: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
-        command.args(args).current_dir(dir.path()).env("HF_ENDPOINT", &server.hub).env("HF_HUB_CACHE", cache.path());
-        let output = command.env_remove("HF_TOKEN").env_remove("HF_HUB_OFFLINE").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        command
+            .args(args)
+            .current_dir(dir.path())
+            .env("HF_ENDPOINT", &server.hub)
+            .env("HF_HUB_CACHE", cache.path());
+        let output = command
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_OFFLINE")
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap()
     };
     let folder = run(&["pull", "me/model"]);
     assert!(Path::new(folder.trim()).join("model_index.json").exists());
     let requests = server.seen().len();
     let draw = |model: &str, output: &str| {
-        run(&["a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "--no-metadata", "--offline", "-m", model, "-o", output]);
+        run(&[
+            "a frog",
+            "-s",
+            "1",
+            "--steps",
+            "2",
+            "-W",
+            "16",
+            "-H",
+            "16",
+            "--no-metadata",
+            "--offline",
+            "-m",
+            model,
+            "-o",
+            output,
+        ]);
         fs::read(dir.path().join(output)).unwrap()
     };
     let local = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sd1");
@@ -797,7 +1192,16 @@ fn vae_repo() -> BTreeMap<String, Vec<u8>> {
     let file = |name: &str| (name.to_string(), fs::read(folder.join(name)).unwrap());
     let other = |name: &str| (name.to_string(), contents(name, 1000));
     let own = ["config.json", "diffusion_pytorch_model.safetensors"].map(file);
-    own.into_iter().chain(["README.md", "taesd_decoder.safetensors", "taesd_encoder.safetensors"].map(other)).collect()
+    own.into_iter()
+        .chain(
+            [
+                "README.md",
+                "taesd_decoder.safetensors",
+                "taesd_encoder.safetensors",
+            ]
+            .map(other),
+        )
+        .collect()
 }
 
 #[test]
@@ -806,13 +1210,25 @@ fn of_a_vae_and_of_a_models_vae_no_other_files_come() {
         let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
         let folder = hub(&server, dir.path()).vae("me/model", false).unwrap();
         assert_eq!(folder, repo_dir(dir.path()).join("snapshots").join(COMMIT));
-        assert_eq!(tree(&folder), ["config.json", "diffusion_pytorch_model.safetensors"].map(|name| format!("{below}{name}")));
+        assert_eq!(
+            tree(&folder),
+            ["config.json", "diffusion_pytorch_model.safetensors"]
+                .map(|name| format!("{below}{name}"))
+        );
         server.forget();
-        assert_eq!(hub(&server, dir.path()).vae("me/model", false).unwrap(), folder);
-        assert_eq!(offline(&server, dir.path()).vae("me/model", false).unwrap(), folder);
+        assert_eq!(
+            hub(&server, dir.path()).vae("me/model", false).unwrap(),
+            folder
+        );
+        assert_eq!(
+            offline(&server, dir.path()).vae("me/model", false).unwrap(),
+            folder
+        );
         assert!(server.seen().is_empty(), "{:?}", server.seen());
         // to pull a VAE nobody has to say that it is one; a model is fetched whole then
-        hub(&server, dir.path()).snapshot("me/model", false).unwrap();
+        hub(&server, dir.path())
+            .snapshot("me/model", false)
+            .unwrap();
         assert_eq!(server.seen().is_empty(), below.is_empty());
         assert_eq!(folder.join("model_index.json").exists(), !below.is_empty());
     }
@@ -824,13 +1240,28 @@ fn a_vae_of_the_hub_decodes_and_pictures_that_name_it_are_checked_with_it() {
     let server = Server::start(vae_repo());
     let run = |args: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
-        command.args(args).current_dir(dir.path()).env("HF_ENDPOINT", &server.hub).env("HF_HUB_CACHE", cache.path());
-        let output = command.env_remove("HF_TOKEN").env_remove("HF_HUB_OFFLINE").output().unwrap();
-        (output.status.success(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+        command
+            .args(args)
+            .current_dir(dir.path())
+            .env("HF_ENDPOINT", &server.hub)
+            .env("HF_HUB_CACHE", cache.path());
+        let output = command
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_OFFLINE")
+            .output()
+            .unwrap();
+        (
+            output.status.success(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
     };
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sd1");
     let draw = |vae: &str, output: &str| {
-        let (drawn, _, said) = run(&["a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "-m", model, "--vae", vae, "-o", output]);
+        let (drawn, _, said) = run(&[
+            "a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "-m", model, "--vae", vae,
+            "-o", output,
+        ]);
         assert!(drawn, "{said}");
         image::open(dir.path().join(output)).unwrap()
     };
@@ -840,5 +1271,9 @@ fn a_vae_of_the_hub_decodes_and_pictures_that_name_it_are_checked_with_it() {
     assert!(same && said == "hub.png: identical\n", "{said}{error}");
     // a name that is none of the hub's does not tell where the VAE is
     let (same, _, error) = run(&["check", "local.png", "-m", model, "--offline"]);
-    assert!(!same && error.contains("it was drawn with the VAE `taesd`\n\nhint: pass that with `--vae`"), "{error}");
+    assert!(
+        !same
+            && error.contains("it was drawn with the VAE `taesd`\n\nhint: pass that with `--vae`"),
+        "{error}"
+    );
 }

@@ -9,12 +9,16 @@ use sdgen::noise::{Generator, Variation};
 const SEEDS: [u64; 5] = [0, 42, (1 << 32) + 5, (1 << 63) + 12345, u64::MAX];
 
 fn goldens() -> HashMap<String, Tensor> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/samplers/noise.safetensors");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/samplers/noise.safetensors"
+    );
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
 /// torch's logarithm, sine and cosine depend on the processor it ran on, in the last bits: of
-/// radius times cosine, that is an absolute error of a few ulp of the radius, which is below 7 (5e-7 measured).
+/// radius times cosine, that is an absolute error of a few ulp of the radius, which is below 7
+/// (5e-7 measured).
 fn assert_same(actual: &[f32], expected: &Tensor, name: &str) {
     let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(actual.len(), expected.len(), "{name}");
@@ -53,7 +57,11 @@ fn latents_of_512_pixels_equal_torch() {
     let sampled: Vec<f32> = drawn.iter().step_by(16).copied().collect();
     assert_same(&sampled, &goldens["1.16384"], "every sixteenth of 16384");
     let drawn = Generator::new(42).randn(16385);
-    assert_same(&drawn[16385 - 2048..], &goldens["1.16385"], "the end of 16385");
+    assert_same(
+        &drawn[16385 - 2048..],
+        &goldens["1.16385"],
+        "the end of 16385",
+    );
 }
 
 #[test]
@@ -66,11 +74,15 @@ fn a_picture_is_drawn_channels_first_and_laid_out_channels_last() {
 
 #[test]
 fn only_the_low_half_of_a_seed_counts_as_in_torch() {
-    assert_eq!(Generator::new(5).randn(20), Generator::new((1 << 32) + 5).randn(20));
+    assert_eq!(
+        Generator::new(5).randn(20),
+        Generator::new((1 << 32) + 5).randn(20)
+    );
     assert_ne!(Generator::new(5).randn(20), Generator::new(6).randn(20));
 }
 
-/// Values of torch for `sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`, w the angle between all of a and all of b.
+/// Values of torch for `sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`, w the angle between all
+/// of a and all of b.
 #[test]
 fn varied_noise_lies_on_the_arc_between_two_seeds() {
     let noise = |seed| Generator::new(seed).latents(8, 8, 4).unwrap();
@@ -84,5 +96,10 @@ fn varied_noise_lies_on_the_arc_between_two_seeds() {
     assert_eq!(varied(7, 0.0), values(noise(7)));
     assert_eq!(varied(7, 1.0), values(noise(9)));
     // no angle to divide by
-    assert!(varied(9, 0.4).iter().zip(values(noise(9))).all(|(a, b)| (a - b).abs() <= 1e-6));
+    assert!(
+        varied(9, 0.4)
+            .iter()
+            .zip(values(noise(9)))
+            .all(|(a, b)| (a - b).abs() <= 1e-6)
+    );
 }

@@ -1,6 +1,6 @@
-//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns latents into pictures
-//! and back, [`taesd`] does so with less work, [`tiles`] lets both do it in parts; [`upscaler`] makes pictures larger. Here:
-//! which of the two a checkpoint has.
+//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns
+//! latents into pictures and back, [`taesd`] does so with less work, [`tiles`] lets both do it in
+//! parts; [`upscaler`] makes pictures larger. Here: which of the two a checkpoint has.
 
 pub mod taesd;
 pub mod tiles;
@@ -14,7 +14,8 @@ use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
 
-/// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's VAE's own.
+/// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's
+/// VAE's own.
 const TILE_PX: usize = 512;
 
 /// `vae/config.json`, by the class that it names.
@@ -25,7 +26,8 @@ pub enum Autoencoder {
 }
 
 impl Autoencoder {
-    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    /// Parses config.json. A value that would change the result and is not supported is an error
+    /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         match value.get("_class_name").and_then(Value::as_str) {
             Some("AutoencoderTiny") => taesd::TaesdConfig::from_json(value).map(Self::Tiny),
@@ -66,19 +68,22 @@ impl Autoencoder {
         (side / self.factor()).max(1)
     }
 
-    /// About what decoding latents [h, w] holds at its peak besides the weights, in bytes: activations in f32, and the
-    /// picture three times, in parts, whole, and on its way to bytes.
+    /// About what decoding latents [h, w] holds at its peak besides the weights, in bytes:
+    /// activations in f32, and the picture three times, in parts, whole, and on its way to bytes.
     pub fn decode_bytes(&self, h: usize, w: usize, tiled: bool) -> u64 {
         let pixels = |h: usize, w: usize| (h * w * self.factor() * self.factor()) as u64;
         // at full size; the last upsampling keeps the width of the size before
-        let widest = |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
+        let widest =
+            |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
         let bytes_a_pixel = match self {
             // one activation, and a quarter of the next, as it goes in strips
             Self::Kl(config) => widest(&config.block_out_channels).saturating_mul(5),
             Self::Tiny(config) => widest(&config.decoder_block_out_channels).saturating_mul(5 * 4),
         };
         let side = if tiled { self.tile() } else { h.max(w) };
-        bytes_a_pixel.saturating_mul(pixels(side.min(h), side.min(w))).saturating_add(3 * 3 * 4 * pixels(h, w))
+        bytes_a_pixel
+            .saturating_mul(pixels(side.min(h), side.min(w)))
+            .saturating_add(3 * 3 * 4 * pixels(h, w))
     }
 
     /// Reads the encoder of the VAE at `w`.
@@ -113,8 +118,8 @@ impl Encoder {
         }
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c], perhaps
-    /// in tiles with this many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
+    /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         match self {
             Self::Kl(encoder) => encoder.encode(rgb, tile),
@@ -136,9 +141,19 @@ impl Posterior {
     pub fn cat<'a>(each: impl Iterator<Item = &'a Self>) -> TensorResult<Self> {
         let each: Vec<&Self> = each.collect();
         let means: Vec<&Tensor> = each.iter().map(|one| &one.mean).collect();
-        let deviations: Vec<&Tensor> = each.iter().filter_map(|one| one.deviation.as_ref()).collect();
-        let deviation = if deviations.is_empty() { None } else { Some(Tensor::cat(&deviations, 0)?) };
-        Ok(Self { mean: Tensor::cat(&means, 0)?, deviation })
+        let deviations: Vec<&Tensor> = each
+            .iter()
+            .filter_map(|one| one.deviation.as_ref())
+            .collect();
+        let deviation = if deviations.is_empty() {
+            None
+        } else {
+            Some(Tensor::cat(&deviations, 0)?)
+        };
+        Ok(Self {
+            mean: Tensor::cat(&means, 0)?,
+            deviation,
+        })
     }
 
     /// One of them, by unit normals, which are drawn if they are needed.
@@ -165,8 +180,8 @@ impl Decoder {
         }
     }
 
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3], nominally in 0..=1.
-    /// Errors if the channel count is not the VAE's.
+    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
         match self {
             Self::Kl(decoder) => decoder.decode(latents),

@@ -1,6 +1,8 @@
-//! TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers' `AutoencoderTiny`.
+//! TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers'
+//! `AutoencoderTiny`.
 //!
-//! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by training.
+//! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by
+//! training.
 
 use super::unet::require_neutral;
 use super::{Posterior, tiles};
@@ -47,22 +49,45 @@ impl Default for TaesdConfig {
 }
 
 impl TaesdConfig {
-    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    /// Parses config.json. A value that would change the result and is not supported is an error
+    /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
-        require_neutral("VAE", value, &[("upsample_fn", json!("nearest")), ("upsampling_scaling_factor", json!(2))])?;
-        let config: Self = serde_json::from_value(value.clone())
-            .context("the VAE's config.json is damaged or uses a value that sdgen does not support")?;
+        require_neutral(
+            "VAE",
+            value,
+            &[
+                ("upsample_fn", json!("nearest")),
+                ("upsampling_scaling_factor", json!(2)),
+            ],
+        )?;
+        let config: Self = serde_json::from_value(value.clone()).context(
+            "the VAE's config.json is damaged or uses a value that sdgen does not support",
+        )?;
         for (side, widths, blocks) in [
-            ("encoder", &config.encoder_block_out_channels, &config.num_encoder_blocks),
-            ("decoder", &config.decoder_block_out_channels, &config.num_decoder_blocks),
+            (
+                "encoder",
+                &config.encoder_block_out_channels,
+                &config.num_encoder_blocks,
+            ),
+            (
+                "decoder",
+                &config.decoder_block_out_channels,
+                &config.num_decoder_blocks,
+            ),
         ] {
-            let fit = widths.len() == blocks.len() && widths.windows(2).all(|pair| pair[0] == pair[1]);
+            let fit =
+                widths.len() == blocks.len() && widths.windows(2).all(|pair| pair[0] == pair[1]);
             if !fit || !(1..=MAX_STAGES).contains(&widths.len()) {
-                bail!("{side}_block_out_channels of the VAE are {widths:?}, which sdgen does not support");
+                bail!(
+                    "{side}_block_out_channels of the VAE are {widths:?}, which sdgen does not support"
+                );
             }
         }
         if config.out_channels != 3 {
-            bail!("out_channels of the VAE is {}, pictures need 3", config.out_channels);
+            bail!(
+                "out_channels of the VAE is {}, pictures need 3",
+                config.out_channels
+            );
         }
         Ok(config)
     }
@@ -87,7 +112,11 @@ impl Encoder {
     /// Reads the encoder of the VAE at `w`. Its layers are numbered through.
     pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
-        let width = config.encoder_block_out_channels.first().copied().context("the VAE has no blocks")?;
+        let width = config
+            .encoder_block_out_channels
+            .first()
+            .copied()
+            .context("the VAE has no blocks")?;
         let at = |layer: usize| w.at(format!("encoder.layers.{layer}"));
         let (mut stages, mut layer) = (vec![], 0);
         for blocks in &config.num_encoder_blocks {
@@ -96,21 +125,39 @@ impl Encoder {
                 _ => Conv2d::without_bias(&at(layer), width, width, 2)?,
             };
             let next = layer + 1 + blocks;
-            stages.push((conv, (layer + 1..next).map(|layer| Block::new(&at(layer), width, activation)).collect::<Result<_>>()?));
+            stages.push((
+                conv,
+                (layer + 1..next)
+                    .map(|layer| Block::new(&at(layer), width, activation))
+                    .collect::<Result<_>>()?,
+            ));
             layer = next;
         }
         let conv_out = Conv2d::new(&at(layer), width, config.latent_channels, 3)?;
-        Ok(Self { stages, conv_out, scaling_factor: config.scaling_factor, wrap: w.wrap().clone() })
+        Ok(Self {
+            stages,
+            conv_out,
+            scaling_factor: config.scaling_factor,
+            wrap: w.wrap().clone(),
+        })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c], perhaps in tiles with this
-    /// many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c],
+    /// perhaps in tiles with this many latents a side.
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         let latents = match tile {
-            Some(side) => tiles::apply(rgb, side << self.stages.len().saturating_sub(1), &self.wrap, |tile| self.forward(tile))?,
+            Some(side) => tiles::apply(
+                rgb,
+                side << self.stages.len().saturating_sub(1),
+                &self.wrap,
+                |tile| self.forward(tile),
+            )?,
             None => self.forward(rgb)?,
         };
-        Ok(Posterior { mean: (latents * self.scaling_factor)?, deviation: None })
+        Ok(Posterior {
+            mean: (latents * self.scaling_factor)?,
+            deviation: None,
+        })
     }
 
     fn forward(&self, rgb: &Tensor) -> TensorResult<Tensor> {
@@ -138,14 +185,21 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Reads the decoder of the VAE at `w`. Its layers are numbered through, those without weights too.
+    /// Reads the decoder of the VAE at `w`. Its layers are numbered through, those without weights
+    /// too.
     pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
-        let width = config.decoder_block_out_channels.first().copied().context("the VAE has no blocks")?;
+        let width = config
+            .decoder_block_out_channels
+            .first()
+            .copied()
+            .context("the VAE has no blocks")?;
         let at = |layer: usize| w.at(format!("decoder.layers.{layer}"));
         let (mut stages, mut layer) = (vec![], 2);
         for (i, blocks) in config.num_decoder_blocks.iter().enumerate() {
-            let each = (layer..layer + blocks).map(|layer| Block::new(&at(layer), width, activation)).collect::<Result<_>>()?;
+            let each = (layer..layer + blocks)
+                .map(|layer| Block::new(&at(layer), width, activation))
+                .collect::<Result<_>>()?;
             let is_last = i + 1 == config.num_decoder_blocks.len();
             layer += blocks + usize::from(!is_last);
             stages.push((
@@ -167,12 +221,15 @@ impl Decoder {
         })
     }
 
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3], nominally in 0..=1.
-    /// Errors if the channel count is not the VAE's.
+    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
         let channels = latents.dim(3)?;
         if channels != self.latent_channels {
-            candle_core::bail!("the VAE decodes {} channels, the latents have {channels}", self.latent_channels);
+            candle_core::bail!(
+                "the VAE decodes {} channels, the latents have {channels}",
+                self.latent_channels
+            );
         }
         let z = ((latents / (self.scaling_factor * LATENT_MAGNITUDE))?.tanh()? * LATENT_MAGNITUDE)?;
         let mut x = self.activation.forward(&self.conv_in.forward(&z)?)?;
@@ -181,7 +238,11 @@ impl Decoder {
                 x = block.forward(&x)?;
             }
             let (_, h, w, _) = x.dims4()?;
-            x = if i + 1 < self.stages.len() { conv.forward_scaled(&x, 2 * h, 2 * w)? } else { conv.forward(&x)? };
+            x = if i + 1 < self.stages.len() {
+                conv.forward_scaled(&x, 2 * h, 2 * w)?
+            } else {
+                conv.forward(&x)?
+            };
         }
         Ok(x)
     }
@@ -195,7 +256,10 @@ struct Block {
 impl Block {
     fn new(w: &Weights, width: usize, activation: Activation) -> Result<Self> {
         let conv = |i: usize| Conv2d::new(&w.at(format!("conv.{i}")), width, width, 3);
-        Ok(Self { convs: [conv(0)?, conv(2)?, conv(4)?], activation })
+        Ok(Self {
+            convs: [conv(0)?, conv(2)?, conv(4)?],
+            activation,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {

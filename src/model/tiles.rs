@@ -1,5 +1,6 @@
-//! Encoding and decoding in overlapping tiles, for pictures that are too large to be done whole: diffusers'
-//! `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so the picture is a slightly other one.
+//! Encoding and decoding in overlapping tiles, for pictures that are too large to be done whole:
+//! diffusers' `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so
+//! the picture is a slightly other one.
 
 use crate::nn::wrap::Wrap;
 use candle_core::{Result, Tensor};
@@ -7,9 +8,15 @@ use candle_core::{Result, Tensor};
 /// Tiles overlap by one part in this many.
 const OVERLAP: usize = 4;
 
-/// Takes x [b, h, w, c] in tiles of this `side` to what `f` makes of it whole, about: [b, r*h, r*w, d] for some ratio r.
-/// Those of a picture that is seamless by `wrap`, which is of the network in `f`, overlap beyond its edge too.
-pub fn apply(x: &Tensor, side: usize, wrap: &Wrap, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+/// Takes x [b, h, w, c] in tiles of this `side` to what `f` makes of it whole, about: [b, r*h, r*w,
+/// d] for some ratio r. Those of a picture that is seamless by `wrap`, which is of the network in
+/// `f`, overlap beyond its edge too.
+pub fn apply(
+    x: &Tensor,
+    side: usize,
+    wrap: &Wrap,
+    f: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let mut longer = x.clone();
     for (dim, wraps) in [1, 2].into_iter().zip(wrap.get()) {
         if wraps {
@@ -23,7 +30,12 @@ pub fn apply(x: &Tensor, side: usize, wrap: &Wrap, f: impl Fn(&Tensor) -> Result
         let (length, longer, made) = (x.dim(dim)?, longer.dim(dim)?, y.dim(dim)?);
         let scaled = |n: usize| n * made / longer;
         // the start comes gradually from what follows the end
-        y = blend(&y, &y.narrow(dim, 0, scaled(length))?, dim, scaled(longer - length))?;
+        y = blend(
+            &y,
+            &y.narrow(dim, 0, scaled(length))?,
+            dim,
+            scaled(longer - length),
+        )?;
     }
     y.contiguous()
 }
@@ -36,7 +48,10 @@ fn each(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Resul
         let (mut row, mut cut): (Vec<Tensor>, Vec<Tensor>) = (vec![], vec![]);
         for (i, left) in (0..w).step_by(step).enumerate() {
             let (rows, columns) = (side.min(h - top), side.min(w - left));
-            let mut y = f(&x.narrow(1, top, rows)?.narrow(2, left, columns)?.contiguous()?)?;
+            let mut y = f(&x
+                .narrow(1, top, rows)?
+                .narrow(2, left, columns)?
+                .contiguous()?)?;
             let made = y.dim(1)?;
             let scaled = |n: usize| n * made / rows;
             let overlap = scaled(side.saturating_sub(step));
@@ -46,7 +61,11 @@ fn each(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Resul
             if let Some(left) = row.last() {
                 y = blend(left, &y, 2, overlap)?;
             }
-            cut.push(y.narrow(1, 0, scaled(step.min(rows)))?.narrow(2, 0, scaled(step.min(columns)))?);
+            cut.push(y.narrow(1, 0, scaled(step.min(rows)))?.narrow(
+                2,
+                0,
+                scaled(step.min(columns)),
+            )?);
             row.push(y);
         }
         rows.push(Tensor::cat(&cut, 2)?);
@@ -55,7 +74,8 @@ fn each(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Resul
     Tensor::cat(&rows, 1)?.contiguous()
 }
 
-/// `tile`, whose first `overlap` rows (`dim` 1) or columns (2) come gradually from the end of the one `before` it.
+/// `tile`, whose first `overlap` rows (`dim` 1) or columns (2) come gradually from the end of the
+/// one `before` it.
 fn blend(before: &Tensor, tile: &Tensor, dim: usize, overlap: usize) -> Result<Tensor> {
     let (ends, length) = (before.dim(dim)?, tile.dim(dim)?);
     let overlap = overlap.min(ends).min(length);
@@ -64,8 +84,13 @@ fn blend(before: &Tensor, tile: &Tensor, dim: usize, overlap: usize) -> Result<T
     }
     let mut shape = [1; 4];
     shape[dim] = overlap;
-    let share = Tensor::arange(0f32, overlap as f32, tile.device())?.affine(1.0 / overlap as f64, 0.0)?.reshape(&shape)?;
-    let (old, new) = (before.narrow(dim, ends - overlap, overlap)?, tile.narrow(dim, 0, overlap)?);
+    let share = Tensor::arange(0f32, overlap as f32, tile.device())?
+        .affine(1.0 / overlap as f64, 0.0)?
+        .reshape(&shape)?;
+    let (old, new) = (
+        before.narrow(dim, ends - overlap, overlap)?,
+        tile.narrow(dim, 0, overlap)?,
+    );
     let mixed = (&old + (new - &old)?.broadcast_mul(&share)?)?;
     Tensor::cat(&[mixed, tile.narrow(dim, overlap, length - overlap)?], dim)
 }

@@ -1,6 +1,8 @@
-//! The conditional U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752), diffusers' `UNet2DConditionModel`.
+//! The conditional U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752), diffusers'
+//! `UNet2DConditionModel`.
 //!
-//! Every width, depth and head count comes from [`UNetConfig`]; activations are [b, h, w, c] throughout.
+//! Every width, depth and head count comes from [`UNetConfig`]; activations are [b, h, w, c]
+//! throughout.
 
 use crate::nn::attention::attention;
 use crate::nn::embed;
@@ -32,14 +34,16 @@ impl<T: Copy> PerBlock<T> {
     fn get(&self, block: usize, key: &str) -> Result<T> {
         match self {
             Self::One(value) => Ok(*value),
-            Self::Each(values) => {
-                values.get(block).copied().with_context(|| format!("`{key}` of the U-Net has no value for block {block}"))
-            }
+            Self::Each(values) => values
+                .get(block)
+                .copied()
+                .with_context(|| format!("`{key}` of the U-Net has no value for block {block}")),
         }
     }
 }
 
-/// How many transformer blocks layers have: one number for all, or for each block one, or one for each of its layers.
+/// How many transformer blocks layers have: one number for all, or for each block one, or one for
+/// each of its layers.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum Depths {
@@ -52,9 +56,10 @@ impl Depths {
     fn get(&self, block: usize, key: &str) -> Result<PerBlock<usize>> {
         match self {
             Self::One(depth) => Ok(PerBlock::One(*depth)),
-            Self::Each(depths) => {
-                depths.get(block).cloned().with_context(|| format!("`{key}` of the U-Net has no value for block {block}"))
-            }
+            Self::Each(depths) => depths
+                .get(block)
+                .cloned()
+                .with_context(|| format!("`{key}` of the U-Net has no value for block {block}")),
         }
     }
 }
@@ -100,8 +105,17 @@ pub struct UNetConfig {
 
 impl Default for UNetConfig {
     fn default() -> Self {
-        let with =
-            |name: &str, at: &[usize]| (0..4).map(|i| if at.contains(&i) { name.into() } else { format!("CrossAttn{name}") }).collect();
+        let with = |name: &str, at: &[usize]| {
+            (0..4)
+                .map(|i| {
+                    if at.contains(&i) {
+                        name.into()
+                    } else {
+                        format!("CrossAttn{name}")
+                    }
+                })
+                .collect()
+        };
         Self {
             sample_size: PerBlock::One(64),
             in_channels: 4,
@@ -159,7 +173,8 @@ impl UNetConfig {
         })
     }
 
-    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    /// Parses config.json. A value that would change the result and is not supported is an error
+    /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         let neutral = [
             ("num_attention_heads", Value::Null),
@@ -180,18 +195,31 @@ impl UNetConfig {
             ("cross_attention_norm", Value::Null),
         ];
         require_neutral("U-Net", value, &neutral)?;
-        let config: Self = serde_json::from_value(value.clone())
-            .context("the U-Net's config.json is damaged or uses a value that sdgen does not support")?;
-        if let Some(other) = config.addition_embed_type.as_deref().filter(|kind| *kind != "text_time") {
+        let config: Self = serde_json::from_value(value.clone()).context(
+            "the U-Net's config.json is damaged or uses a value that sdgen does not support",
+        )?;
+        if let Some(other) = config
+            .addition_embed_type
+            .as_deref()
+            .filter(|kind| *kind != "text_time")
+        {
             bail!("`addition_embed_type` of the U-Net is `{other}`, which sdgen does not support");
         }
         let blocks = config.block_out_channels.len();
-        if blocks == 0 || config.down_block_types.len() != blocks || config.up_block_types.len() != blocks {
-            bail!("block_out_channels, down_block_types and up_block_types of the U-Net differ in length");
+        if blocks == 0
+            || config.down_block_types.len() != blocks
+            || config.up_block_types.len() != blocks
+        {
+            bail!(
+                "block_out_channels, down_block_types and up_block_types of the U-Net differ in length"
+            );
         }
         for width in &config.block_out_channels {
             if config.norm_num_groups == 0 || width % config.norm_num_groups != 0 {
-                bail!("norm_num_groups {} of the U-Net does not divide its width {width}", config.norm_num_groups);
+                bail!(
+                    "norm_num_groups {} of the U-Net does not divide its width {width}",
+                    config.norm_num_groups
+                );
             }
         }
         Ok(config)
@@ -199,11 +227,14 @@ impl UNetConfig {
 
     /// Height and width of the latents that the model was trained on.
     pub fn sample_size(&self) -> Result<(usize, usize)> {
-        Ok((self.sample_size.get(0, "sample_size")?, self.sample_size.get(1, "sample_size")?))
+        Ok((
+            self.sample_size.get(0, "sample_size")?,
+            self.sample_size.get(1, "sample_size")?,
+        ))
     }
 
-    /// How many numbers the network is told of a picture's sizes, besides pooled text of width `pooled`; 0 if neither.
-    /// Errors if its configuration does not add up.
+    /// How many numbers the network is told of a picture's sizes, besides pooled text of width
+    /// `pooled`; 0 if neither. Errors if its configuration does not add up.
     pub fn added_ids(&self, pooled: usize) -> Result<usize> {
         if self.addition_embed_type.is_none() {
             return Ok(0);
@@ -219,13 +250,22 @@ impl UNetConfig {
 
     /// `addition_time_embed_dim` and `projection_class_embeddings_input_dim`.
     fn added_dims(&self) -> Result<(usize, usize)> {
-        let dim = self.addition_time_embed_dim.filter(|dim| *dim > 0).context("the U-Net has no `addition_time_embed_dim`")?;
+        let dim = self
+            .addition_time_embed_dim
+            .filter(|dim| *dim > 0)
+            .context("the U-Net has no `addition_time_embed_dim`")?;
         let inputs = self.projection_class_embeddings_input_dim;
-        Ok((dim, inputs.context("the U-Net has no `projection_class_embeddings_input_dim`")?))
+        Ok((
+            dim,
+            inputs.context("the U-Net has no `projection_class_embeddings_input_dim`")?,
+        ))
     }
 
     fn heads(&self, block: usize) -> Result<usize> {
-        let (heads, width) = (self.attention_head_dim.get(block, "attention_head_dim")?, self.width(block)?);
+        let (heads, width) = (
+            self.attention_head_dim.get(block, "attention_head_dim")?,
+            self.width(block)?,
+        );
         if heads == 0 || width % heads != 0 {
             bail!("attention_head_dim {heads} of the U-Net does not divide its width {width}");
         }
@@ -233,21 +273,34 @@ impl UNetConfig {
     }
 
     fn width(&self, block: usize) -> Result<usize> {
-        self.block_out_channels.get(block).copied().context("the U-Net has too few block_out_channels")
+        self.block_out_channels
+            .get(block)
+            .copied()
+            .context("the U-Net has too few block_out_channels")
     }
 
     /// What the attention of one block needs; none if the block has none.
-    fn attention(&self, block: usize, kind: &str, depths: PerBlock<usize>) -> Result<Option<AttentionConfig>> {
+    fn attention(
+        &self,
+        block: usize,
+        kind: &str,
+        depths: PerBlock<usize>,
+    ) -> Result<Option<AttentionConfig>> {
         match kind {
             "DownBlock2D" | "UpBlock2D" | "UNetMidBlock2D" => Ok(None),
-            "CrossAttnDownBlock2D" | "CrossAttnUpBlock2D" | "UNetMidBlock2DCrossAttn" => Ok(Some(AttentionConfig {
-                width: self.width(block)?,
-                heads: self.heads(block)?,
-                depths,
-                context: self.cross_attention_dim.get(block, "cross_attention_dim")?,
-                groups: self.norm_num_groups,
-                only_cross: kind != "UNetMidBlock2DCrossAttn" && self.only_cross_attention.get(block, "only_cross_attention")?,
-            })),
+            "CrossAttnDownBlock2D" | "CrossAttnUpBlock2D" | "UNetMidBlock2DCrossAttn" => {
+                Ok(Some(AttentionConfig {
+                    width: self.width(block)?,
+                    heads: self.heads(block)?,
+                    depths,
+                    context: self.cross_attention_dim.get(block, "cross_attention_dim")?,
+                    groups: self.norm_num_groups,
+                    only_cross: kind != "UNetMidBlock2DCrossAttn"
+                        && self
+                            .only_cross_attention
+                            .get(block, "only_cross_attention")?,
+                }))
+            }
             other => bail!("the U-Net has a block `{other}`, which sdgen does not support"),
         }
     }
@@ -257,7 +310,8 @@ impl UNetConfig {
 pub fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)]) -> Result<()> {
     for (key, expected) in neutral {
         let found = config.get(key).unwrap_or(expected);
-        let same_number = matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
+        let same_number =
+            matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
         if found != expected && !found.is_null() && !same_number {
             bail!("`{key}` of the {network} is {found}, which sdgen does not support");
         }
@@ -272,7 +326,8 @@ pub struct Conditioning {
     pub context: Tensor,
     /// for networks with [`UNetConfig::added_ids`]
     pub added: Option<Added>,
-    /// the scale of guidance, for networks with [`UNetConfig::time_cond_proj_dim`]; others do not look at it
+    /// the scale of guidance, for networks with [`UNetConfig::time_cond_proj_dim`]; others do not
+    /// look at it
     pub guidance: Option<f64>,
 }
 
@@ -287,7 +342,11 @@ pub struct Added {
 
 impl From<Tensor> for Conditioning {
     fn from(context: Tensor) -> Self {
-        Self { context, added: None, guidance: None }
+        Self {
+            context,
+            added: None,
+            guidance: None,
+        }
     }
 }
 
@@ -295,10 +354,17 @@ impl Conditioning {
     /// What is told first of the `other` pictures or prompts, then of these.
     pub fn after(&self, other: &Self) -> TensorResult<Self> {
         let added = match (&other.added, &self.added) {
-            (Some(a), Some(b)) => Some(Added { pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?, ids: [&*a.ids, &b.ids].concat() }),
+            (Some(a), Some(b)) => Some(Added {
+                pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?,
+                ids: [&*a.ids, &b.ids].concat(),
+            }),
             _ => None,
         };
-        Ok(Self { context: Tensor::cat(&[&other.context, &self.context], 0)?, added, guidance: self.guidance })
+        Ok(Self {
+            context: Tensor::cat(&[&other.context, &self.context], 0)?,
+            added,
+            guidance: self.guidance,
+        })
     }
 }
 
@@ -326,45 +392,95 @@ impl UNet {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let blocks = config.block_out_channels.len();
         let time_dim = config.time_embedding_dim.unwrap_or(4 * config.width(0)?);
-        let resnet = ResnetConfig { groups: config.norm_num_groups, eps: config.norm_eps, activation, projections: RefCell::default() };
+        let resnet = ResnetConfig {
+            groups: config.norm_num_groups,
+            eps: config.norm_eps,
+            activation,
+            projections: RefCell::default(),
+        };
         let (conv_in, first) = (config.conv_in_kernel, config.width(0)?);
         let mut skips = vec![first];
         let mut width = first;
         let mut down_blocks = vec![];
         for (i, kind) in config.down_block_types.iter().enumerate() {
-            let (out, layers) = (config.width(i)?, config.layers_per_block.get(i, "layers_per_block")?);
-            let attention = config.attention(i, kind, config.transformer_layers_per_block.get(i, "transformer_layers_per_block")?)?;
+            let (out, layers) = (
+                config.width(i)?,
+                config.layers_per_block.get(i, "layers_per_block")?,
+            );
+            let attention = config.attention(
+                i,
+                kind,
+                config
+                    .transformer_layers_per_block
+                    .get(i, "transformer_layers_per_block")?,
+            )?;
             let w = w.at(format!("down_blocks.{i}"));
             let downsample = i + 1 < blocks;
-            down_blocks.push(DownBlock::new(&w, width, out, layers, attention, &resnet, downsample.then_some(config.downsample_padding))?);
+            down_blocks.push(DownBlock::new(
+                &w,
+                width,
+                out,
+                layers,
+                attention,
+                &resnet,
+                downsample.then_some(config.downsample_padding),
+            )?);
             skips.extend(std::iter::repeat_n(out, layers + usize::from(downsample)));
             width = out;
         }
         let mid_block = match config.mid_block_type.as_deref() {
             None => None,
             Some(kind) => {
-                let depths = config.transformer_layers_per_block.get(blocks - 1, "transformer_layers_per_block")?;
-                Some(MidBlock::new(&w.at("mid_block"), width, config.attention(blocks - 1, kind, depths)?, &resnet)?)
+                let depths = config
+                    .transformer_layers_per_block
+                    .get(blocks - 1, "transformer_layers_per_block")?;
+                Some(MidBlock::new(
+                    &w.at("mid_block"),
+                    width,
+                    config.attention(blocks - 1, kind, depths)?,
+                    &resnet,
+                )?)
             }
         };
         let mut up_blocks = vec![];
         for (i, kind) in config.up_block_types.iter().enumerate() {
             let level = blocks - 1 - i;
-            let (out, layers) = (config.width(level)?, config.layers_per_block.get(level, "layers_per_block")? + 1);
+            let (out, layers) = (
+                config.width(level)?,
+                config.layers_per_block.get(level, "layers_per_block")? + 1,
+            );
             let depths = match &config.reverse_transformer_layers_per_block {
                 Some(depths) => depths.get(i, "reverse_transformer_layers_per_block")?,
-                None => config.transformer_layers_per_block.get(level, "transformer_layers_per_block")?,
+                None => config
+                    .transformer_layers_per_block
+                    .get(level, "transformer_layers_per_block")?,
             };
             let attention = config.attention(level, kind, depths)?;
-            let from = skips.len().checked_sub(layers).context("the U-Net's layers_per_block do not mirror")?;
+            let from = skips
+                .len()
+                .checked_sub(layers)
+                .context("the U-Net's layers_per_block do not mirror")?;
             let mut skip = skips.split_off(from);
             skip.reverse();
-            up_blocks.push(UpBlock::new(&w.at(format!("up_blocks.{i}")), width, out, &skip, attention, &resnet, i + 1 < blocks)?);
+            up_blocks.push(UpBlock::new(
+                &w.at(format!("up_blocks.{i}")),
+                width,
+                out,
+                &skip,
+                attention,
+                &resnet,
+                i + 1 < blocks,
+            )?);
             width = out;
         }
         Ok(Self {
             conv_in: Conv2d::new(&w.at("conv_in"), config.in_channels, first, conv_in)?,
-            time_embedding: TimeEmbedding::new(&w.at("time_embedding"), config, time_dim, activation)?,
+            time_embedding: TimeEmbedding::new(
+                &w.at("time_embedding"),
+                config,
+                time_dim,
+                activation,
+            )?,
             add_embedding: config
                 .addition_embed_type
                 .is_some()
@@ -374,8 +490,18 @@ impl UNet {
             down_blocks,
             mid_block,
             up_blocks,
-            conv_norm_out: GroupNorm::new(&w.at("conv_norm_out"), config.norm_num_groups, first, config.norm_eps)?,
-            conv_out: Conv2d::new(&w.at("conv_out"), first, config.out_channels, config.conv_out_kernel)?,
+            conv_norm_out: GroupNorm::new(
+                &w.at("conv_norm_out"),
+                config.norm_num_groups,
+                first,
+                config.norm_eps,
+            )?,
+            conv_out: Conv2d::new(
+                &w.at("conv_out"),
+                first,
+                config.out_channels,
+                config.conv_out_kernel,
+            )?,
             activation,
             center_input_sample: config.center_input_sample,
             wrap: w.wrap().clone(),
@@ -389,12 +515,22 @@ impl UNet {
             (Some(embedding), Some(added)) => Some(embedding.forward(added)?),
             (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
         };
-        let prompts = Prompts { embedding: conditioning.context.clone(), projected: RefCell::default() };
-        Ok(Told { unet: self, prompts, added, guidance: conditioning.guidance, recorder: Recorder::default() })
+        let prompts = Prompts {
+            embedding: conditioning.context.clone(),
+            projected: RefCell::default(),
+        };
+        Ok(Told {
+            unet: self,
+            prompts,
+            added,
+            guidance: conditioning.guidance,
+            recorder: Recorder::default(),
+        })
     }
 }
 
-/// A network that was told of the pictures of a batch. What follows from that alone is worked out in the first step.
+/// A network that was told of the pictures of a batch. What follows from that alone is worked out
+/// in the first step.
 pub struct Told<'a> {
     unet: &'a UNet,
     prompts: Prompts,
@@ -413,26 +549,53 @@ impl Told<'_> {
     /// Latents [b, h, w, c], one timestep -> prediction [b, h, w, c].
     pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
         let time = self.time(latents, timestep)?;
-        self.recorder.call([latents, &time], |[latents, time]| self.run(latents, time, None, &mut |_, _| {}))
+        self.recorder.call([latents, &time], |[latents, time]| {
+            self.run(latents, time, None, &mut |_, _| {})
+        })
     }
 
-    /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below gave in an earlier step;
-    /// else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
-    pub fn forward_reusing(&self, latents: &Tensor, timestep: f64, inner: &mut Option<Tensor>) -> TensorResult<Tensor> {
-        self.run(latents, &self.time(latents, timestep)?, Some(inner), &mut |_, _| {})
+    /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below
+    /// gave in an earlier step; else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv
+    /// 2312.00858).
+    pub fn forward_reusing(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        inner: &mut Option<Tensor>,
+    ) -> TensorResult<Tensor> {
+        self.run(
+            latents,
+            &self.time(latents, timestep)?,
+            Some(inner),
+            &mut |_, _| {},
+        )
     }
 
-    /// [`Self::forward`], showing the activations after each block by name: what the parity tests compare.
-    pub fn traced(&self, latents: &Tensor, timestep: f64, show: &mut dyn FnMut(&str, &Tensor)) -> TensorResult<Tensor> {
+    /// [`Self::forward`], showing the activations after each block by name: what the parity tests
+    /// compare.
+    pub fn traced(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        show: &mut dyn FnMut(&str, &Tensor),
+    ) -> TensorResult<Tensor> {
         self.run(latents, &self.time(latents, timestep)?, None, show)
     }
 
     /// The embedding of a timestep, projected for all residual blocks: [widths], or [b, widths].
     fn time(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
-        let Self { unet, added, guidance, .. } = self;
+        let Self {
+            unet,
+            added,
+            guidance,
+            ..
+        } = self;
         let time = unet.time_embedding.forward(timestep, *guidance, latents)?;
-        let time = added.as_ref().map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
-        unet.time_projections.forward(&unet.activation.forward(&time)?)
+        let time = added
+            .as_ref()
+            .map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
+        unet.time_projections
+            .forward(&unet.activation.forward(&time)?)
     }
 
     fn run(
@@ -443,11 +606,17 @@ impl Told<'_> {
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
         let Self { unet, prompts, .. } = self;
-        let latents = if unet.center_input_sample { ((latents * 2.0)? - 1.0)? } else { latents.clone() };
+        let latents = if unet.center_input_sample {
+            ((latents * 2.0)? - 1.0)?
+        } else {
+            latents.clone()
+        };
         let mut x = unet.conv_in.forward(&latents)?;
         show("conv_in", &x);
         let mut skips = vec![x.clone()];
-        let (Some((first, lower)), Some((last, upper))) = (unet.down_blocks.split_first(), unet.up_blocks.split_last()) else {
+        let (Some((first, lower)), Some((last, upper))) =
+            (unet.down_blocks.split_first(), unet.up_blocks.split_last())
+        else {
             candle_core::bail!("a U-Net without blocks");
         };
         x = first.layers(&x, time, prompts, &mut skips)?;
@@ -474,11 +643,13 @@ impl Told<'_> {
         }
         x = last.forward(&x, time, prompts, &mut skips)?;
         show(&format!("up_blocks.{}", upper.len()), &x);
-        unet.conv_out.forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
+        unet.conv_out
+            .forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
     }
 }
 
-/// Prompt embeddings, with the keys and values that cross attentions make of them: the same in every step.
+/// Prompt embeddings, with the keys and values that cross attentions make of them: the same in
+/// every step.
 struct Prompts {
     /// [b, n, d]
     embedding: Tensor,
@@ -489,17 +660,22 @@ struct Prompts {
 impl Prompts {
     /// Keys and values [b, n, 2*width] of an attention of this network, if it attends to prompts.
     fn of(&self, attention: &Attention) -> TensorResult<Option<Tensor>> {
-        let Some(layer) = &attention.from_context else { return Ok(None) };
+        let Some(layer) = &attention.from_context else {
+            return Ok(None);
+        };
         if let Some(known) = self.projected.borrow().get(&std::ptr::from_ref(attention)) {
             return Ok(Some(known.clone()));
         }
         let projected = layer.forward(&self.embedding)?;
-        self.projected.borrow_mut().insert(attention, projected.clone());
+        self.projected
+            .borrow_mut()
+            .insert(attention, projected.clone());
         Ok(Some(projected))
     }
 }
 
-/// Timestep -> sinusoids, perhaps plus those of guidance (Meng et al. 2023, arXiv 2210.03142) -> two linear layers.
+/// Timestep -> sinusoids, perhaps plus those of guidance (Meng et al. 2023, arXiv 2210.03142) ->
+/// two linear layers.
 struct TimeEmbedding {
     cond_proj: Option<Linear>,
     linear_1: Linear,
@@ -511,9 +687,16 @@ struct TimeEmbedding {
 }
 
 impl TimeEmbedding {
-    fn new(w: &Weights, config: &UNetConfig, time_dim: usize, activation: Activation) -> Result<Self> {
+    fn new(
+        w: &Weights,
+        config: &UNetConfig,
+        time_dim: usize,
+        activation: Activation,
+    ) -> Result<Self> {
         let dim = config.width(0)?;
-        let cond_proj = config.time_cond_proj_dim.map(|guidance_dim| Linear::without_bias(&w.at("cond_proj"), guidance_dim, dim));
+        let cond_proj = config
+            .time_cond_proj_dim
+            .map(|guidance_dim| Linear::without_bias(&w.at("cond_proj"), guidance_dim, dim));
         Ok(Self {
             cond_proj: cond_proj.transpose()?,
             linear_1: Linear::new(&w.at("linear_1"), dim, time_dim)?,
@@ -526,10 +709,17 @@ impl TimeEmbedding {
     }
 
     fn forward(&self, timestep: f64, guidance: Option<f64>, like: &Tensor) -> TensorResult<Tensor> {
-        let t = embed::sinusoids(&[timestep], self.dim, self.flip_sin_to_cos, self.freq_shift, like.device())?;
+        let t = embed::sinusoids(
+            &[timestep],
+            self.dim,
+            self.flip_sin_to_cos,
+            self.freq_shift,
+            like.device(),
+        )?;
         let mut t = t.to_dtype(like.dtype())?;
         if let (Some(cond_proj), Some(guidance)) = (&self.cond_proj, guidance) {
-            let w = embed::guidance(guidance, cond_proj.inputs(), like.device())?.to_dtype(like.dtype())?;
+            let w = embed::guidance(guidance, cond_proj.inputs(), like.device())?
+                .to_dtype(like.dtype())?;
             t = cond_proj.forward_add(&w, &t)?;
         }
         let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
@@ -559,9 +749,21 @@ impl AddEmbedding {
     }
 
     fn forward(&self, Added { pooled, ids }: &Added) -> TensorResult<Tensor> {
-        let sinusoids = embed::sinusoids(&ids.concat(), self.dim, self.flip_sin_to_cos, self.freq_shift, pooled.device())?;
-        let sinusoids = sinusoids.reshape((ids.len(), ()))?.to_dtype(pooled.dtype())?; // [b, ids*dim]
-        let h = Activation::Silu.forward(&self.linear_1.forward(&Tensor::cat(&[pooled, &sinusoids], 1)?)?)?;
+        let sinusoids = embed::sinusoids(
+            &ids.concat(),
+            self.dim,
+            self.flip_sin_to_cos,
+            self.freq_shift,
+            pooled.device(),
+        )?;
+        let sinusoids = sinusoids
+            .reshape((ids.len(), ()))?
+            .to_dtype(pooled.dtype())?; // [b, ids*dim]
+        let h = Activation::Silu.forward(
+            &self
+                .linear_1
+                .forward(&Tensor::cat(&[pooled, &sinusoids], 1)?)?,
+        )?;
         self.linear_2.forward(&h) // [b, time_dim]
     }
 }
@@ -588,12 +790,28 @@ impl DownBlock {
         let downsample = downsample_padding.map(|p| {
             // diffusers pads after the picture only where the configuration says 0
             let padding = if p == 0 { (0, 1) } else { (p, p) };
-            Conv2d::strided(&w.at("downsamplers.0.conv"), outputs, outputs, 3, 2, padding)
+            Conv2d::strided(
+                &w.at("downsamplers.0.conv"),
+                outputs,
+                outputs,
+                3,
+                2,
+                padding,
+            )
         });
-        Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, downsample: downsample.transpose()? })
+        Ok(Self {
+            layers: (0..layers).map(layer).collect::<Result<_>>()?,
+            downsample: downsample.transpose()?,
+        })
     }
 
-    fn layers(&self, x: &Tensor, time: &Tensor, prompts: &Prompts, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn layers(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        prompts: &Prompts,
+        skips: &mut Vec<Tensor>,
+    ) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             x = resnet.forward(&x, time)?;
@@ -607,7 +825,9 @@ impl DownBlock {
 
     /// [b, h, w, c] -> [b, h/2, w/2, c], or what it was given where the block does not scale.
     fn downsample(&self, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
-        let Some(conv) = &self.downsample else { return Ok(x.clone()) };
+        let Some(conv) = &self.downsample else {
+            return Ok(x.clone());
+        };
         let x = conv.forward(x)?;
         skips.push(x.clone());
         Ok(x)
@@ -623,8 +843,13 @@ fn layer<'a>(
     attention: Option<&AttentionConfig>,
     resnet: &ResnetConfig<'a>,
 ) -> Result<(Resnet, Option<Transformer>)> {
-    let transformer = attention.map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i)).transpose()?;
-    Ok((Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?, transformer))
+    let transformer = attention
+        .map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i))
+        .transpose()?;
+    Ok((
+        Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?,
+        transformer,
+    ))
 }
 
 struct MidBlock {
@@ -634,12 +859,23 @@ struct MidBlock {
 }
 
 impl MidBlock {
-    fn new<'a>(w: &Weights<'a>, width: usize, attention: Option<AttentionConfig>, resnet: &ResnetConfig<'a>) -> Result<Self> {
+    fn new<'a>(
+        w: &Weights<'a>,
+        width: usize,
+        attention: Option<AttentionConfig>,
+        resnet: &ResnetConfig<'a>,
+    ) -> Result<Self> {
         let attended = |attention| -> Result<_> {
-            Ok((Transformer::new(&w.at("attentions.0"), &attention, 0)?, Resnet::new(&w.at("resnets.1"), width, width, resnet)?))
+            Ok((
+                Transformer::new(&w.at("attentions.0"), &attention, 0)?,
+                Resnet::new(&w.at("resnets.1"), width, width, resnet)?,
+            ))
         };
         let first = Resnet::new(&w.at("resnets.0"), width, width, resnet)?;
-        Ok(Self { first, attended: attention.map(attended).transpose()? })
+        Ok(Self {
+            first,
+            attended: attention.map(attended).transpose()?,
+        })
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
@@ -670,11 +906,22 @@ impl UpBlock {
             let inputs = if i == 0 { inputs } else { outputs };
             layer(w, i, inputs + skip, outputs, attention.as_ref(), resnet)
         };
-        let upsample = upsample.then(|| Conv2d::new(&w.at("upsamplers.0.conv"), outputs, outputs, 3)).transpose()?;
-        Ok(Self { layers: skips.iter().enumerate().map(layer).collect::<Result<_>>()?, upsample })
+        let upsample = upsample
+            .then(|| Conv2d::new(&w.at("upsamplers.0.conv"), outputs, outputs, 3))
+            .transpose()?;
+        Ok(Self {
+            layers: skips.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            upsample,
+        })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        prompts: &Prompts,
+        skips: &mut Vec<Tensor>,
+    ) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             if let Some(skip) = skips.pop() {
@@ -685,7 +932,9 @@ impl UpBlock {
                 x = transformer.forward(&x, prompts)?;
             }
         }
-        let Some(conv) = &self.upsample else { return Ok(x) };
+        let Some(conv) = &self.upsample else {
+            return Ok(x);
+        };
         let (_, h, w, _) = x.dims4()?;
         // the size of the level above, which need not be twice this one
         let (height, width) = match skips.last() {
@@ -701,7 +950,8 @@ struct ResnetConfig<'a> {
     groups: usize,
     eps: f64,
     activation: Activation,
-    /// the projections of the timestep so far, one after the other, and their widths: see [`UNet::time_projections`]
+    /// the projections of the timestep so far, one after the other, and their widths: see
+    /// [`UNet::time_projections`]
     projections: RefCell<Vec<(Weights<'a>, usize)>>,
 }
 
@@ -718,7 +968,12 @@ struct Resnet {
 }
 
 impl Resnet {
-    fn new<'a>(w: &Weights<'a>, inputs: usize, outputs: usize, config: &ResnetConfig<'a>) -> Result<Self> {
+    fn new<'a>(
+        w: &Weights<'a>,
+        inputs: usize,
+        outputs: usize,
+        config: &ResnetConfig<'a>,
+    ) -> Result<Self> {
         let mut projections = config.projections.borrow_mut();
         let start = projections.iter().map(|(_, width)| width).sum();
         projections.push((w.at("time_emb_proj"), outputs));
@@ -728,17 +983,28 @@ impl Resnet {
             time: start..start + outputs,
             norm2: GroupNorm::new(&w.at("norm2"), config.groups, outputs, config.eps)?,
             conv2: Conv2d::new(&w.at("conv2"), outputs, outputs, 3)?,
-            conv_shortcut: (inputs != outputs).then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1)).transpose()?,
+            conv_shortcut: (inputs != outputs)
+                .then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1))
+                .transpose()?,
             activation: config.activation,
         })
     }
 
     fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
         let time = time.narrow(D::Minus1, self.time.start, self.time.len())?; // [c] or [b, c]
-        let h = self.conv1.forward_add(&self.norm1.forward_act(x, self.activation)?, Some(&time), None)?;
+        let h = self.conv1.forward_add(
+            &self.norm1.forward_act(x, self.activation)?,
+            Some(&time),
+            None,
+        )?;
         let h = self.norm2.forward_act(&h, self.activation)?;
-        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
-        self.conv2.forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
+        let shortcut = self
+            .conv_shortcut
+            .as_ref()
+            .map(|conv| conv.forward(x))
+            .transpose()?;
+        self.conv2
+            .forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 
@@ -762,22 +1028,31 @@ struct Transformer {
 }
 
 impl Transformer {
-    /// Reads that of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a linear layer are the same
-    /// on [b, h, w, c], and their stored shapes differ by trailing ones.
+    /// Reads that of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a
+    /// linear layer are the same on [b, h, w, c], and their stored shapes differ by trailing ones.
     fn new(w: &Weights, config: &AttentionConfig, layer: usize) -> Result<Self> {
         let depth = config.depths.get(layer, "transformer_layers_per_block")?;
         let projection = |name: &str| Linear::new(&w.at(name), config.width, config.width);
         Ok(Self {
-            norm: GroupNorm::new(&w.at("norm"), config.groups, config.width, TRANSFORMER_NORM_EPS)?,
+            norm: GroupNorm::new(
+                &w.at("norm"),
+                config.groups,
+                config.width,
+                TRANSFORMER_NORM_EPS,
+            )?,
             proj_in: projection("proj_in")?,
-            blocks: (0..depth).map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config)).collect::<Result<_>>()?,
+            blocks: (0..depth)
+                .map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config))
+                .collect::<Result<_>>()?,
             proj_out: projection("proj_out")?,
         })
     }
 
     fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
-        let mut tokens = self.proj_in.forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
+        let mut tokens = self
+            .proj_in
+            .forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
         for block in &self.blocks {
             tokens = block.forward(&tokens, prompts)?;
         }
@@ -800,7 +1075,12 @@ impl TransformerBlock {
         let norm = |name: &str| LayerNorm::new(&w.at(name), width, LAYER_NORM_EPS);
         Ok(Self {
             norm1: norm("norm1")?,
-            attn1: Attention::new(&w.at("attn1"), width, config.only_cross.then_some(config.context), config.heads)?,
+            attn1: Attention::new(
+                &w.at("attn1"),
+                width,
+                config.only_cross.then_some(config.context),
+                config.heads,
+            )?,
             norm2: norm("norm2")?,
             attn2: Attention::new(&w.at("attn2"), width, Some(config.context), config.heads)?,
             norm3: norm("norm3")?,
@@ -809,14 +1089,19 @@ impl TransformerBlock {
     }
 
     fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
-        let x = self.attn1.forward_add(&self.norm1.forward(x)?, prompts, x)?;
-        let x = self.attn2.forward_add(&self.norm2.forward(&x)?, prompts, &x)?;
+        let x = self
+            .attn1
+            .forward_add(&self.norm1.forward(x)?, prompts, x)?;
+        let x = self
+            .attn2
+            .forward_add(&self.norm2.forward(&x)?, prompts, &x)?;
         self.ff.forward_add(&self.norm3.forward(&x)?, &x)
     }
 }
 
 struct Attention {
-    /// queries, keys and values of what attends to itself; queries alone of what attends to something else
+    /// queries, keys and values of what attends to itself; queries alone of what attends to
+    /// something else
     from_x: Linear,
     /// keys and values of that
     from_context: Option<Linear>,
@@ -831,20 +1116,35 @@ impl Attention {
         let [q, k, v] = ["to_q", "to_k", "to_v"].map(|name| (w.at(name), width));
         let (from_x, from_context) = match context {
             None => (Linear::joined(&[q, k, v], width, false)?, None),
-            Some(context) => (Linear::without_bias(&q.0, width, width)?, Some(Linear::joined(&[k, v], context, false)?)),
+            Some(context) => (
+                Linear::without_bias(&q.0, width, width)?,
+                Some(Linear::joined(&[k, v], context, false)?),
+            ),
         };
-        Ok(Self { from_x, from_context, to_out: Linear::new(&w.at("to_out.0"), width, width)?, heads, width })
+        Ok(Self {
+            from_x,
+            from_context,
+            to_out: Linear::new(&w.at("to_out.0"), width, width)?,
+            heads,
+            width,
+        })
     }
 
     /// x [b, n, width] attends; the result is added to residual [b, n, width].
-    fn forward_add(&self, x: &Tensor, prompts: &Prompts, residual: &Tensor) -> TensorResult<Tensor> {
+    fn forward_add(
+        &self,
+        x: &Tensor,
+        prompts: &Prompts,
+        residual: &Tensor,
+    ) -> TensorResult<Tensor> {
         let part = |x: &Tensor, i: usize| x.narrow(2, i * self.width, self.width);
         let (x, seen) = (self.from_x.forward(x)?, prompts.of(self)?);
         let (k, v) = match &seen {
             Some(seen) => (part(seen, 0)?, part(seen, 1)?),
             None => (part(&x, 1)?, part(&x, 2)?),
         };
-        self.to_out.forward_add(&attention(&part(&x, 0)?, &k, &v, self.heads)?, residual)
+        self.to_out
+            .forward_add(&attention(&part(&x, 0)?, &k, &v, self.heads)?, residual)
     }
 }
 
@@ -857,7 +1157,10 @@ struct GegluFeedForward {
 impl GegluFeedForward {
     fn new(w: &Weights, width: usize) -> Result<Self> {
         let inner = 4 * width;
-        Ok(Self { proj: Linear::geglu(&w.at("0.proj"), width, inner)?, out: Linear::new(&w.at("2"), inner, width)? })
+        Ok(Self {
+            proj: Linear::geglu(&w.at("0.proj"), width, inner)?,
+            out: Linear::new(&w.at("2"), inner, width)?,
+        })
     }
 
     /// x [b, n, width], and residual of the same shape -> their sum, x transformed.

@@ -1,5 +1,6 @@
-//! Networks that enlarge pictures: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Everything about them is read from names
-//! and shapes of their tensors. [`Upscaler::upscale`] goes in tiles, so that memory does not grow with the picture.
+//! Networks that enlarge pictures: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Everything about
+//! them is read from names and shapes of their tensors. [`Upscaler::upscale`] goes in tiles, so
+//! that memory does not grow with the picture.
 
 use crate::image::Picture;
 use crate::nn::layers::{Conv2d, concat};
@@ -9,10 +10,12 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use std::ops::Range;
 
-/// Longest side of what a tile sees, in pixels of the input: 576 pixels of an RRDBNet of the usual width are 0.8 GB.
+/// Longest side of what a tile sees, in pixels of the input: 576 pixels of an RRDBNet of the usual
+/// width are 0.8 GB.
 pub const TILE_PX: usize = 576;
-/// Pixels of the input that a tile sees around itself. The networks could see farther: with their published weights, a
-/// photograph in such tiles differs by a level of 255 in some places from one that is enlarged whole.
+/// Pixels of the input that a tile sees around itself. The networks could see farther: with their
+/// published weights, a photograph in such tiles differs by a level of 255 in some places from one
+/// that is enlarged whole.
 const MARGIN_PX: usize = 64;
 /// Longest side of a part whose features become pixels at once, in pixels of the input.
 const PART_PX: usize = 128;
@@ -40,7 +43,11 @@ pub struct UpscalerConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
     /// residual blocks, channels that a layer adds in them, and doublings after them
-    Rrdb { blocks: usize, growth: usize, doublings: usize },
+    Rrdb {
+        blocks: usize,
+        growth: usize,
+        doublings: usize,
+    },
     /// convolutions, the last one included
     Compact { convolutions: usize },
 }
@@ -57,16 +64,38 @@ impl UpscalerConfig {
         let known = || -> Option<Self> {
             let Some((width, inputs)) = shape("conv_first") else {
                 let convolutions = children("body").checked_add(1)? / 2;
-                let (width, 3) = shape("body.0")? else { return None };
+                let (width, 3) = shape("body.0")? else {
+                    return None;
+                };
                 let (outputs, _) = shape(&format!("body.{}", 2 * convolutions.checked_sub(1)?))?;
-                return Some(Self { kind: Kind::Compact { convolutions }, width, unshuffle: 1, factor: root(outputs)? });
+                return Some(Self {
+                    kind: Kind::Compact { convolutions },
+                    width,
+                    unshuffle: 1,
+                    factor: root(outputs)?,
+                });
             };
             let (growth, _) = shape("body.0.rdb1.conv1")?;
             let (unshuffle, doublings) = (root(inputs)?, children("up"));
-            let factor = (doublings <= MOST && (1usize << doublings).is_multiple_of(unshuffle)).then(|| (1 << doublings) / unshuffle)?;
-            Some(Self { kind: Kind::Rrdb { blocks: children("body"), growth, doublings }, width, unshuffle, factor })
+            let factor = (doublings <= MOST && (1usize << doublings).is_multiple_of(unshuffle))
+                .then(|| (1 << doublings) / unshuffle)?;
+            Some(Self {
+                kind: Kind::Rrdb {
+                    blocks: children("body"),
+                    growth,
+                    doublings,
+                },
+                width,
+                unshuffle,
+                factor,
+            })
         };
-        known().with_context(|| format!("`{}` has layers of sizes that no known upscaler has\n\nhint: {UPSCALERS}", checkpoint.name))
+        known().with_context(|| {
+            format!(
+                "`{}` has layers of sizes that no known upscaler has\n\nhint: {UPSCALERS}",
+                checkpoint.name
+            )
+        })
     }
 }
 
@@ -81,17 +110,37 @@ impl Upscaler {
     /// Reads the weights of the upscaler at `w`.
     pub fn new(w: &Weights, config: UpscalerConfig) -> Result<Self> {
         let network = match config.kind {
-            Kind::Rrdb { blocks, growth, doublings } => Network::Rrdb(Box::new(Rrdb::new(w, &config, [blocks, growth, doublings])?)),
-            Kind::Compact { convolutions } => Network::Compact(Compact::new(w, &config, convolutions)?),
+            Kind::Rrdb {
+                blocks,
+                growth,
+                doublings,
+            } => Network::Rrdb(Box::new(Rrdb::new(
+                w,
+                &config,
+                [blocks, growth, doublings],
+            )?)),
+            Kind::Compact { convolutions } => {
+                Network::Compact(Compact::new(w, &config, convolutions)?)
+            }
         };
-        Ok(Self { network, config, device: w.device().clone() })
+        Ok(Self {
+            network,
+            config,
+            device: w.device().clone(),
+        })
     }
 
     /// About what enlarging a picture [height, width] takes at its peak besides pictures, in bytes.
     pub fn bytes(&self, height: usize, width: usize) -> u64 {
-        let UpscalerConfig { ref kind, width: channels, unshuffle, factor } = self.config;
+        let UpscalerConfig {
+            ref kind,
+            width: channels,
+            unshuffle,
+            factor,
+        } = self.config;
         let side = |n: usize| n.min(TILE_PX) / unshuffle;
-        // the channels of all that a block works on: what it has, gets and joins, and what it began with
+        // the channels of all that a block works on: what it has, gets and joins, and what it began
+        // with
         let features = match kind {
             Kind::Rrdb { growth, .. } => 5 * channels + 8 * growth,
             Kind::Compact { .. } => 2 * channels,
@@ -100,34 +149,64 @@ impl Upscaler {
         4 * (side(height) * side(width) * features + 2 * part * part * channels) as u64
     }
 
-    /// A picture of any size, `factor` times larger in both directions; in tiles that see up to `side` pixels. `done` is told
-    /// of its steps: so many of so many. Errors if the result is not finite.
-    pub fn upscale(&self, picture: &Picture, side: usize, done: &mut dyn FnMut(usize, usize)) -> Result<Picture> {
-        let UpscalerConfig { unshuffle, factor, .. } = self.config;
+    /// A picture of any size, `factor` times larger in both directions; in tiles that see up to
+    /// `side` pixels. `done` is told of its steps: so many of so many. Errors if the result is not
+    /// finite.
+    pub fn upscale(
+        &self,
+        picture: &Picture,
+        side: usize,
+        done: &mut dyn FnMut(usize, usize),
+    ) -> Result<Picture> {
+        let UpscalerConfig {
+            unshuffle, factor, ..
+        } = self.config;
         let (width, height) = (picture.width * factor, picture.height * factor);
-        let mut result = Picture { width, height, rgb: vec![0; width * height * 3] };
-        let (rows, columns) = (tiles(picture.height, side, unshuffle), tiles(picture.width, side, unshuffle));
+        let mut result = Picture {
+            width,
+            height,
+            rgb: vec![0; width * height * 3],
+        };
+        let (rows, columns) = (
+            tiles(picture.height, side, unshuffle),
+            tiles(picture.width, side, unshuffle),
+        );
         let (mut step, steps) = (0, rows.len() * columns.len() * self.network.layers());
-        for (y, x) in rows.iter().flat_map(|y| columns.iter().map(move |x| (y, x))) {
+        for (y, x) in rows
+            .iter()
+            .flat_map(|y| columns.iter().map(move |x| (y, x)))
+        {
             let seen = patch(picture, y.seen.clone(), x.seen.clone(), &self.device)?;
             let features = self.network.features(&seen, &mut || {
                 step += 1;
                 done(step, steps);
             })?; // [1, seen / unshuffle, .., c]
-            for (top, left) in y.parts().flat_map(|top| x.parts().map(move |left| (top.clone(), left))) {
-                let kept = [(1, y, &top), (2, x, &left)].map(|(dim, tile, own)| (dim, tile.seen.start, tile.around(own, unshuffle)));
+            for (top, left) in y
+                .parts()
+                .flat_map(|top| x.parts().map(move |left| (top.clone(), left)))
+            {
+                let kept = [(1, y, &top), (2, x, &left)]
+                    .map(|(dim, tile, own)| (dim, tile.seen.start, tile.around(own, unshuffle)));
                 let near = |t: &Tensor, of: usize| -> TensorResult<Tensor> {
                     let cut = |t: Tensor, (dim, from, kept): &(usize, usize, Range<usize>)| {
                         t.narrow(*dim, (kept.start - from) / of, kept.len() / of)
                     };
                     kept.iter().try_fold(t.clone(), cut)?.contiguous()
                 };
-                let rgb = self.network.enlarge(&near(&features, unshuffle)?, &near(&seen, 1)?)?; // [1, kept * factor, .., 3]
+                let rgb = self
+                    .network
+                    .enlarge(&near(&features, unshuffle)?, &near(&seen, 1)?)?; // [1, kept * factor, .., 3]
                 if !finite(&rgb)? {
-                    return Err(NotFinite { place: "after upscaling".into() }.into());
+                    return Err(NotFinite {
+                        place: "after upscaling".into(),
+                    }
+                    .into());
                 }
-                let part = Picture::from_tensor(&rgb)?.pop().context("nothing was enlarged")?;
-                let [above, before] = [top.start - kept[0].2.start, left.start - kept[1].2.start].map(|n| n * factor);
+                let part = Picture::from_tensor(&rgb)?
+                    .pop()
+                    .context("nothing was enlarged")?;
+                let [above, before] =
+                    [top.start - kept[0].2.start, left.start - kept[1].2.start].map(|n| n * factor);
                 let length = left.len() * factor * 3;
                 for row in 0..top.len() * factor {
                     let from = ((above + row) * part.width + before) * 3;
@@ -144,7 +223,8 @@ impl Upscaler {
 struct Tile {
     /// what it gives
     own: Range<usize>,
-    /// the same with what is around; it may go beyond the picture's end, to a multiple of the pixels that become one
+    /// the same with what is around; it may go beyond the picture's end, to a multiple of the
+    /// pixels that become one
     seen: Range<usize>,
 }
 
@@ -152,39 +232,69 @@ impl Tile {
     /// What its features are turned into pixels in.
     fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let Range { start, end } = self.own;
-        (start..end).step_by(PART_PX).map(move |start| start..(start + PART_PX).min(end))
+        (start..end)
+            .step_by(PART_PX)
+            .map(move |start| start..(start + PART_PX).min(end))
     }
 
     /// A part of it, with all that decides on its pixels once the features are there.
     fn around(&self, part: &Range<usize>, unshuffle: usize) -> Range<usize> {
         let reach = REACH * unshuffle;
-        let (start, end) = (part.start / unshuffle * unshuffle, part.end.next_multiple_of(unshuffle));
+        let (start, end) = (
+            part.start / unshuffle * unshuffle,
+            part.end.next_multiple_of(unshuffle),
+        );
         start.saturating_sub(reach).max(self.seen.start)..(end + reach).min(self.seen.end)
     }
 }
 
-/// Cuts a length of `n` pixels into tiles about as long as each other, which see up to `side` pixels, if that is possible.
+/// Cuts a length of `n` pixels into tiles about as long as each other, which see up to `side`
+/// pixels, if that is possible.
 fn tiles(n: usize, side: usize, unshuffle: usize) -> Vec<Tile> {
     let padded = n.next_multiple_of(unshuffle);
     let own = |count: usize| padded.div_ceil(count).next_multiple_of(unshuffle);
-    let is_small = |count: &usize| own(*count) + MARGIN_PX * (count - 1).min(2) <= side || own(*count) <= MARGIN_PX;
+    let is_small = |count: &usize| {
+        own(*count) + MARGIN_PX * (count - 1).min(2) <= side || own(*count) <= MARGIN_PX
+    };
     let step = own((1..).find(is_small).unwrap_or(1));
     let tile = |start: usize| {
         let own = start..(start + step).min(n);
-        Tile { seen: own.start.saturating_sub(MARGIN_PX)..(own.end + MARGIN_PX).next_multiple_of(unshuffle).min(padded), own }
+        Tile {
+            seen: own.start.saturating_sub(MARGIN_PX)
+                ..(own.end + MARGIN_PX)
+                    .next_multiple_of(unshuffle)
+                    .min(padded),
+            own,
+        }
     };
     (0..n).step_by(step).map(tile).collect()
 }
 
-/// A part of a picture as RGB [1, rows, columns, 3] in 0..=1, mirrored where it goes beyond the end.
-fn patch(picture: &Picture, rows: Range<usize>, columns: Range<usize>, device: &Device) -> TensorResult<Tensor> {
-    let inside = |at: usize, n: usize| if at < n { at } else { (2 * (n - 1)).saturating_sub(at) };
+/// A part of a picture as RGB [1, rows, columns, 3] in 0..=1, mirrored where it goes beyond the
+/// end.
+fn patch(
+    picture: &Picture,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    device: &Device,
+) -> TensorResult<Tensor> {
+    let inside = |at: usize, n: usize| {
+        if at < n {
+            at
+        } else {
+            (2 * (n - 1)).saturating_sub(at)
+        }
+    };
     let shape = (1, rows.len(), columns.len(), 3);
     let mut values = Vec::with_capacity(rows.len() * columns.len() * 3);
     for y in rows {
         for x in columns.clone() {
             let at = (inside(y, picture.height) * picture.width + inside(x, picture.width)) * 3;
-            values.extend(picture.rgb[at..at + 3].iter().map(|level| f32::from(*level) / 255.0));
+            values.extend(
+                picture.rgb[at..at + 3]
+                    .iter()
+                    .map(|level| f32::from(*level) / 255.0),
+            );
         }
     }
     Tensor::from_vec(values, shape, device)
@@ -212,7 +322,8 @@ impl Network {
         }
     }
 
-    /// Features [b, h / unshuffle, w / unshuffle, c] and the RGB [b, h, w, 3] they are of -> [b, factor*h, factor*w, 3].
+    /// Features [b, h / unshuffle, w / unshuffle, c] and the RGB [b, h, w, 3] they are of -> [b,
+    /// factor*h, factor*w, 3].
     fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         match self {
             Self::Rrdb(network) => network.enlarge(features),
@@ -221,7 +332,8 @@ impl Network {
     }
 }
 
-/// RRDBNet, Wang et al. 2018 (ESRGAN, arXiv 1809.00219), figure 4; pixels become channels first in Real-ESRGAN's for 2x.
+/// RRDBNet, Wang et al. 2018 (ESRGAN, arXiv 1809.00219), figure 4; pixels become channels first in
+/// Real-ESRGAN's for 2x.
 struct Rrdb {
     unshuffle: usize,
     conv_first: Conv2d,
@@ -234,24 +346,40 @@ struct Rrdb {
 }
 
 impl Rrdb {
-    fn new(w: &Weights, config: &UpscalerConfig, [blocks, growth, doublings]: [usize; 3]) -> Result<Self> {
-        let UpscalerConfig { width, unshuffle, .. } = *config;
+    fn new(
+        w: &Weights,
+        config: &UpscalerConfig,
+        [blocks, growth, doublings]: [usize; 3],
+    ) -> Result<Self> {
+        let UpscalerConfig {
+            width, unshuffle, ..
+        } = *config;
         let slope = (w.zeros(&[width])? + SLOPE)?;
-        let leaky = |name: String| anyhow::Ok(Conv2d::new(&w.at(name), width, width, 3)?.leaky(slope.clone()));
-        let dense = |block: usize, i: usize| Dense::new(&w.at(format!("body.{block}.rdb{i}")), width, growth);
+        let leaky = |name: String| {
+            anyhow::Ok(Conv2d::new(&w.at(name), width, width, 3)?.leaky(slope.clone()))
+        };
+        let dense = |block: usize, i: usize| {
+            Dense::new(&w.at(format!("body.{block}.rdb{i}")), width, growth)
+        };
         Ok(Self {
             unshuffle,
             conv_first: Conv2d::new(&w.at("conv_first"), 3 * unshuffle * unshuffle, width, 3)?,
-            blocks: (0..blocks).map(|block| Ok([dense(block, 1)?, dense(block, 2)?, dense(block, 3)?])).collect::<Result<_>>()?,
+            blocks: (0..blocks)
+                .map(|block| Ok([dense(block, 1)?, dense(block, 2)?, dense(block, 3)?]))
+                .collect::<Result<_>>()?,
             conv_body: Conv2d::new(&w.at("conv_body"), width, width, 3)?,
-            doublings: (0..doublings).map(|i| leaky(format!("up.{i}"))).collect::<Result<_>>()?,
+            doublings: (0..doublings)
+                .map(|i| leaky(format!("up.{i}")))
+                .collect::<Result<_>>()?,
             conv_hr: leaky("conv_hr".into())?,
             conv_last: Conv2d::new(&w.at("conv_last"), width, 3, 3)?,
         })
     }
 
     fn features(&self, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
-        let first = self.conv_first.forward(&pixel_unshuffle(rgb, self.unshuffle)?)?;
+        let first = self
+            .conv_first
+            .forward(&pixel_unshuffle(rgb, self.unshuffle)?)?;
         let mut x = first.clone();
         for [one, two, three] in &self.blocks {
             let y = three.forward(&two.forward(&one.forward(&x)?)?)?;
@@ -283,9 +411,23 @@ impl Dense {
     fn new(w: &Weights, width: usize, growth: usize) -> Result<Self> {
         let slope = (w.zeros(&[growth])? + SLOPE)?;
         let seen = |i: usize| width + i * growth;
-        let conv = |i: usize| anyhow::Ok(Conv2d::new(&w.at(format!("conv{}", i + 1)), seen(i), growth, 3)?.leaky(slope.clone()));
-        let last = Conv2d::times(&w.at(format!("conv{}", Self::CONVS + 1)), seen(Self::CONVS), width, 3, SHARE)?;
-        Ok(Self { convs: (0..Self::CONVS).map(conv).collect::<Result<_>>()?, last })
+        let conv = |i: usize| {
+            anyhow::Ok(
+                Conv2d::new(&w.at(format!("conv{}", i + 1)), seen(i), growth, 3)?
+                    .leaky(slope.clone()),
+            )
+        };
+        let last = Conv2d::times(
+            &w.at(format!("conv{}", Self::CONVS + 1)),
+            seen(Self::CONVS),
+            width,
+            3,
+            SHARE,
+        )?;
+        Ok(Self {
+            convs: (0..Self::CONVS).map(conv).collect::<Result<_>>()?,
+            last,
+        })
     }
 
     /// [b, h, w, c] -> [b, h, w, c].
@@ -298,8 +440,8 @@ impl Dense {
     }
 }
 
-/// Real-ESRGAN's SRVGGNetCompact (Wang et al. 2021, arXiv 2107.10833, and its code): convolutions at the size of the input,
-/// whose result is added to its pixels, enlarged.
+/// Real-ESRGAN's SRVGGNetCompact (Wang et al. 2021, arXiv 2107.10833, and its code): convolutions
+/// at the size of the input, whose result is added to its pixels, enlarged.
 struct Compact {
     convs: Vec<Conv2d>,
     factor: usize,
@@ -311,15 +453,25 @@ impl Compact {
         let conv = |i: usize| {
             let inputs = if i == 0 { 3 } else { width };
             if i + 1 == convolutions {
-                return Conv2d::new(&w.at(format!("body.{}", 2 * i)), inputs, 3 * factor * factor, 3);
+                return Conv2d::new(
+                    &w.at(format!("body.{}", 2 * i)),
+                    inputs,
+                    3 * factor * factor,
+                    3,
+                );
             }
-            let slope = w.at(format!("body.{}", 2 * i + 1)).get("weight", &[width])?;
+            let slope = w
+                .at(format!("body.{}", 2 * i + 1))
+                .get("weight", &[width])?;
             Ok(Conv2d::new(&w.at(format!("body.{}", 2 * i)), inputs, width, 3)?.leaky(slope))
         };
         if convolutions < 2 {
             bail!("an upscaler of {convolutions} convolution is none");
         }
-        Ok(Self { convs: (0..convolutions).map(conv).collect::<Result<_>>()?, factor })
+        Ok(Self {
+            convs: (0..convolutions).map(conv).collect::<Result<_>>()?,
+            factor,
+        })
     }
 
     fn features(&self, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
@@ -333,8 +485,12 @@ impl Compact {
     fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         let ((b, h, w, _), r) = (features.dims4()?, self.factor);
         // channel, row and column of the larger picture, in this order, as torch has them
-        let added = features.reshape((b, h, w, 3, r, r))?.permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, 3]
-        let base = rgb.reshape((b, h, 1, w, 1, 3))?.broadcast_as((b, h, r, w, r, 3))?;
+        let added = features
+            .reshape((b, h, w, 3, r, r))?
+            .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, 3]
+        let base = rgb
+            .reshape((b, h, 1, w, 1, 3))?
+            .broadcast_as((b, h, r, w, r, 3))?;
         (added + base)?.reshape((b, r * h, r * w, 3))
     }
 }
@@ -342,7 +498,9 @@ impl Compact {
 /// [b, r*h, r*w, c] -> [b, h, w, c*r*r], in torch's order: channel, row, column.
 fn pixel_unshuffle(x: &Tensor, r: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    let x = x.reshape((b, h / r, r, w / r, r, c))?.permute((0, 1, 3, 5, 2, 4))?; // [b, h, w, c, r, r]
+    let x = x
+        .reshape((b, h / r, r, w / r, r, c))?
+        .permute((0, 1, 3, 5, 2, 4))?; // [b, h, w, c, r, r]
     x.reshape((b, h / r, w / r, c * r * r))
 }
 
@@ -356,18 +514,45 @@ mod tests {
     #[test]
     fn networks_of_every_scale_equal_pytorchs() {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/upscaler");
-        let source = crate::input::Input::read(&folder.join("source.png")).unwrap().picture;
-        let goldens = candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu).unwrap();
+        let source = crate::input::Input::read(&folder.join("source.png"))
+            .unwrap()
+            .picture;
+        let goldens =
+            candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu)
+                .unwrap();
         for (name, golden) in &goldens {
-            let checkpoint = Checkpoint::open_upscaler(&folder.join(format!("{name}.safetensors"))).unwrap();
+            let checkpoint =
+                Checkpoint::open_upscaler(&folder.join(format!("{name}.safetensors"))).unwrap();
             let config = UpscalerConfig::of(&checkpoint).unwrap();
-            let network = Upscaler::new(&checkpoint.weights("upscaler", &Device::Cpu, DType::F32), config).unwrap();
+            let network = Upscaler::new(
+                &checkpoint.weights("upscaler", &Device::Cpu, DType::F32),
+                config,
+            )
+            .unwrap();
             let whole = |n: usize| 0..n.next_multiple_of(network.config.unshuffle);
-            let seen = patch(&source, whole(source.height), whole(source.width), &Device::Cpu).unwrap();
+            let seen = patch(
+                &source,
+                whole(source.height),
+                whole(source.width),
+                &Device::Cpu,
+            )
+            .unwrap();
             let features = network.network.features(&seen, &mut || ()).unwrap();
             let (h, w, _) = golden.dims3().unwrap();
-            let rgb = network.network.enlarge(&features, &seen).unwrap().i((0, ..h, ..w)).unwrap();
-            let off = (rgb - golden).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let rgb = network
+                .network
+                .enlarge(&features, &seen)
+                .unwrap()
+                .i((0, ..h, ..w))
+                .unwrap();
+            let off = (rgb - golden)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap();
             assert!(off < 1e-4, "{name} is off by {off:e}");
         }
         assert_eq!(goldens.len(), 6);
@@ -375,13 +560,24 @@ mod tests {
 
     #[test]
     fn tiles_cover_a_side_once_and_see_no_more_than_they_may() {
-        for (n, side, unshuffle) in [(1, 576, 1), (575, 576, 1), (577, 576, 2), (1024, 576, 1), (4099, 576, 4), (300, 10, 2)] {
+        for (n, side, unshuffle) in [
+            (1, 576, 1),
+            (575, 576, 1),
+            (577, 576, 2),
+            (1024, 576, 1),
+            (4099, 576, 4),
+            (300, 10, 2),
+        ] {
             let tiles = tiles(n, side, unshuffle);
             let joined: Vec<usize> = tiles.iter().flat_map(|tile| tile.own.clone()).collect();
             assert!(joined.iter().copied().eq(0..n), "{n} in tiles of {side}");
             for tile in &tiles {
                 assert!(tile.seen.start % unshuffle == 0 && tile.seen.len() % unshuffle == 0);
-                assert!(tile.seen.len() <= side.max(3 * MARGIN_PX), "{:?} of {n}", tile.seen);
+                assert!(
+                    tile.seen.len() <= side.max(3 * MARGIN_PX),
+                    "{:?} of {n}",
+                    tile.seen
+                );
             }
         }
         assert_eq!(tiles(576, TILE_PX, 1).len(), 1);

@@ -57,25 +57,37 @@ impl Default for VaeConfig {
 }
 
 impl VaeConfig {
-    /// Parses config.json. A value that would change the result and is not supported is an error that names it.
+    /// Parses config.json. A value that would change the result and is not supported is an error
+    /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         require_neutral(
             "VAE",
             value,
-            &[("latents_mean", Value::Null), ("latents_std", Value::Null), ("_class_name", json!("AutoencoderKL"))],
+            &[
+                ("latents_mean", Value::Null),
+                ("latents_std", Value::Null),
+                ("_class_name", json!("AutoencoderKL")),
+            ],
         )?;
-        let config: Self = serde_json::from_value(value.clone())
-            .context("the VAE's config.json is damaged or uses a value that sdgen does not support")?;
+        let config: Self = serde_json::from_value(value.clone()).context(
+            "the VAE's config.json is damaged or uses a value that sdgen does not support",
+        )?;
         if config.block_out_channels.is_empty() {
             bail!("block_out_channels of the VAE is empty");
         }
-        for (types, known) in [(&config.down_block_types, "DownEncoderBlock2D"), (&config.up_block_types, "UpDecoderBlock2D")] {
+        for (types, known) in [
+            (&config.down_block_types, "DownEncoderBlock2D"),
+            (&config.up_block_types, "UpDecoderBlock2D"),
+        ] {
             if let Some(other) = types.iter().find(|t| *t != known) {
                 bail!("the VAE has a block `{other}`, which sdgen does not support");
             }
         }
         if config.out_channels != 3 {
-            bail!("out_channels of the VAE is {}, pictures need 3", config.out_channels);
+            bail!(
+                "out_channels of the VAE is {}, pictures need 3",
+                config.out_channels
+            );
         }
         Ok(config)
     }
@@ -88,7 +100,9 @@ impl VaeConfig {
     /// Side of the tiles of a tiled decode in pixels, as in diffusers.
     pub fn tile_px(&self) -> usize {
         let side = self.sample_size.get(0).unwrap_or(&self.sample_size);
-        side.as_u64().and_then(|side| side.try_into().ok()).unwrap_or(TILE_PX)
+        side.as_u64()
+            .and_then(|side| side.try_into().ok())
+            .unwrap_or(TILE_PX)
     }
 }
 
@@ -110,18 +124,37 @@ impl Encoder {
     /// Reads the encoder of the VAE at `w`.
     pub fn new(w: &Weights, config: &VaeConfig) -> Result<Self> {
         let (moments, groups) = (2 * config.latent_channels, config.norm_num_groups);
-        let quant_conv = config.use_quant_conv.then(|| Conv2d::new(&w.at("quant_conv"), moments, moments, 1)).transpose()?;
+        let quant_conv = config
+            .use_quant_conv
+            .then(|| Conv2d::new(&w.at("quant_conv"), moments, moments, 1))
+            .transpose()?;
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let w = w.at("encoder");
         let widths = &config.block_out_channels;
-        let (first, last) = (widths.first().copied().unwrap_or_default(), widths.last().copied().unwrap_or_default());
+        let (first, last) = (
+            widths.first().copied().unwrap_or_default(),
+            widths.last().copied().unwrap_or_default(),
+        );
         let (mut down_blocks, mut width) = (vec![], first);
         for (i, out) in widths.iter().copied().enumerate() {
             let w = w.at(format!("down_blocks.{i}"));
-            let layer = |j: usize| Resnet::new(&w.at(format!("resnets.{j}")), if j == 0 { width } else { out }, out, groups, activation);
+            let layer = |j: usize| {
+                Resnet::new(
+                    &w.at(format!("resnets.{j}")),
+                    if j == 0 { width } else { out },
+                    out,
+                    groups,
+                    activation,
+                )
+            };
             let halve = || Conv2d::strided(&w.at("downsamplers.0.conv"), out, out, 3, 2, (0, 1));
             let downsample = (i + 1 < widths.len()).then(halve).transpose()?;
-            down_blocks.push(DownBlock { resnets: (0..config.layers_per_block).map(layer).collect::<Result<_>>()?, downsample });
+            down_blocks.push(DownBlock {
+                resnets: (0..config.layers_per_block)
+                    .map(layer)
+                    .collect::<Result<_>>()?,
+                downsample,
+            });
             width = out;
         }
         Ok(Self {
@@ -137,21 +170,33 @@ impl Encoder {
         })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the diffusion [b, h, w, c], perhaps
-    /// in tiles with this many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
+    /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
     pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
         let rgb = ((rgb * 2.0)? - 1.0)?;
         let moments = match tile {
-            Some(side) => tiles::apply(&rgb, side << self.down_blocks.len().saturating_sub(1), &self.wrap, |tile| self.moments(tile))?,
+            Some(side) => tiles::apply(
+                &rgb,
+                side << self.down_blocks.len().saturating_sub(1),
+                &self.wrap,
+                |tile| self.moments(tile),
+            )?,
             None => self.moments(&rgb)?,
         };
         let c = moments.dim(3)? / 2;
-        let (mean, logvar) = (moments.narrow(3, 0, c)?.contiguous()?, moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?);
+        let (mean, logvar) = (
+            moments.narrow(3, 0, c)?.contiguous()?,
+            moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?,
+        );
         let deviation = (logvar * 0.5)?.exp()?;
-        Ok(Posterior { mean: (mean * self.scaling_factor)?, deviation: Some((deviation * self.scaling_factor)?) })
+        Ok(Posterior {
+            mean: (mean * self.scaling_factor)?,
+            deviation: Some((deviation * self.scaling_factor)?),
+        })
     }
 
-    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled latents [b, h, w, 2c].
+    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled
+    /// latents [b, h, w, 2c].
     fn moments(&self, rgb: &Tensor) -> TensorResult<Tensor> {
         let mut x: Strips = self.conv_in.forward(rgb)?.try_into()?;
         for block in &self.down_blocks {
@@ -161,7 +206,12 @@ impl Encoder {
         let normal = self.conv_norm_out.of(&x.parts())?;
         let mut moments = Strips::default();
         for window in x.windows(&self.conv_out)? {
-            moments.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
+            moments.push(&window?.convolve_normal(
+                &normal,
+                self.activation,
+                &self.conv_out,
+                None,
+            )?)?;
         }
         let moments = moments.whole()?;
         match &self.quant_conv {
@@ -190,19 +240,38 @@ impl Decoder {
     /// Reads the decoder of the VAE at `w`.
     pub fn new(w: &Weights, config: &VaeConfig) -> Result<Self> {
         let (latent, groups) = (config.latent_channels, config.norm_num_groups);
-        let post_quant_conv = config.use_post_quant_conv.then(|| Conv2d::new(&w.at("post_quant_conv"), latent, latent, 1)).transpose()?;
+        let post_quant_conv = config
+            .use_post_quant_conv
+            .then(|| Conv2d::new(&w.at("post_quant_conv"), latent, latent, 1))
+            .transpose()?;
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let w = w.at("decoder");
         let widths: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
-        let (first, last) = (widths.first().copied().unwrap_or_default(), widths.last().copied().unwrap_or_default());
+        let (first, last) = (
+            widths.first().copied().unwrap_or_default(),
+            widths.last().copied().unwrap_or_default(),
+        );
         let mut up_blocks = vec![];
         let mut width = first;
         for (i, out) in widths.iter().copied().enumerate() {
             let w = w.at(format!("up_blocks.{i}"));
-            let layer = |j: usize| Resnet::new(&w.at(format!("resnets.{j}")), if j == 0 { width } else { out }, out, groups, activation);
+            let layer = |j: usize| {
+                Resnet::new(
+                    &w.at(format!("resnets.{j}")),
+                    if j == 0 { width } else { out },
+                    out,
+                    groups,
+                    activation,
+                )
+            };
             let double = || Conv2d::new(&w.at("upsamplers.0.conv"), out, out, 3);
             let upsample = (i + 1 < widths.len()).then(double).transpose()?;
-            up_blocks.push(UpBlock { resnets: (0..=config.layers_per_block).map(layer).collect::<Result<_>>()?, upsample });
+            up_blocks.push(UpBlock {
+                resnets: (0..=config.layers_per_block)
+                    .map(layer)
+                    .collect::<Result<_>>()?,
+                upsample,
+            });
             width = out;
         }
         Ok(Self {
@@ -219,8 +288,8 @@ impl Decoder {
         })
     }
 
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3], nominally in 0..=1.
-    /// Errors if the channel count is not the VAE's.
+    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
         let rgb = self.forward(&(latents / self.scaling_factor)?)?;
         (rgb / 2.0)? + 0.5
@@ -230,13 +299,18 @@ impl Decoder {
     pub fn forward(&self, z: &Tensor) -> TensorResult<Tensor> {
         let channels = z.dim(3)?;
         if channels != self.latent_channels {
-            candle_core::bail!("the VAE decodes {} channels, the latents have {channels}", self.latent_channels);
+            candle_core::bail!(
+                "the VAE decodes {} channels, the latents have {channels}",
+                self.latent_channels
+            );
         }
         let z = match &self.post_quant_conv {
             Some(conv) => conv.forward(z)?,
             None => z.clone(),
         };
-        let mut x = self.mid_block.forward(self.conv_in.forward(&z)?.try_into()?)?;
+        let mut x = self
+            .mid_block
+            .forward(self.conv_in.forward(&z)?.try_into()?)?;
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
@@ -259,7 +333,9 @@ impl DownBlock {
         for resnet in &self.resnets {
             x = resnet.forward(x)?;
         }
-        let Some(conv) = &self.downsample else { return Ok(x) };
+        let Some(conv) = &self.downsample else {
+            return Ok(x);
+        };
         let mut y = Strips::default();
         for window in x.windows(conv)? {
             y.push(&window?.convolve_halved(conv)?)?;
@@ -277,7 +353,14 @@ struct MidBlock {
 
 impl MidBlock {
     fn new(w: &Weights, config: &VaeConfig, activation: Activation) -> Result<Self> {
-        let (width, groups) = (config.block_out_channels.last().copied().unwrap_or_default(), config.norm_num_groups);
+        let (width, groups) = (
+            config
+                .block_out_channels
+                .last()
+                .copied()
+                .unwrap_or_default(),
+            config.norm_num_groups,
+        );
         let resnet = |name: &str| Resnet::new(&w.at(name), width, width, groups, activation);
         let attention = || Attention::new(&w.at("attentions.0"), width, groups);
         Ok(Self {
@@ -306,7 +389,9 @@ impl UpBlock {
         for resnet in &self.resnets {
             x = resnet.forward(x)?;
         }
-        let Some(conv) = &self.upsample else { return Ok(x) };
+        let Some(conv) = &self.upsample else {
+            return Ok(x);
+        };
         let mut y = Strips::default();
         for window in x.windows(conv)? {
             y.push(&window?.convolve_doubled(conv)?)?;
@@ -325,13 +410,21 @@ struct Resnet {
 }
 
 impl Resnet {
-    fn new(w: &Weights, inputs: usize, outputs: usize, groups: usize, activation: Activation) -> Result<Self> {
+    fn new(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        groups: usize,
+        activation: Activation,
+    ) -> Result<Self> {
         Ok(Self {
             norm1: GroupNorm::new(&w.at("norm1"), groups, inputs, NORM_EPS)?,
             conv1: Conv2d::new(&w.at("conv1"), inputs, outputs, 3)?,
             norm2: GroupNorm::new(&w.at("norm2"), groups, outputs, NORM_EPS)?,
             conv2: Conv2d::new(&w.at("conv2"), outputs, outputs, 3)?,
-            conv_shortcut: (inputs != outputs).then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1)).transpose()?,
+            conv_shortcut: (inputs != outputs)
+                .then(|| Conv2d::new(&w.at("conv_shortcut"), inputs, outputs, 1))
+                .transpose()?,
             activation,
         })
     }
@@ -342,13 +435,22 @@ impl Resnet {
         for window in x.windows(&self.conv1)? {
             let window = window?;
             h.push(&window.convolve_normal(&normal, self.activation, &self.conv1, None)?)?;
-            let strip = self.conv_shortcut.as_ref().map(|conv| conv.forward(&window.strip)).transpose()?;
+            let strip = self
+                .conv_shortcut
+                .as_ref()
+                .map(|conv| conv.forward(&window.strip))
+                .transpose()?;
             shortcut.push(strip.as_ref().unwrap_or(&window.strip))?;
         }
         let normal = self.norm2.of(&h.parts())?;
         let mut y = Strips::default();
         for (window, shortcut) in h.windows(&self.conv2)?.zip(shortcut) {
-            y.push(&window?.convolve_normal(&normal, self.activation, &self.conv2, Some(&shortcut))?)?;
+            y.push(&window?.convolve_normal(
+                &normal,
+                self.activation,
+                &self.conv2,
+                Some(&shortcut),
+            )?)?;
         }
         Ok(y)
     }
@@ -366,7 +468,11 @@ impl Attention {
     fn new(w: &Weights, width: usize, groups: usize) -> Result<Self> {
         Ok(Self {
             group_norm: GroupNorm::new(&w.at("group_norm"), groups, width, NORM_EPS)?,
-            to_qkv: Linear::joined(&["to_q", "to_k", "to_v"].map(|name| (w.at(name), width)), width, true)?,
+            to_qkv: Linear::joined(
+                &["to_q", "to_k", "to_v"].map(|name| (w.at(name), width)),
+                width,
+                true,
+            )?,
             to_out: Linear::new(&w.at("to_out.0"), width, width)?,
         })
     }
@@ -376,6 +482,8 @@ impl Attention {
         let tokens = self.group_norm.forward(x)?.reshape((b, h * w, c))?;
         let qkv = self.to_qkv.forward(&tokens)?;
         let part = |i: usize| qkv.narrow(2, i * c, c);
-        self.to_out.forward_add(&attention(&part(0)?, &part(1)?, &part(2)?, 1)?, x)?.reshape((b, h, w, c))
+        self.to_out
+            .forward_add(&attention(&part(0)?, &part(1)?, &part(2)?, 1)?, x)?
+            .reshape((b, h, w, c))
     }
 }

@@ -5,23 +5,34 @@ use super::cpu;
 use super::gpu::{self, Engine, engine};
 use candle_core::{Result, Tensor};
 
-/// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a picture.
+/// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a
+/// picture.
 const MAX_SCORES: usize = 1 << 23;
 
-/// How far the rows of x [b, n, c] stand apart, which themselves are contiguous: those of a part of a wider tensor's columns.
+/// How far the rows of x [b, n, c] stand apart, which themselves are contiguous: those of a part of
+/// a wider tensor's columns.
 pub fn row_stride(x: &Tensor) -> Option<usize> {
     match *x.stride() {
-        [picture, row, 1] if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| picture == n * row) => Some(row),
+        [picture, row, 1]
+            if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| picture == n * row) =>
+        {
+            Some(row)
+        }
         _ => None,
     }
 }
 
 /// x itself where kernels can read its rows, else laid out anew.
 fn readable(x: &Tensor) -> Result<Tensor> {
-    if row_stride(x).is_some() { Ok(x.clone()) } else { x.contiguous() }
+    if row_stride(x).is_some() {
+        Ok(x.clone())
+    } else {
+        x.contiguous()
+    }
 }
 
-/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n, heads*d].
+/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n,
+/// heads*d].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
@@ -33,20 +44,29 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Ten
         let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
         match engine {
             Engine::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
-            _ if gpu::Attention::serves(&q, &k, &v, heads)? => gpu::run(gpu::Attention { q, k, v, heads }),
+            _ if gpu::Attention::serves(&q, &k, &v, heads)? => {
+                gpu::run(gpu::Attention { q, k, v, heads })
+            }
             _ => attention_plain(&q, &k, &v, heads, None),
         }
     })
 }
 
-/// The same as a composition of candle's operations, in slices of queries: the path of devices without a kernel, and its
-/// oracle. `mask` [n, m] is added to the scores.
-pub fn attention_plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Option<&Tensor>) -> Result<Tensor> {
+/// The same as a composition of candle's operations, in slices of queries: the path of devices
+/// without a kernel, and its oracle. `mask` [n, m] is added to the scores.
+pub fn attention_plain(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     let m = k.dim(1)?;
     let d = c / heads;
     let scale = 1.0 / (d as f64).sqrt();
-    let split = |x: &Tensor, len: usize| x.reshape((b, len, heads, d))?.transpose(1, 2)?.contiguous(); // [b, heads, len, d]
+    let split =
+        |x: &Tensor, len: usize| x.reshape((b, len, heads, d))?.transpose(1, 2)?.contiguous(); // [b, heads, len, d]
     let q = (split(q, n)? * scale)?;
     let k = split(k, m)?.transpose(2, 3)?; // [b, heads, d, m]
     let v = split(v, m)?;
@@ -75,19 +95,45 @@ mod tests {
     }
 
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
-        (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+        (a - b)
+            .unwrap()
+            .abs()
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .max(0)
+            .unwrap()
+            .to_scalar()
+            .unwrap()
     }
 
     #[test]
     fn attention_kernel_equals_its_plain_composition() {
-        let uneven = [(1, 1, 1, 1, 8), (2, 65, 77, 3, 40), (3, 67, 67, 2, 64), (1, 1100, 1100, 1, 160), (2, 30, 1, 5, 7)];
-        let sizes = uneven.into_iter().chain([(1, 130, 1100, 1, 512), (2, 129, 257, 2, 72)]);
-        let keys =
-            [1, 15, 16, 17, 31, 33, 77, 129].into_iter().flat_map(|m| [7, 8, 40, 64, 72, 80, 160].map(|d| (2, m % 45 + 20, m, 2, d)));
+        let uneven = [
+            (1, 1, 1, 1, 8),
+            (2, 65, 77, 3, 40),
+            (3, 67, 67, 2, 64),
+            (1, 1100, 1100, 1, 160),
+            (2, 30, 1, 5, 7),
+        ];
+        let sizes = uneven
+            .into_iter()
+            .chain([(1, 130, 1100, 1, 512), (2, 129, 257, 2, 72)]);
+        let keys = [1, 15, 16, 17, 31, 33, 77, 129]
+            .into_iter()
+            .flat_map(|m| [7, 8, 40, 64, 72, 80, 160].map(|d| (2, m % 45 + 20, m, 2, d)));
         for (b, n, m, heads, d) in sizes.chain(keys) {
-            let (q, k, v) = (random(b, n, heads * d), random(b, m, heads * d), random(b, m, heads * d));
-            let off = worst(&attention(&q, &k, &v, heads).unwrap(), &attention_plain(&q, &k, &v, heads, None).unwrap());
-            // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both; values are around 2
+            let (q, k, v) = (
+                random(b, n, heads * d),
+                random(b, m, heads * d),
+                random(b, m, heads * d),
+            );
+            let off = worst(
+                &attention(&q, &k, &v, heads).unwrap(),
+                &attention_plain(&q, &k, &v, heads, None).unwrap(),
+            );
+            // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both;
+            // values are around 2
             assert!(off < 2e-4, "{b}x{n} to {m}, {heads} heads of {d}: {off:e}");
         }
     }
@@ -100,14 +146,22 @@ mod tests {
             // a query's score is `size` at one key, and its opposite at all others
             for size in [1e2f64, 1e4, 1e9] {
                 let q = Tensor::ones((1, n, d), candle_core::DType::F32, &Device::Cpu).unwrap();
-                let ones: Vec<f32> = (0..m * d).map(|i| if i / d == strongest { 1.0 } else { -1.0 }).collect();
+                let ones: Vec<f32> = (0..m * d)
+                    .map(|i| if i / d == strongest { 1.0 } else { -1.0 })
+                    .collect();
                 let k = Tensor::from_vec(ones, (1, m, d), &Device::Cpu).unwrap();
                 let k = (k * (size / (d as f64).sqrt())).unwrap();
                 let y = attention(&q, &k, &v, 1).unwrap();
-                let expected = v.narrow(1, strongest, 1).unwrap().repeat((1, n, 1)).unwrap();
+                let expected = v
+                    .narrow(1, strongest, 1)
+                    .unwrap()
+                    .repeat((1, n, 1))
+                    .unwrap();
                 assert!(worst(&y, &expected) < 1e-5, "{size} at {strongest}");
                 // all scores alike, however low
-                let k = (k.narrow(1, (strongest + 1) % m, 1).unwrap()).repeat((1, m, 1)).unwrap();
+                let k = (k.narrow(1, (strongest + 1) % m, 1).unwrap())
+                    .repeat((1, m, 1))
+                    .unwrap();
                 let y = attention(&q, &k, &v, 1).unwrap();
                 let expected = v.mean_keepdim(1).unwrap().repeat((1, n, 1)).unwrap();
                 assert!(worst(&y, &expected) < 1e-5, "-{size} everywhere");
@@ -119,25 +173,53 @@ mod tests {
     fn numbers_that_are_none_are_not_hidden() {
         let (q, k, v) = (random(1, 20, 16), random(1, 33, 16), random(1, 33, 16));
         for (row, of_k) in [(0, true), (32, true), (3, false)] {
-            let mut x = if of_k { &k } else { &q }.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut x = if of_k { &k } else { &q }
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap();
             x[row * 16 + 5] = f32::NAN;
-            let x = Tensor::from_vec(x, if of_k { k.shape() } else { q.shape() }, &Device::Cpu).unwrap();
-            let y = if of_k { attention(&q, &x, &v, 2) } else { attention(&x, &k, &v, 2) };
+            let x = Tensor::from_vec(x, if of_k { k.shape() } else { q.shape() }, &Device::Cpu)
+                .unwrap();
+            let y = if of_k {
+                attention(&q, &x, &v, 2)
+            } else {
+                attention(&x, &k, &v, 2)
+            };
             let y = y.unwrap().to_vec3::<f32>().unwrap();
             for (i, y) in y[0].iter().enumerate() {
                 // the first head only, and of q the row only
-                assert!(y[..8].iter().all(|y| y.is_nan() == (of_k || i == row)) && y[8..].iter().all(|y| !y.is_nan()), "{y:?}");
+                assert!(
+                    y[..8].iter().all(|y| y.is_nan() == (of_k || i == row))
+                        && y[8..].iter().all(|y| !y.is_nan()),
+                    "{y:?}"
+                );
             }
         }
     }
 
     #[test]
     fn attention_gives_the_same_bits_on_any_number_of_threads_in_any_batch() {
-        let bits = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let bits = |x: Tensor| {
+            x.flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .into_iter()
+                .map(f32::to_bits)
+                .collect::<Vec<_>>()
+        };
         for (n, m, heads, d) in [(300, 300, 3, 40), (150, 77, 2, 24), (130, 200, 1, 512)] {
-            let (q, k, v) = (random(3, n, heads * d), random(3, m, heads * d), random(3, m, heads * d));
+            let (q, k, v) = (
+                random(3, n, heads * d),
+                random(3, m, heads * d),
+                random(3, m, heads * d),
+            );
             let on = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
                 bits(pool.install(|| attention(&q, &k, &v, heads)).unwrap())
             };
             let all = on(1);
@@ -156,10 +238,20 @@ mod tests {
         let [q, k, v] = [0, 1, 2].map(|i| joined.narrow(2, i * c, c).unwrap());
         assert_eq!(row_stride(&k), Some(3 * c));
         let apart = [&q, &k, &v].map(|x| x.contiguous().unwrap());
-        let [y, same] = [attention(&q, &k, &v, 3), attention(&apart[0], &apart[1], &apart[2], 3)].map(|y| y.unwrap());
+        let [y, same] = [
+            attention(&q, &k, &v, 3),
+            attention(&apart[0], &apart[1], &apart[2], 3),
+        ]
+        .map(|y| y.unwrap());
         assert_eq!(worst(&y, &same), 0.0);
         // rows that are not in one piece are laid out first
-        let turned = q.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
+        let turned = q
+            .transpose(1, 2)
+            .unwrap()
+            .contiguous()
+            .unwrap()
+            .transpose(1, 2)
+            .unwrap();
         assert_eq!(row_stride(&turned), None);
         assert_eq!(worst(&attention(&turned, &k, &v, 3).unwrap(), &same), 0.0);
     }

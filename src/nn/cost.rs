@@ -1,4 +1,5 @@
-//! What layers cost: calls, seconds and floating-point operations by kind and shape, for benchmarks.
+//! What layers cost: calls, seconds and floating-point operations by kind and shape, for
+//! benchmarks.
 
 use candle_core::Device;
 use std::collections::BTreeMap;
@@ -14,14 +15,16 @@ pub struct Cost {
     pub flops: u64,
 }
 
-/// A kind of layer, and the sides m, k, n of its product [m, k] [k, n]; k is 0 for those that do not multiply.
+/// A kind of layer, and the sides m, k, n of its product [m, k] [k, n]; k is 0 for those that do
+/// not multiply.
 pub type Layer = (&'static str, [usize; 3]);
 
 static COSTS: Mutex<BTreeMap<Layer, Cost>> = Mutex::new(BTreeMap::new());
 /// The GPU that layers wait for.
 static AWAITED: Mutex<Option<Device>> = Mutex::new(None);
 
-/// From now on layers on this device wait until their work is done; with none, their time on a GPU is that of the launch.
+/// From now on layers on this device wait until their work is done; with none, their time on a GPU
+/// is that of the launch.
 pub fn wait_for(device: Option<&Device>) {
     if let Ok(mut awaited) = AWAITED.lock() {
         *awaited = device.cloned();
@@ -54,5 +57,8 @@ pub fn measured<R>(layer: Layer, work: impl FnOnce() -> R) -> R {
 
 /// All costs since the last call.
 pub fn take() -> BTreeMap<Layer, Cost> {
-    COSTS.lock().map(|mut costs| std::mem::take(&mut *costs)).unwrap_or_default()
+    COSTS
+        .lock()
+        .map(|mut costs| std::mem::take(&mut *costs))
+        .unwrap_or_default()
 }

@@ -25,14 +25,20 @@ impl Kernel {
     }
 
     fn read(w: &Weights, shape: &[usize]) -> Result<Tensor> {
-        if engine(w.device()) == Engine::Cpu { w.get_stored("weight", shape) } else { w.get("weight", shape) }
+        if engine(w.device()) == Engine::Cpu {
+            w.get_stored("weight", shape)
+        } else {
+            w.get("weight", shape)
+        }
     }
 
     fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
         match engine(weight.device()) {
             Engine::Cpu => Self::pack(weight, gated),
             // candle's own, through cuDNN
-            Engine::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => Ok(Self::Plain(weight.clone())),
+            Engine::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => {
+                Ok(Self::Plain(weight.clone()))
+            }
             Engine::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
             Engine::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
             Engine::Plain => Ok(Self::Plain(weight.clone())),
@@ -40,7 +46,11 @@ impl Kernel {
     }
 
     fn pack(weight: &Tensor, gated: bool) -> TensorResult<Self> {
-        Ok(Self::Packed(weight.contiguous()?.apply_op1_no_bwd(&cpu::Pack { gated })?))
+        Ok(Self::Packed(
+            weight
+                .contiguous()?
+                .apply_op1_no_bwd(&cpu::Pack { gated })?,
+        ))
     }
 }
 
@@ -57,36 +67,80 @@ pub struct Linear {
 impl Linear {
     /// Reads `weight` [out, in] and `bias` [out].
     pub fn new(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        Ok(Self { bias: Some(w.get("bias", &[outputs])?), ..Self::without_bias(w, inputs, outputs)? })
+        Ok(Self {
+            bias: Some(w.get("bias", &[outputs])?),
+            ..Self::without_bias(w, inputs, outputs)?
+        })
     }
 
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        Ok(Self { weight: Kernel::new(w, &[outputs, inputs], false)?, bias: None, inputs, outputs, gated: false })
+        Ok(Self {
+            weight: Kernel::new(w, &[outputs, inputs], false)?,
+            bias: None,
+            inputs,
+            outputs,
+            gated: false,
+        })
     }
 
-    /// Several layers that take the same: their outputs next to each other. Reads `weight` [out, in] of each place, and `bias`
-    /// [out] if they have one.
+    /// Several layers that take the same: their outputs next to each other. Reads `weight` [out,
+    /// in] of each place, and `bias` [out] if they have one.
     pub fn joined(layers: &[(Weights, usize)], inputs: usize, biased: bool) -> Result<Self> {
         let each = |read: &dyn Fn(&Weights, usize) -> Result<Tensor>| {
-            layers.iter().map(|(w, outputs)| read(w, *outputs)).collect::<Result<Vec<_>>>()
+            layers
+                .iter()
+                .map(|(w, outputs)| read(w, *outputs))
+                .collect::<Result<Vec<_>>>()
         };
         let mut weights = each(&|w, outputs| Kernel::read(w, &[outputs, inputs]))?;
         // files may hold some narrower than others
-        if weights.iter().any(|weight| weight.dtype() != weights[0].dtype()) {
-            weights = weights.iter().map(|weight| weight.to_dtype(DType::F32)).collect::<TensorResult<_>>()?;
+        if weights
+            .iter()
+            .any(|weight| weight.dtype() != weights[0].dtype())
+        {
+            weights = weights
+                .iter()
+                .map(|weight| weight.to_dtype(DType::F32))
+                .collect::<TensorResult<_>>()?;
         }
-        let bias = biased.then(|| Ok::<_, anyhow::Error>(Tensor::cat(&each(&|w, outputs| w.get("bias", &[outputs]))?, 0)?)).transpose()?;
+        let bias = biased
+            .then(|| {
+                Ok::<_, anyhow::Error>(Tensor::cat(
+                    &each(&|w, outputs| w.get("bias", &[outputs]))?,
+                    0,
+                )?)
+            })
+            .transpose()?;
         let weight = Kernel::of(&Tensor::cat(&weights, 0)?, false)?;
-        Ok(Self { weight, bias, inputs, outputs: layers.iter().map(|(_, outputs)| outputs).sum(), gated: false })
+        Ok(Self {
+            weight,
+            bias,
+            inputs,
+            outputs: layers.iter().map(|(_, outputs)| outputs).sum(),
+            gated: false,
+        })
     }
 
-    /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv 2002.05202): the first half
-    /// of what they give times the exact GELU of the second.
+    /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv
+    /// 2002.05202): the first half of what they give times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        let (weight, bias) = (Kernel::new(w, &[2 * outputs, inputs], true)?, w.get("bias", &[2 * outputs])?);
-        let bias = if let Kernel::Rows(_) = weight { gpu::interleaved(&bias)? } else { bias };
-        Ok(Self { weight, bias: Some(bias), inputs, outputs: 2 * outputs, gated: true })
+        let (weight, bias) = (
+            Kernel::new(w, &[2 * outputs, inputs], true)?,
+            w.get("bias", &[2 * outputs])?,
+        );
+        let bias = if let Kernel::Rows(_) = weight {
+            gpu::interleaved(&bias)?
+        } else {
+            bias
+        };
+        Ok(Self {
+            weight,
+            bias: Some(bias),
+            inputs,
+            outputs: 2 * outputs,
+            gated: true,
+        })
     }
 
     /// Width of what it takes.
@@ -107,8 +161,13 @@ impl Linear {
     fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let mut shape = x.dims().to_vec();
         let flat = x.reshape(((), self.inputs))?; // [rows, in]
-        let residual = residual.map(|r| r.reshape(((), self.outputs))?.contiguous()).transpose()?;
-        let y = measured(("linear", [flat.dim(0)?, self.inputs, self.outputs]), || self.product(&flat, residual))?; // [rows, out]
+        let residual = residual
+            .map(|r| r.reshape(((), self.outputs))?.contiguous())
+            .transpose()?;
+        let y = measured(
+            ("linear", [flat.dim(0)?, self.inputs, self.outputs]),
+            || self.product(&flat, residual),
+        )?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;
         }
@@ -119,20 +178,33 @@ impl Linear {
     fn product(&self, x: &Tensor, residual: Option<Tensor>) -> TensorResult<Tensor> {
         match &self.weight {
             Kernel::Packed(weight) => {
-                let op = cpu::Product { outputs: self.outputs, bias: self.bias.clone(), residual, gated: self.gated };
+                let op = cpu::Product {
+                    outputs: self.outputs,
+                    bias: self.bias.clone(),
+                    residual,
+                    gated: self.gated,
+                };
                 x.contiguous()?.apply_op2_no_bwd(weight, &op)
             }
             Kernel::Rows(weight) => {
-                let product = gpu::Product::linear(x.contiguous()?, weight.clone(), self.bias.clone(), residual, self.gated)?;
+                let product = gpu::Product::linear(
+                    x.contiguous()?,
+                    weight.clone(),
+                    self.bias.clone(),
+                    residual,
+                    self.gated,
+                )?;
                 gpu::run(product)?.flatten_to(2)
             }
-            Kernel::Plain(weight) => product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated),
+            Kernel::Plain(weight) => {
+                product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated)
+            }
         }
     }
 }
 
-/// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's operations: the path of
-/// devices without a kernel, and its oracle. With `gated`, [m, n/2].
+/// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's
+/// operations: the path of devices without a kernel, and its oracle. With `gated`, [m, n/2].
 pub(super) fn product_plain(
     x: &Tensor,
     weight: &Tensor,
@@ -151,7 +223,9 @@ pub(super) fn product_plain(
         return Ok(y);
     }
     let halves = y.chunk(2, D::Minus1)?;
-    let [x, gate] = halves.as_slice() else { candle_core::bail!("an odd width cannot be halved") };
+    let [x, gate] = halves.as_slice() else {
+        candle_core::bail!("an odd width cannot be halved")
+    };
     x * gate.gelu_erf()?
 }
 
@@ -182,35 +256,81 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Reads `weight` [out, in, k, k] and `bias` [out]; stride 1, and padding that keeps height and width.
+    /// Reads `weight` [out, in, k, k] and `bias` [out]; stride 1, and padding that keeps height and
+    /// width.
     pub fn new(w: &Weights, inputs: usize, outputs: usize, size: usize) -> Result<Self> {
         Self::strided(w, inputs, outputs, size, 1, (size / 2, size / 2))
     }
 
     /// Reads `weight` and `bias`; stride and padding (before, after) as given.
-    pub fn strided(w: &Weights, inputs: usize, outputs: usize, size: usize, stride: usize, padding: (usize, usize)) -> Result<Self> {
+    pub fn strided(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        size: usize,
+        stride: usize,
+        padding: (usize, usize),
+    ) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
-        Ok(Self { kernel, bias, slope: None, size, stride, padding, wrap: w.wrap().clone() })
+        Ok(Self {
+            kernel,
+            bias,
+            slope: None,
+            size,
+            stride,
+            padding,
+            wrap: w.wrap().clone(),
+        })
     }
 
-    /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the stride.
+    /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the
+    /// stride.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
         let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
-        Ok(Self { kernel, bias: w.zeros(&[outputs])?, slope: None, size: 3, stride, padding: (1, 1), wrap: w.wrap().clone() })
+        Ok(Self {
+            kernel,
+            bias: w.zeros(&[outputs])?,
+            slope: None,
+            size: 3,
+            stride,
+            padding: (1, 1),
+            wrap: w.wrap().clone(),
+        })
     }
 
-    /// The same convolution, after which all that is below 0 is multiplied by a slope [out] (leaky ReLU and PReLU, He et al.
-    /// 2015, arXiv 1502.01852), in the same pass where the device can.
+    /// The same convolution, after which all that is below 0 is multiplied by a slope [out] (leaky
+    /// ReLU and PReLU, He et al. 2015, arXiv 1502.01852), in the same pass where the device can.
     pub fn leaky(self, slope: Tensor) -> Self {
-        Self { slope: Some(slope), ..self }
+        Self {
+            slope: Some(slope),
+            ..self
+        }
     }
 
-    /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding that keeps height and width.
-    pub fn times(w: &Weights, inputs: usize, outputs: usize, size: usize, factor: f64) -> Result<Self> {
-        let (weight, bias) = ((w.get("weight", &[outputs, inputs, size, size])? * factor)?, (w.get("bias", &[outputs])? * factor)?);
+    /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding
+    /// that keeps height and width.
+    pub fn times(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        size: usize,
+        factor: f64,
+    ) -> Result<Self> {
+        let (weight, bias) = (
+            (w.get("weight", &[outputs, inputs, size, size])? * factor)?,
+            (w.get("bias", &[outputs])? * factor)?,
+        );
         let kernel = Kernel::of(&weight, false)?;
-        Ok(Self { kernel, bias, slope: None, size, stride: 1, padding: (size / 2, size / 2), wrap: w.wrap().clone() })
+        Ok(Self {
+            kernel,
+            bias,
+            slope: None,
+            size,
+            stride: 1,
+            padding: (size / 2, size / 2),
+            wrap: w.wrap().clone(),
+        })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].
@@ -218,26 +338,64 @@ impl Conv2d {
         self.forward_add(x, None, None)
     }
 
-    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere or [b, out] for each picture, plus `residual`
-    /// [b, h', w', out].
-    pub fn forward_add(&self, x: &Tensor, shift: Option<&Tensor>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
-        self.run(x, Extra { shift, residual, ..Extra::default() })
+    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere or [b, out] for each
+    /// picture, plus `residual` [b, h', w', out].
+    pub fn forward_add(
+        &self,
+        x: &Tensor,
+        shift: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> TensorResult<Tensor> {
+        self.run(
+            x,
+            Extra {
+                shift,
+                residual,
+                ..Extra::default()
+            },
+        )
     }
 
     /// The same of x scaled to `height` x `width`, each pixel from the nearest one before it.
     pub fn forward_scaled(&self, x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-        self.run(x, Extra { scaled: Some((height, width)), ..Extra::default() })
+        self.run(
+            x,
+            Extra {
+                scaled: Some((height, width)),
+                ..Extra::default()
+            },
+        )
     }
 
-    /// What x [b, h, w, in] gives for `rows` of the output alone, plus `residual` [b, rows, w', out].
-    pub fn forward_rows(&self, x: &Tensor, rows: Range<usize>, residual: Option<&Tensor>) -> TensorResult<Tensor> {
-        self.run(x, Extra { rows: Some(rows), residual, ..Extra::default() })
+    /// What x [b, h, w, in] gives for `rows` of the output alone, plus `residual` [b, rows, w',
+    /// out].
+    pub fn forward_rows(
+        &self,
+        x: &Tensor,
+        rows: Range<usize>,
+        residual: Option<&Tensor>,
+    ) -> TensorResult<Tensor> {
+        self.run(
+            x,
+            Extra {
+                rows: Some(rows),
+                residual,
+                ..Extra::default()
+            },
+        )
     }
 
     /// The same of x scaled to twice its height and width.
     pub fn forward_rows_doubled(&self, x: &Tensor, rows: Range<usize>) -> TensorResult<Tensor> {
         let (_, h, w, _) = x.dims4()?;
-        self.run(x, Extra { rows: Some(rows), scaled: Some((2 * h, 2 * w)), ..Extra::default() })
+        self.run(
+            x,
+            Extra {
+                rows: Some(rows),
+                scaled: Some((2 * h, 2 * w)),
+                ..Extra::default()
+            },
+        )
     }
 
     /// Whether it sees the last row above the first one.
@@ -248,10 +406,20 @@ impl Conv2d {
     fn run(&self, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let (h, w) = extra.scaled.unwrap_or((h, w));
-        let out = |n: usize| (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size) / self.stride;
+        let out = |n: usize| {
+            (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size)
+                / self.stride
+        };
         let rows = extra.rows.clone().unwrap_or(0..out(h));
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
-        let layer = (kind, [b * rows.len() * out(w), self.size * self.size * c, self.bias.dim(0)?]);
+        let layer = (
+            kind,
+            [
+                b * rows.len() * out(w),
+                self.size * self.size * c,
+                self.bias.dim(0)?,
+            ],
+        );
         measured(layer, || self.apply(x, rows, out(w), extra))
     }
 
@@ -260,14 +428,33 @@ impl Conv2d {
         x: &Tensor,
         rows: Range<usize>,
         out_width: usize,
-        Extra { scaled, shift, residual, .. }: Extra,
+        Extra {
+            scaled,
+            shift,
+            residual,
+            ..
+        }: Extra,
     ) -> TensorResult<Tensor> {
-        let (size, stride, padding, wraps) = (self.size, self.stride, self.padding, self.wrap.get());
+        let (size, stride, padding, wraps) =
+            (self.size, self.stride, self.padding, self.wrap.get());
         let residual = residual.map(Tensor::contiguous).transpose()?;
-        let bias = || shift.map_or(Ok(self.bias.clone()), |shift| shift.broadcast_add(&self.bias));
+        let bias = || {
+            shift.map_or(Ok(self.bias.clone()), |shift| {
+                shift.broadcast_add(&self.bias)
+            })
+        };
         match &self.kernel {
             Kernel::Packed(weight) => {
-                let op = cpu::Conv2d { size, stride, padding, wraps, rows, scaled, residual, slope: self.slope.clone() };
+                let op = cpu::Conv2d {
+                    size,
+                    stride,
+                    padding,
+                    wraps,
+                    rows,
+                    scaled,
+                    residual,
+                    slope: self.slope.clone(),
+                };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias()?, &op)
             }
             Kernel::Rows(weight) => {
@@ -291,23 +478,39 @@ impl Conv2d {
             }
             Kernel::Plain(weight) => {
                 let bias = bias()?;
-                let scaled = scaled.map(|(height, width)| scale_plain(x, height, width)).transpose()?;
+                let scaled = scaled
+                    .map(|(height, width)| scale_plain(x, height, width))
+                    .transpose()?;
                 let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, stride, padding, wraps)?;
-                let bias = if bias.rank() == 2 { bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))? } else { bias };
+                let bias = if bias.rank() == 2 {
+                    bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))?
+                } else {
+                    bias
+                };
                 let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
                 let y = residual.map_or(Ok(y.clone()), |residual| y + residual)?;
-                self.slope.as_ref().map_or(Ok(y.clone()), |slope| leaky_plain(&y, slope))
+                self.slope
+                    .as_ref()
+                    .map_or(Ok(y.clone()), |slope| leaky_plain(&y, slope))
             }
         }
     }
 }
 
-/// What candle's convolution lays out at once at most, in numbers: of each pixel of the result all that the weights see there.
-/// Its kernels count them in 32 bits, and a picture of 1024x1024 pixels would need 10 GB of them in the VAE.
+/// What candle's convolution lays out at once at most, in numbers: of each pixel of the result all
+/// that the weights see there. Its kernels count them in 32 bits, and a picture of 1024x1024 pixels
+/// would need 10 GB of them in the VAE.
 const MAX_UNFOLDED: usize = 1 << 28;
 
-/// The same by candle's own convolution: the path of devices without a kernel, and its oracle. Weight [out, in, k, k].
-pub(super) fn conv2d_plain(x: &Tensor, weight: &Tensor, stride: usize, padding: (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
+/// The same by candle's own convolution: the path of devices without a kernel, and its oracle.
+/// Weight [out, in, k, k].
+pub(super) fn conv2d_plain(
+    x: &Tensor,
+    weight: &Tensor,
+    stride: usize,
+    padding: (usize, usize),
+    wraps: [bool; 2],
+) -> TensorResult<Tensor> {
     conv2d_in_parts(x, weight, stride, padding, wraps, MAX_UNFOLDED)
 }
 
@@ -324,13 +527,27 @@ fn conv2d_in_parts(
     let out = |n: usize| (n + padding.0 + padding.1 + stride).saturating_sub(size) / stride;
     let rows = (unfolded / (b * out(w) * c * size * size).max(1)).clamp(1, out(h).max(1));
     let is_plain = padding.0 == padding.1 && wraps == [false; 2] && rows >= out(h);
-    let (x, padding) = if is_plain { (x.clone(), padding.0) } else { (pad(x, padding, wraps)?, 0) };
+    let (x, padding) = if is_plain {
+        (x.clone(), padding.0)
+    } else {
+        (pad(x, padding, wraps)?, 0)
+    };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
     let part = |top: usize| {
-        let seen = || x.narrow(2, top * stride, (rows.min(out(h) - top) - 1) * stride + size)?.contiguous();
+        let seen = || {
+            x.narrow(
+                2,
+                top * stride,
+                (rows.min(out(h) - top) - 1) * stride + size,
+            )?
+            .contiguous()
+        };
         if is_plain { x.clone() } else { seen()? }.conv2d(weight, padding, stride, 1, 1)
     };
-    let parts = (0..out(h)).step_by(rows).map(part).collect::<TensorResult<Vec<_>>>()?;
+    let parts = (0..out(h))
+        .step_by(rows)
+        .map(part)
+        .collect::<TensorResult<Vec<_>>>()?;
     Tensor::cat(&parts, 2)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
 }
 
@@ -354,7 +571,8 @@ fn pad(x: &Tensor, (before, after): (usize, usize), wraps: [bool; 2]) -> TensorR
     x.contiguous()
 }
 
-/// Group normalisation over [b, h, w, c], optionally followed by SiLU (Wu & He 2018, arXiv 1803.08494).
+/// Group normalisation over [b, h, w, c], optionally followed by SiLU (Wu & He 2018, arXiv
+/// 1803.08494).
 pub struct GroupNorm {
     weight: Tensor,
     bias: Tensor,
@@ -368,7 +586,12 @@ impl GroupNorm {
         if groups == 0 || !channels.is_multiple_of(groups) {
             bail!("norm_num_groups {groups} does not divide {channels} channels");
         }
-        Ok(Self { weight: w.get("weight", &[channels])?, bias: w.get("bias", &[channels])?, groups, eps })
+        Ok(Self {
+            weight: w.get("weight", &[channels])?,
+            bias: w.get("bias", &[channels])?,
+            groups,
+            eps,
+        })
     }
 
     /// Normalises [b, h, w, c].
@@ -389,26 +612,61 @@ impl GroupNorm {
         self.of(&[&x])?.apply(&x, None, None, silu)
     }
 
-    /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c] each, contiguous.
+    /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c]
+    /// each, contiguous.
     pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
-        let Some(first) = parts.first() else { candle_core::bail!("a picture without parts") };
-        let statistics = measured(("group norm", [parts.iter().map(|x| x.elem_count()).sum(), 0, 0]), || match engine(first.device()) {
-            Engine::Cpu => {
-                let norm = cpu::GroupNorm { groups: self.groups, eps: self.eps };
-                norm.statistics(parts, &self.weight, &self.bias).map(Statistics::Cpu)
-            }
-            Engine::Gpu => {
-                // a copy, as a view would keep the whole part
-                let origin =
-                    if let [whole] = parts { (*whole).clone() } else { first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()? };
-                let sums = |x: &&Tensor| gpu::run(gpu::GroupSums { x: (*x).clone(), origin: origin.clone(), groups: self.groups });
-                let sums = Tensor::cat(&parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?, 1)?;
-                let pixels = parts.iter().map(|x| Ok(x.dim(1)? * x.dim(2)?)).sum::<TensorResult<usize>>()?;
-                Ok(Statistics::Gpu { sums, origin, pixels })
-            }
-            Engine::Plain => Ok(Statistics::Unknown),
-        })?;
-        Ok(Normal { norm: self, statistics })
+        let Some(first) = parts.first() else {
+            candle_core::bail!("a picture without parts")
+        };
+        let statistics = measured(
+            (
+                "group norm",
+                [parts.iter().map(|x| x.elem_count()).sum(), 0, 0],
+            ),
+            || match engine(first.device()) {
+                Engine::Cpu => {
+                    let norm = cpu::GroupNorm {
+                        groups: self.groups,
+                        eps: self.eps,
+                    };
+                    norm.statistics(parts, &self.weight, &self.bias)
+                        .map(Statistics::Cpu)
+                }
+                Engine::Gpu => {
+                    // a copy, as a view would keep the whole part
+                    let origin = if let [whole] = parts {
+                        (*whole).clone()
+                    } else {
+                        first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()?
+                    };
+                    let sums = |x: &&Tensor| {
+                        gpu::run(gpu::GroupSums {
+                            x: (*x).clone(),
+                            origin: origin.clone(),
+                            groups: self.groups,
+                        })
+                    };
+                    let sums = Tensor::cat(
+                        &parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?,
+                        1,
+                    )?;
+                    let pixels = parts
+                        .iter()
+                        .map(|x| Ok(x.dim(1)? * x.dim(2)?))
+                        .sum::<TensorResult<usize>>()?;
+                    Ok(Statistics::Gpu {
+                        sums,
+                        origin,
+                        pixels,
+                    })
+                }
+                Engine::Plain => Ok(Statistics::Unknown),
+            },
+        )?;
+        Ok(Normal {
+            norm: self,
+            statistics,
+        })
     }
 }
 
@@ -431,44 +689,96 @@ enum Statistics {
 }
 
 impl Normal<'_> {
-    /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows, w, c], perhaps
-    /// [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
-    pub fn forward_act(&self, x: &Tensor, above: Option<&Tensor>, below: Option<&Tensor>, activation: Activation) -> TensorResult<Tensor> {
+    /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows,
+    /// w, c], perhaps [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
+    pub fn forward_act(
+        &self,
+        x: &Tensor,
+        above: Option<&Tensor>,
+        below: Option<&Tensor>,
+        activation: Activation,
+    ) -> TensorResult<Tensor> {
         match activation {
             Activation::Silu => self.apply(x, above, below, true),
             other => other.forward(&self.apply(x, above, below, false)?),
         }
     }
 
-    fn apply(&self, x: &Tensor, above: Option<&Tensor>, below: Option<&Tensor>, silu: bool) -> TensorResult<Tensor> {
+    fn apply(
+        &self,
+        x: &Tensor,
+        above: Option<&Tensor>,
+        below: Option<&Tensor>,
+        silu: bool,
+    ) -> TensorResult<Tensor> {
         measured(("normalise", [x.elem_count(), 0, 0]), || {
-            let GroupNorm { weight, bias, groups, eps } = self.norm;
+            let GroupNorm {
+                weight,
+                bias,
+                groups,
+                eps,
+            } = self.norm;
             match &self.statistics {
-                Statistics::Cpu(affine) => x.apply_op1_no_bwd(&cpu::Normalise { affine, silu, above, below }),
-                Statistics::Gpu { sums, origin, pixels } => {
+                Statistics::Cpu(affine) => x.apply_op1_no_bwd(&cpu::Normalise {
+                    affine,
+                    silu,
+                    above,
+                    below,
+                }),
+                Statistics::Gpu {
+                    sums,
+                    origin,
+                    pixels,
+                } => {
                     let parts: Vec<&Tensor> = above.into_iter().chain([x]).chain(below).collect();
                     let x = Tensor::cat(&parts, 1)?;
-                    let (sums, origin, weight, bias) = (sums.clone(), origin.clone(), weight.clone(), bias.clone());
-                    gpu::run(gpu::GroupApply { x, origin, sums, weight, bias, pixels: *pixels, eps: *eps, silu })
+                    let (sums, origin, weight, bias) =
+                        (sums.clone(), origin.clone(), weight.clone(), bias.clone());
+                    gpu::run(gpu::GroupApply {
+                        x,
+                        origin,
+                        sums,
+                        weight,
+                        bias,
+                        pixels: *pixels,
+                        eps: *eps,
+                        silu,
+                    })
                 }
                 Statistics::Unknown => {
                     let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
-                    if silu { candle_nn::ops::silu(&y) } else { Ok(y) }
+                    if silu {
+                        candle_nn::ops::silu(&y)
+                    } else {
+                        Ok(y)
+                    }
                 }
             }
         })
     }
 }
 
-/// Group normalisation as a composition of candle's operations: the path of devices without a kernel, and its oracle.
-pub(super) fn group_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64) -> TensorResult<Tensor> {
+/// Group normalisation as a composition of candle's operations: the path of devices without a
+/// kernel, and its oracle.
+pub(super) fn group_norm_plain(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    groups: usize,
+    eps: f64,
+) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let dtype = x.dtype();
-    let x = x.to_dtype(candle_core::DType::F32)?.reshape((b, h * w, groups, c / groups))?;
+    let x = x
+        .to_dtype(candle_core::DType::F32)?
+        .reshape((b, h * w, groups, c / groups))?;
     let mean = x.mean_keepdim(3)?.mean_keepdim(1)?; // [b, 1, groups, 1]
     let x = x.broadcast_sub(&mean)?;
     let variance = x.sqr()?.mean_keepdim(3)?.mean_keepdim(1)?;
-    let x = x.broadcast_div(&(variance + eps)?.sqrt()?)?.reshape((b, h, w, c))?.to_dtype(dtype)?;
+    let x = x
+        .broadcast_div(&(variance + eps)?.sqrt()?)?
+        .reshape((b, h, w, c))?
+        .to_dtype(dtype)?;
     x.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
@@ -482,7 +792,11 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// Reads `weight` and `bias` [width].
     pub fn new(w: &Weights, width: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: w.get("weight", &[width])?, bias: w.get("bias", &[width])?, eps })
+        Ok(Self {
+            weight: w.get("weight", &[width])?,
+            bias: w.get("bias", &[width])?,
+            eps,
+        })
     }
 
     /// Normalises [.., width].
@@ -490,8 +804,16 @@ impl LayerNorm {
         measured(("layer norm", [x.elem_count(), 0, 0]), || {
             let Self { weight, bias, eps } = self;
             match engine(x.device()) {
-                Engine::Cpu => x.contiguous()?.apply_op3_no_bwd(weight, bias, &cpu::LayerNorm { eps: *eps }),
-                Engine::Gpu => gpu::run(gpu::LayerNorm { x: x.contiguous()?, weight: weight.clone(), bias: bias.clone(), eps: *eps }),
+                Engine::Cpu => {
+                    x.contiguous()?
+                        .apply_op3_no_bwd(weight, bias, &cpu::LayerNorm { eps: *eps })
+                }
+                Engine::Gpu => gpu::run(gpu::LayerNorm {
+                    x: x.contiguous()?,
+                    weight: weight.clone(),
+                    bias: bias.clone(),
+                    eps: *eps,
+                }),
                 Engine::Plain => layer_norm_plain(x, weight, bias, *eps),
             }
         })
@@ -499,7 +821,12 @@ impl LayerNorm {
 }
 
 /// The same by candle's own: the path of devices without a kernel, and its oracle.
-pub(super) fn layer_norm_plain(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> TensorResult<Tensor> {
+pub(super) fn layer_norm_plain(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> TensorResult<Tensor> {
     candle_nn::LayerNorm::new(weight.clone(), bias.clone(), eps).forward(x)
 }
 
@@ -524,7 +851,9 @@ impl Activation {
             "quick_gelu" => Self::QuickGelu,
             "relu" => Self::Relu,
             "mish" => Self::Mish,
-            other => bail!("`{key}` is `{other}`, which sdgen does not know\n\nhint: silu, gelu, quick_gelu, relu and mish are supported"),
+            other => bail!(
+                "`{key}` is `{other}`, which sdgen does not know\n\nhint: silu, gelu, quick_gelu, relu and mish are supported"
+            ),
         })
     }
 
@@ -540,24 +869,35 @@ impl Activation {
     }
 }
 
-/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width` as a composition of candle's operations: the path of
-/// devices without a kernel, and its oracle.
+/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width` as a composition of candle's
+/// operations: the path of devices without a kernel, and its oracle.
 pub(super) fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     if height == 2 * h && width == 2 * w {
-        let x = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?;
+        let x = x
+            .reshape((b, h, 1, w, 1, c))?
+            .broadcast_as((b, h, 2, w, 2, c))?;
         return x.reshape((b, height, width, c));
     }
-    let index = |to: usize, from: usize| Tensor::from_iter((0..to).map(|i| (i * from / to) as u32), x.device());
-    x.contiguous()?.index_select(&index(height, h)?, 1)?.index_select(&index(width, w)?, 2)
+    let index = |to: usize, from: usize| {
+        Tensor::from_iter((0..to).map(|i| (i * from / to) as u32), x.device())
+    };
+    x.contiguous()?
+        .index_select(&index(height, h)?, 1)?
+        .index_select(&index(width, w)?, 2)
 }
 
 /// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
 pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
-    measured(("concat", [a.elem_count() + b.elem_count(), 0, 0]), || match engine(a.device()) {
-        Engine::Cpu => a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat),
-        _ => Tensor::cat(&[a, b], 3),
-    })
+    measured(
+        ("concat", [a.elem_count() + b.elem_count(), 0, 0]),
+        || match engine(a.device()) {
+            Engine::Cpu => a
+                .contiguous()?
+                .apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat),
+            _ => Tensor::cat(&[a, b], 3),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -569,7 +909,10 @@ mod tests {
 
     /// The largest difference; NaN where there is one, which is what a kernel did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
-        values(&(a - b).unwrap().abs().unwrap()).into_iter().max_by(f32::total_cmp).unwrap()
+        values(&(a - b).unwrap().abs().unwrap())
+            .into_iter()
+            .max_by(f32::total_cmp)
+            .unwrap()
     }
 
     /// A case that is not tiled and in every way that it can be.
@@ -578,7 +921,11 @@ mod tests {
     }
 
     fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap()
+            .install(work)
     }
 
     fn values(x: &Tensor) -> Vec<f32> {
@@ -588,26 +935,52 @@ mod tests {
     fn group_norm(channels: usize, groups: usize) -> GroupNorm {
         let weight = Tensor::randn(1f32, 0.5, channels, &Device::Cpu).unwrap();
         let bias = Tensor::randn(0f32, 0.5, channels, &Device::Cpu).unwrap();
-        GroupNorm { weight, bias, groups, eps: 1e-5 }
+        GroupNorm {
+            weight,
+            bias,
+            groups,
+            eps: 1e-5,
+        }
     }
 
     fn layer_norm(width: usize) -> LayerNorm {
-        let GroupNorm { weight, bias, eps, .. } = group_norm(width, 1);
+        let GroupNorm {
+            weight, bias, eps, ..
+        } = group_norm(width, 1);
         LayerNorm { weight, bias, eps }
     }
 
     #[test]
     fn group_norm_kernel_equals_its_plain_composition() {
         let sizes = [(1, 1), (1, 7), (2, 3), (7, 5), (33, 17), (65, 67)];
-        let channels = [(1, 1), (8, 2), (12, 3), (7, 7), (32, 32), (20, 4), (330, 10)];
-        for (n, ((h, w), (c, groups))) in sizes.into_iter().flat_map(|s| channels.map(|c| (s, c))).enumerate() {
-            let x = (Tensor::randn(0f32, 1.0, (n % 3 + 1, h, w, c), &Device::Cpu).unwrap() + 3.0).unwrap();
+        let channels = [
+            (1, 1),
+            (8, 2),
+            (12, 3),
+            (7, 7),
+            (32, 32),
+            (20, 4),
+            (330, 10),
+        ];
+        for (n, ((h, w), (c, groups))) in sizes
+            .into_iter()
+            .flat_map(|s| channels.map(|c| (s, c)))
+            .enumerate()
+        {
+            let x = (Tensor::randn(0f32, 1.0, (n % 3 + 1, h, w, c), &Device::Cpu).unwrap() + 3.0)
+                .unwrap();
             let norm = group_norm(c, groups);
             let plain = group_norm_plain(&x, &norm.weight, &norm.bias, groups, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
-            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-4, "{h}x{w}, {c} in {groups}");
+            assert!(
+                worst(&norm.forward(&x).unwrap(), &plain) < 1e-4,
+                "{h}x{w}, {c} in {groups}"
+            );
             let silu = candle_nn::ops::silu(&plain).unwrap();
-            assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 1e-4, "{h}x{w}, {c} in {groups}, silu");
+            assert!(
+                worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 1e-4,
+                "{h}x{w}, {c} in {groups}, silu"
+            );
         }
     }
 
@@ -618,14 +991,36 @@ mod tests {
         let f64 = |x: &Tensor| x.to_dtype(candle_core::DType::F64).unwrap();
         let exact = |x: Tensor, over: &[usize], weight: &Tensor, bias: &Tensor| {
             let x = x.broadcast_sub(&x.mean_keepdim(over).unwrap()).unwrap();
-            let deviation = (x.sqr().unwrap().mean_keepdim(over).unwrap() + 1e-5).unwrap().sqrt().unwrap();
-            let x = x.broadcast_div(&deviation).unwrap().reshape((b, h, w, c)).unwrap();
-            x.broadcast_mul(&f64(weight)).unwrap().broadcast_add(&f64(bias)).unwrap().to_dtype(candle_core::DType::F32).unwrap()
+            let deviation = (x.sqr().unwrap().mean_keepdim(over).unwrap() + 1e-5)
+                .unwrap()
+                .sqrt()
+                .unwrap();
+            let x = x
+                .broadcast_div(&deviation)
+                .unwrap()
+                .reshape((b, h, w, c))
+                .unwrap();
+            x.broadcast_mul(&f64(weight))
+                .unwrap()
+                .broadcast_add(&f64(bias))
+                .unwrap()
+                .to_dtype(candle_core::DType::F32)
+                .unwrap()
         };
         let norm = group_norm(c, groups);
-        let plain = exact(f64(&x).reshape((b, h * w, groups, c / groups)).unwrap(), &[1, 3], &norm.weight, &norm.bias);
+        let plain = exact(
+            f64(&x).reshape((b, h * w, groups, c / groups)).unwrap(),
+            &[1, 3],
+            &norm.weight,
+            &norm.bias,
+        );
         assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-5);
-        assert!(worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &candle_nn::ops::silu(&plain).unwrap()) < 1e-5);
+        assert!(
+            worst(
+                &norm.forward_act(&x, Activation::Silu).unwrap(),
+                &candle_nn::ops::silu(&plain).unwrap()
+            ) < 1e-5
+        );
         let norm = layer_norm(c);
         let plain = exact(f64(&x), &[3], &norm.weight, &norm.bias);
         // its mean is an f32, and those near 1000 are 6e-5 apart
@@ -640,10 +1035,18 @@ mod tests {
             let bias = norm.bias.broadcast_as(x.shape()).unwrap();
             assert!(worst(&norm.forward(&x).unwrap(), &bias) < 1e-6);
             assert!(
-                worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &candle_nn::ops::silu(&bias.contiguous().unwrap()).unwrap()) < 1e-6
+                worst(
+                    &norm.forward_act(&x, Activation::Silu).unwrap(),
+                    &candle_nn::ops::silu(&bias.contiguous().unwrap()).unwrap()
+                ) < 1e-6
             );
             let norm = layer_norm(35);
-            assert!(worst(&norm.forward(&x).unwrap(), &norm.bias.broadcast_as(x.shape()).unwrap()) < 1e-6);
+            assert!(
+                worst(
+                    &norm.forward(&x).unwrap(),
+                    &norm.bias.broadcast_as(x.shape()).unwrap()
+                ) < 1e-6
+            );
         }
     }
 
@@ -653,7 +1056,9 @@ mod tests {
             let x = Tensor::randn(1f32, 2.0, (3, h, w, c), &Device::Cpu).unwrap();
             let (group, layer) = (group_norm(c, groups), layer_norm(c));
             let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] =
-                [&|x| group.forward_act(x, Activation::Silu).unwrap(), &|x| layer.forward(x).unwrap()];
+                [&|x| group.forward_act(x, Activation::Silu).unwrap(), &|x| {
+                    layer.forward(x).unwrap()
+                }];
             for norm in norms {
                 let all = values(&on(1, || norm(&x)));
                 assert!(all == values(&on(2, || norm(&x))));
@@ -679,38 +1084,87 @@ mod tests {
     #[test]
     fn convolution_kernel_equals_candles_own() {
         let sizes = [(1, 1), (2, 3), (9, 6), (17, 33), (65, 67)];
-        let kinds = [(3, 1, (1, 1)), (3, 2, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0)), (5, 1, (2, 2))];
-        for (((b, (h, w)), (size, stride, padding)), tile) in (1..).zip(sizes).flat_map(|s| kinds.map(|k| (s, k))).flat_map(tiled) {
+        let kinds = [
+            (3, 1, (1, 1)),
+            (3, 2, (1, 1)),
+            (3, 2, (0, 1)),
+            (1, 1, (0, 0)),
+            (5, 1, (2, 2)),
+        ];
+        for (((b, (h, w)), (size, stride, padding)), tile) in (1..)
+            .zip(sizes)
+            .flat_map(|s| kinds.map(|k| (s, k)))
+            .flat_map(tiled)
+        {
             let wrap = Wrap::default();
             wrap.set(tile);
             let (b, inputs, outputs) = (b % 3 + 1, if size == 3 { 35 } else { 5 }, 7);
             let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
-            let weight = Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
+            let weight =
+                Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
             let bias = Tensor::randn(0f32, 1.0, outputs, &Device::Cpu).unwrap();
             if h + padding.0 + padding.1 < size {
                 continue;
             }
-            let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, slope: None, size, stride, padding, wrap };
-            let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain].map(|like| like.rand_like(-1.0, 1.0).unwrap());
+            let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get())
+                .unwrap()
+                .broadcast_add(&bias)
+                .unwrap();
+            let conv = Conv2d {
+                kernel: Kernel::pack(&weight, false).unwrap(),
+                bias,
+                slope: None,
+                size,
+                stride,
+                padding,
+                wrap,
+            };
+            let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain]
+                .map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
-            assert!(worst(&conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(), &added) < 1e-4);
-            let shifts = (Tensor::arange(0f32, b as f32, &Device::Cpu).unwrap().unsqueeze(1).unwrap() * 3.0).unwrap();
+            assert!(
+                worst(
+                    &conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(),
+                    &added
+                ) < 1e-4
+            );
+            let shifts = (Tensor::arange(0f32, b as f32, &Device::Cpu)
+                .unwrap()
+                .unsqueeze(1)
+                .unwrap()
+                * 3.0)
+                .unwrap();
             let shifts = shifts.broadcast_add(&shift).unwrap(); // [b, outputs]
-            let added = plain.broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap()).unwrap();
+            let added = plain
+                .broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap())
+                .unwrap();
             assert!(worst(&conv.forward_add(&x, Some(&shifts), None).unwrap(), &added) < 1e-4);
             assert!(
                 worst(&conv.forward(&x).unwrap(), &plain) < 1e-4,
                 "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {tile:?}"
             );
             let added = leaky_plain(&(&plain + &residual).unwrap(), &shift).unwrap();
-            assert!(worst(&conv.leaky(shift).forward_add(&x, None, Some(&residual)).unwrap(), &added) < 1e-4);
+            assert!(
+                worst(
+                    &conv
+                        .leaky(shift)
+                        .forward_add(&x, None, Some(&residual))
+                        .unwrap(),
+                    &added
+                ) < 1e-4
+            );
         }
     }
 
     #[test]
     fn a_plain_convolution_in_parts_is_that_of_the_whole() {
-        let sizes = [(7, 5, 3, 1, (1, 1)), (9, 4, 3, 2, (1, 1)), (8, 6, 3, 2, (0, 1)), (5, 6, 1, 1, (0, 0)), (2, 9, 5, 1, (2, 2))];
+        let sizes = [
+            (7, 5, 3, 1, (1, 1)),
+            (9, 4, 3, 2, (1, 1)),
+            (8, 6, 3, 2, (0, 1)),
+            (5, 6, 1, 1, (0, 0)),
+            (2, 9, 5, 1, (2, 2)),
+        ];
         for ((h, w, size, stride, padding), tile) in sizes.into_iter().flat_map(tiled) {
             let wrap = Wrap::default();
             wrap.set(tile);
@@ -719,8 +1173,12 @@ mod tests {
             let whole = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap();
             let row = 2 * whole.dim(2).unwrap() * 3 * size * size;
             for unfolded in [0, row, 2 * row, 3 * row + 1, 100 * row] {
-                let parts = conv2d_in_parts(&x, &weight, stride, padding, wrap.get(), unfolded).unwrap();
-                assert!(worst(&parts, &whole) < 1e-5, "{h}x{w}, size {size}, stride {stride}, {tile:?}, {unfolded} at once");
+                let parts =
+                    conv2d_in_parts(&x, &weight, stride, padding, wrap.get(), unfolded).unwrap();
+                assert!(
+                    worst(&parts, &whole) < 1e-5,
+                    "{h}x{w}, size {size}, stride {stride}, {tile:?}, {unfolded} at once"
+                );
             }
         }
     }
@@ -728,15 +1186,32 @@ mod tests {
     #[test]
     fn concatenation_equals_candles_own() {
         for (h, w) in [(1, 1), (3, 5), (33, 65)] {
-            let [x, other] = [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
-            assert_eq!(worst(&concat(&x, &other).unwrap(), &Tensor::cat(&[&x, &other], 3).unwrap()), 0.0);
+            let [x, other] =
+                [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
+            assert_eq!(
+                worst(
+                    &concat(&x, &other).unwrap(),
+                    &Tensor::cat(&[&x, &other], 3).unwrap()
+                ),
+                0.0
+            );
         }
     }
 
     #[test]
     fn a_convolution_scales_its_input_as_its_plain_composition_does() {
-        let sizes = [((1, 1), (2, 2)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((33, 65), (66, 130)), ((2, 2), (1, 5)), ((9, 10), (19, 19))];
-        let cases = sizes.into_iter().flat_map(|s| [(s, 3), (s, 1)]).zip((1..=3).cycle());
+        let sizes = [
+            ((1, 1), (2, 2)),
+            ((3, 5), (6, 10)),
+            ((4, 3), (7, 5)),
+            ((33, 65), (66, 130)),
+            ((2, 2), (1, 5)),
+            ((9, 10), (19, 19)),
+        ];
+        let cases = sizes
+            .into_iter()
+            .flat_map(|s| [(s, 3), (s, 1)])
+            .zip((1..=3).cycle());
         for (((((h, w), (to_h, to_w)), size), b), tile) in cases.flat_map(tiled) {
             let wrap = Wrap::default();
             wrap.set(tile);
@@ -744,18 +1219,49 @@ mod tests {
             let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
             let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
             let padding = (size / 2, size / 2);
-            let plain =
-                conv2d_plain(&scale_plain(&x, to_h, to_w).unwrap(), &weight, 1, padding, wrap.get()).unwrap().broadcast_add(&bias).unwrap();
-            let conv = Conv2d { kernel: Kernel::pack(&weight, false).unwrap(), bias, slope: None, size, stride: 1, padding, wrap };
-            assert!(worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4, "{h}x{w} to {to_h}x{to_w}, {tile:?}");
+            let plain = conv2d_plain(
+                &scale_plain(&x, to_h, to_w).unwrap(),
+                &weight,
+                1,
+                padding,
+                wrap.get(),
+            )
+            .unwrap()
+            .broadcast_add(&bias)
+            .unwrap();
+            let conv = Conv2d {
+                kernel: Kernel::pack(&weight, false).unwrap(),
+                bias,
+                slope: None,
+                size,
+                stride: 1,
+                padding,
+                wrap,
+            };
+            assert!(
+                worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4,
+                "{h}x{w} to {to_h}x{to_w}, {tile:?}"
+            );
         }
     }
 
     #[test]
     fn product_kernel_equals_its_plain_composition() {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
-        for (m, k, n) in [(1, 1, 2), (3, 77, 6), (65, 33, 130), (4, 320, 66), (300, 300, 98), (257, 515, 640)] {
-            let (x, weight, bias, residual) = (random(&[m, k]), random(&[n, k]), random(&[n]), random(&[m, n]));
+        for (m, k, n) in [
+            (1, 1, 2),
+            (3, 77, 6),
+            (65, 33, 130),
+            (4, 320, 66),
+            (300, 300, 98),
+            (257, 515, 640),
+        ] {
+            let (x, weight, bias, residual) = (
+                random(&[m, k]),
+                random(&[n, k]),
+                random(&[n]),
+                random(&[m, n]),
+            );
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let stored = weight.to_dtype(dtype).unwrap();
                 let wide = stored.to_dtype(DType::F32).unwrap();
@@ -768,10 +1274,20 @@ mod tests {
                     (Some(&bias), None, true),
                 ] {
                     let weight = Kernel::pack(&stored, gated).unwrap();
-                    let layer = Linear { weight, bias: bias.cloned(), inputs: k, outputs: n, gated };
+                    let layer = Linear {
+                        weight,
+                        bias: bias.cloned(),
+                        inputs: k,
+                        outputs: n,
+                        gated,
+                    };
                     let plain = product_plain(&x, &wide, bias, residual, gated).unwrap();
                     let largest = worst(&plain, &plain.zeros_like().unwrap());
-                    assert!(worst(&layer.apply(&x, residual).unwrap(), &plain) < 2e-6 * largest.max(1.0), "{m} {k} {n} {dtype:?}");
+                    assert!(
+                        worst(&layer.apply(&x, residual).unwrap(), &plain)
+                            < 2e-6 * largest.max(1.0),
+                        "{m} {k} {n} {dtype:?}"
+                    );
                 }
             }
         }
@@ -781,9 +1297,18 @@ mod tests {
     fn products_and_attention_give_the_same_bits_on_any_number_of_threads() {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
         let (x, weight, bias) = (random(&[2, 700, 320]), random(&[640, 320]), random(&[640]));
-        let layer = Linear { weight: Kernel::pack(&weight, true).unwrap(), bias: Some(bias), inputs: 320, outputs: 640, gated: true };
+        let layer = Linear {
+            weight: Kernel::pack(&weight, true).unwrap(),
+            bias: Some(bias),
+            inputs: 320,
+            outputs: 640,
+            gated: true,
+        };
         let on = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             let y = pool.install(|| layer.forward(&x).unwrap());
             let y = pool.install(|| crate::nn::attention::attention(&y, &y, &y, 8).unwrap());
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()

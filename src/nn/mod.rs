@@ -1,8 +1,9 @@
 //! The layers that all networks are made of, on activations [b, h, w, c] and tokens [b, n, c].
 //!
-//! Read [`layers`] first; [`strips`] holds pictures that are too large to be held twice, [`attention`] is scaled dot-product attention without a whole score matrix, [`embed`] the
-//! sinusoidal timestep embedding, [`wrap`] seamless pictures, [`cost`] what each layer takes, `cpu` and `gpu` the fused kernels
-//! behind the layers.
+//! Read [`layers`] first; [`strips`] holds pictures that are too large to be held twice,
+//! [`attention`] is scaled dot-product attention without a whole score matrix, [`embed`] the
+//! sinusoidal timestep embedding, [`wrap`] seamless pictures, [`cost`] what each layer takes, `cpu`
+//! and `gpu` the fused kernels behind the layers.
 
 pub mod attention;
 pub mod cost;

@@ -1,4 +1,5 @@
-//! Seamless pictures: convolutions see the other end of a picture beyond its edge, where else they see zeros.
+//! Seamless pictures: convolutions see the other end of a picture beyond its edge, where else they
+//! see zeros.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -17,20 +18,28 @@ pub enum Tile {
     Xy,
 }
 
-/// Whether the pictures of a network are seamless. All its convolutions look here, so that it is told once.
+/// Whether the pictures of a network are seamless. All its convolutions look here, so that it is
+/// told once.
 #[derive(Debug, Clone, Default)]
 pub struct Wrap(Arc<[AtomicBool; 2]>);
 
 impl Wrap {
     /// From now on.
     pub fn set(&self, tile: Option<Tile>) {
-        self.store([matches!(tile, Some(Tile::Y | Tile::Xy)), matches!(tile, Some(Tile::X | Tile::Xy))]);
+        self.store([
+            matches!(tile, Some(Tile::Y | Tile::Xy)),
+            matches!(tile, Some(Tile::X | Tile::Xy)),
+        ]);
     }
 
-    /// Whether rows go on at the other end, and columns: what is above the first row is the last one.
+    /// Whether rows go on at the other end, and columns: what is above the first row is the last
+    /// one.
     pub fn get(&self) -> [bool; 2] {
         let Self(wraps) = self;
-        [wraps[0].load(Ordering::Relaxed), wraps[1].load(Ordering::Relaxed)]
+        [
+            wraps[0].load(Ordering::Relaxed),
+            wraps[1].load(Ordering::Relaxed),
+        ]
     }
 
     /// Does work on pictures that have edges.
@@ -43,6 +52,9 @@ impl Wrap {
     }
 
     fn store(&self, wraps: [bool; 2]) {
-        self.0.iter().zip(wraps).for_each(|(to, value)| to.store(value, Ordering::Relaxed));
+        self.0
+            .iter()
+            .zip(wraps)
+            .for_each(|(to, value)| to.store(value, Ordering::Relaxed));
     }
 }

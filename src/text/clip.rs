@@ -45,8 +45,13 @@ impl Default for ClipConfig {
 impl ClipConfig {
     /// Parses config.json; errors name what cannot be right.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = serde_json::from_value(value.clone()).context("the text encoder's config.json is damaged")?;
-        if config.num_attention_heads == 0 || !config.hidden_size.is_multiple_of(config.num_attention_heads) {
+        let config: Self = serde_json::from_value(value.clone())
+            .context("the text encoder's config.json is damaged")?;
+        if config.num_attention_heads == 0
+            || !config
+                .hidden_size
+                .is_multiple_of(config.num_attention_heads)
+        {
             bail!(
                 "num_attention_heads {} does not divide hidden_size {} of the text encoder",
                 config.num_attention_heads,
@@ -81,11 +86,18 @@ impl Clip {
         let activation = Activation::named(&config.hidden_act, "hidden_act")?;
         Ok(Self {
             tokens: embeddings.get("token_embedding.weight", &[config.vocab_size, hidden])?,
-            positions: embeddings.get("position_embedding.weight", &[config.max_position_embeddings, hidden])?,
+            positions: embeddings.get(
+                "position_embedding.weight",
+                &[config.max_position_embeddings, hidden],
+            )?,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Layer::new(&w.at(format!("encoder.layers.{i}")), config, activation))
                 .collect::<Result<_>>()?,
-            final_layer_norm: LayerNorm::new(&w.at("final_layer_norm"), hidden, config.layer_norm_eps)?,
+            final_layer_norm: LayerNorm::new(
+                &w.at("final_layer_norm"),
+                hidden,
+                config.layer_norm_eps,
+            )?,
             text_projection: None,
             eos_token_id: config.eos_token_id,
             vocab_size: config.vocab_size,
@@ -94,49 +106,80 @@ impl Clip {
 
     /// The same with `text_projection`, which [`Self::penultimate`] then applies.
     pub fn projected(w: &Weights, config: &ClipConfig) -> Result<Self> {
-        let projection = Linear::without_bias(&w.at("text_projection"), config.hidden_size, config.projection_dim)?;
-        Ok(Self { text_projection: Some(projection), ..Self::new(w, config)? })
+        let projection = Linear::without_bias(
+            &w.at("text_projection"),
+            config.hidden_size,
+            config.projection_dim,
+        )?;
+        Ok(Self {
+            text_projection: Some(projection),
+            ..Self::new(w, config)?
+        })
     }
 
     /// Has the ids from the vocabulary's end on stand for these [rows, hidden].
     pub fn learn(&mut self, rows: &[&Tensor]) -> Result<()> {
         let (dtype, device) = (self.tokens.dtype(), self.tokens.device().clone());
-        let rows = rows.iter().map(|rows| rows.to_dtype(dtype)?.to_device(&device)).collect::<TensorResult<Vec<_>>>()?;
+        let rows = rows
+            .iter()
+            .map(|rows| rows.to_dtype(dtype)?.to_device(&device))
+            .collect::<TensorResult<Vec<_>>>()?;
         if !rows.is_empty() {
-            self.tokens = Tensor::cat(&std::iter::once(&self.tokens).chain(&rows).collect::<Vec<_>>(), 0)?;
+            self.tokens = Tensor::cat(
+                &std::iter::once(&self.tokens)
+                    .chain(&rows)
+                    .collect::<Vec<_>>(),
+                0,
+            )?;
         }
         Ok(())
     }
 
-    /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last `skip` layers.
-    /// Errors if an id is outside of the vocabulary or `skip` is not below the number of layers.
+    /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last
+    /// `skip` layers. Errors if an id is outside of the vocabulary or `skip` is not below the
+    /// number of layers.
     pub fn forward(&self, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
         let depth = self.layers.len().saturating_sub(skip);
-        self.final_layer_norm.forward(&self.run(self.embed(ids)?, 0..depth)?)
+        self.final_layer_norm
+            .forward(&self.run(self.embed(ids)?, 0..depth)?)
     }
 
-    /// Token ids [n] -> hidden states [1, n, hidden] as they enter the last layer, or one `skip` layers before it, without
-    /// the final norm; and of an encoder with a projection that of the whole text, [1, projection]. Errors as `forward`.
+    /// Token ids [n] -> hidden states [1, n, hidden] as they enter the last layer, or one `skip`
+    /// layers before it, without the final norm; and of an encoder with a projection that of the
+    /// whole text, [1, projection]. Errors as `forward`.
     pub fn penultimate(&self, ids: &[u32], skip: usize) -> TensorResult<(Tensor, Option<Tensor>)> {
         let depth = self.layers.len().saturating_sub(1 + skip);
         let hidden = self.run(self.embed(ids)?, 0..depth)?;
-        let Some(projection) = &self.text_projection else { return Ok((hidden, None)) };
+        let Some(projection) = &self.text_projection else {
+            return Ok((hidden, None));
+        };
         let last = self.run(hidden.clone(), depth..self.layers.len())?;
-        let end = self.final_layer_norm.forward(&last.narrow(1, self.end(ids), 1)?)?.squeeze(1)?; // [1, hidden]
+        let end = self
+            .final_layer_norm
+            .forward(&last.narrow(1, self.end(ids), 1)?)?
+            .squeeze(1)?; // [1, hidden]
         Ok((hidden, Some(projection.forward(&end)?)))
     }
 
-    /// Where the text ends, whose state stands for all of it: padding may be the same token, and learned ones are larger.
+    /// Where the text ends, whose state stands for all of it: padding may be the same token, and
+    /// learned ones are larger.
     fn end(&self, ids: &[u32]) -> usize {
         let usual = ids.iter().filter(|id| (**id as usize) < self.vocab_size);
-        let end = if self.eos_token_id == WRONG_EOS { usual.max() } else { Some(&self.eos_token_id) };
+        let end = if self.eos_token_id == WRONG_EOS {
+            usual.max()
+        } else {
+            Some(&self.eos_token_id)
+        };
         ids.iter().position(|id| Some(id) == end).unwrap_or(0)
     }
 
     /// Token ids [n] -> [1, n, hidden].
     fn embed(&self, ids: &[u32]) -> TensorResult<Tensor> {
         let positions = self.positions.narrow(0, 0, ids.len())?;
-        self.tokens.index_select(&Tensor::new(ids, self.tokens.device())?, 0)?.add(&positions)?.unsqueeze(0)
+        self.tokens
+            .index_select(&Tensor::new(ids, self.tokens.device())?, 0)?
+            .add(&positions)?
+            .unsqueeze(0)
     }
 
     /// [1, n, hidden] through some of the layers.
@@ -151,7 +194,15 @@ impl Clip {
 
 /// [n, n]: 0 where a token may look, minus infinity ahead of it.
 fn causal_mask(n: usize, device: &Device) -> TensorResult<Tensor> {
-    let values: Vec<f32> = (0..n * n).map(|i| if i % n > i / n { f32::NEG_INFINITY } else { 0.0 }).collect();
+    let values: Vec<f32> = (0..n * n)
+        .map(|i| {
+            if i % n > i / n {
+                f32::NEG_INFINITY
+            } else {
+                0.0
+            }
+        })
+        .collect();
     Tensor::from_vec(values, (n, n), device)
 }
 
@@ -170,7 +221,11 @@ struct Layer {
 
 impl Layer {
     fn new(w: &Weights, config: &ClipConfig, activation: Activation) -> Result<Self> {
-        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let (hidden, inner, eps) = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.layer_norm_eps,
+        );
         let projection = |name: &str| Linear::new(&w.at("self_attn").at(name), hidden, hidden);
         Ok(Self {
             layer_norm1: LayerNorm::new(&w.at("layer_norm1"), hidden, eps)?,
@@ -188,9 +243,18 @@ impl Layer {
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> TensorResult<Tensor> {
         let h = self.layer_norm1.forward(x)?;
-        let (q, k, v) = (self.q_proj.forward(&h)?, self.k_proj.forward(&h)?, self.v_proj.forward(&h)?);
-        let x = (x + self.out_proj.forward(&attention_plain(&q, &k, &v, self.heads, Some(mask))?)?)?;
-        let h = self.activation.forward(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
+        let (q, k, v) = (
+            self.q_proj.forward(&h)?,
+            self.k_proj.forward(&h)?,
+            self.v_proj.forward(&h)?,
+        );
+        let x =
+            (x + self
+                .out_proj
+                .forward(&attention_plain(&q, &k, &v, self.heads, Some(mask))?)?)?;
+        let h = self
+            .activation
+            .forward(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
         x + self.fc2.forward(&h)?
     }
 }

@@ -14,7 +14,8 @@ use std::sync::Arc;
 /// What a U-Net is told of a prompt.
 #[derive(Clone)]
 pub struct Embedded {
-    /// token ids of all encoders, one after the other, those of learned words all the same; none for nothing at all
+    /// token ids of all encoders, one after the other, those of learned words all the same; none
+    /// for nothing at all
     pub ids: Vec<u32>,
     /// [1, n, d]
     pub context: Tensor,
@@ -36,7 +37,11 @@ impl Embedded {
 
     /// Nothing at all, in the shape of this.
     pub fn zeros_like(&self) -> TensorResult<Self> {
-        Ok(Self { ids: vec![], context: self.context.zeros_like()?, pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()? })
+        Ok(Self {
+            ids: vec![],
+            context: self.context.zeros_like()?,
+            pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()?,
+        })
     }
 }
 
@@ -47,27 +52,41 @@ pub struct EncoderConfig(Vec<(&'static str, ClipConfig)>);
 impl EncoderConfig {
     /// Parses the configuration of every text encoder.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        let there = ENCODERS.into_iter().filter(|name| checkpoint.configs.contains_key(*name));
-        Ok(Self(there.map(|name| Ok((name, ClipConfig::from_json(checkpoint.config(name)?)?))).collect::<Result<_>>()?))
+        let there = ENCODERS
+            .into_iter()
+            .filter(|name| checkpoint.configs.contains_key(*name));
+        Ok(Self(
+            there
+                .map(|name| Ok((name, ClipConfig::from_json(checkpoint.config(name)?)?)))
+                .collect::<Result<_>>()?,
+        ))
     }
 
     /// Width of the pooled embedding: none unless there is a second encoder, which projects.
     pub fn pooled(&self) -> Option<usize> {
-        self.0.iter().find(|(name, _)| *name == ENCODERS[1]).map(|(_, config)| config.projection_dim)
+        self.0
+            .iter()
+            .find(|(name, _)| *name == ENCODERS[1])
+            .map(|(_, config)| config.projection_dim)
     }
 
     /// How many layers can be counted back from the last one that is used.
     pub fn layers(&self) -> usize {
         let unused = usize::from(self.pooled().is_some());
-        self.0.iter().map(|(_, config)| config.num_hidden_layers.saturating_sub(unused)).min().unwrap_or(0)
+        self.0
+            .iter()
+            .map(|(_, config)| config.num_hidden_layers.saturating_sub(unused))
+            .min()
+            .unwrap_or(0)
     }
 
-    /// The tokenizer of each encoder, which knows the checkpoint's embeddings too: their ids follow the vocabulary's. Errors if
-    /// one of them is not made for these encoders.
+    /// The tokenizer of each encoder, which knows the checkpoint's embeddings too: their ids follow
+    /// the vocabulary's. Errors if one of them is not made for these encoders.
     fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
         let tokenizer = |(name, config): &(&'static str, ClipConfig)| {
-            let source =
-                checkpoint.tokenizers.get(*name).with_context(|| format!("`{}` has no tokenizer for its {name}", checkpoint.name))?;
+            let source = checkpoint.tokenizers.get(*name).with_context(|| {
+                format!("`{}` has no tokenizer for its {name}", checkpoint.name)
+            })?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
             let mut next = config.vocab_size as u32;
             for embedding in &checkpoint.embeddings {
@@ -86,7 +105,8 @@ impl EncoderConfig {
         self.0.iter().map(tokenizer).collect()
     }
 
-    /// What finds the checkpoint's embeddings in prompts; none where it has none. Errors as [`Self::tokenizers`].
+    /// What finds the checkpoint's embeddings in prompts; none where it has none. Errors as
+    /// [`Self::tokenizers`].
     pub fn finder(&self, checkpoint: &Checkpoint) -> Result<Option<Finder>> {
         if checkpoint.embeddings.is_empty() {
             return Ok(None);
@@ -126,18 +146,38 @@ impl Encoder {
     pub fn new(checkpoint: &Checkpoint, config: &EncoderConfig, compute: &Compute) -> Result<Self> {
         let part = |((name, config), tokenizer): (&(&'static str, ClipConfig), Tokenizer)| {
             let weights = checkpoint.weights(name, &compute.device, compute.dtype);
-            let mut clip = if *name == ENCODERS[1] { Clip::projected(&weights, config) } else { Clip::new(&weights, config) }?;
-            let learned = checkpoint.embeddings.iter().map(|embedding| embedding.rows(name, config.hidden_size));
+            let mut clip = if *name == ENCODERS[1] {
+                Clip::projected(&weights, config)
+            } else {
+                Clip::new(&weights, config)
+            }?;
+            let learned = checkpoint
+                .embeddings
+                .iter()
+                .map(|embedding| embedding.rows(name, config.hidden_size));
             clip.learn(&learned.collect::<Result<Vec<_>>>()?)?;
             Ok((tokenizer, clip, config.clone()))
         };
         let tokenizers = config.tokenizers(checkpoint)?;
-        Ok(Self { parts: config.0.iter().zip(tokenizers).map(part).collect::<Result<_>>()?, is_pooled: config.pooled().is_some() })
+        Ok(Self {
+            parts: config
+                .0
+                .iter()
+                .zip(tokenizers)
+                .map(part)
+                .collect::<Result<_>>()?,
+            is_pooled: config.pooled().is_some(),
+        })
     }
 
-    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and what of it did not fit, which
-    /// is none in A1111's syntax. Errors if that cannot be read.
-    pub fn encode(&self, text: &str, skip: usize, syntax: Syntax) -> Result<(Embedded, Option<String>)> {
+    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and
+    /// what of it did not fit, which is none in A1111's syntax. Errors if that cannot be read.
+    pub fn encode(
+        &self,
+        text: &str,
+        skip: usize,
+        syntax: Syntax,
+    ) -> Result<(Embedded, Option<String>)> {
         let pieces = match syntax {
             Syntax::A1111 => Some(pieces(text)?),
             Syntax::Plain => None,
@@ -149,7 +189,10 @@ impl Encoder {
                 None => {
                     let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
                     rest = rest.or(tokens.cut);
-                    vec![Chunk { weights: vec![1.0; tokens.ids.len()], ids: tokens.ids }]
+                    vec![Chunk {
+                        weights: vec![1.0; tokens.ids.len()],
+                        ids: tokens.ids,
+                    }]
                 }
             };
             let mut hidden = vec![];
@@ -166,18 +209,33 @@ impl Encoder {
             }
             contexts.push(Tensor::cat(&hidden, 1)?);
         }
-        Ok((Embedded { ids, context: Tensor::cat(&contexts, 2)?, pooled: whole }, rest))
+        Ok((
+            Embedded {
+                ids,
+                context: Tensor::cat(&contexts, 2)?,
+                pooled: whole,
+            },
+            rest,
+        ))
     }
 }
 
-/// [1, n, d] with each token's embedding times its weight [n], and the mean of all that it had before.
+/// [1, n, d] with each token's embedding times its weight [n], and the mean of all that it had
+/// before.
 fn weighted(hidden: &Tensor, weights: &[f32]) -> TensorResult<Tensor> {
     if weights.iter().all(|weight| *weight == 1.0) {
         return Ok(hidden.clone());
     }
-    let weights = Tensor::new(weights, hidden.device())?.to_dtype(hidden.dtype())?.reshape((1, (), 1))?;
+    let weights = Tensor::new(weights, hidden.device())?
+        .to_dtype(hidden.dtype())?
+        .reshape((1, (), 1))?;
     let scaled = hidden.broadcast_mul(&weights)?;
     let mean = |x: &Tensor| x.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
     let ratio = mean(hidden)? / mean(&scaled)?;
-    &scaled * if ratio.is_finite() { f64::from(ratio) } else { 1.0 }
+    &scaled
+        * if ratio.is_finite() {
+            f64::from(ratio)
+        } else {
+            1.0
+        }
 }

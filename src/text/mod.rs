@@ -1,5 +1,5 @@
-//! From a prompt to the embedding that the U-Net attends to: [`prompt`], then [`tokenizer`], then [`clip`], put together in
-//! [`encoder`].
+//! From a prompt to the embedding that the U-Net attends to: [`prompt`], then [`tokenizer`], then
+//! [`clip`], put together in [`encoder`].
 
 pub mod clip;
 pub mod encoder;

@@ -1,7 +1,9 @@
-//! The grammar of prompts that people paste, A1111's: weights, parts that change on the way, several prompts at once.
+//! The grammar of prompts that people paste, A1111's: weights, parts that change on the way,
+//! several prompts at once.
 //!
-//! Pure text: what becomes of it in tokens is [`super::tokenizer`]'s, in embeddings [`super::encoder`]'s. Whatever is no
-//! syntax stands for itself, as there; the errors are numbers that are none, and they name the place.
+//! Pure text: what becomes of it in tokens is [`super::tokenizer`]'s, in embeddings
+//! [`super::encoder`]'s. Whatever is no syntax stands for itself, as there; the errors are numbers
+//! that are none, and they name the place.
 
 use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
@@ -20,8 +22,8 @@ const MAX_DEPTH: usize = 64;
 pub enum Syntax {
     /// with weights and the rest, in as many chunks of tokens as it needs
     A1111,
-    /// every character for itself, cut where the model's tokens end, as diffusers does; pictures of older versions do not
-    /// say it
+    /// every character for itself, cut where the model's tokens end, as diffusers does; pictures of
+    /// older versions do not say it
     #[default]
     Plain,
 }
@@ -48,32 +50,54 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Reads a prompt and a negative one for a run of so many steps, and perhaps one that it goes to. Errors name what cannot
-    /// be read, and where.
-    pub fn parse(prompt: &Arc<str>, negative: &Arc<str>, to: Option<(&Arc<str>, f64)>, syntax: Syntax, steps: usize) -> Result<Self> {
+    /// Reads a prompt and a negative one for a run of so many steps, and perhaps one that it goes
+    /// to. Errors name what cannot be read, and where.
+    pub fn parse(
+        prompt: &Arc<str>,
+        negative: &Arc<str>,
+        to: Option<(&Arc<str>, f64)>,
+        syntax: Syntax,
+        steps: usize,
+    ) -> Result<Self> {
         let one = |text: &Arc<str>| match syntax {
             Syntax::A1111 => Changing::parse(text, steps),
             Syntax::Plain => Ok(Changing::never(text.clone())),
         };
         let parts = match syntax {
             Syntax::A1111 => composed(prompt, steps)?,
-            Syntax::Plain => vec![Composed { prompt: one(prompt)?, weight: 1.0 }],
+            Syntax::Plain => vec![Composed {
+                prompt: one(prompt)?,
+                weight: 1.0,
+            }],
         };
-        let to = to.map(|(text, share)| Ok::<_, anyhow::Error>((one(text)?, share))).transpose()?;
+        let to = to
+            .map(|(text, share)| Ok::<_, anyhow::Error>((one(text)?, share)))
+            .transpose()?;
         ensure!(
             to.is_none() || parts.len() == 1,
             "prompts that `AND` joins cannot go to another\n\nhint: write it in lower case, or leave `--to` out"
         );
-        let prompts = Self { parts, negative: one(negative)?, to };
+        let prompts = Self {
+            parts,
+            negative: one(negative)?,
+            to,
+        };
         if syntax == Syntax::A1111 {
-            prompts.texts().try_for_each(|text| pieces(text).map(|_| ()))?;
+            prompts
+                .texts()
+                .try_for_each(|text| pieces(text).map(|_| ()))?;
         }
         Ok(prompts)
     }
 
     /// Every text of every step.
     pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
-        let prompts = self.parts.iter().map(|part| &part.prompt).chain([&self.negative]).chain(self.to.iter().map(|(to, _)| to));
+        let prompts = self
+            .parts
+            .iter()
+            .map(|part| &part.prompt)
+            .chain([&self.negative])
+            .chain(self.to.iter().map(|(to, _)| to));
         prompts.flat_map(Changing::texts)
     }
 }
@@ -85,7 +109,8 @@ pub struct Composed {
     pub weight: f64,
 }
 
-/// A prompt that may change from step to step: from which step on, from 0, which text. The first begins at 0.
+/// A prompt that may change from step to step: from which step on, from 0, which text. The first
+/// begins at 0.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Changing(Vec<(usize, Arc<str>)>);
 
@@ -124,7 +149,8 @@ impl Changing {
     }
 }
 
-/// The prompts that `AND` joins (Liu et al. 2022, arXiv 2206.01714), with the weights behind them (`a cat AND a dog:0.5`).
+/// The prompts that `AND` joins (Liu et al. 2022, arXiv 2206.01714), with the weights behind them
+/// (`a cat AND a dog:0.5`).
 fn composed(prompt: &str, steps: usize) -> Result<Vec<Composed>> {
     let mut parts = vec![];
     let mut rest = prompt;
@@ -135,11 +161,19 @@ fn composed(prompt: &str, steps: usize) -> Result<Vec<Composed>> {
     parts.push(rest);
     let is_one = parts.len() == 1;
     let part = |text: &str| {
-        let (text, weight) = match text.rsplit_once(':').map(|(text, number)| (text, number.trim())) {
-            Some((before, number)) if !is_one && is_plain_number(number) => (before, number.parse().unwrap_or(1.0)),
+        let (text, weight) = match text
+            .rsplit_once(':')
+            .map(|(text, number)| (text, number.trim()))
+        {
+            Some((before, number)) if !is_one && is_plain_number(number) => {
+                (before, number.parse().unwrap_or(1.0))
+            }
             _ => (text, 1.0),
         };
-        Ok(Composed { prompt: Changing::parse(text, steps)?, weight })
+        Ok(Composed {
+            prompt: Changing::parse(text, steps)?,
+            weight,
+        })
     };
     parts.into_iter().map(part).collect()
 }
@@ -154,12 +188,14 @@ fn is_plain_number(text: &str) -> bool {
 /// Where a word stands by itself.
 fn word(text: &str, wanted: &str) -> Option<usize> {
     let is_letter = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
-    text.match_indices(wanted)
-        .map(|(at, _)| at)
-        .find(|at| !is_letter(text[..*at].chars().next_back()) && !is_letter(text[at + wanted.len()..].chars().next()))
+    text.match_indices(wanted).map(|(at, _)| at).find(|at| {
+        !is_letter(text[..*at].chars().next_back())
+            && !is_letter(text[at + wanted.len()..].chars().next())
+    })
 }
 
-/// Reads the weights of a prompt. Brackets that are never closed reach to its end. Errors name a weight that is no number.
+/// Reads the weights of a prompt. Brackets that are never closed reach to its end. Errors name a
+/// weight that is no number.
 pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
     let mut pieces: Vec<Piece> = vec![];
     // where brackets have been opened, in pieces
@@ -171,7 +207,10 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
         match c {
             '\\' => {
                 // it takes the meaning from what follows, and goes away
-                let escaped = rest[1..].chars().next().filter(|next| r"()[]\".contains(*next));
+                let escaped = rest[1..]
+                    .chars()
+                    .next()
+                    .filter(|next| r"()[]\".contains(*next));
                 length += escaped.map_or(0, char::len_utf8);
                 push(&mut pieces, &rest[1..length]);
             }
@@ -182,7 +221,10 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
             ':' if !round.is_empty() && weight_length(rest).is_some() => {
                 length = weight_length(rest).unwrap_or(1);
                 let number = rest[1..length - 1].trim();
-                let weight = number.parse().ok().filter(|weight: &f32| weight.is_finite());
+                let weight = number
+                    .parse()
+                    .ok()
+                    .filter(|weight: &f32| weight.is_finite());
                 let Some(weight) = weight else {
                     let place = prompt[..at].chars().count() + 2;
                     bail!(
@@ -193,7 +235,9 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
             }
             ')' | ']' | ':' => push(&mut pieces, &rest[..length]),
             _ => {
-                length = rest.find(['\\', '(', ')', '[', ']', ':']).unwrap_or(rest.len());
+                length = rest
+                    .find(['\\', '(', ')', '[', ']', ':'])
+                    .unwrap_or(rest.len());
                 let mut text = &rest[..length];
                 while let Some(place) = word(text, "BREAK") {
                     push(&mut pieces, text[..place].trim_end());
@@ -205,14 +249,24 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
         }
         at += length;
     }
-    for (opened, factor) in round.into_iter().map(|at| (at, ROUND)).chain(square.into_iter().map(|at| (at, SQUARE))) {
+    for (opened, factor) in round
+        .into_iter()
+        .map(|at| (at, ROUND))
+        .chain(square.into_iter().map(|at| (at, SQUARE)))
+    {
         multiply(&mut pieces, Some(opened), factor);
     }
     // neighbours of one weight are one text, whose words may run on
     let mut joined: Vec<Piece> = vec![];
     for piece in pieces {
         match (joined.last_mut(), piece) {
-            (Some(Piece::Text { text, weight }), Piece::Text { text: more, weight: other }) if *weight == other => text.push_str(&more),
+            (
+                Some(Piece::Text { text, weight }),
+                Piece::Text {
+                    text: more,
+                    weight: other,
+                },
+            ) if *weight == other => text.push_str(&more),
             (_, piece) => joined.push(piece),
         }
     }
@@ -220,7 +274,10 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
 }
 
 fn push(pieces: &mut Vec<Piece>, text: &str) {
-    pieces.push(Piece::Text { text: text.into(), weight: 1.0 });
+    pieces.push(Piece::Text {
+        text: text.into(),
+        weight: 1.0,
+    });
 }
 
 fn multiply(pieces: &mut [Piece], from: Option<usize>, factor: f32) {
@@ -236,8 +293,13 @@ fn weight_length(text: &str) -> Option<usize> {
     let after = text.strip_prefix(':')?;
     let number = after.trim_start();
     let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
-    let length = digits.find(|c: char| !c.is_ascii_digit() && c != '.').filter(|length| *length > 0)?;
-    digits[length..].trim_start().strip_prefix(')').map(|rest| text.len() - rest.len())
+    let length = digits
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .filter(|length| *length > 0)?;
+    digits[length..]
+        .trim_start()
+        .strip_prefix(')')
+        .map(|rest| text.len() - rest.len())
 }
 
 /// A part of a prompt that may change.
@@ -258,8 +320,16 @@ impl Node {
         let mut write = |nodes: &[Node]| nodes.iter().for_each(|node| node.write(step, to));
         match self {
             Self::Text(text) => to.push_str(text),
-            Self::Switch { before, after, step: at } => write(if step < *at { before } else { after }),
-            Self::Turns(turns) => write(turns.get(step % turns.len().max(1)).map_or(&[], Vec::as_slice)),
+            Self::Switch {
+                before,
+                after,
+                step: at,
+            } => write(if step < *at { before } else { after }),
+            Self::Turns(turns) => write(
+                turns
+                    .get(step % turns.len().max(1))
+                    .map_or(&[], Vec::as_slice),
+            ),
         }
     }
 }
@@ -272,7 +342,10 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(text: &'a str) -> Self {
-        Self { rest: text, depth: 0 }
+        Self {
+            rest: text,
+            depth: 0,
+        }
     }
 
     fn nodes(&mut self, prompt: &str, steps: usize) -> Result<Vec<Node>> {
@@ -349,27 +422,47 @@ impl<'a> Reader<'a> {
         self.depth -= 1;
         let has = |c: char| separators.iter().all(|other| *other == c) && !separators.is_empty();
         if closed && has('|') {
-            return Ok(vec![Node::Turns(parts.into_iter().map(|(nodes, _)| nodes).collect())]);
+            return Ok(vec![Node::Turns(
+                parts.into_iter().map(|(nodes, _)| nodes).collect(),
+            )]);
         }
         let when = parts.last().map_or("", |(_, text)| text.trim());
-        if closed && has(':') && parts.len() <= 3 && when.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        if closed
+            && has(':')
+            && parts.len() <= 3
+            && when.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+        {
             let place = prompt.len() - begun.len();
-            let place = prompt.get(..place).map_or(0, |before| before.chars().count()) + 1;
+            let place = prompt
+                .get(..place)
+                .map_or(0, |before| before.chars().count())
+                + 1;
             let at = when.parse().ok().filter(|at: &f64| at.is_finite());
             let hint = "a share of the steps below 1, or a step: `[cat:dog:0.5]`, `[cat:dog:12]`";
-            ensure!(at.is_some(), "`{when}` is no step, in the brackets at character {place} of the prompt `{prompt}`\n\nhint: {hint}");
+            ensure!(
+                at.is_some(),
+                "`{when}` is no step, in the brackets at character {place} of the prompt `{prompt}`\n\nhint: {hint}"
+            );
             let at = at.unwrap_or(0.0);
             let share = at < 1.0 || when.contains('.');
             let step = if share { at * steps as f64 } else { at } as usize;
             parts.pop();
             let after = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
             let before = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
-            return Ok(vec![Node::Switch { before, after, step }]);
+            return Ok(vec![Node::Switch {
+                before,
+                after,
+                step,
+            }]);
         }
         // weights, or nothing that is known: as it was typed, with what changes inside
         let mut nodes = vec![Node::Text(opening.into())];
         for (i, (part, _)) in parts.into_iter().enumerate() {
-            nodes.extend(i.checked_sub(1).and_then(|i| separators.get(i)).map(|c| Node::Text(c.to_string())));
+            nodes.extend(
+                i.checked_sub(1)
+                    .and_then(|i| separators.get(i))
+                    .map(|c| Node::Text(c.to_string())),
+            );
             nodes.extend(part);
         }
         nodes.extend(closed.then(|| Node::Text("]".into())));

@@ -1,7 +1,8 @@
-//! Textual inversion (Gal et al. 2022, arXiv 2208.01618): vectors that were learned for a word of the prompt.
+//! Textual inversion (Gal et al. 2022, arXiv 2208.01618): vectors that were learned for a word of
+//! the prompt.
 //!
-//! Hides in which of the formats of A1111, diffusers and kohya a file holds them. How they are found in a prompt is
-//! [`crate::text::tokenizer`]'s.
+//! Hides in which of the formats of A1111, diffusers and kohya a file holds them. How they are
+//! found in a prompt is [`crate::text::tokenizer`]'s.
 
 use super::ENCODERS;
 use super::names::{self, Layout};
@@ -15,7 +16,8 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Names of pairs for SDXL's two encoders: kohya's and A1111's, and those of diffusers' training scripts.
+/// Names of pairs for SDXL's two encoders: kohya's and A1111's, and those of diffusers' training
+/// scripts.
 const PAIRS: [[&str; 2]; 2] = [["clip_l", "clip_g"], ["text_encoders_0", "text_encoders_1"]];
 
 /// A word that a model has learned beyond its vocabulary.
@@ -34,15 +36,28 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Reads that of `FILE:TOKEN`, as `--embedding` has it, or of `FILE`, whose token is the file's name without extension.
-    /// Errors say what the file is if it is no embedding.
+    /// Reads that of `FILE:TOKEN`, as `--embedding` has it, or of `FILE`, whose token is the file's
+    /// name without extension. Errors say what the file is if it is no embedding.
     pub fn asked(text: &OsStr) -> Result<Self> {
-        let split = text.to_str().filter(|text| !Path::new(text).exists()).and_then(|text| text.rsplit_once(':'));
-        let (path, token) = split.map_or((Path::new(text), None), |(path, token)| (Path::new(path), Some(token)));
-        let stem = || path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let split = text
+            .to_str()
+            .filter(|text| !Path::new(text).exists())
+            .and_then(|text| text.rsplit_once(':'));
+        let (path, token) = split.map_or((Path::new(text), None), |(path, token)| {
+            (Path::new(path), Some(token))
+        });
+        let stem = || {
+            path.file_stem()
+                .map(|stem| stem.to_string_lossy().into_owned())
+                .unwrap_or_default()
+        };
         let token = token.map_or_else(stem, |token| token.trim().into());
         let file = path.display().to_string();
-        ensure!(!token.is_empty(), "`{}` names no token\n\nhint: `--embedding FILE:TOKEN`", text.display());
+        ensure!(
+            !token.is_empty(),
+            "`{}` names no token\n\nhint: `--embedding FILE:TOKEN`",
+            text.display()
+        );
         ensure!(
             path.is_file(),
             "there is no file `{file}`\n\nhint: `--embedding` takes a .safetensors file, and perhaps its word in prompts: FILE:TOKEN"
@@ -52,17 +67,36 @@ impl Embedding {
         let mut parts = BTreeMap::new();
         for (encoder, key) in keys {
             let tensor = source.read(&key)?;
-            parts.insert(encoder, if tensor.rank() == 1 { tensor.unsqueeze(0)? } else { tensor });
+            parts.insert(
+                encoder,
+                if tensor.rank() == 1 {
+                    tensor.unsqueeze(0)?
+                } else {
+                    tensor
+                },
+            );
         }
-        let counts: Vec<usize> = parts.values().map(|part| part.dim(0)).collect::<Result<_, _>>()?;
+        let counts: Vec<usize> = parts
+            .values()
+            .map(|part| part.dim(0))
+            .collect::<Result<_, _>>()?;
         let vectors = counts.first().copied().unwrap_or(0);
         if vectors == 0 || counts.iter().any(|n| *n != vectors) {
             let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
-            bail!("`{file}` has {} vectors\n\nhint: fetch it again; it is no embedding that could be used", counts.join(" and "));
+            bail!(
+                "`{file}` has {} vectors\n\nhint: fetch it again; it is no embedding that could be used",
+                counts.join(" and ")
+            );
         }
         let whole = std::fs::read(path).with_context(|| format!("cannot read `{file}`"))?;
         let hash = hex(&Sha256::digest(whole));
-        Ok(Self { token: token.into(), hash: hash.into(), file, vectors, parts })
+        Ok(Self {
+            token: token.into(),
+            hash: hash.into(),
+            file,
+            vectors,
+            parts,
+        })
     }
 
     /// Whether that is what a file holds, by its header.
@@ -72,7 +106,10 @@ impl Embedding {
 
     /// Numbers in a vector, of each encoder.
     pub fn widths(&self) -> Vec<usize> {
-        self.parts.values().filter_map(|part| part.dim(1).ok()).collect()
+        self.parts
+            .values()
+            .filter_map(|part| part.dim(1).ok())
+            .collect()
     }
 
     /// The models that are made for such widths.
@@ -85,9 +122,13 @@ impl Embedding {
         }
     }
 
-    /// The vectors for an encoder of this width, [vectors, width]. Errors if it has none, or of another width.
+    /// The vectors for an encoder of this width, [vectors, width]. Errors if it has none, or of
+    /// another width.
     pub fn rows(&self, encoder: &str, width: usize) -> Result<&Tensor> {
-        let rows = self.parts.get(encoder).filter(|rows| rows.dim(1).is_ok_and(|own| own == width));
+        let rows = self
+            .parts
+            .get(encoder)
+            .filter(|rows| rows.dim(1).is_ok_and(|own| own == width));
         rows.with_context(|| self.misfit(&format!("an encoder of this model takes {width}")))
     }
 
@@ -98,7 +139,11 @@ impl Embedding {
             Some(family) => format!("it was made for {family}"),
             None => "it was made for another model".into(),
         };
-        format!("the vectors of `{}` are {} wide, {wanted}\n\nhint: {hint}", self.file, widths.join(" and "))
+        format!(
+            "the vectors of `{}` are {} wide, {wanted}\n\nhint: {hint}",
+            self.file,
+            widths.join(" and ")
+        )
     }
 }
 
@@ -109,7 +154,11 @@ fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
     if tensors.iter().any(|(_, shape, _)| !is_matrix(shape)) {
         return None;
     }
-    let pair = |names: &[&str; 2]| names.iter().all(|name| tensors.iter().any(|(key, ..)| key == name));
+    let pair = |names: &[&str; 2]| {
+        names
+            .iter()
+            .all(|name| tensors.iter().any(|(key, ..)| key == name))
+    };
     match (&tensors[..], PAIRS.iter().find(|names| pair(names))) {
         // A1111's and kohya's `emb_params`, diffusers' `<token>`
         ([(key, ..)], _) => Some(BTreeMap::from([(ENCODERS[0], key.clone())])),
@@ -122,11 +171,14 @@ fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
 fn other(source: &Source) -> String {
     let keys: Vec<String> = source.tensors().map(|(key, ..)| key).collect();
     let (what, hint) = match names::layout(keys.iter().map(String::as_str)) {
-        Layout::Original | Layout::Canonical => ("is a checkpoint, no embedding", "pass it with `--model`"),
-        Layout::Adapter => ("is a LoRA, no embedding", "pass it with `--lora`"),
-        Layout::Unknown => {
-            ("is no embedding", "those of A1111 and kohya hold `emb_params`, diffusers' one tensor, SDXL's `clip_l` and `clip_g`")
+        Layout::Original | Layout::Canonical => {
+            ("is a checkpoint, no embedding", "pass it with `--model`")
         }
+        Layout::Adapter => ("is a LoRA, no embedding", "pass it with `--lora`"),
+        Layout::Unknown => (
+            "is no embedding",
+            "those of A1111 and kohya hold `emb_params`, diffusers' one tensor, SDXL's `clip_l` and `clip_g`",
+        ),
     };
     format!("{what}: it has {} tensors\n\nhint: {hint}", keys.len())
 }

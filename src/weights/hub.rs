@@ -54,15 +54,26 @@ enum Component {
     },
 }
 
-/// The components that sdgen reads. The safety checker and its feature extractor stay where they are.
+/// The components that sdgen reads. The safety checker and its feature extractor stay where they
+/// are.
 const COMPONENTS: [(&str, Component); 7] = [
     ("scheduler", Component::Scheduler),
     ("tokenizer", Component::Tokenizer),
     ("tokenizer_2", Component::Tokenizer),
     ("text_encoder", Component::Network { stem: "model" }),
     ("text_encoder_2", Component::Network { stem: "model" }),
-    ("unet", Component::Network { stem: "diffusion_pytorch_model" }),
-    ("vae", Component::Network { stem: "diffusion_pytorch_model" }),
+    (
+        "unet",
+        Component::Network {
+            stem: "diffusion_pytorch_model",
+        },
+    ),
+    (
+        "vae",
+        Component::Network {
+            stem: "diffusion_pytorch_model",
+        },
+    ),
 ];
 
 /// Where the hub and its cache are, and whether the network may be used.
@@ -104,7 +115,9 @@ impl Hub {
             let caches = path("XDG_CACHE_HOME").unwrap_or_else(|| user.join(".cache"));
             caches.join("huggingface")
         });
-        let cache_dir = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")).unwrap_or_else(|| home.join("hub"));
+        let cache_dir = path("HF_HUB_CACHE")
+            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
+            .unwrap_or_else(|| home.join("hub"));
         let token = text("HF_TOKEN").or_else(|| {
             let file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
             fs::read_to_string(file).ok()
@@ -115,7 +128,9 @@ impl Hub {
         Hub {
             endpoint: endpoint.trim_end_matches('/').to_string(),
             cache_dir,
-            token: token.map(|token| token.trim().to_string()).filter(|token| !token.is_empty()),
+            token: token
+                .map(|token| token.trim().to_string())
+                .filter(|token| !token.is_empty()),
             offline: offline || text("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
             timeout: Duration::from_secs(timeout_s.filter(|&s| s > 0).unwrap_or(TIMEOUT_S)),
         }
@@ -137,7 +152,13 @@ impl Hub {
 
     /// The same of a VAE: a repository that is one, or of a model's no more than that.
     pub fn vae(&self, id: &str, progress: bool) -> Result<PathBuf> {
-        self.get(&Reference { vae_alone: true, ..Reference::parse(id)? }, progress)
+        self.get(
+            &Reference {
+                vae_alone: true,
+                ..Reference::parse(id)?
+            },
+            progress,
+        )
     }
 
     fn get(&self, reference: &Reference, progress: bool) -> Result<PathBuf> {
@@ -218,9 +239,17 @@ impl Reference {
         }
         let file = (!file.is_empty()).then(|| file.join("/"));
         if let Some(file) = file.as_ref().filter(|file| !file.ends_with(".safetensors")) {
-            return Err(anyhow!("`{file}` of `{owner}/{name}` is not a `.safetensors` file\n\n{hint}"));
+            return Err(anyhow!(
+                "`{file}` of `{owner}/{name}` is not a `.safetensors` file\n\n{hint}"
+            ));
         }
-        Ok(Reference { id: id.to_string(), repo: format!("{owner}/{name}"), revision: revision.to_string(), file, vae_alone: false })
+        Ok(Reference {
+            id: id.to_string(),
+            repo: format!("{owner}/{name}"),
+            revision: revision.to_string(),
+            file,
+            vae_alone: false,
+        })
     }
 
     fn hf_repo(&self) -> Repo {
@@ -246,7 +275,9 @@ fn ref_path(cache: &CacheRepo, revision: &str) -> PathBuf {
 
 /// The record, which Python writes too, that `model_index.json` does not exist at this commit.
 fn no_index_path(cache: &CacheRepo, commit: &str) -> PathBuf {
-    sibling_of_snapshots(cache, ".no_exist").join(commit).join(MODEL_INDEX)
+    sibling_of_snapshots(cache, ".no_exist")
+        .join(commit)
+        .join(MODEL_INDEX)
 }
 
 /// The files of a snapshot, relative to it with `/`; a link whose blob is gone does not count.
@@ -254,9 +285,14 @@ fn files_below(folder: &Path) -> BTreeSet<String> {
     let mut files = BTreeSet::new();
     let mut folders = vec![String::new()];
     while let Some(prefix) = folders.pop() {
-        let entries = fs::read_dir(folder.join(&prefix)).into_iter().flatten().flatten();
+        let entries = fs::read_dir(folder.join(&prefix))
+            .into_iter()
+            .flatten()
+            .flatten();
         for entry in entries {
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
             let path = format!("{prefix}{name}");
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 folders.push(format!("{path}/"));
@@ -270,8 +306,12 @@ fn files_below(folder: &Path) -> BTreeSet<String> {
 
 fn read_json(path: &Path) -> Result<Value> {
     let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| anyhow!("`{path}` is not valid JSON: {e}\n\nhint: delete `{path}` and pull the model again", path = path.display()))
+    serde_json::from_slice(&bytes).map_err(|e| {
+        anyhow!(
+            "`{path}` is not valid JSON: {e}\n\nhint: delete `{path}` and pull the model again",
+            path = path.display()
+        )
+    })
 }
 
 /// Why a listing of files does not make a model.
@@ -294,11 +334,17 @@ impl From<anyhow::Error> for Unfit {
 impl Unfit {
     /// The error for a person who is offline.
     fn offline(self, reference: &Reference, cache_dir: &Path) -> anyhow::Error {
-        let Reference { id, repo, revision, .. } = reference;
+        let Reference {
+            id, repo, revision, ..
+        } = reference;
         let dir = cache_dir.display();
         let cause = match self {
-            Unfit::Absent if revision == "main" => format!("`{repo}` is not in the hub's cache `{dir}`"),
-            Unfit::Absent => format!("revision `{revision}` of `{repo}` is not in the hub's cache `{dir}`"),
+            Unfit::Absent if revision == "main" => {
+                format!("`{repo}` is not in the hub's cache `{dir}`")
+            }
+            Unfit::Absent => {
+                format!("revision `{revision}` of `{repo}` is not in the hub's cache `{dir}`")
+            }
             Unfit::Missing(file) => {
                 format!("`{repo}` is incomplete in the hub's cache `{dir}`: `{file}` is missing")
             }
@@ -314,15 +360,22 @@ impl Unfit {
     fn online(self, reference: &Reference, files: &BTreeSet<String>) -> anyhow::Error {
         let repo = &reference.repo;
         let file = match self {
-            Unfit::Absent => return anyhow!("`{repo}` is empty\n\nhint: check its page on the hub"),
+            Unfit::Absent => {
+                return anyhow!("`{repo}` is empty\n\nhint: check its page on the hub");
+            }
             Unfit::Missing(file) => file,
             Unfit::Other(error) => return error,
         };
         let pickled = |file: &&String| file.ends_with(".bin") || file.ends_with(".ckpt");
         // A whole checkpoint lies at the top; below are the parts of one.
-        let choice = |f: &&String| f.ends_with(".safetensors") && (reference.file.is_some() || !f.contains('/'));
+        let choice = |f: &&String| {
+            f.ends_with(".safetensors") && (reference.file.is_some() || !f.contains('/'))
+        };
         let hint = if files.iter().any(|f| choice(&f)) {
-            format!("to use one of its files, name it:{}", listed(repo, files.iter().filter(choice)))
+            format!(
+                "to use one of its files, name it:{}",
+                listed(repo, files.iter().filter(choice))
+            )
         } else if let Some(pickle) = files.iter().find(pickled) {
             format!(
                 "it has pickled weights only (`{pickle}`), which can run code when read; \
@@ -337,7 +390,10 @@ impl Unfit {
 
 /// Up to twelve files, one a line, in the form that can be typed.
 fn listed<'a>(repo: &str, files: impl Iterator<Item = &'a String>) -> String {
-    files.take(12).map(|file| format!("\n    {repo}/{file}")).collect()
+    files
+        .take(12)
+        .map(|file| format!("\n    {repo}/{file}"))
+        .collect()
 }
 
 /// The files to have, in the order in which to fetch them, and what the person then opens.
@@ -359,28 +415,51 @@ impl Selection {
 /// Picks from `files`, the listing of a repository or of a snapshot, what sdgen needs; `read`
 /// parses one of them. The weights come last and what a model can do without comes first, so an
 /// interrupted download never looks complete.
-fn select(reference: &Reference, files: &BTreeSet<String>, read: &mut dyn FnMut(&str) -> Result<Value>) -> Result<Selection, Unfit> {
+fn select(
+    reference: &Reference,
+    files: &BTreeSet<String>,
+    read: &mut dyn FnMut(&str) -> Result<Value>,
+) -> Result<Selection, Unfit> {
     if let Some(file) = &reference.file {
         let file = present(files, file.clone())?;
-        return Ok(Selection { files: vec![file.clone()], checkpoint: Some(file) });
+        return Ok(Selection {
+            files: vec![file.clone()],
+            checkpoint: Some(file),
+        });
     }
     if reference.vae_alone && files.contains("vae/config.json") {
         return vae(files, "vae/", read);
     }
     if !files.contains(MODEL_INDEX) {
-        let is_vae = |config: &Value| config.get("_class_name").and_then(Value::as_str).is_some_and(|c| c.starts_with("Autoencoder"));
+        let is_vae = |config: &Value| {
+            config
+                .get("_class_name")
+                .and_then(Value::as_str)
+                .is_some_and(|c| c.starts_with("Autoencoder"))
+        };
         if files.contains("config.json") && is_vae(&read("config.json")?) {
             return vae(files, "", read);
         }
         let file = single_checkpoint(&reference.repo, files)?;
-        return Ok(Selection { files: vec![file.clone()], checkpoint: Some(file) });
+        return Ok(Selection {
+            files: vec![file.clone()],
+            checkpoint: Some(file),
+        });
     }
 
     let index = read(MODEL_INDEX)?;
     // "vae": ["diffusers", "AutoencoderKL"], or [null, null] where a pipeline goes without
-    let listed = |name: &str| index.get(name).and_then(|v| v.get(0)).is_some_and(|v| !v.is_null());
+    let listed = |name: &str| {
+        index
+            .get(name)
+            .and_then(|v| v.get(0))
+            .is_some_and(|v| !v.is_null())
+    };
     if !listed("unet") {
-        let class = index.get("_class_name").and_then(Value::as_str).unwrap_or("pipeline");
+        let class = index
+            .get("_class_name")
+            .and_then(Value::as_str)
+            .unwrap_or("pipeline");
         return Err(Unfit::Other(anyhow!(
             "`{}` is a `{class}` without a U-Net\n\nhint: sdgen draws with Stable Diffusion models; \
              try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
@@ -391,7 +470,9 @@ fn select(reference: &Reference, files: &BTreeSet<String>, read: &mut dyn FnMut(
     let mut large = Vec::new();
     for (name, component) in COMPONENTS.into_iter().filter(|(name, _)| listed(name)) {
         match component {
-            Component::Scheduler => small.push(present(files, format!("{name}/scheduler_config.json"))?),
+            Component::Scheduler => {
+                small.push(present(files, format!("{name}/scheduler_config.json"))?)
+            }
             Component::Tokenizer => small.extend(tokenizer_files(files, name)?),
             Component::Network { stem } => {
                 small.push(present(files, format!("{name}/config.json"))?);
@@ -400,18 +481,37 @@ fn select(reference: &Reference, files: &BTreeSet<String>, read: &mut dyn FnMut(
         }
     }
     small.extend(large);
-    Ok(Selection { files: small, checkpoint: None })
+    Ok(Selection {
+        files: small,
+        checkpoint: None,
+    })
 }
 
 /// A VAE whose files begin with `folder`.
-fn vae(files: &BTreeSet<String>, folder: &str, read: &mut dyn FnMut(&str) -> Result<Value>) -> Result<Selection, Unfit> {
+fn vae(
+    files: &BTreeSet<String>,
+    folder: &str,
+    read: &mut dyn FnMut(&str) -> Result<Value>,
+) -> Result<Selection, Unfit> {
     let mut needed = vec![format!("{folder}config.json")];
-    needed.extend(weight_files(files, folder, "diffusion_pytorch_model", read)?);
-    Ok(Selection { files: needed, checkpoint: None })
+    needed.extend(weight_files(
+        files,
+        folder,
+        "diffusion_pytorch_model",
+        read,
+    )?);
+    Ok(Selection {
+        files: needed,
+        checkpoint: None,
+    })
 }
 
 fn present(files: &BTreeSet<String>, file: String) -> Result<String, Unfit> {
-    if files.contains(&file) { Ok(file) } else { Err(Unfit::Missing(file)) }
+    if files.contains(&file) {
+        Ok(file)
+    } else {
+        Err(Unfit::Missing(file))
+    }
 }
 
 /// The only `.safetensors` at the top of a repository.
@@ -431,8 +531,15 @@ fn single_checkpoint(repo: &str, files: &BTreeSet<String>) -> Result<String, Unf
 
 /// `vocab.json` with `merges.txt`, else `tokenizer.json`, after the settings that go with them.
 fn tokenizer_files(files: &BTreeSet<String>, name: &str) -> Result<Vec<String>, Unfit> {
-    let optional = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
-    let mut found: Vec<String> = optional.iter().map(|file| format!("{name}/{file}")).collect();
+    let optional = [
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ];
+    let mut found: Vec<String> = optional
+        .iter()
+        .map(|file| format!("{name}/{file}"))
+        .collect();
     found.retain(|file| files.contains(file));
     let (vocab, merges) = (format!("{name}/vocab.json"), format!("{name}/merges.txt"));
     let whole = format!("{name}/tokenizer.json");
@@ -445,7 +552,8 @@ fn tokenizer_files(files: &BTreeSet<String>, name: &str) -> Result<Vec<String>, 
 }
 
 /// The weights of one network in the first variant of which every file is there. An index is
-/// `model.fp16.safetensors.index.json` or, as diffusers writes it, `model.safetensors.index.fp16.json`.
+/// `model.fp16.safetensors.index.json` or, as diffusers writes it,
+/// `model.safetensors.index.fp16.json`.
 fn weight_files(
     files: &BTreeSet<String>,
     folder: &str,
@@ -458,10 +566,15 @@ fn weight_files(
         if files.contains(&single) {
             return Ok(vec![single]);
         }
-        let indices =
-            [format!("{folder}{stem}.safetensors.index{variant}.json"), format!("{folder}{stem}{variant}.safetensors.index.json")];
-        let Some(index) = indices.into_iter().find(|index| files.contains(index)) else { continue };
-        let shards = shards_of(&read(&index)?, folder).with_context(|| format!("`{index}` lists no shards"))?;
+        let indices = [
+            format!("{folder}{stem}.safetensors.index{variant}.json"),
+            format!("{folder}{stem}{variant}.safetensors.index.json"),
+        ];
+        let Some(index) = indices.into_iter().find(|index| files.contains(index)) else {
+            continue;
+        };
+        let shards = shards_of(&read(&index)?, folder)
+            .with_context(|| format!("`{index}` lists no shards"))?;
         match shards.iter().find(|shard| !files.contains(*shard)) {
             Some(shard) => missing = shard.clone(),
             None => return Ok([index].into_iter().chain(shards).collect()),
@@ -473,8 +586,12 @@ fn weight_files(
 /// The values of `weight_map`, each once, after `folder`. None where the index is not one.
 fn shards_of(index: &Value, folder: &str) -> Option<BTreeSet<String>> {
     let map = index.get("weight_map")?.as_object()?;
-    let shards = map.values().map(|shard| Some(format!("{folder}{}", shard.as_str()?)));
-    shards.collect::<Option<BTreeSet<String>>>().filter(|shards| !shards.is_empty())
+    let shards = map
+        .values()
+        .map(|shard| Some(format!("{folder}{}", shard.as_str()?)));
+    shards
+        .collect::<Option<BTreeSet<String>>>()
+        .filter(|shards| !shards.is_empty())
 }
 
 /// One visit to the hub for one reference.
@@ -543,8 +660,14 @@ impl<'a> Download<'a> {
             let api = builder.build().context("cannot set up the hub's client")?;
             Ok(api.repo(reference.hf_repo()))
         };
-        let bar = if progress { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        bar.set_style(ProgressStyle::with_template("{wide_msg} [{bar:24}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")?);
+        let bar = if progress {
+            ProgressBar::new(0)
+        } else {
+            ProgressBar::hidden()
+        };
+        bar.set_style(ProgressStyle::with_template(
+            "{wide_msg} [{bar:24}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+        )?);
         Ok(Download {
             hub,
             reference,
@@ -559,18 +682,28 @@ impl<'a> Download<'a> {
         let listing = self.listing()?;
         let Listing { commit, files } = &listing;
         let names: BTreeSet<String> = files.keys().cloned().collect();
-        let selection = select(self.reference, &names, &mut |file| read_json(&self.fetch(&listing, file)?))
-            .map_err(|unfit| unfit.online(self.reference, &names))?;
+        let selection = select(self.reference, &names, &mut |file| {
+            read_json(&self.fetch(&listing, file)?)
+        })
+        .map_err(|unfit| unfit.online(self.reference, &names))?;
 
         let folder = self.cache.pointer_path(commit);
-        let missing: Vec<&String> = selection.files.iter().filter(|file| !folder.join(file).is_file()).collect();
-        let to_come: u64 = missing.iter().filter_map(|file| files.get(*file).copied().flatten()).sum();
+        let missing: Vec<&String> = selection
+            .files
+            .iter()
+            .filter(|file| !folder.join(file).is_file())
+            .collect();
+        let to_come: u64 = missing
+            .iter()
+            .filter_map(|file| files.get(*file).copied().flatten())
+            .sum();
         self.bar.set_length(self.bar.position() + to_come);
         for file in missing {
             self.fetch(&listing, file)?;
         }
 
-        // The notes come last, so that an older complete snapshot is not forgotten for half a new one.
+        // The notes come last, so that an older complete snapshot is not forgotten for half a new
+        // one.
         if selection.checkpoint.is_some() && self.reference.file.is_none() {
             self.write_note(&no_index_path(&self.cache, commit), "")?;
         }
@@ -585,10 +718,15 @@ impl<'a> Download<'a> {
     fn listing(&self) -> Result<Listing> {
         let Reference { repo, revision, .. } = self.reference;
         let endpoint = &self.hub.endpoint;
-        let mut url = format!("{endpoint}/api/models/{repo}/revision/{}?blobs=true", escaped(revision, ""));
+        let mut url = format!(
+            "{endpoint}/api/models/{repo}/revision/{}?blobs=true",
+            escaped(revision, "")
+        );
         let mut reply = self.get(&url, None)?;
         for _ in 0..MAX_REDIRECTS {
-            let Some(next) = reply.redirect(&url) else { break };
+            let Some(next) = reply.redirect(&url) else {
+                break;
+            };
             url = next;
             reply = self.get(&url, None)?;
         }
@@ -596,7 +734,10 @@ impl<'a> Download<'a> {
             return Err(self.refused(&reply, None));
         }
         let mut body = Vec::new();
-        reply.body.read_to_end(&mut body).map_err(|e| self.unreachable(&url, &e))?;
+        reply
+            .body
+            .read_to_end(&mut body)
+            .map_err(|e| self.unreachable(&url, &e))?;
         let info: Option<Value> = serde_json::from_slice(&body).ok();
         info.as_ref().and_then(Listing::parse).with_context(|| {
             format!(
@@ -636,10 +777,15 @@ impl<'a> Download<'a> {
         Ok(pointer)
     }
 
-    /// Asks for one byte of `file` to learn its checksum, its size, and where a large file really is.
+    /// Asks for one byte of `file` to learn its checksum, its size, and where a large file really
+    /// is.
     fn resolve(&self, commit: &str, file: &str) -> Result<Remote> {
         let Reference { repo, .. } = self.reference;
-        let mut url = format!("{}/{repo}/resolve/{commit}/{}", self.hub.endpoint, escaped(file, "/"));
+        let mut url = format!(
+            "{}/{repo}/resolve/{commit}/{}",
+            self.hub.endpoint,
+            escaped(file, "/")
+        );
         let (mut etag, mut size) = (None, None);
         for _ in 0..MAX_REDIRECTS {
             let mut reply = self.get(&url, Some("bytes=0-0".to_string()))?;
@@ -648,7 +794,11 @@ impl<'a> Download<'a> {
             if let Some(next) = reply.redirect(&url) {
                 let elsewhere = origin(&next) != origin(&self.hub.endpoint);
                 if elsewhere && let (Some(etag), Some(size)) = (&etag, size) {
-                    return Ok(Remote { url: next, etag: etag.clone(), size });
+                    return Ok(Remote {
+                        url: next,
+                        etag: etag.clone(),
+                        size,
+                    });
                 }
                 url = next;
                 continue;
@@ -659,9 +809,12 @@ impl<'a> Download<'a> {
                 _ => return Err(self.refused(&reply, Some(file))),
             };
             // An etag becomes a file's name.
-            let etag = etag
-                .or(reply.etag)
-                .filter(|etag| !etag.is_empty() && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)));
+            let etag = etag.or(reply.etag).filter(|etag| {
+                !etag.is_empty()
+                    && etag
+                        .bytes()
+                        .all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+            });
             return match (etag, size) {
                 (Some(etag), Some(size)) => Ok(Remote { url, etag, size }),
                 _ => Err(anyhow!(
@@ -670,7 +823,9 @@ impl<'a> Download<'a> {
                 )),
             };
         }
-        Err(anyhow!("the hub redirects `{file}` in a circle\n\nhint: try again later, or check HF_ENDPOINT"))
+        Err(anyhow!(
+            "the hub redirects `{file}` in a circle\n\nhint: try again later, or check HF_ENDPOINT"
+        ))
     }
 
     /// Brings the whole of `remote` to `part` and verifies it, continuing what is there already.
@@ -700,7 +855,8 @@ impl<'a> Download<'a> {
                     continue;
                 }
             }
-            if !remote.is_sha256() || sha256(part).map_err(|e| self.disk(&e, part))? == remote.etag {
+            if !remote.is_sha256() || sha256(part).map_err(|e| self.disk(&e, part))? == remote.etag
+            {
                 return Ok(());
             }
             self.remove(part)?;
@@ -721,14 +877,20 @@ impl<'a> Download<'a> {
         let on_disk = |e: io::Error| Broken::Refused(self.disk(&e, part));
         let parent = part.parent().unwrap_or(part);
         fs::create_dir_all(parent).map_err(on_disk)?;
-        let mut output = OpenOptions::new().append(true).create(true).open(part).map_err(on_disk)?;
+        let mut output = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(part)
+            .map_err(on_disk)?;
         let mut received = length(part);
         if received < size {
             let range = (received > 0).then(|| format!("bytes={received}-"));
             let mut url = url.to_string();
             let mut reply = self.get(&url, range.clone()).map_err(Broken::Refused)?;
             for _ in 0..MAX_REDIRECTS {
-                let Some(next) = reply.redirect(&url) else { break };
+                let Some(next) = reply.redirect(&url) else {
+                    break;
+                };
                 url = next;
                 reply = self.get(&url, range.clone()).map_err(Broken::Refused)?;
             }
@@ -736,7 +898,8 @@ impl<'a> Download<'a> {
                 206 => {}
                 200 if received > 0 => {
                     output.set_len(0).map_err(on_disk)?; // the server begins at the beginning
-                    self.bar.set_position(self.bar.position().saturating_sub(received));
+                    self.bar
+                        .set_position(self.bar.position().saturating_sub(received));
                     received = 0;
                 }
                 200 => {}
@@ -748,8 +911,13 @@ impl<'a> Download<'a> {
             }
             let mut buffer = vec![0; 1 << 18];
             loop {
-                let n = reply.body.read(&mut buffer).map_err(|e| Broken::Off(e.to_string()))?;
-                let Some(chunk) = buffer.get(..n).filter(|chunk| !chunk.is_empty()) else { break };
+                let n = reply
+                    .body
+                    .read(&mut buffer)
+                    .map_err(|e| Broken::Off(e.to_string()))?;
+                let Some(chunk) = buffer.get(..n).filter(|chunk| !chunk.is_empty()) else {
+                    break;
+                };
                 output.write_all(chunk).map_err(on_disk)?;
                 received += n as u64;
                 self.bar.inc(n as u64);
@@ -765,7 +933,10 @@ impl<'a> Download<'a> {
     fn get(&self, url: &str, range: Option<String>) -> Result<Reply> {
         let home = origin(url) == origin(&self.hub.endpoint);
         let client = if home { &self.known } else { &self.stranger };
-        let mut request = client.info_request().uri(url).header("Accept-Encoding", "identity");
+        let mut request = client
+            .info_request()
+            .uri(url)
+            .header("Accept-Encoding", "identity");
         if let Some(range) = range {
             request = request.header("Range", range);
         }
@@ -781,7 +952,14 @@ impl<'a> Download<'a> {
         let status = response.status().as_u16();
         let header = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_string());
         let number = |name: &str| header(name)?.parse().ok();
-        let etag = |name: &str| Some(header(name)?.trim_start_matches("W/").trim_matches('"').to_string());
+        let etag = |name: &str| {
+            Some(
+                header(name)?
+                    .trim_start_matches("W/")
+                    .trim_matches('"')
+                    .to_string(),
+            )
+        };
         Ok(Reply {
             status,
             location: header("location"),
@@ -798,7 +976,11 @@ impl<'a> Download<'a> {
     /// Waits for other processes that fetch the same blob, by the lock that Python takes too. None
     /// where the file system has no locks.
     fn lock(&self, etag: &str, file: &str) -> Result<Option<File>> {
-        let folder = self.hub.cache_dir.join(".locks").join(self.reference.hf_repo().folder_name());
+        let folder = self
+            .hub
+            .cache_dir
+            .join(".locks")
+            .join(self.reference.hf_repo().folder_name());
         let path = folder.join(format!("{etag}.lock"));
         fs::create_dir_all(&folder).map_err(|e| self.disk(&e, &folder))?;
         let lock = OpenOptions::new().append(true).create(true).open(&path);
@@ -806,7 +988,8 @@ impl<'a> Download<'a> {
         if lock.try_lock().is_ok() {
             return Ok(Some(lock));
         }
-        self.bar.set_message(format!("{file} (another process fetches it)"));
+        self.bar
+            .set_message(format!("{file} (another process fetches it)"));
         self.bar.tick();
         Ok(lock.lock().is_ok().then_some(lock))
     }
@@ -816,7 +999,9 @@ impl<'a> Download<'a> {
         let name = blob.file_name().unwrap_or_default();
         let up = "../".repeat(2 + file.matches('/').count());
         let target = Path::new(&up).join("blobs").join(name);
-        self.put(pointer, |path| symlink(&target, path).or_else(|_| fs::copy(blob, path).map(|_| ())))
+        self.put(pointer, |path| {
+            symlink(&target, path).or_else(|_| fs::copy(blob, path).map(|_| ()))
+        })
     }
 
     fn write_note(&self, path: &Path, text: &str) -> Result<()> {
@@ -827,9 +1012,13 @@ impl<'a> Download<'a> {
     fn put(&self, path: &Path, make: impl FnMut(&Path) -> io::Result<()>) -> Result<()> {
         let folder = path.parent().unwrap_or(path);
         fs::create_dir_all(folder).map_err(|e| self.disk(&e, folder))?;
-        let made = tempfile::Builder::new().prefix(".sdgen-").make_in(folder, make);
+        let made = tempfile::Builder::new()
+            .prefix(".sdgen-")
+            .make_in(folder, make);
         let made = made.map_err(|e| self.disk(&e, path))?;
-        made.into_temp_path().persist(path).map_err(|e| self.disk(&e.error, path))
+        made.into_temp_path()
+            .persist(path)
+            .map_err(|e| self.disk(&e.error, path))
     }
 
     fn remove(&self, part: &Path) -> Result<()> {
@@ -844,7 +1033,11 @@ impl<'a> Download<'a> {
         let (path, id) = (path.display(), &self.reference.id);
         match error.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-                let missing = self.bar.length().unwrap_or(0).saturating_sub(self.bar.position());
+                let missing = self
+                    .bar
+                    .length()
+                    .unwrap_or(0)
+                    .saturating_sub(self.bar.position());
                 anyhow!(
                     "no space left on the disk for `{path}` ({} still to come)\n\n\
                      hint: free some space, or set HF_HOME to a folder on another disk, and run \
@@ -871,7 +1064,9 @@ impl<'a> Download<'a> {
 
     /// The error of an answer that is a refusal.
     fn refused(&self, reply: &Reply, file: Option<&str>) -> anyhow::Error {
-        let Reference { id, repo, revision, .. } = self.reference;
+        let Reference {
+            id, repo, revision, ..
+        } = self.reference;
         let endpoint = &self.hub.endpoint;
         let status = reply.status;
         let code = reply.error_code.as_deref().unwrap_or_default();
@@ -907,7 +1102,10 @@ impl<'a> Download<'a> {
                 "the hub takes no more requests for now ({status})\n\n\
                  hint: wait a few minutes, or set HF_TOKEN, then run `sdgen pull {id}` again"
             ),
-            _ => anyhow!("the hub answers {status} for `{}`\n\nhint: run `sdgen pull {id}` again later", file.unwrap_or(repo)),
+            _ => anyhow!(
+                "the hub answers {status} for `{}`\n\nhint: run `sdgen pull {id}` again later",
+                file.unwrap_or(repo)
+            ),
         }
     }
 }
@@ -916,13 +1114,21 @@ impl Listing {
     /// Reads the hub's `{"sha": .., "siblings": [{"rfilename": .., "size": ..}, ..]}`, leaving out
     /// names that would lead out of the snapshot. None where it is something else.
     fn parse(info: &Value) -> Option<Listing> {
-        let commit = info.get("sha")?.as_str().filter(|sha| is_commit(sha))?.to_string();
+        let commit = info
+            .get("sha")?
+            .as_str()
+            .filter(|sha| is_commit(sha))?
+            .to_string();
         let mut files = BTreeMap::new();
         for sibling in info.get("siblings")?.as_array()? {
             let name = sibling.get("rfilename")?.as_str()?;
-            let outside = |part: &str| part.is_empty() || part == "." || part == ".." || part.contains('\\');
+            let outside =
+                |part: &str| part.is_empty() || part == "." || part == ".." || part.contains('\\');
             if !name.split('/').any(outside) {
-                files.insert(name.to_string(), sibling.get("size").and_then(Value::as_u64));
+                files.insert(
+                    name.to_string(),
+                    sibling.get("size").and_then(Value::as_u64),
+                );
             }
         }
         Some(Listing { commit, files })
@@ -932,23 +1138,32 @@ impl Listing {
 impl Reply {
     /// The address that this answer to `url` sends to, if it is a redirect.
     fn redirect(&self, url: &str) -> Option<String> {
-        let location = self.location.as_deref().filter(|_| matches!(self.status, 301 | 302 | 303 | 307 | 308))?;
-        Some(if location.starts_with("http://") || location.starts_with("https://") {
-            location.to_string()
-        } else if let Some(rest) = location.strip_prefix("//") {
-            let (scheme, _) = url.split_once("://")?;
-            format!("{scheme}://{rest}")
-        } else {
-            format!("{}/{}", origin(url), location.trim_start_matches('/'))
-        })
+        let location = self
+            .location
+            .as_deref()
+            .filter(|_| matches!(self.status, 301 | 302 | 303 | 307 | 308))?;
+        Some(
+            if location.starts_with("http://") || location.starts_with("https://") {
+                location.to_string()
+            } else if let Some(rest) = location.strip_prefix("//") {
+                let (scheme, _) = url.split_once("://")?;
+                format!("{scheme}://{rest}")
+            } else {
+                format!("{}/{}", origin(url), location.trim_start_matches('/'))
+            },
+        )
     }
 }
 
 /// `scheme://host:port` of an address, in lower case.
 fn origin(url: &str) -> String {
     let scheme = url.find("://").map_or(0, |i| i + 3);
-    let end = url.get(scheme..).and_then(|rest| rest.find(['/', '?', '#']));
-    url.get(..end.map_or(url.len(), |end| scheme + end)).unwrap_or(url).to_ascii_lowercase()
+    let end = url
+        .get(scheme..)
+        .and_then(|rest| rest.find(['/', '?', '#']));
+    url.get(..end.map_or(url.len(), |end| scheme + end))
+        .unwrap_or(url)
+        .to_ascii_lowercase()
 }
 
 /// The total of `bytes 0-0/1234`.
@@ -958,8 +1173,15 @@ fn total_of(content_range: &str) -> Option<u64> {
 
 /// Percent-encodes for a path (RFC 3986, unreserved characters stay), leaving `keep` as well.
 fn escaped(text: &str, keep: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b) || keep.as_bytes().contains(&b);
-    let escape = |b: u8| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") };
+    let plain =
+        |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b) || keep.as_bytes().contains(&b);
+    let escape = |b: u8| {
+        if plain(b) {
+            char::from(b).to_string()
+        } else {
+            format!("%{b:02X}")
+        }
+    };
     text.bytes().map(escape).collect()
 }
 
@@ -975,7 +1197,9 @@ fn sha256(path: &Path) -> io::Result<String> {
     let mut buffer = vec![0; 1 << 20];
     loop {
         let n = input.read(&mut buffer)?;
-        let Some(chunk) = buffer.get(..n).filter(|chunk| !chunk.is_empty()) else { break };
+        let Some(chunk) = buffer.get(..n).filter(|chunk| !chunk.is_empty()) else {
+            break;
+        };
         hasher.update(chunk);
     }
     Ok(hex(&hasher.finalize()))

@@ -1,9 +1,11 @@
-//! A checkpoint: which tensors a model has, under one naming, and the configuration that goes with them.
+//! A checkpoint: which tensors a model has, under one naming, and the configuration that goes with
+//! them.
 //!
-//! [`Checkpoint::open`] reads headers and JSON only and checks that all parts are there; [`Weights`] then hands tensors to
-//! the networks, one at a time. It hides where things lie: a diffusers folder, a single original file, the embedded
-//! model. Foreign names are in [`names`], the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`],
-//! what LoRAs change in [`lora`], words that it has learned in [`embedding`].
+//! [`Checkpoint::open`] reads headers and JSON only and checks that all parts are there;
+//! [`Weights`] then hands tensors to the networks, one at a time. It hides where things lie: a
+//! diffusers folder, a single original file, the embedded model. Foreign names are in [`names`],
+//! the shapes-to-configuration guess of single files in [`guess`], the hub in [`hub`], what LoRAs
+//! change in [`lora`], words that it has learned in [`embedding`].
 
 pub mod embedding;
 mod guess;
@@ -28,7 +30,8 @@ use std::path::{Path, PathBuf};
 
 pub use names::nearest;
 
-/// Marks an error as the model's fault, whose exit code it decides: a setting or a weight that cannot be used.
+/// Marks an error as the model's fault, whose exit code it decides: a setting or a weight that
+/// cannot be used.
 #[derive(Debug)]
 pub struct ModelError;
 
@@ -101,14 +104,16 @@ pub struct Checkpoint {
     entries: BTreeMap<String, Entry>,
 }
 
-/// Another checkpoint's share of the weights: `share` times what it has more than `minus`, or than the first one.
+/// Another checkpoint's share of the weights: `share` times what it has more than `minus`, or than
+/// the first one.
 pub struct Merge {
     pub other: Checkpoint,
     pub minus: Option<Checkpoint>,
     pub share: f64,
 }
 
-/// The parts that hold weights. The first or the second encoder may be missing, and a refiner needs no VAE.
+/// The parts that hold weights. The first or the second encoder may be missing, and a refiner needs
+/// no VAE.
 pub const PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "unet", "vae"];
 /// The parts that read a prompt; the second projects it too.
 pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];
@@ -117,14 +122,19 @@ pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];
 pub const UPSCALERS: &str = "ESRGAN, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
 
 /// Keys of single files of families that are not drawn: SD3's and Flux' transformers.
-const OTHER_FAMILIES: [&str; 2] = ["model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks."];
+const OTHER_FAMILIES: [&str; 2] = [
+    "model.diffusion_model.joint_blocks.",
+    "model.diffusion_model.double_blocks.",
+];
 
 impl Checkpoint {
     /// Opens a folder, a file or the embedded model; reads headers and configuration only.
     /// Errors say what is missing or damaged, and what to do.
     pub fn open(origin: Origin) -> Result<Self> {
         let checkpoint = match origin {
-            Origin::Embedded => Self::canonical("mini".into(), Source::embedded("the embedded model", MINI)?)?,
+            Origin::Embedded => {
+                Self::canonical("mini".into(), Source::embedded("the embedded model", MINI)?)?
+            }
             Origin::Path(path) if path.is_dir() => Self::folder(path)?,
             Origin::Path(path) if path.exists() => Self::file(path)?,
             Origin::Path(path) => bail!(
@@ -171,23 +181,37 @@ impl Checkpoint {
                     "`{}` has {} .safetensors files and no model_index.json\n\nhint: name one, for example `--model {}`",
                     path.display(),
                     many.len(),
-                    many.first().map(|p| p.display().to_string()).unwrap_or_default()
+                    many.first()
+                        .map(|p| p.display().to_string())
+                        .unwrap_or_default()
                 ),
             };
         }
         let index = read_json(&index_path)?;
         let mut checkpoint = Self::empty(folder_name(path));
-        let listed = |part: &str| index.get(part).is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()));
+        let listed = |part: &str| {
+            index
+                .get(part)
+                .is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()))
+        };
         let joint = listed(ENCODERS[1]);
         let needed = |part: &str| match part {
             "text_encoder" | "tokenizer" | "vae" => listed(part) || !joint,
             "text_encoder_2" | "tokenizer_2" => joint,
             _ => true,
         };
-        for part in PARTS.into_iter().chain(["scheduler", "tokenizer", "tokenizer_2"]).filter(|part| needed(part)) {
+        for part in PARTS
+            .into_iter()
+            .chain(["scheduler", "tokenizer", "tokenizer_2"])
+            .filter(|part| needed(part))
+        {
             if !path.join(part).is_dir() {
                 let listed = listed(part);
-                let also = if listed { ", though model_index.json lists it" } else { "" };
+                let also = if listed {
+                    ", though model_index.json lists it"
+                } else {
+                    ""
+                };
                 bail!(
                     "`{}` has no folder `{part}`{also}\n\nhint: fetch the whole model again, for example with `sdgen pull`",
                     path.display()
@@ -196,14 +220,26 @@ impl Checkpoint {
         }
         for part in PARTS.into_iter().filter(|part| needed(part)) {
             let folder = path.join(part);
-            checkpoint.configs.insert(part.into(), read_json(&folder.join("config.json"))?);
+            checkpoint
+                .configs
+                .insert(part.into(), read_json(&folder.join("config.json"))?);
             for file in weight_files(&folder)? {
-                checkpoint.add_source(Source::open(&file)?, |key| names::from_diffusers(part, key))?;
+                checkpoint
+                    .add_source(Source::open(&file)?, |key| names::from_diffusers(part, key))?;
             }
         }
-        checkpoint.configs.insert("scheduler".into(), read_json(&path.join("scheduler/scheduler_config.json"))?);
-        for (encoder, folder) in ENCODERS.into_iter().zip(["tokenizer", "tokenizer_2"]).filter(|(_, folder)| needed(folder)) {
-            checkpoint.tokenizers.insert(encoder, tokenizer(&path.join(folder))?);
+        checkpoint.configs.insert(
+            "scheduler".into(),
+            read_json(&path.join("scheduler/scheduler_config.json"))?,
+        );
+        for (encoder, folder) in ENCODERS
+            .into_iter()
+            .zip(["tokenizer", "tokenizer_2"])
+            .filter(|(_, folder)| needed(folder))
+        {
+            checkpoint
+                .tokenizers
+                .insert(encoder, tokenizer(&path.join(folder))?);
         }
         checkpoint.configs.insert("pipeline".into(), index);
         Ok(checkpoint)
@@ -211,10 +247,19 @@ impl Checkpoint {
 
     fn file(path: &Path) -> Result<Self> {
         let source = Source::open(path)?;
-        let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = path
+            .file_stem()
+            .map(|s| s.to_string_lossy().into_owned())
+            .unwrap_or_default();
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
         match names::layout(keys.iter().map(String::as_str)) {
-            Layout::Original if keys.iter().any(|k| OTHER_FAMILIES.iter().any(|p| k.starts_with(p))) => bail!("{}", unknown(path, &keys)),
+            Layout::Original
+                if keys
+                    .iter()
+                    .any(|k| OTHER_FAMILIES.iter().any(|p| k.starts_with(p))) =>
+            {
+                bail!("{}", unknown(path, &keys))
+            }
             Layout::Original => {
                 let mut checkpoint = Self::empty(name);
                 let map = names::from_original(keys.iter().map(String::as_str));
@@ -242,26 +287,44 @@ impl Checkpoint {
                 format!("`{}` has no `{key}` in its header\n\nhint: pass a diffusers folder or an original single file", path.display())
             })
         };
-        let configs: BTreeMap<String, Value> =
-            serde_json::from_str(text("sdgen.configs")?).context("the embedded configuration is damaged")?;
-        let files = TokenizerFiles::VocabMerges { vocab: text("sdgen.vocab")?.into(), merges: text("sdgen.merges")?.into() };
+        let configs: BTreeMap<String, Value> = serde_json::from_str(text("sdgen.configs")?)
+            .context("the embedded configuration is damaged")?;
+        let files = TokenizerFiles::VocabMerges {
+            vocab: text("sdgen.vocab")?.into(),
+            merges: text("sdgen.merges")?.into(),
+        };
         let config = configs.get("tokenizer").cloned().unwrap_or_default();
-        checkpoint.tokenizers.insert(ENCODERS[0], TokenizerSource { files, config });
+        checkpoint
+            .tokenizers
+            .insert(ENCODERS[0], TokenizerSource { files, config });
         checkpoint.configs = configs;
-        checkpoint.add_source(source, |key| vec![Named { name: key.into(), part: Part::Whole }])?;
+        checkpoint.add_source(source, |key| {
+            vec![Named {
+                name: key.into(),
+                part: Part::Whole,
+            }]
+        })?;
         checkpoint.require_parts(&path)?;
         Ok(checkpoint)
     }
 
-    /// Decodes with another VAE: a folder with its config.json, a model's folder, or one .safetensors file, which brings no
-    /// scaling factor and takes this model's. Errors if there is none at `path`, or one for other latents.
+    /// Decodes with another VAE: a folder with its config.json, a model's folder, or one
+    /// .safetensors file, which brings no scaling factor and takes this model's. Errors if there is
+    /// none at `path`, or one for other latents.
     pub fn use_vae(&mut self, path: &Path) -> Result<()> {
-        let own = self.configs.get("vae").filter(|own| own.get("_class_name").is_none_or(|class| class != "AutoencoderTiny"));
+        let own = self.configs.get("vae").filter(|own| {
+            own.get("_class_name")
+                .is_none_or(|class| class != "AutoencoderTiny")
+        });
         let scale = own.and_then(|own| own.get("scaling_factor")?.as_f64());
         let vae = Self::open_vae(path, scale.unwrap_or_else(|| guess::vae_scale(self)))?;
-        let channels = |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
+        let channels =
+            |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
         let config = vae.config("vae")?.clone();
-        let (decodes, draws) = (channels(&config, "latent_channels"), channels(self.config("unet")?, "out_channels"));
+        let (decodes, draws) = (
+            channels(&config, "latent_channels"),
+            channels(self.config("unet")?, "out_channels"),
+        );
         if decodes != draws {
             bail!(
                 "`{}` decodes {decodes} channels, `{}` draws in {draws}\n\nhint: a VAE goes with the family it was made for",
@@ -278,53 +341,85 @@ impl Checkpoint {
         let shown = path.display();
         if path.is_dir() {
             let nested = path.join("vae");
-            let folder = if path.join("config.json").exists() { path } else { &nested };
+            let folder = if path.join("config.json").exists() {
+                path
+            } else {
+                &nested
+            };
             let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
             let model = whole.parent().filter(|_| whole.ends_with("vae"));
             let mut vae = Self::empty(folder_name(model.unwrap_or(&whole)));
-            let config = read_json(&folder.join("config.json"))
-                .with_context(|| format!("`{shown}` is no VAE\n\nhint: pass the folder that holds its config.json"))?;
+            let config = read_json(&folder.join("config.json")).with_context(|| {
+                format!("`{shown}` is no VAE\n\nhint: pass the folder that holds its config.json")
+            })?;
             vae.configs.insert("vae".into(), config);
             for file in weight_files(folder)? {
-                vae.add_source(Source::open(&file)?, |key| names::from_diffusers("vae", key))?;
+                vae.add_source(Source::open(&file)?, |key| {
+                    names::from_diffusers("vae", key)
+                })?;
             }
             return Ok(vae);
         }
         let source = Source::open(path)?;
-        let mut vae = Self::empty(path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default());
+        let mut vae = Self::empty(
+            path.file_stem()
+                .map(|s| s.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+        );
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
         let map = names::from_vae(keys.iter().map(String::as_str));
         vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
-        let config = guess::autoencoder(&vae, scaling_factor).with_context(|| format!("`{shown}` is no VAE that sdgen knows"))?;
+        let config = guess::autoencoder(&vae, scaling_factor)
+            .with_context(|| format!("`{shown}` is no VAE that sdgen knows"))?;
         vae.configs.insert("vae".into(), config);
         Ok(vae)
     }
 
-    /// Opens a network that enlarges pictures: one .safetensors file. Errors say what it is if it is none.
+    /// Opens a network that enlarges pictures: one .safetensors file. Errors say what it is if it
+    /// is none.
     pub fn open_upscaler(path: &Path) -> Result<Self> {
         let source = Source::open(path)?;
-        let mut upscaler = Self::empty(path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default());
+        let mut upscaler = Self::empty(
+            path.file_stem()
+                .map(|s| s.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+        );
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
         let map = names::from_upscaler(keys.iter().map(String::as_str));
         upscaler.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
         let averaged = keys.iter().any(|key| key.starts_with("params_ema."));
-        let odd = upscaler.ignored.iter().find(|key| !averaged || !key.starts_with("params."));
-        if let (Some(odd), _) | (None, Some(odd)) = (odd, keys.first().filter(|_| !upscaler.has("upscaler"))) {
+        let odd = upscaler
+            .ignored
+            .iter()
+            .find(|key| !averaged || !key.starts_with("params."));
+        if let (Some(odd), _) | (None, Some(odd)) =
+            (odd, keys.first().filter(|_| !upscaler.has("upscaler")))
+        {
             let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
             let what = match names::layout(keys.iter().map(String::as_str)) {
                 Layout::Original | Layout::Canonical => "is a checkpoint that draws, no upscaler",
                 Layout::Adapter => "is a LoRA, no upscaler",
-                Layout::Unknown if starts("layers.0.") => "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run",
+                Layout::Unknown if starts("layers.0.") => {
+                    "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run"
+                }
                 Layout::Unknown => "is no upscaler that sdgen knows",
             };
-            bail!("`{}` {what}: it has a tensor `{odd}`\n\nhint: {UPSCALERS}", path.display());
+            bail!(
+                "`{}` {what}: it has a tensor `{odd}`\n\nhint: {UPSCALERS}",
+                path.display()
+            );
         }
         Ok(upscaler)
     }
 
-    /// Changes weights by these as they are read; one of strength 0 is left out. One that was distilled to few steps, by its
-    /// name, brings its scheduler. Errors if one does not fit, with `strict` also if it fits in part.
-    pub fn use_loras(&mut self, loras: impl IntoIterator<Item = Result<Lora>>, strict: bool) -> Result<()> {
+    /// Changes weights by these as they are read; one of strength 0 is left out. One that was
+    /// distilled to few steps, by its name, brings its scheduler. Errors if one does not fit, with
+    /// `strict` also if it fits in part.
+    pub fn use_loras(
+        &mut self,
+        loras: impl IntoIterator<Item = Result<Lora>>,
+        strict: bool,
+    ) -> Result<()> {
         let mut known = None;
         for lora in loras {
             let mut lora = lora?;
@@ -335,7 +430,9 @@ impl Checkpoint {
             if lora.strength == 0.0 {
                 continue;
             }
-            if let (Some(named), Some(Value::Object(scheduler))) = (lora.distillation(), self.configs.get_mut("scheduler")) {
+            if let (Some(named), Some(Value::Object(scheduler))) =
+                (lora.distillation(), self.configs.get_mut("scheduler"))
+            {
                 scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
             }
             self.loras.push(lora);
@@ -345,16 +442,25 @@ impl Checkpoint {
 
     /// The width of the texts that its U-Net takes.
     fn text_width(&self) -> Option<usize> {
-        let takes_text = |name: &str| name.starts_with("unet.") && name.ends_with(".attn2.to_k.weight");
-        self.entries.iter().find(|(name, _)| takes_text(name)).and_then(|(_, entry)| entry.shape.get(1).copied())
+        let takes_text =
+            |name: &str| name.starts_with("unet.") && name.ends_with(".attn2.to_k.weight");
+        self.entries
+            .iter()
+            .find(|(name, _)| takes_text(name))
+            .and_then(|(_, entry)| entry.shape.get(1).copied())
     }
 
     /// Gives it words beyond its vocabulary, and its refiner. Errors if two have one token.
     pub fn use_embeddings(&mut self, embeddings: Vec<Embedding>) -> Result<()> {
         let mut known = BTreeSet::new();
-        if let Some(again) = embeddings.iter().find(|one| !known.insert(one.token.to_lowercase())) {
+        if let Some(again) = embeddings
+            .iter()
+            .find(|one| !known.insert(one.token.to_lowercase()))
+        {
             let (token, file) = (&again.token, &again.file);
-            bail!("two embeddings stand for `{token}`\n\nhint: give one another word in prompts: `--embedding {file}:TOKEN`");
+            bail!(
+                "two embeddings stand for `{token}`\n\nhint: give one another word in prompts: `--embedding {file}:TOKEN`"
+            );
         }
         if let Some(refiner) = &mut self.refiner {
             refiner.embeddings = embeddings.clone();
@@ -365,7 +471,10 @@ impl Checkpoint {
 
     /// What holds the weights of a component.
     fn holder(&self, component: &str) -> &Self {
-        self.vae.as_deref().filter(|_| component == "vae").unwrap_or(self)
+        self.vae
+            .as_deref()
+            .filter(|_| component == "vae")
+            .unwrap_or(self)
     }
 
     fn require_parts(&self, path: &Path) -> Result<()> {
@@ -373,28 +482,46 @@ impl Checkpoint {
             return Ok(());
         }
         let hint = "pass a whole checkpoint; this file is only a part of one";
-        bail!("{}\n\nhint: {hint}", self.lacks(&path.display().to_string()));
+        bail!(
+            "{}\n\nhint: {hint}",
+            self.lacks(&path.display().to_string())
+        );
     }
 
     /// What is wrong with a checkpoint that is only a part of one.
     fn lacks(&self, name: &str) -> String {
         let found: Vec<&str> = PARTS.into_iter().filter(|p| self.has(p)).collect();
-        let is_missing = |part: &&str| !found.contains(part) && (*part != ENCODERS[1]) && (*part != ENCODERS[0] || !self.has(ENCODERS[1]));
+        let is_missing = |part: &&str| {
+            !found.contains(part)
+                && (*part != ENCODERS[1])
+                && (*part != ENCODERS[0] || !self.has(ENCODERS[1]))
+        };
         let missing: Vec<&str> = PARTS.into_iter().filter(is_missing).collect();
-        let found = if found.is_empty() { "nothing that is known".into() } else { found.join(", ") };
+        let found = if found.is_empty() {
+            "nothing that is known".into()
+        } else {
+            found.join(", ")
+        };
         let missing = missing.join(" and no ");
         format!("`{name}` has no {missing} (it has: {found})")
     }
 
     /// Errors if there is no VAE, without which latents cannot be decoded.
     pub fn require_vae(&self) -> Result<()> {
-        if self.configs.contains_key("vae") { Ok(()) } else { bail!("{}\n\nhint: pass one with `--vae`", self.lacks(&self.name)) }
+        if self.configs.contains_key("vae") {
+            Ok(())
+        } else {
+            bail!("{}\n\nhint: pass one with `--vae`", self.lacks(&self.name))
+        }
     }
 
     /// Whether any tensor of a component is there.
     pub fn has(&self, component: &str) -> bool {
         let prefix = format!("{component}.");
-        self.entries.range(prefix.clone()..).next().is_some_and(|(k, _)| k.starts_with(&prefix))
+        self.entries
+            .range(prefix.clone()..)
+            .next()
+            .is_some_and(|(k, _)| k.starts_with(&prefix))
     }
 
     fn add_source(&mut self, source: Source, map: impl Fn(&str) -> Vec<Named>) -> Result<()> {
@@ -406,9 +533,19 @@ impl Checkpoint {
             }
             for Named { name, part } in named {
                 let shape = part_shape(&shape, &part);
-                let entry = Entry { source: index, key: key.clone(), part, shape, dtype: format!("{dtype:?}").to_lowercase() };
+                let entry = Entry {
+                    source: index,
+                    key: key.clone(),
+                    part,
+                    shape,
+                    dtype: format!("{dtype:?}").to_lowercase(),
+                };
                 if let Some(before) = self.entries.insert(name, entry) {
-                    bail!("`{}` has tensor `{}` twice, once as `{key}`", source.path().display(), before.key);
+                    bail!(
+                        "`{}` has tensor `{}` twice, once as `{key}`",
+                        source.path().display(),
+                        before.key
+                    );
                 }
             }
         }
@@ -431,26 +568,44 @@ impl Checkpoint {
         (0..)
             .take_while(|i| {
                 let p = format!("{prefix}{i}.");
-                self.entries.range(p.clone()..).next().is_some_and(|(k, _)| k.starts_with(&p))
+                self.entries
+                    .range(p.clone()..)
+                    .next()
+                    .is_some_and(|(k, _)| k.starts_with(&p))
             })
             .count()
     }
 
     fn entries_of(&self, component: &str) -> impl Iterator<Item = (&String, &Entry)> {
         let prefix = format!("{component}.");
-        self.holder(component).entries.range(prefix.clone()..).take_while(move |(k, _)| k.starts_with(&prefix))
+        self.holder(component)
+            .entries
+            .range(prefix.clone()..)
+            .take_while(move |(k, _)| k.starts_with(&prefix))
     }
 
     /// (parameters, stored types) of a component.
     pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
         let of = || self.entries_of(component);
-        (of().map(|(_, e)| e.shape.iter().product::<usize>()).sum(), of().map(|(_, e)| e.dtype.as_str()).collect())
+        (
+            of().map(|(_, e)| e.shape.iter().product::<usize>()).sum(),
+            of().map(|(_, e)| e.dtype.as_str()).collect(),
+        )
     }
 
-    /// Bytes of a component's weights in memory, where they stay as narrow as their file: [`Weights::get_stored`].
+    /// Bytes of a component's weights in memory, where they stay as narrow as their file:
+    /// [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
-        let width = |dtype: &str| if matches!(dtype, "f16" | "bf16") { 2 } else { 4 };
-        self.entries_of(component).map(|(_, e)| width(&e.dtype) * e.shape.iter().product::<usize>() as u64).sum()
+        let width = |dtype: &str| {
+            if matches!(dtype, "f16" | "bf16") {
+                2
+            } else {
+                4
+            }
+        };
+        self.entries_of(component)
+            .map(|(_, e)| width(&e.dtype) * e.shape.iter().product::<usize>() as u64)
+            .sum()
     }
 
     /// Bytes of all files.
@@ -460,11 +615,14 @@ impl Checkpoint {
 
     /// The configuration of a component; an error names it if there is none.
     pub fn config(&self, component: &str) -> Result<&Value> {
-        self.configs.get(component).with_context(|| format!("`{}` has no configuration of its {component}", self.name))
+        self.configs
+            .get(component)
+            .with_context(|| format!("`{}` has no configuration of its {component}", self.name))
     }
 
-    /// A fingerprint of the weights: SHA-256 over the names, stored types and first 4 KiB of all tensors.
-    /// The same weights as folder and as single file have the same fingerprint; f16 and f32 copies have not.
+    /// A fingerprint of the weights: SHA-256 over the names, stored types and first 4 KiB of all
+    /// tensors. The same weights as folder and as single file have the same fingerprint; f16 and
+    /// f32 copies have not.
     pub fn hash(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for (name, entry) in &self.entries {
@@ -479,16 +637,28 @@ impl Checkpoint {
 
     /// The weights of one component, to build a network from.
     pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
-        Weights { checkpoint: Some(self.holder(component)), prefix: component.into(), device, dtype, wrap: Wrap::default() }
+        Weights {
+            checkpoint: Some(self.holder(component)),
+            prefix: component.into(),
+            device,
+            dtype,
+            wrap: Wrap::default(),
+        }
     }
 
-    /// Adds a share of another checkpoint's weights: all of this one's parts that it has too. Errors if a tensor of those is
-    /// missing there, or has another shape.
+    /// Adds a share of another checkpoint's weights: all of this one's parts that it has too.
+    /// Errors if a tensor of those is missing there, or has another shape.
     pub fn merge(&mut self, merge: Merge) -> Result<()> {
-        for other in [Some(&merge.other), merge.minus.as_ref()].into_iter().flatten() {
+        for other in [Some(&merge.other), merge.minus.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             for (name, entry) in &self.entries {
                 let has_part = name.split('.').next().is_some_and(|part| other.has(part));
-                let same = other.entries.get(name).is_some_and(|found| trimmed(&found.shape) == trimmed(&entry.shape));
+                let same = other
+                    .entries
+                    .get(name)
+                    .is_some_and(|found| trimmed(&found.shape) == trimmed(&entry.shape));
                 if has_part && !same {
                     let hint = "models of one family can be merged";
                     bail!(
@@ -504,27 +674,44 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor with the shares of others and then with what LoRAs add, in its own type: each as if it was made and saved.
+    /// A tensor with the shares of others and then with what LoRAs add, in its own type: each as if
+    /// it was made and saved.
     fn read(&self, name: &str) -> Result<Tensor> {
         let own = self.read_own(name)?;
         let part = name.split('.').next().unwrap_or_default();
         let mut merged: Option<Tensor> = None;
-        for Merge { other, minus, share } in self.merges.iter().filter(|merge| merge.other.has(part)) {
+        for Merge {
+            other,
+            minus,
+            share,
+        } in self.merges.iter().filter(|merge| merge.other.has(part))
+        {
             let wide = own.to_dtype(DType::F32)?;
             let base = match minus.as_ref().filter(|minus| minus.has(part)) {
                 Some(minus) => minus.read_own(name)?.to_dtype(DType::F32)?,
                 None => wide.clone(),
             };
-            let more = ((other.read_own(name)?.to_dtype(DType::F32)?.reshape(wide.shape())? - base.reshape(wide.shape())?)? * *share)?;
+            let more = ((other
+                .read_own(name)?
+                .to_dtype(DType::F32)?
+                .reshape(wide.shape())?
+                - base.reshape(wide.shape())?)?
+                * *share)?;
             merged = Some((merged.unwrap_or(wide) + more)?);
         }
-        let merged = merged.map(|merged| merged.to_dtype(own.dtype())).transpose()?.unwrap_or(own);
+        let merged = merged
+            .map(|merged| merged.to_dtype(own.dtype()))
+            .transpose()?
+            .unwrap_or(own);
         lora::patch(&self.loras, name, merged)
     }
 
     fn read_own(&self, name: &str) -> Result<Tensor> {
         let entry = self.entries.get(name).with_context(|| self.missing(name))?;
-        let source = self.sources.get(entry.source).context("a source went missing")?;
+        let source = self
+            .sources
+            .get(entry.source)
+            .context("a source went missing")?;
         let tensor = source.read(&entry.key)?;
         Ok(match entry.part {
             Part::Whole => tensor,
@@ -539,9 +726,20 @@ impl Checkpoint {
     fn missing(&self, name: &str) -> String {
         let component = name.split('.').next().unwrap_or_default();
         let prefix = format!("{component}.");
-        let near = nearest(name, self.entries.keys().map(String::as_str).filter(|k| k.starts_with(&prefix)));
-        let near = near.map(|n| format!("; the nearest it has is `{n}`")).unwrap_or_default();
-        format!("`{}` has no tensor `{name}`{near}\n\nhint: its configuration and its weights do not belong together", self.name)
+        let near = nearest(
+            name,
+            self.entries
+                .keys()
+                .map(String::as_str)
+                .filter(|k| k.starts_with(&prefix)),
+        );
+        let near = near
+            .map(|n| format!("; the nearest it has is `{n}`"))
+            .unwrap_or_default();
+        format!(
+            "`{}` has no tensor `{name}`{near}\n\nhint: its configuration and its weights do not belong together",
+            self.name
+        )
     }
 }
 
@@ -559,31 +757,53 @@ pub struct Weights<'a> {
 impl<'a> Weights<'a> {
     /// Weights of any name and shape, random and of sensible size: for benchmarks.
     pub fn random(device: &'a Device, dtype: DType) -> Self {
-        Self { checkpoint: None, prefix: "random".into(), device, dtype, wrap: Wrap::default() }
+        Self {
+            checkpoint: None,
+            prefix: "random".into(),
+            device,
+            dtype,
+            wrap: Wrap::default(),
+        }
     }
 
     /// The place `name` below this one.
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
-        Self { prefix: format!("{}.{name}", self.prefix), ..self.clone() }
+        Self {
+            prefix: format!("{}.{name}", self.prefix),
+            ..self.clone()
+        }
     }
 
-    /// What tells the convolutions of the network that is made of these whether its pictures are seamless.
+    /// What tells the convolutions of the network that is made of these whether its pictures are
+    /// seamless.
     pub fn wrap(&self) -> &Wrap {
         &self.wrap
     }
 
-    /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32); trailing dimensions of
-    /// size 1 may differ (a linear layer stored as a 1x1 convolution). Errors name the tensor, its shape and the expected one.
+    /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32);
+    /// trailing dimensions of size 1 may differ (a linear layer stored as a 1x1 convolution).
+    /// Errors name the tensor, its shape and the expected one.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
-        Ok(self.read(name, shape)?.to_dtype(dtype)?.to_device(self.device)?)
+        let dtype = if engine(self.device) == Engine::Cpu {
+            DType::F32
+        } else {
+            self.dtype
+        };
+        Ok(self
+            .read(name, shape)?
+            .to_dtype(dtype)?
+            .to_device(self.device)?)
     }
 
-    /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was asked for, that of the file,
-    /// since products widen weights as they read them.
+    /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was
+    /// asked for, that of the file, since products widen weights as they read them.
     pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.read(name, shape)?;
-        let dtype = if self.device.is_cpu() && self.dtype == DType::F32 { tensor.dtype() } else { self.dtype };
+        let dtype = if self.device.is_cpu() && self.dtype == DType::F32 {
+            tensor.dtype()
+        } else {
+            self.dtype
+        };
         Ok(tensor.to_dtype(dtype)?.to_device(self.device)?)
     }
 
@@ -607,7 +827,11 @@ impl<'a> Weights<'a> {
 
     /// Zeros in place of a tensor that a layer has not, in the type of the arithmetic.
     pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(self.device) == Engine::Cpu { DType::F32 } else { self.dtype };
+        let dtype = if engine(self.device) == Engine::Cpu {
+            DType::F32
+        } else {
+            self.dtype
+        };
         Ok(Tensor::zeros(shape, dtype, self.device)?)
     }
 
@@ -635,16 +859,23 @@ fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {
 fn folder_name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     // a snapshot in the hub's cache: .../models--owner--name/snapshots/<commit>
-    let name = path.ancestors().filter_map(|p| p.file_name()?.to_str()).find_map(|n| n.strip_prefix("models--"));
+    let name = path
+        .ancestors()
+        .filter_map(|p| p.file_name()?.to_str())
+        .find_map(|n| n.strip_prefix("models--"));
     match name {
         Some(name) => name.replace("--", "/"),
-        None => path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into()),
+        None => path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_else(|| "model".into()),
     }
 }
 
 fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
     let mut config = serde_json::Map::new();
-    // special_tokens_map.json wins over tokenizer_config.json, as in transformers: SD2.1 pads with `!` only by it
+    // special_tokens_map.json wins over tokenizer_config.json, as in transformers: SD2.1 pads with
+    // `!` only by it
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
         let path = folder.join(file);
         if path.exists() {
@@ -653,14 +884,21 @@ fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
     }
     let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
     let files = if vocab.exists() && merges.exists() {
-        TokenizerFiles::VocabMerges { vocab: read_text(&vocab)?, merges: read_text(&merges)? }
+        TokenizerFiles::VocabMerges {
+            vocab: read_text(&vocab)?,
+            merges: read_text(&merges)?,
+        }
     } else {
         TokenizerFiles::Json(read_text(&folder.join("tokenizer.json"))?)
     };
-    Ok(TokenizerSource { files, config: config.into() })
+    Ok(TokenizerSource {
+        files,
+        config: config.into(),
+    })
 }
 
-/// The weight files of one component's folder: full precision first, then `fp16`; one file, or all shards of an index.
+/// The weight files of one component's folder: full precision first, then `fp16`; one file, or all
+/// shards of an index.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut unfinished = None;
     for variant in ["", ".fp16"] {
@@ -669,7 +907,10 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
             if one.exists() {
                 return Ok(vec![one]);
             }
-            for index in [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")] {
+            for index in [
+                format!("{stem}.safetensors.index{variant}.json"),
+                format!("{stem}{variant}.safetensors.index.json"),
+            ] {
                 let index = folder.join(index);
                 match index.exists().then(|| shards(folder, &index)) {
                     Some(Ok(files)) => return Ok(files),
@@ -694,12 +935,18 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
             others.join(", ")
         )
     };
-    bail!("`{}` has no safetensors weights\n\nhint: {hint}", folder.display())
+    bail!(
+        "`{}` has no safetensors weights\n\nhint: {hint}",
+        folder.display()
+    )
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     let json = read_json(index)?;
-    let map = json.get("weight_map").and_then(Value::as_object).with_context(|| format!("`{}` has no weight_map", index.display()))?;
+    let map = json
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .with_context(|| format!("`{}` has no weight_map", index.display()))?;
     let files: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
     files
         .into_iter()
@@ -728,18 +975,49 @@ fn read_json(path: &Path) -> Result<Value> {
 fn unknown(path: &Path, keys: &[String]) -> String {
     let shown = path.display();
     let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
-    let (what, hint) = if OTHER_FAMILIES.into_iter().chain(["double_blocks.", "transformer."]).any(starts) {
-        ("is a model of a family that sdgen does not draw yet", "Stable Diffusion 1.x, 2.x and XL work today")
+    let (what, hint) = if OTHER_FAMILIES
+        .into_iter()
+        .chain(["double_blocks.", "transformer."])
+        .any(starts)
+    {
+        (
+            "is a model of a family that sdgen does not draw yet",
+            "Stable Diffusion 1.x, 2.x and XL work today",
+        )
     } else if starts("decoder.") || starts("encoder.down") {
-        ("is a VAE alone, no whole model", "pass it with `--vae`, and a whole checkpoint with `--model`")
+        (
+            "is a VAE alone, no whole model",
+            "pass it with `--vae`, and a whole checkpoint with `--model`",
+        )
     } else if starts("down_blocks.") {
-        ("is a U-Net alone, no whole model", "pass the folder that holds model_index.json")
+        (
+            "is a U-Net alone, no whole model",
+            "pass the folder that holds model_index.json",
+        )
     } else if starts("text_model.") {
-        ("is a text encoder alone, no whole model", "pass the folder that holds model_index.json")
+        (
+            "is a text encoder alone, no whole model",
+            "pass the folder that holds model_index.json",
+        )
     } else if ["emb_params", "clip_l", "<"].into_iter().any(starts) && Embedding::is_in(path) {
-        ("is an embedding, no model: it only adds a word", "pass a whole checkpoint with `--model`, and this with `--embedding`")
-    } else if ["conv_first.", "model.1.sub.", "params_ema.", "params.", "RRDB_trunk."].into_iter().any(starts) {
-        ("is an upscaler, which draws nothing by itself", "`sdgen upscale -m` takes it")
+        (
+            "is an embedding, no model: it only adds a word",
+            "pass a whole checkpoint with `--model`, and this with `--embedding`",
+        )
+    } else if [
+        "conv_first.",
+        "model.1.sub.",
+        "params_ema.",
+        "params.",
+        "RRDB_trunk.",
+    ]
+    .into_iter()
+    .any(starts)
+    {
+        (
+            "is an upscaler, which draws nothing by itself",
+            "`sdgen upscale -m` takes it",
+        )
     } else {
         let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
         return format!(

@@ -26,14 +26,18 @@ pub struct Named {
 
 impl Named {
     fn whole(name: String) -> Vec<Self> {
-        vec![Self { name, part: Part::Whole }]
+        vec![Self {
+            name,
+            part: Part::Whole,
+        }]
     }
 }
 
 /// What the names in one file say about its layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// CompVis' and Stability's single file: `model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`
+    /// CompVis' and Stability's single file: `model.diffusion_model.*`, `first_stage_model.*`,
+    /// `cond_stage_model.*`
     Original,
     /// already canonical (the embedded model)
     Canonical,
@@ -50,23 +54,38 @@ pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
         if is_adapter_key(key) {
             return Layout::Adapter;
         }
-        if ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."].iter().any(|p| key.starts_with(p)) {
+        if [
+            "model.diffusion_model.",
+            "first_stage_model.",
+            "cond_stage_model.",
+        ]
+        .iter()
+        .any(|p| key.starts_with(p))
+        {
             found = Layout::Original;
-        } else if found == Layout::Unknown && ["unet.", "vae.", "text_encoder."].iter().any(|p| key.starts_with(p)) {
+        } else if found == Layout::Unknown
+            && ["unet.", "vae.", "text_encoder."]
+                .iter()
+                .any(|p| key.starts_with(p))
+        {
             found = Layout::Canonical;
         }
     }
     found
 }
 
-/// Maps one component of a diffusers folder: today's names, and the older ones that files on the hub still hold.
+/// Maps one component of a diffusers folder: today's names, and the older ones that files on the
+/// hub still hold.
 pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
     if key.ends_with("position_ids") {
         return vec![];
     }
     let key = match component {
         "vae" => vae_attention(key),
-        _ if component.starts_with("text_encoder") && !key.starts_with("text_model.") && !key.starts_with("text_projection") => {
+        _ if component.starts_with("text_encoder")
+            && !key.starts_with("text_model.")
+            && !key.starts_with("text_projection") =>
+        {
             format!("text_model.{key}")
         }
         _ => key.to_string(),
@@ -76,15 +95,25 @@ pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
 
 /// Old diffusers names of the VAE's attention, and the newer ones, all to the newer.
 fn vae_attention(key: &str) -> String {
-    let Some((before, last)) = key.split_once(".attentions.0.") else { return key.to_string() };
-    let renamed = [("query.", "to_q."), ("key.", "to_k."), ("value.", "to_v."), ("proj_attn.", "to_out.0.")];
-    let last =
-        renamed.iter().find_map(|(old, new)| last.strip_prefix(old).map(|rest| format!("{new}{rest}"))).unwrap_or_else(|| last.to_string());
+    let Some((before, last)) = key.split_once(".attentions.0.") else {
+        return key.to_string();
+    };
+    let renamed = [
+        ("query.", "to_q."),
+        ("key.", "to_k."),
+        ("value.", "to_v."),
+        ("proj_attn.", "to_out.0."),
+    ];
+    let last = renamed
+        .iter()
+        .find_map(|(old, new)| last.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+        .unwrap_or_else(|| last.to_string());
     format!("{before}.attentions.0.{last}")
 }
 
-/// Maps every key of a single original file. Keys that belong to no component (EMA copies, betas, ...) map to nothing.
-/// The last layer of SD2.x's encoder is left out: it conditions on the layer before it.
+/// Maps every key of a single original file. Keys that belong to no component (EMA copies, betas,
+/// ...) map to nothing. The last layer of SD2.x's encoder is left out: it conditions on the layer
+/// before it.
 pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     let keys: BTreeSet<&str> = keys.collect();
     let unet = UnetMap::new(&keys);
@@ -100,8 +129,14 @@ pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
                 Some(from_diffusers("text_encoder", rest))
             } else if let Some(rest) = key.strip_prefix("cond_stage_model.model.") {
                 open_clip_key("text_encoder", rest, last_layer)
-            } else if let Some((_, rest)) = key.strip_prefix("conditioner.embedders.").and_then(|rest| rest.split_once('.')) {
-                match (rest.strip_prefix("transformer."), rest.strip_prefix("model.")) {
+            } else if let Some((_, rest)) = key
+                .strip_prefix("conditioner.embedders.")
+                .and_then(|rest| rest.split_once('.'))
+            {
+                match (
+                    rest.strip_prefix("transformer."),
+                    rest.strip_prefix("model."),
+                ) {
                     (Some(rest), _) => Some(from_diffusers("text_encoder", rest)),
                     (_, Some(rest)) => open_clip_key("text_encoder_2", rest, None),
                     _ => None,
@@ -114,15 +149,25 @@ pub fn from_original<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
         .collect()
 }
 
-/// Maps every key of a file that is a VAE, or holds one: by diffusers' names, the original ones, or those of TAESD's decoder.
+/// Maps every key of a file that is a VAE, or holds one: by diffusers' names, the original ones, or
+/// those of TAESD's decoder.
 pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     const WHOLE: &str = "first_stage_model.";
     let keys: BTreeSet<&str> = keys.collect();
-    let prefix = if keys.iter().any(|key| key.starts_with(WHOLE)) { WHOLE } else { "" };
-    let inner: BTreeSet<&str> = keys.iter().filter_map(|key| key.strip_prefix(prefix)).collect();
+    let prefix = if keys.iter().any(|key| key.starts_with(WHOLE)) {
+        WHOLE
+    } else {
+        ""
+    };
+    let inner: BTreeSet<&str> = keys
+        .iter()
+        .filter_map(|key| key.strip_prefix(prefix))
+        .collect();
     let up_blocks = max_index(&inner, "decoder.up.").map(|last| last + 1);
     let map = |key: &str| match (key.split_once('.'), up_blocks) {
-        (_, Some(up_blocks)) => vae_key(key, up_blocks).map(|name| Named::whole(format!("vae.{name}"))),
+        (_, Some(up_blocks)) => {
+            vae_key(key, up_blocks).map(|name| Named::whole(format!("vae.{name}")))
+        }
         // TAESD's own code counts the squeezing of the latents as a layer
         (Some((layer, rest)), _) if layer.bytes().all(|b| b.is_ascii_digit()) => {
             let layer = layer.parse::<usize>().ok()?.checked_sub(1)?;
@@ -130,18 +175,35 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
         }
         _ => Some(from_diffusers("vae", key)),
     };
-    keys.iter().map(|key| (key.to_string(), key.strip_prefix(prefix).and_then(map).unwrap_or_default())).collect()
+    keys.iter()
+        .map(|key| {
+            (
+                key.to_string(),
+                key.strip_prefix(prefix).and_then(map).unwrap_or_default(),
+            )
+        })
+        .collect()
 }
 
-/// Maps every key of a network that enlarges pictures, by basicsr's names or the older ones of ESRGAN's authors; what is no
-/// part of such a network maps to nothing. Of Real-ESRGAN's two copies the averaged one counts.
+/// Maps every key of a network that enlarges pictures, by basicsr's names or the older ones of
+/// ESRGAN's authors; what is no part of such a network maps to nothing. Of Real-ESRGAN's two copies
+/// the averaged one counts.
 pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     let keys: BTreeSet<&str> = keys.collect();
     let has = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
-    let prefix = ["params_ema.", "params."].into_iter().find(|prefix| has(prefix)).unwrap_or_default();
-    let inner: BTreeSet<&str> = keys.iter().filter_map(|key| key.strip_prefix(prefix)).collect();
+    let prefix = ["params_ema.", "params."]
+        .into_iter()
+        .find(|prefix| has(prefix))
+        .unwrap_or_default();
+    let inner: BTreeSet<&str> = keys
+        .iter()
+        .filter_map(|key| key.strip_prefix(prefix))
+        .collect();
     // ESRGAN's first code numbers its layers through, those without weights too
-    let tail: BTreeSet<usize> = inner.iter().filter_map(|key| key.strip_prefix("model.")?.split('.').next()?.parse().ok()).collect();
+    let tail: BTreeSet<usize> = inner
+        .iter()
+        .filter_map(|key| key.strip_prefix("model.")?.split('.').next()?.parse().ok())
+        .collect();
     let tail: Vec<usize> = tail.into_iter().filter(|layer| *layer > 1).collect();
     let number = |text: &str| text.parse::<usize>().ok();
     let layer = |parts: &[&str]| -> Option<String> {
@@ -149,9 +211,11 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
         Some(match *parts {
             ["conv_first" | "conv_body" | "conv_hr" | "conv_last"] => parts[0].into(),
             ["body", n] => format!("body.{}", number(n)?),
-            ["body" | "RRDB_trunk", n, block, conv] | ["model", "1", "sub", n, block, conv, "0"] => {
+            ["body" | "RRDB_trunk", n, block, conv]
+            | ["model", "1", "sub", n, block, conv, "0"] => {
                 let block = block.to_lowercase();
-                let known = kind.contains(&&*block) && ["conv1", "conv2", "conv3", "conv4", "conv5"].contains(&conv);
+                let known = kind.contains(&&*block)
+                    && ["conv1", "conv2", "conv3", "conv4", "conv5"].contains(&conv);
                 known.then(|| format!("body.{n}.{block}.{conv}"))?
             }
             ["trunk_conv"] | ["model", "1", "sub", _] => "conv_body".into(),
@@ -166,23 +230,36 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
                 }
             }
             [up] => {
-                let n = up.strip_prefix("conv_up").or_else(|| up.strip_prefix("upconv"))?;
+                let n = up
+                    .strip_prefix("conv_up")
+                    .or_else(|| up.strip_prefix("upconv"))?;
                 format!("up.{}", number(n)?.checked_sub(1)?)
             }
             _ => return None,
         })
     };
     let map = |key: &str| {
-        let (layer_name, last) = key.rsplit_once('.').filter(|(_, last)| ["weight", "bias"].contains(last))?;
+        let (layer_name, last) = key
+            .rsplit_once('.')
+            .filter(|(_, last)| ["weight", "bias"].contains(last))?;
         let parts: Vec<&str> = layer_name.split('.').collect();
         Some(Named::whole(format!("upscaler.{}.{last}", layer(&parts)?)))
     };
-    keys.iter().map(|key| (key.to_string(), key.strip_prefix(prefix).and_then(map).unwrap_or_default())).collect()
+    keys.iter()
+        .map(|key| {
+            (
+                key.to_string(),
+                key.strip_prefix(prefix).and_then(map).unwrap_or_default(),
+            )
+        })
+        .collect()
 }
 
 /// The largest number that follows `prefix` in any key.
 fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
-    keys.iter().filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok()).max()
+    keys.iter()
+        .filter_map(|k| k.strip_prefix(prefix)?.split('.').next()?.parse().ok())
+        .max()
 }
 
 /// Layers of the U-Net outside of its numbered blocks: original and diffusers' names.
@@ -207,21 +284,35 @@ const RESNET: [(&str, &str); 6] = [
     ("skip_connection.", "conv_shortcut."),
 ];
 
-/// The original name of a U-Net's layer, both without component and `.weight`. `count` tells how many numbered children a
-/// prefix has in the U-Net.
+/// The original name of a U-Net's layer, both without component and `.weight`. `count` tells how
+/// many numbered children a prefix has in the U-Net.
 pub fn to_original(layer: &str, count: impl Fn(&str) -> usize) -> Option<String> {
     let key = format!("{layer}.");
-    let renamed =
-        |names: &[(&str, &str)], key: &str| names.iter().find_map(|(old, new)| key.strip_prefix(new).map(|rest| format!("{old}{rest}")));
+    let renamed = |names: &[(&str, &str)], key: &str| {
+        names
+            .iter()
+            .find_map(|(old, new)| key.strip_prefix(new).map(|rest| format!("{old}{rest}")))
+    };
     let original = || {
         let (blocks, rest) = key.split_once('.')?;
-        if let Some(rest) = rest.strip_prefix("resnets.").filter(|_| blocks == "mid_block") {
+        if let Some(rest) = rest
+            .strip_prefix("resnets.")
+            .filter(|_| blocks == "mid_block")
+        {
             let (i, rest) = rest.split_once('.')?;
-            return Some(format!("middle_block.{}.{}", 2 * i.parse::<usize>().ok()?, renamed(&RESNET, rest)?));
+            return Some(format!(
+                "middle_block.{}.{}",
+                2 * i.parse::<usize>().ok()?,
+                renamed(&RESNET, rest)?
+            ));
         }
         let mut parts = rest.splitn(4, '.');
         let block: usize = parts.next()?.parse().ok()?;
-        let (kind, i, rest) = (parts.next()?, parts.next()?.parse::<usize>().ok()?, parts.next()?);
+        let (kind, i, rest) = (
+            parts.next()?,
+            parts.next()?.parse::<usize>().ok()?,
+            parts.next()?,
+        );
         let of = |block: usize, kind: &str| count(&format!("{blocks}.{block}.{kind}."));
         let layers = |block: usize| of(block, "resnets") + of(block, "downsamplers");
         let (side, first) = match blocks {
@@ -234,7 +325,11 @@ pub fn to_original(layer: &str, count: impl Fn(&str) -> usize) -> Option<String>
             "attentions" => format!("{side}.{}.1.{rest}", first + i),
             "downsamplers" => format!("{side}.{}.0.op.", first + of(block, "resnets")),
             "upsamplers" => {
-                format!("{side}.{}.{}.conv.", (first + of(block, "resnets")).checked_sub(1)?, 1 + of(block, "attentions").min(1))
+                format!(
+                    "{side}.{}.{}.conv.",
+                    (first + of(block, "resnets")).checked_sub(1)?,
+                    1 + of(block, "attentions").min(1)
+                )
             }
             _ => return None,
         })
@@ -251,7 +346,11 @@ struct UnetMap {
 
 impl UnetMap {
     fn new(keys: &BTreeSet<&str>) -> Self {
-        let has = |prefix: String| keys.range(prefix.as_str()..).next().is_some_and(|k| k.starts_with(&prefix));
+        let has = |prefix: String| {
+            keys.range(prefix.as_str()..)
+                .next()
+                .is_some_and(|k| k.starts_with(&prefix))
+        };
         let inputs = max_index(keys, "model.diffusion_model.input_blocks.").unwrap_or(0);
         let outputs = max_index(keys, "model.diffusion_model.output_blocks.").unwrap_or(0);
         let (mut input, mut output) = (BTreeMap::new(), BTreeMap::new());
@@ -276,7 +375,10 @@ impl UnetMap {
     }
 
     fn map(&self, key: &str) -> Option<String> {
-        if let Some(name) = UNET_FIXED.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}"))) {
+        if let Some(name) = UNET_FIXED
+            .iter()
+            .find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+        {
             return Some(name);
         }
         if let Some(rest) = key.strip_prefix("middle_block.0.") {
@@ -295,25 +397,33 @@ impl UnetMap {
             _ => return None,
         };
         let (block, layer) = map.get(&index)?;
-        Some(if let Some(conv) = rest.strip_prefix("op.").filter(|_| side == "input_blocks") {
-            // the downsampler is counted as a layer of its block
-            format!("down_blocks.{block}.downsamplers.0.conv.{conv}")
-        } else if let Some(conv) = rest.strip_prefix("conv.").filter(|_| side == "output_blocks") {
-            format!("up_blocks.{block}.upsamplers.0.conv.{conv}")
-        } else if part == "0" {
-            format!("{blocks}.{block}.resnets.{layer}.{}", resnet(rest)?)
-        } else {
-            format!("{blocks}.{block}.attentions.{layer}.{rest}")
-        })
+        Some(
+            if let Some(conv) = rest.strip_prefix("op.").filter(|_| side == "input_blocks") {
+                // the downsampler is counted as a layer of its block
+                format!("down_blocks.{block}.downsamplers.0.conv.{conv}")
+            } else if let Some(conv) = rest
+                .strip_prefix("conv.")
+                .filter(|_| side == "output_blocks")
+            {
+                format!("up_blocks.{block}.upsamplers.0.conv.{conv}")
+            } else if part == "0" {
+                format!("{blocks}.{block}.resnets.{layer}.{}", resnet(rest)?)
+            } else {
+                format!("{blocks}.{block}.attentions.{layer}.{rest}")
+            },
+        )
     }
 }
 
 /// A U-Net residual block's inner names.
 fn resnet(key: &str) -> Option<String> {
-    RESNET.iter().find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+    RESNET
+        .iter()
+        .find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
 }
 
-/// One VAE key without its prefix. Decoder levels are numbered from the finest in the original, from the coarsest here.
+/// One VAE key without its prefix. Decoder levels are numbered from the finest in the original,
+/// from the coarsest here.
 fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
     if key.starts_with("quant_conv.") || key.starts_with("post_quant_conv.") {
         return Some(key.to_string());
@@ -334,29 +444,44 @@ fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
         ("mid.attn_1.v.", "mid_block.attentions.0.to_v."),
         ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
     ];
-    let name = match fixed.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|r| format!("{new}{r}"))) {
+    let name = match fixed
+        .iter()
+        .find_map(|(old, new)| rest.strip_prefix(old).map(|r| format!("{new}{r}")))
+    {
         Some(name) => name,
         None => {
             let (direction, rest) = rest.split_once('.')?;
             let (level, rest) = rest.split_once('.')?;
             let level: usize = level.parse().ok()?;
-            let level = if direction == "up" { up_blocks.checked_sub(level + 1)? } else { level };
-            let rest = rest.replacen("block.", "resnets.", 1).replacen("downsample.", "downsamplers.0.", 1).replacen(
-                "upsample.",
-                "upsamplers.0.",
-                1,
-            );
+            let level = if direction == "up" {
+                up_blocks.checked_sub(level + 1)?
+            } else {
+                level
+            };
+            let rest = rest
+                .replacen("block.", "resnets.", 1)
+                .replacen("downsample.", "downsamplers.0.", 1)
+                .replacen("upsample.", "upsamplers.0.", 1);
             format!("{direction}_blocks.{level}.{rest}")
         }
     };
-    Some(format!("{side}.{}", name.replace(".nin_shortcut.", ".conv_shortcut.")))
+    Some(format!(
+        "{side}.{}",
+        name.replace(".nin_shortcut.", ".conv_shortcut.")
+    ))
 }
 
 /// One OpenCLIP text key without its prefix; `last_layer` is left out, and with it the projection.
 fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
     let fixed = [
-        ("positional_embedding", "embeddings.position_embedding.weight"),
-        ("token_embedding.weight", "embeddings.token_embedding.weight"),
+        (
+            "positional_embedding",
+            "embeddings.position_embedding.weight",
+        ),
+        (
+            "token_embedding.weight",
+            "embeddings.token_embedding.weight",
+        ),
         ("ln_final.weight", "final_layer_norm.weight"),
         ("ln_final.bias", "final_layer_norm.bias"),
     ];
@@ -364,15 +489,23 @@ fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Optio
         return Some(Named::whole(format!("{component}.text_model.{new}")));
     }
     if key == "text_projection" && last_layer.is_none() {
-        return Some(vec![Named { name: format!("{component}.text_projection.weight"), part: Part::Transposed }]);
+        return Some(vec![Named {
+            name: format!("{component}.text_projection.weight"),
+            part: Part::Transposed,
+        }]);
     }
-    let (layer, rest) = key.strip_prefix("transformer.resblocks.")?.split_once('.')?;
+    let (layer, rest) = key
+        .strip_prefix("transformer.resblocks.")?
+        .split_once('.')?;
     if Some(layer.parse().ok()?) == last_layer {
         return None;
     }
     let layer = format!("{component}.text_model.encoder.layers.{layer}");
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
-        let part = |(index, name)| Named { name: format!("{layer}.self_attn.{name}_proj.{kind}"), part: Part::Rows { index, of: 3 } };
+        let part = |(index, name)| Named {
+            name: format!("{layer}.self_attn.{name}_proj.{kind}"),
+            part: Part::Rows { index, of: 3 },
+        };
         return Some(["q", "k", "v"].into_iter().enumerate().map(part).collect());
     }
     let names = [
@@ -382,12 +515,19 @@ fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Optio
         ("mlp.c_fc.", "mlp.fc1."),
         ("mlp.c_proj.", "mlp.fc2."),
     ];
-    names.iter().find_map(|(old, new)| rest.strip_prefix(old).map(|r| Named::whole(format!("{layer}.{new}{r}"))))
+    names.iter().find_map(|(old, new)| {
+        rest.strip_prefix(old)
+            .map(|r| Named::whole(format!("{layer}.{new}{r}")))
+    })
 }
 
 /// The candidate nearest to `name` by edit distance, if any is near at all.
 pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates.map(|c| (strsim::levenshtein(name, c), c)).min().filter(|(d, c)| *d <= c.len().max(name.len()) / 3).map(|(_, c)| c)
+    candidates
+        .map(|c| (strsim::levenshtein(name, c), c))
+        .min()
+        .filter(|(d, c)| *d <= c.len().max(name.len()) / 3)
+        .map(|(_, c)| c)
 }
 
 #[cfg(test)]
@@ -398,17 +538,42 @@ mod tests {
     #[test]
     fn original_names_of_every_u_net_go_to_ours_and_back() {
         for recipe in ["sd1", "sd2", "sdxl", "sdxl_refiner", "ssd1b", "vega"] {
-            let path = format!("{}/tests/fixtures/real_{recipe}.json", env!("CARGO_MANIFEST_DIR"));
-            let shapes: serde_json::Map<_, _> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+            let path = format!(
+                "{}/tests/fixtures/real_{recipe}.json",
+                env!("CARGO_MANIFEST_DIR")
+            );
+            let shapes: serde_json::Map<_, _> =
+                serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
             let map = from_original(shapes.keys().map(String::as_str));
-            let ours: BTreeSet<&str> = map.values().flatten().filter_map(|named| named.name.strip_prefix("unet.")).collect();
-            let has = |prefix: &str| ours.range(prefix..).next().is_some_and(|name| name.starts_with(prefix));
+            let ours: BTreeSet<&str> = map
+                .values()
+                .flatten()
+                .filter_map(|named| named.name.strip_prefix("unet."))
+                .collect();
+            let has = |prefix: &str| {
+                ours.range(prefix..)
+                    .next()
+                    .is_some_and(|name| name.starts_with(prefix))
+            };
             let count = |prefix: &str| (0..).take_while(|i| has(&format!("{prefix}{i}."))).count();
             let mut seen = 0;
-            for (original, named) in map.iter().filter_map(|(key, named)| Some((key.strip_prefix("model.diffusion_model.")?, named))) {
+            for (original, named) in map.iter().filter_map(|(key, named)| {
+                Some((key.strip_prefix("model.diffusion_model.")?, named))
+            }) {
                 let (layer, end) = original.rsplit_once('.').unwrap();
-                let ours = named.first().unwrap().name.strip_prefix("unet.").unwrap().strip_suffix(&format!(".{end}")).unwrap();
-                assert_eq!(to_original(ours, count).as_deref(), Some(layer), "{recipe}: {ours}");
+                let ours = named
+                    .first()
+                    .unwrap()
+                    .name
+                    .strip_prefix("unet.")
+                    .unwrap()
+                    .strip_suffix(&format!(".{end}"))
+                    .unwrap();
+                assert_eq!(
+                    to_original(ours, count).as_deref(),
+                    Some(layer),
+                    "{recipe}: {ours}"
+                );
                 seen += 1;
             }
             assert!(seen > 500, "{recipe}");

@@ -1,4 +1,5 @@
-//! What several test files share: running the program, and building checkpoints in a temporary folder.
+//! What several test files share: running the program, and building checkpoints in a temporary
+//! folder.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
 use candle_core::{DType, Device, Tensor};
@@ -9,7 +10,8 @@ use std::process::{Command, Output};
 
 /// This project, wherever it is now: a test may run on another machine than it was built on.
 fn project() -> PathBuf {
-    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -19,10 +21,19 @@ pub fn fixture(name: &str) -> PathBuf {
 /// The program, in a folder of its own, with no settings of the machine's owner and no network.
 pub fn sdgen(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sdgen"));
-    for name in ["SDGEN_MODEL", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"] {
+    for name in [
+        "SDGEN_MODEL",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+    ] {
         command.env_remove(name);
     }
-    command.env("HF_HUB_OFFLINE", "1").current_dir(folder).stdin(std::process::Stdio::null());
+    command
+        .env("HF_HUB_OFFLINE", "1")
+        .current_dir(folder)
+        .stdin(std::process::Stdio::null());
     command
 }
 
@@ -37,11 +48,17 @@ pub fn stderr(output: &Output) -> String {
 /// Runs and expects exit code 0.
 pub fn succeed(command: &mut Command) -> Output {
     let output = command.output().unwrap();
-    assert!(output.status.success(), "{:?}: {}", output.status, stderr(&output));
+    assert!(
+        output.status.success(),
+        "{:?}: {}",
+        output.status,
+        stderr(&output)
+    );
     output
 }
 
-/// Runs and expects this exit code, an error that holds every text, nothing on stdout, and no panic.
+/// Runs and expects this exit code, an error that holds every text, nothing on stdout, and no
+/// panic.
 pub fn fail(command: &mut Command, code: i32, texts: &[&str]) -> String {
     let output = command.output().unwrap();
     let said = stderr(&output);
@@ -67,10 +84,18 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// A copy of a fixture; where it holds only what it does not share with another, with what they share.
+/// A copy of a fixture; where it holds only what it does not share with another, with what they
+/// share.
 pub fn with_base(name: &str, to: &Path) {
     if !fixture(name).join("model_index.json").exists() {
-        copy_folder(&fixture(json(&fixture(name).join("goldens.json"))["base"].as_str().unwrap()), to);
+        copy_folder(
+            &fixture(
+                json(&fixture(name).join("goldens.json"))["base"]
+                    .as_str()
+                    .unwrap(),
+            ),
+            to,
+        );
     }
     copy_folder(&fixture(name), to);
 }
@@ -93,17 +118,32 @@ pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
     candle_core::safetensors::save(tensors, path).unwrap();
 }
 
-/// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding rows are repeated.
+/// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding
+/// rows are repeated.
 pub fn with_full_vocabulary(name: &str, to: &Path) {
     copy_folder(&fixture(name), to);
     let merges = std::fs::read_to_string(project().join("assets/clip/merges.txt")).unwrap();
-    for part in sdgen::weights::ENCODERS.into_iter().filter(|part| to.join(part).is_dir()) {
+    for part in sdgen::weights::ENCODERS
+        .into_iter()
+        .filter(|part| to.join(part).is_dir())
+    {
         let weights = to.join(part).join("model.safetensors");
         let mut text = load(&weights);
-        let key = text.keys().find(|k| k.ends_with("token_embedding.weight")).unwrap().clone();
+        let key = text
+            .keys()
+            .find(|k| k.ends_with("token_embedding.weight"))
+            .unwrap()
+            .clone();
         let small = text[&key].clone();
-        let rows: Vec<u32> = (0..49408u32).map(|i| i % small.dim(0).unwrap() as u32).collect();
-        text.insert(key, small.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap());
+        let rows: Vec<u32> = (0..49408u32)
+            .map(|i| i % small.dim(0).unwrap() as u32)
+            .collect();
+        text.insert(
+            key,
+            small
+                .index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0)
+                .unwrap(),
+        );
         save(&text, &weights);
         edit_json(&to.join(part).join("config.json"), |c| {
             c.insert("vocab_size".into(), 49408.into());
@@ -118,11 +158,24 @@ pub fn with_full_vocabulary(name: &str, to: &Path) {
 }
 
 fn vocabulary(merges: &str) -> String {
-    let printable = |b: &u32| (33..=126).contains(b) || (161..=172).contains(b) || (174..=255).contains(b);
-    let bytes: Vec<String> = (0..256).filter(printable).chain(256..324).map(|c| char::from_u32(c).unwrap().to_string()).collect();
-    let merged = merges.lines().filter(|l| !l.starts_with("#version")).map(|l| l.replace(' ', ""));
+    let printable =
+        |b: &u32| (33..=126).contains(b) || (161..=172).contains(b) || (174..=255).contains(b);
+    let bytes: Vec<String> = (0..256)
+        .filter(printable)
+        .chain(256..324)
+        .map(|c| char::from_u32(c).unwrap().to_string())
+        .collect();
+    let merged = merges
+        .lines()
+        .filter(|l| !l.starts_with("#version"))
+        .map(|l| l.replace(' ', ""));
     let specials = ["<|startoftext|>".to_string(), "<|endoftext|>".to_string()];
-    let all = bytes.iter().cloned().chain(bytes.iter().map(|b| format!("{b}</w>"))).chain(merged).chain(specials);
+    let all = bytes
+        .iter()
+        .cloned()
+        .chain(bytes.iter().map(|b| format!("{b}</w>")))
+        .chain(merged)
+        .chain(specials);
     let map: serde_json::Map<String, Value> = all.enumerate().map(|(i, t)| (t, i.into())).collect();
     Value::Object(map).to_string()
 }
@@ -135,15 +188,27 @@ pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
 /// The same by any recipe.
 pub fn assemble(recipe: &Value, folder: &Path, to: &Path) {
     let mut parts = HashMap::new();
-    for part in sdgen::weights::PARTS.into_iter().filter(|part| folder.join(part).is_dir()) {
-        let file = if part.starts_with("text_encoder") { "model" } else { "diffusion_pytorch_model" };
+    for part in sdgen::weights::PARTS
+        .into_iter()
+        .filter(|part| folder.join(part).is_dir())
+    {
+        let file = if part.starts_with("text_encoder") {
+            "model"
+        } else {
+            "diffusion_pytorch_model"
+        };
         for (key, tensor) in load(&folder.join(part).join(format!("{file}.safetensors"))) {
             parts.insert(format!("{part}.{key}"), tensor);
         }
     }
     let mut out = HashMap::new();
     for entry in recipe["entries"].as_array().unwrap() {
-        let from: Vec<&Tensor> = entry["from"].as_array().unwrap().iter().map(|k| &parts[k.as_str().unwrap()]).collect();
+        let from: Vec<&Tensor> = entry["from"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|k| &parts[k.as_str().unwrap()])
+            .collect();
         let tensor = match entry["op"].as_str().unwrap() {
             "same" => from[0].clone(),
             "conv1x1" => from[0].unsqueeze(2).unwrap().unsqueeze(3).unwrap(),
@@ -154,8 +219,16 @@ pub fn assemble(recipe: &Value, folder: &Path, to: &Path) {
         out.insert(entry["key"].as_str().unwrap().to_string(), tensor);
     }
     for entry in recipe["ignored"].as_array().unwrap() {
-        let shape: Vec<usize> = entry["shape"].as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect();
-        out.insert(entry["key"].as_str().unwrap().to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
+        let shape: Vec<usize> = entry["shape"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| d.as_u64().unwrap() as usize)
+            .collect();
+        out.insert(
+            entry["key"].as_str().unwrap().to_string(),
+            Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap(),
+        );
     }
     save(&out, to);
 }
@@ -165,15 +238,28 @@ pub fn sparse(shapes: &Value, path: &Path) {
     let mut offset = 0;
     let mut header = serde_json::Map::new();
     for (key, shape) in shapes.as_object().unwrap() {
-        let bytes = 2 * shape.as_array().unwrap().iter().map(|d| d.as_u64().unwrap()).product::<u64>();
-        header.insert(key.clone(), json!({ "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes] }));
+        let bytes = 2 * shape
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| d.as_u64().unwrap())
+            .product::<u64>();
+        header.insert(
+            key.clone(),
+            json!({ "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes] }),
+        );
         offset += bytes;
     }
     let header = Value::Object(header).to_string();
     let mut start = (header.len() as u64).to_le_bytes().to_vec();
     start.extend(header.as_bytes());
     std::fs::write(path, &start).unwrap();
-    std::fs::File::options().write(true).open(path).unwrap().set_len(start.len() as u64 + offset).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .set_len(start.len() as u64 + offset)
+        .unwrap();
 }
 
 /// Numbers below what it is given, the same ones in every run (Marsaglia 2003, xorshift).

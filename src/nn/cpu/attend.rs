@@ -46,14 +46,21 @@ mod tests {
     #[test]
     fn attended_work_is_done_on_any_number_of_threads_and_ends() {
         for threads in [1, 2, 5] {
-            let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(threads).build() else { continue };
+            let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(threads).build() else {
+                continue;
+            };
             let sum = || {
                 let _attended = Attended::start();
-                (0..1000).map(|_| (0..100u64).into_par_iter().sum::<u64>()).sum::<u64>()
+                (0..1000)
+                    .map(|_| (0..100u64).into_par_iter().sum::<u64>())
+                    .sum::<u64>()
             };
             assert_eq!(pool.install(sum), 4_950_000);
             // and what comes after finds the threads free again
-            assert_eq!(pool.install(|| (0..100u64).into_par_iter().sum::<u64>()), 4950);
+            assert_eq!(
+                pool.install(|| (0..100u64).into_par_iter().sum::<u64>()),
+                4950
+            );
         }
     }
 }

@@ -1,12 +1,15 @@
-//! Attention without a score matrix: FlashAttention, Dao et al. 2022 (arXiv 2205.14135) and Dao 2023 (arXiv 2307.08691).
+//! Attention without a score matrix: FlashAttention, Dao et al. 2022 (arXiv 2205.14135) and Dao
+//! 2023 (arXiv 2307.08691).
 //!
-//! Each task takes some queries of one head past all keys, a block of keys at a time. Of each query it keeps the largest
-//! score so far, the sum of the weights exp(score - largest), and the sum of values with these weights; where a block
-//! brings a larger score, the two sums are scaled down to it. So scores never leave the nearest cache.
+//! Each task takes some queries of one head past all keys, a block of keys at a time. Of each query
+//! it keeps the largest score so far, the sum of the weights exp(score - largest), and the sum of
+//! values with these weights; where a block brings a larger score, the two sums are scaled down to
+//! it. So scores never leave the nearest cache.
 //!
-//! Queries lie in the lanes of vectors, keys and values are spread to all lanes one number at a time: then no lane is
-//! wasted for any size of head, and a query's largest score and sums need no steps across lanes. Keys and values are
-//! laid out for this once per call, in the order in which they are read.
+//! Queries lie in the lanes of vectors, keys and values are spread to all lanes one number at a
+//! time: then no lane is wasted for any size of head, and a query's largest score and sums need no
+//! steps across lanes. Keys and values are laid out for this once per call, in the order in which
+//! they are read.
 
 use super::copy::fresh;
 use super::product::{Output, with_memory};
@@ -22,11 +25,12 @@ const QUERIES: usize = 128;
 /// Keys of one block: the scores of a group of queries (16 KiB) stay in the nearest cache.
 const KEYS: usize = 128;
 
-/// Numbers of a query that the scores' inner loop adds up: a group's (16 KiB) stay in the nearest cache, next to the scores.
+/// Numbers of a query that the scores' inner loop adds up: a group's (16 KiB) stay in the nearest
+/// cache, next to the scores.
 const DEPTH: usize = 128;
 
-/// Rows and vectors that an inner loop adds up in registers: every size of head in use is a multiple of 8. And as many on
-/// processors with fewer registers.
+/// Rows and vectors that an inner loop adds up in registers: every size of head in use is a
+/// multiple of 8. And as many on processors with fewer registers.
 const ROWS: usize = 8;
 const VECTORS: usize = 2;
 const FEW_ROWS: usize = 4;
@@ -56,15 +60,27 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         lv: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((b, n, c), (bk, m, ck), heads) = (lq.shape().dims3()?, lk.shape().dims3()?, self.heads);
-        if bk != b || ck != c || lv.shape() != lk.shape() || heads == 0 || !c.is_multiple_of(heads) || m == 0 {
-            bail!("attention of {:?} to {:?} in {heads} heads", lq.shape(), lk.shape());
+        let ((b, n, c), (bk, m, ck), heads) =
+            (lq.shape().dims3()?, lk.shape().dims3()?, self.heads);
+        if bk != b
+            || ck != c
+            || lv.shape() != lk.shape()
+            || heads == 0
+            || !c.is_multiple_of(heads)
+            || m == 0
+        {
+            bail!(
+                "attention of {:?} to {:?} in {heads} heads",
+                lq.shape(),
+                lk.shape()
+            );
         }
         let y = if lq.shape().elem_count() == 0 {
             vec![]
         } else {
             let [q, k, v] = [Rows::of(q, lq)?, Rows::of(k, lk)?, Rows::of(v, lv)?];
-            Plan::new([q, k, v], (b, n, m, c), heads).run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
+            Plan::new([q, k, v], (b, n, m, c), heads)
+                .run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
         };
         Ok((CpuStorage::F32(y), lq.shape().clone()))
     }
@@ -81,9 +97,14 @@ impl<'a> Rows<'a> {
     /// Those of a tensor [b, n, c], none of which is 0.
     fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         match (storage, layout.dims(), layout.stride()) {
-            (CpuStorage::F32(x), [b, n, c], [picture, row, 1]) if *b == 1 || *picture == n * row => {
+            (CpuStorage::F32(x), [b, n, c], [picture, row, 1])
+                if *b == 1 || *picture == n * row =>
+            {
                 let end = layout.start_offset() + (b * n - 1) * row + c;
-                Ok(Self { numbers: &x[layout.start_offset()..end], stride: *row })
+                Ok(Self {
+                    numbers: &x[layout.start_offset()..end],
+                    stride: *row,
+                })
             }
             _ => bail!("this kernel takes rows of f32"),
         }
@@ -112,35 +133,86 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new([q, k, v]: [Rows<'a>; 3], (b, n, m, c): (usize, usize, usize, usize), heads: usize) -> Self {
+    fn new(
+        [q, k, v]: [Rows<'a>; 3],
+        (b, n, m, c): (usize, usize, usize, usize),
+        heads: usize,
+    ) -> Self {
         let (d, blocks) = (c / heads, m.div_ceil(KEYS));
-        Self { q, k, v, b, n, m, c, heads, d, padded: d.next_multiple_of(ROWS), keys: m.div_ceil(blocks).next_multiple_of(LANES), blocks }
+        Self {
+            q,
+            k,
+            v,
+            b,
+            n,
+            m,
+            c,
+            heads,
+            d,
+            padded: d.next_multiple_of(ROWS),
+            keys: m.div_ceil(blocks).next_multiple_of(LANES),
+            blocks,
+        }
     }
 
     /// The result [b, n, c]. None of the lengths may be 0.
     fn run(&self, pack: impl Fn(Pack) + Sync, attend: impl Fn(Attend) + Sync) -> Vec<f32> {
-        let Plan { b, n, c, heads, d, padded, keys, blocks, .. } = *self;
+        let Plan {
+            b,
+            n,
+            c,
+            heads,
+            d,
+            padded,
+            keys,
+            blocks,
+            ..
+        } = *self;
         let (tasks, block) = (n.div_ceil(QUERIES), keys * (d + padded));
-        // neither is cleared first: that would cost up to a quarter of the time where there are few keys
+        // neither is cleared first: that would cost up to a quarter of the time where there are few
+        // keys
         let (mut packed, mut y) = (fresh(b * blocks * heads * block), fresh(b * n * c));
-        packed.par_chunks_exact_mut(block).enumerate().for_each(|(i, packed)| {
-            pack(Pack { plan: self, image: i / (blocks * heads), head: i % heads, first: i / heads % blocks * keys, packed });
-        });
+        packed
+            .par_chunks_exact_mut(block)
+            .enumerate()
+            .for_each(|(i, packed)| {
+                pack(Pack {
+                    plan: self,
+                    image: i / (blocks * heads),
+                    head: i % heads,
+                    first: i / heads % blocks * keys,
+                    packed,
+                });
+            });
         let output = Output(y.as_mut_ptr());
         (0..b * tasks * heads).into_par_iter().for_each(|i| {
-            with_memory(&SCRATCH, QUERIES / LANES * (d + padded + 2) + keys * VECTORS, |scratch| {
-                // heads next to each other share cache lines of queries and results
-                let (image, head, first) = (i / (tasks * heads), i % heads, i / heads % tasks * QUERIES);
-                let packed = &packed[image * blocks * heads * block..][..blocks * heads * block];
-                attend(Attend { plan: self, image, head, first, packed, scratch, y: &output });
-            });
+            with_memory(
+                &SCRATCH,
+                QUERIES / LANES * (d + padded + 2) + keys * VECTORS,
+                |scratch| {
+                    // heads next to each other share cache lines of queries and results
+                    let (image, head, first) =
+                        (i / (tasks * heads), i % heads, i / heads % tasks * QUERIES);
+                    let packed =
+                        &packed[image * blocks * heads * block..][..blocks * heads * block];
+                    attend(Attend {
+                        plan: self,
+                        image,
+                        head,
+                        first,
+                        packed,
+                        scratch,
+                        y: &output,
+                    });
+                },
+            );
         });
         y
     }
 }
 
-/// Lays out a block of keys and values of one head. After the last key it is repeated, and after the last number of a value
-/// stands what follows in memory: neither counts.
+/// Lays out a block of keys and values of one head. After the last key it is repeated, and after
+/// the last number of a value stands what follows in memory: neither counts.
 struct Pack<'a> {
     plan: &'a Plan<'a>,
     image: usize,
@@ -154,16 +226,24 @@ struct Pack<'a> {
 impl Kernel for Pack<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        if V::WIDE { self.pack::<V, ROWS>() } else { self.pack::<V, FEW_ROWS>() }
+        if V::WIDE {
+            self.pack::<V, ROWS>()
+        } else {
+            self.pack::<V, FEW_ROWS>()
+        }
     }
 }
 
 impl Pack<'_> {
     #[inline(always)]
     fn pack<V: Vector, const R: usize>(self) {
-        let Plan { k, v, m, d, keys, .. } = *self.plan;
+        let Plan {
+            k, v, m, d, keys, ..
+        } = *self.plan;
         let last = keys.min(m - self.first) - 1;
-        let at = |of: Rows, key: usize| (self.image * m + self.first + key.min(last)) * of.stride + self.head * d;
+        let at = |of: Rows, key: usize| {
+            (self.image * m + self.first + key.min(last)) * of.stride + self.head * d
+        };
         let (to_k, to_v) = self.packed.split_at_mut(keys * d);
         for key in (0..keys).step_by(LANES) {
             let rows = std::array::from_fn(|i| at(k, key + i));
@@ -175,7 +255,11 @@ impl Pack<'_> {
         }
         for first in (0..d).step_by(LANES) {
             for key in 0..keys {
-                spread::<V, R>(V::load_some(&v.numbers[at(v, key) + first..]), &mut to_v[first * keys + key * R..], keys);
+                spread::<V, R>(
+                    V::load_some(&v.numbers[at(v, key) + first..]),
+                    &mut to_v[first * keys + key * R..],
+                    keys,
+                );
             }
         }
     }
@@ -197,15 +281,27 @@ struct Attend<'a> {
 impl Kernel for Attend<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        if V::WIDE { self.attend::<V, ROWS, VECTORS>() } else { self.attend::<V, FEW_ROWS, FEW_VECTORS>() }
+        if V::WIDE {
+            self.attend::<V, ROWS, VECTORS>()
+        } else {
+            self.attend::<V, FEW_ROWS, FEW_VECTORS>()
+        }
     }
 }
 
 impl Attend<'_> {
     #[inline(always)]
     fn attend<V: Vector, const R: usize, const C: usize>(mut self) {
-        let Plan { m, heads, d, padded, keys, .. } = *self.plan;
-        let (queries, scratch) = std::mem::take(&mut self.scratch).split_at_mut(QUERIES / LANES * d); // [groups, d, C]
+        let Plan {
+            m,
+            heads,
+            d,
+            padded,
+            keys,
+            ..
+        } = *self.plan;
+        let (queries, scratch) =
+            std::mem::take(&mut self.scratch).split_at_mut(QUERIES / LANES * d); // [groups, d, C]
         let (values, scratch) = scratch.split_at_mut(QUERIES / LANES * padded); // [groups, padded, C]
         let (state, scores) = scratch.split_at_mut(QUERIES / LANES * 2); // [groups, 2, C], [keys, C]
         let count = QUERIES.min(self.plan.n - self.first);
@@ -215,7 +311,11 @@ impl Attend<'_> {
             state[..C].fill(Lanes([f32::NEG_INFINITY; LANES]));
             state[C..].fill(Lanes([0.0; LANES]));
         }
-        let blocks = self.packed.chunks_exact(keys * (d + padded)).skip(self.head).step_by(heads);
+        let blocks = self
+            .packed
+            .chunks_exact(keys * (d + padded))
+            .skip(self.head)
+            .step_by(heads);
         for (block, first) in blocks.zip((0..m).step_by(keys)) {
             let (k, v) = block.split_at(keys * d);
             let count = keys.min(m - first);
@@ -225,7 +325,13 @@ impl Attend<'_> {
                 let (largest, total) = state[group * 2 * C..][..2 * C].split_at_mut(C);
                 let before = load::<V, C>(largest);
                 // a panel's last keys may be repetitions of a key: they change no maximum
-                let top = score::<V, R, C>(k, d, queries, &mut scores[..count.next_multiple_of(R) * C], before);
+                let top = score::<V, R, C>(
+                    k,
+                    d,
+                    queries,
+                    &mut scores[..count.next_multiple_of(R) * C],
+                    before,
+                );
                 let scores = &mut scores[..count * C];
                 let mut sum = weigh::<V, C>(scores, top);
                 let mut scale = [V::splat(0.0); C];
@@ -261,7 +367,9 @@ impl Attend<'_> {
         let scale = V::splat(LOG2_E / (d as f32).sqrt());
         for vector in 0..count.next_multiple_of(C * LANES) / LANES {
             // the last query fills up its vectors
-            let row = |i: usize| (self.image * n + self.first + i.min(count - 1)) * q.stride + self.head * d;
+            let row = |i: usize| {
+                (self.image * n + self.first + i.min(count - 1)) * q.stride + self.head * d
+            };
             let rows = std::array::from_fn(|i| row(vector * LANES + i));
             let group = &mut queries[vector / C * d * C..][..d * C];
             for first in starts(d) {
@@ -274,8 +382,15 @@ impl Attend<'_> {
 
     /// Writes the values of `count` queries, divided by the sum of their weights.
     #[inline(always)]
-    fn give_values<V: Vector, const C: usize>(&self, values: &[Lanes], state: &[Lanes], count: usize) {
-        let Plan { n, c, d, padded, .. } = *self.plan;
+    fn give_values<V: Vector, const C: usize>(
+        &self,
+        values: &[Lanes],
+        state: &[Lanes],
+        count: usize,
+    ) {
+        let Plan {
+            n, c, d, padded, ..
+        } = *self.plan;
         for vector in 0..count.div_ceil(LANES) {
             let mut scale = state[vector / C * 2 * C + C + vector % C];
             for x in &mut scale.0 {
@@ -299,7 +414,8 @@ impl Attend<'_> {
     }
 }
 
-/// Scores [count, C] of a block's keys [keys/R, d, R], and the largest of them and `top` in each lane.
+/// Scores [count, C] of a block's keys [keys/R, d, R], and the largest of them and `top` in each
+/// lane.
 #[inline(always)]
 fn score<V: Vector, const R: usize, const C: usize>(
     k: &[f32],
@@ -348,7 +464,11 @@ fn weigh<V: Vector, const C: usize>(scores: &mut [Lanes], top: [V; C]) -> [V; C]
 
 /// sums [R, C] + a' b for a [k, R] and b [k, C].
 #[inline(always)]
-fn product<V: Vector, const R: usize, const C: usize>(a: &[f32], b: &[Lanes], mut sums: [[V; C]; R]) -> [[V; C]; R] {
+fn product<V: Vector, const R: usize, const C: usize>(
+    a: &[f32],
+    b: &[Lanes],
+    mut sums: [[V; C]; R],
+) -> [[V; C]; R] {
     for (a, b) in a.as_chunks::<R>().0.iter().zip(b.as_chunks::<C>().0) {
         let right = load::<V, C>(b);
         for (left, sums) in a.iter().zip(&mut sums) {
@@ -377,29 +497,41 @@ fn store<V: Vector, const C: usize>(x: [V; C], to: &mut [Lanes]) {
     }
 }
 
-/// Where vectors start that cover a row of d numbers: the last reaches back, rather than past the end.
+/// Where vectors start that cover a row of d numbers: the last reaches back, rather than past the
+/// end.
 #[inline(always)]
 fn starts(d: usize) -> impl Iterator<Item = usize> {
-    (0..d).step_by(LANES).map(move |first| first.min(d.saturating_sub(LANES)))
+    (0..d)
+        .step_by(LANES)
+        .map(move |first| first.min(d.saturating_sub(LANES)))
 }
 
-/// Columns from `first` on, sixteen or to the end, of sixteen rows of d numbers that start at these places.
+/// Columns from `first` on, sixteen or to the end, of sixteen rows of d numbers that start at these
+/// places.
 #[inline(always)]
 fn columns<V: Vector>(x: &[f32], rows: [usize; LANES], first: usize, d: usize) -> [V; LANES] {
     let mut vectors = [V::splat(0.0); LANES];
     for (vector, row) in vectors.iter_mut().zip(rows) {
-        *vector = if d < LANES { V::load_some(&x[row..][..d]) } else { V::load_some(&x[row + first..][..LANES]) };
+        *vector = if d < LANES {
+            V::load_some(&x[row..][..d])
+        } else {
+            V::load_some(&x[row + first..][..LANES])
+        };
     }
     V::transpose(vectors)
 }
 
-/// Writes a vector into panels of R numbers side by side and `len` numbers below each other, as far as there are panels.
+/// Writes a vector into panels of R numbers side by side and `len` numbers below each other, as far
+/// as there are panels.
 #[inline(always)]
 fn spread<V: Vector, const R: usize>(x: V, to: &mut [f32], len: usize) {
     let mut numbers = [0.0; LANES];
     x.store(&mut numbers);
     for (panel, numbers) in numbers.as_chunks::<R>().0.iter().enumerate() {
-        if let Some(to) = to.get_mut(panel * len * R..).and_then(|to| to.first_chunk_mut()) {
+        if let Some(to) = to
+            .get_mut(panel * len * R..)
+            .and_then(|to| to.first_chunk_mut())
+        {
             *to = *numbers;
         }
     }
@@ -415,10 +547,23 @@ mod tests {
 
     impl Kernel for Compared {
         fn run<V: Vector>(self) {
-            for (b, n, m, heads, d) in [(1, 1, 1, 1, 1), (2, 33, 17, 2, 7), (1, 150, 145, 1, 40), (2, 20, 31, 1, 136)] {
+            for (b, n, m, heads, d) in [
+                (1, 1, 1, 1, 1),
+                (2, 33, 17, 2, 7),
+                (1, 150, 145, 1, 40),
+                (2, 20, 31, 1, 136),
+            ] {
                 let c = heads * d;
-                let waves = |len: usize, pace: f32| (0..len).map(|i| 2.0 * (i as f32 * pace).sin()).collect::<Vec<f32>>();
-                let (q, k, v) = (waves(b * n * c, 0.7), waves(b * m * c, 1.1), waves(b * m * c, 1.3));
+                let waves = |len: usize, pace: f32| {
+                    (0..len)
+                        .map(|i| 2.0 * (i as f32 * pace).sin())
+                        .collect::<Vec<f32>>()
+                };
+                let (q, k, v) = (
+                    waves(b * n * c, 0.7),
+                    waves(b * m * c, 1.1),
+                    waves(b * m * c, 1.3),
+                );
                 let rows = |numbers| Rows { numbers, stride: c };
                 let y = Plan::new([rows(&q), rows(&k), rows(&v)], (b, n, m, c), heads)
                     .run(|kernel| kernel.run::<V>(), |kernel| kernel.run::<V>());
@@ -426,12 +571,25 @@ mod tests {
                     let (image, head, row) = (i / (n * c), i % c / d, i / c);
                     let at = |key: usize| (image * m + key) * c + head * d;
                     let weights: Vec<f64> = (0..m)
-                        .map(|key| (0..d).map(|j| f64::from(q[row * c + head * d + j]) * f64::from(k[at(key) + j])).sum::<f64>())
+                        .map(|key| {
+                            (0..d)
+                                .map(|j| {
+                                    f64::from(q[row * c + head * d + j]) * f64::from(k[at(key) + j])
+                                })
+                                .sum::<f64>()
+                        })
                         .map(|score| (score / (d as f64).sqrt()).exp())
                         .collect();
-                    let sum: f64 = weights.iter().enumerate().map(|(key, weight)| weight * f64::from(v[at(key) + i % d])).sum();
+                    let sum: f64 = weights
+                        .iter()
+                        .enumerate()
+                        .map(|(key, weight)| weight * f64::from(v[at(key) + i % d]))
+                        .sum();
                     let expected = sum / weights.iter().sum::<f64>();
-                    assert!((f64::from(*y) - expected).abs() < 1e-5, "{y} for {expected} at {i} of {b}x{n} to {m}, {heads} heads of {d}");
+                    assert!(
+                        (f64::from(*y) - expected).abs() < 1e-5,
+                        "{y} for {expected} at {i} of {b}x{n} to {m}, {heads} heads of {d}"
+                    );
                 }
             }
         }

@@ -24,8 +24,13 @@ struct Chains<'a>(&'a AtomicU64);
 impl Kernel for Chains<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let chains = if V::WIDE { chains::<V, 12>() } else { chains::<V, 6>() };
-        self.0.fetch_add((2 * chains * LENGTH * LANES) as u64, Ordering::Relaxed);
+        let chains = if V::WIDE {
+            chains::<V, 12>()
+        } else {
+            chains::<V, 6>()
+        };
+        self.0
+            .fetch_add((2 * chains * LENGTH * LANES) as u64, Ordering::Relaxed);
     }
 }
 
@@ -39,7 +44,9 @@ fn chains<V: Vector, const N: usize>() -> usize {
         }
     }
     let mut numbers = [0.0; LANES];
-    sums.iter().fold(V::splat(0.0), |total, sum| total.add(*sum)).store(&mut numbers);
+    sums.iter()
+        .fold(V::splat(0.0), |total, sum| total.add(*sum))
+        .store(&mut numbers);
     black_box(numbers);
     N
 }

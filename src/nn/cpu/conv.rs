@@ -1,5 +1,5 @@
-//! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it is needed; by
-//! [`super::winograd`] where that is faster.
+//! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it
+//! is needed; by [`super::winograd`] where that is faster.
 
 use super::panels::{Panels, WIDTH};
 use super::product::{Finish, product, slice, with_slice};
@@ -7,7 +7,8 @@ use super::winograd;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// Pictures [b, rows, columns, c], seen as if they were scaled to [b, h, w, c]: each pixel from the nearest one before it.
+/// Pictures [b, rows, columns, c], seen as if they were scaled to [b, h, w, c]: each pixel from the
+/// nearest one before it.
 #[derive(Clone, Copy)]
 pub struct Pictures<'a> {
     pub x: &'a [f32],
@@ -25,13 +26,21 @@ impl<'a> Pictures<'a> {
     /// The row that row y - `before` is taken from; none if it is outside.
     pub fn row(&self, y: usize, before: usize) -> Option<usize> {
         let y = inside(y, before, self.h, self.wraps[0])?;
-        Some(if self.rows == self.h { y } else { y * self.rows / self.h })
+        Some(if self.rows == self.h {
+            y
+        } else {
+            y * self.rows / self.h
+        })
     }
 
     /// The column that column x - `before` is taken from; none if it is outside.
     pub fn column(&self, x: usize, before: usize) -> Option<usize> {
         let x = inside(x, before, self.w, self.wraps[1])?;
-        Some(if self.columns == self.w { x } else { x * self.columns / self.w })
+        Some(if self.columns == self.w {
+            x
+        } else {
+            x * self.columns / self.w
+        })
     }
 
     /// The pixel [c] of a picture in a row and column of what is stored.
@@ -40,7 +49,8 @@ impl<'a> Pictures<'a> {
     }
 }
 
-/// `at` - `before`, if that is one of `len`, or the one that it is when they are repeated without end.
+/// `at` - `before`, if that is one of `len`, or the one that it is when they are repeated without
+/// end.
 fn inside(at: usize, before: usize, len: usize, repeats: bool) -> Option<usize> {
     match at.checked_sub(before) {
         Some(at) if at < len => Some(at),
@@ -49,7 +59,8 @@ fn inside(at: usize, before: usize, len: usize, repeats: bool) -> Option<usize> 
     }
 }
 
-/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] or [b, out] -> rows of [b, h', w', out].
+/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] or [b, out] -> rows of [b,
+/// h', w', out].
 pub struct Conv2d {
     pub size: usize,
     pub stride: usize,
@@ -59,7 +70,8 @@ pub struct Conv2d {
     pub wraps: [bool; 2],
     /// the rows of the output that are wanted
     pub rows: Range<usize>,
-    /// (height, width) to which the picture is scaled before it is convolved, each pixel from the nearest one before it
+    /// (height, width) to which the picture is scaled before it is convolved, each pixel from the
+    /// nearest one before it
     pub scaled: Option<(usize, usize)>,
     /// [b, rows, w', out]: added to the result
     pub residual: Option<Tensor>,
@@ -90,21 +102,59 @@ impl CustomOp3 for Conv2d {
             || (bias.len() != outputs && bias.len() != b * outputs)
             || self.padding.0 + self.padding.1 + h.min(w) < self.size
             || self.rows.end > self.out(h)
-            || self.slope.as_ref().is_some_and(|slope| slope.dims() != [outputs])
-            || self.residual.as_ref().is_some_and(|r| r.dims() != [b, self.rows.len(), self.out(w), outputs])
+            || self
+                .slope
+                .as_ref()
+                .is_some_and(|slope| slope.dims() != [outputs])
+            || self
+                .residual
+                .as_ref()
+                .is_some_and(|r| r.dims() != [b, self.rows.len(), self.out(w), outputs])
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
-        let pictures = Pictures { x, rows, columns, b, h, w, c, wraps: self.wraps };
+        let pictures = Pictures {
+            x,
+            rows,
+            columns,
+            b,
+            h,
+            w,
+            c,
+            wraps: self.wraps,
+        };
         let convolved = |residual: Option<&[f32]>, slope: Option<&[f32]>| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
-                winograd::convolve(pictures, self.rows.clone(), outputs, weight, bias, residual, slope)
+                winograd::convolve(
+                    pictures,
+                    self.rows.clone(),
+                    outputs,
+                    weight,
+                    bias,
+                    residual,
+                    slope,
+                )
             } else {
-                self.unfolded(pictures, outputs, weight, Finish { bias: Some(bias), residual, slope, gated: false })
+                self.unfolded(
+                    pictures,
+                    outputs,
+                    weight,
+                    Finish {
+                        bias: Some(bias),
+                        residual,
+                        slope,
+                        gated: false,
+                    },
+                )
             }
         };
-        let y = with_slice(self.residual.as_ref(), |residual| with_slice(self.slope.as_ref(), |slope| convolved(residual, slope)))??;
-        Ok((CpuStorage::F32(y), Shape::from((b, self.rows.len(), self.out(w), outputs))))
+        let y = with_slice(self.residual.as_ref(), |residual| {
+            with_slice(self.slope.as_ref(), |slope| convolved(residual, slope))
+        })??;
+        Ok((
+            CpuStorage::F32(y),
+            Shape::from((b, self.rows.len(), self.out(w), outputs)),
+        ))
     }
 }
 
@@ -120,25 +170,53 @@ impl Conv2d {
     }
 
     /// The convolution as a product of what each pixel of the output sees and the weights.
-    pub(super) fn unfolded(&self, pictures: Pictures, outputs: usize, weight: Panels, finish: Finish) -> Vec<f32> {
+    pub(super) fn unfolded(
+        &self,
+        pictures: Pictures,
+        outputs: usize,
+        weight: Panels,
+        finish: Finish,
+    ) -> Vec<f32> {
         let (h, w) = (self.rows.len(), self.out(pictures.w));
-        let shape = (pictures.b * h * w, self.size * self.size * pictures.c, outputs);
+        let shape = (
+            pictures.b * h * w,
+            self.size * self.size * pictures.c,
+            outputs,
+        );
         let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
-            self.unfold(pictures, (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w), terms, patch);
+            self.unfold(
+                pictures,
+                (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w),
+                terms,
+                patch,
+            );
         };
         product(shape, left, weight, finish)
     }
 
-    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with zeros where there is nothing.
-    fn unfold(&self, pictures: Pictures, (picture, oy, ox): (usize, usize, usize), terms: Range<usize>, mut patch: &mut [f32]) {
+    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with
+    /// zeros where there is nothing.
+    fn unfold(
+        &self,
+        pictures: Pictures,
+        (picture, oy, ox): (usize, usize, usize),
+        terms: Range<usize>,
+        mut patch: &mut [f32],
+    ) {
         let c = pictures.c;
         let mut at = terms.start;
         while at < terms.end {
             let (tap, channel) = (at / c, at % c);
             let len = (c - channel).min(terms.end - at);
             let (part, rest) = patch.split_at_mut(len);
-            let (y, x) = (oy * self.stride + tap / self.size, ox * self.stride + tap % self.size);
-            match (pictures.row(y, self.padding.0), pictures.column(x, self.padding.0)) {
+            let (y, x) = (
+                oy * self.stride + tap / self.size,
+                ox * self.stride + tap % self.size,
+            );
+            match (
+                pictures.row(y, self.padding.0),
+                pictures.column(x, self.padding.0),
+            ) {
                 (Some(row), Some(column)) => {
                     let pixel = pictures.pixel(picture, row, column);
                     part.copy_from_slice(&pixel[channel..][..len]);

@@ -4,14 +4,19 @@ use super::product::slice;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 
-/// Memory for a kernel's output, not zeroed; NaN in debug builds, so that a test sees what was not written.
-#[expect(clippy::uninit_vec, reason = "zeros would be written once more for nothing")]
+/// Memory for a kernel's output, not zeroed; NaN in debug builds, so that a test sees what was not
+/// written.
+#[expect(
+    clippy::uninit_vec,
+    reason = "zeros would be written once more for nothing"
+)]
 pub fn fresh(len: usize) -> Vec<f32> {
     if cfg!(debug_assertions) {
         return vec![f32::NAN; len];
     }
     let mut memory = Vec::with_capacity(len);
-    // SAFETY: the capacity is there, and a kernel writes every element before it reads any or hands them out
+    // SAFETY: the capacity is there, and a kernel writes every element before it reads any or hands
+    // them out
     unsafe {
         memory.set_len(len);
     }
@@ -29,16 +34,29 @@ impl CustomOp2 for Concat {
         "concat"
     }
 
-    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        la: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let ((n, h, w, c), (nb, hb, wb, d)) = (la.shape().dims4()?, lb.shape().dims4()?);
         if (n, h, w) != (nb, hb, wb) || c == 0 || d == 0 {
             bail!("concatenation of {:?} and {:?}", la.shape(), lb.shape());
         }
         let (a, b) = (slice(a, la)?, slice(b, lb)?);
         let mut y = fresh(n * h * w * (c + d));
-        let tasks = y.par_chunks_mut(ROWS * (c + d)).zip(a.par_chunks(ROWS * c)).zip(b.par_chunks(ROWS * d));
+        let tasks = y
+            .par_chunks_mut(ROWS * (c + d))
+            .zip(a.par_chunks(ROWS * c))
+            .zip(b.par_chunks(ROWS * d));
         tasks.for_each(|((y, a), b)| {
-            for ((y, a), b) in y.chunks_exact_mut(c + d).zip(a.chunks_exact(c)).zip(b.chunks_exact(d)) {
+            for ((y, a), b) in y
+                .chunks_exact_mut(c + d)
+                .zip(a.chunks_exact(c))
+                .zip(b.chunks_exact(d))
+            {
                 let (left, right) = y.split_at_mut(c);
                 left.copy_from_slice(a);
                 right.copy_from_slice(b);

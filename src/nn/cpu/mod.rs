@@ -1,6 +1,6 @@
-//! Kernels for the CPU as candle CustomOps, f32, on rayon's pool. Results never depend on the number of threads: work is
-//! cut by shape alone and partial sums are added in order. Each has its plain composition, and the test that compares
-//! them, in [`super::layers`].
+//! Kernels for the CPU as candle CustomOps, f32, on rayon's pool. Results never depend on the
+//! number of threads: work is cut by shape alone and partial sums are added in order. Each has its
+//! plain composition, and the test that compares them, in [`super::layers`].
 
 mod attend;
 mod attention;

@@ -1,6 +1,7 @@
 //! Group normalisation of [b, h, w, c], with SiLU, and layer normalisation over the last dimension.
 //!
-//! A group norm reads its input twice: once for sums of numbers and of squares, once to write the output.
+//! A group norm reads its input twice: once for sums of numbers and of squares, once to write the
+//! output.
 
 use super::copy::fresh;
 use super::math::{layer_norm, moments};
@@ -9,10 +10,12 @@ use super::vector::{Kernel, LANES, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-/// Numbers of one task, about: small enough for a processor's own cache, large enough that handing it out costs nothing.
+/// Numbers of one task, about: small enough for a processor's own cache, large enough that handing
+/// it out costs nothing.
 const BLOCK: usize = 1 << 15;
 
-/// Numbers of one task that does the same to each row of n of `len` numbers: so that each thread has one, and whole rows.
+/// Numbers of one task that does the same to each row of n of `len` numbers: so that each thread
+/// has one, and whole rows.
 fn share(len: usize, n: usize) -> usize {
     let block = BLOCK.min(len / rayon::current_num_threads());
     block.div_ceil(n).max(1) * n
@@ -44,11 +47,20 @@ struct Apply<'a> {
 impl Kernel for Apply<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Affine { center, scale, shift } = self.affine;
+        let Affine {
+            center,
+            scale,
+            shift,
+        } = self.affine;
         let c = center.len();
         for (y, x) in self.y.chunks_exact_mut(c).zip(self.x.chunks_exact(c)) {
-            let affine = center.chunks(LANES).zip(scale.chunks(LANES)).zip(shift.chunks(LANES));
-            for ((y, x), ((center, scale), shift)) in y.chunks_mut(LANES).zip(x.chunks(LANES)).zip(affine) {
+            let affine = center
+                .chunks(LANES)
+                .zip(scale.chunks(LANES))
+                .zip(shift.chunks(LANES));
+            for ((y, x), ((center, scale), shift)) in
+                y.chunks_mut(LANES).zip(x.chunks(LANES)).zip(affine)
+            {
                 let centered = V::load_some(x).sub(V::load_some(center));
                 let normal = V::load_some(shift).plus(centered, V::load_some(scale));
                 (if self.silu { normal.silu() } else { normal }).store_some(y);
@@ -57,7 +69,8 @@ impl Kernel for Apply<'_> {
     }
 }
 
-/// x [b, h, w, c] -> [b, above + h + below, w, c], normalised: its rows, with some of its neighbours'.
+/// x [b, h, w, c] -> [b, above + h + below, w, c], normalised: its rows, with some of its
+/// neighbours'.
 pub struct Normalise<'a> {
     /// one an image
     pub affine: &'a [Affine],
@@ -76,7 +89,9 @@ impl CustomOp1 for Normalise<'_> {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (b, _, w, c) = layout.shape().dims4()?;
         let fits = |rows: &&Tensor| matches!(rows.dims4(), Ok((rows_b, _, rows_w, rows_c)) if (rows_b, rows_w, rows_c) == (b, w, c));
-        if self.affine.len() != b || self.affine.iter().any(|a| a.center.len() != c) || ![self.above, self.below].iter().flatten().all(fits)
+        if self.affine.len() != b
+            || self.affine.iter().any(|a| a.center.len() != c)
+            || ![self.above, self.below].iter().flatten().all(fits)
         {
             bail!("normalisation of {:?}", layout.shape());
         }
@@ -88,12 +103,18 @@ impl CustomOp1 for Normalise<'_> {
                 let mut y = fresh(len);
                 let block = share(len, c);
                 let mut tasks = vec![];
-                for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine) {
+                for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine)
+                {
                     for x in parts {
                         let x = &x[i * (x.len() / b)..][..x.len() / b];
                         let (part, rest) = y.split_at_mut(x.len());
                         let blocks = part.chunks_mut(block).zip(x.chunks(block));
-                        tasks.extend(blocks.map(|(y, x)| Apply { affine, silu: self.silu, x, y }));
+                        tasks.extend(blocks.map(|(y, x)| Apply {
+                            affine,
+                            silu: self.silu,
+                            x,
+                            y,
+                        }));
                         y = rest;
                     }
                 }
@@ -106,31 +127,57 @@ impl CustomOp1 for Normalise<'_> {
 }
 
 impl GroupNorm {
-    /// What normalises pictures, of which these are the parts from top to bottom: one an image, for weight and bias [c].
-    pub fn statistics(&self, parts: &[&Tensor], weight: &Tensor, bias: &Tensor) -> Result<Vec<Affine>> {
+    /// What normalises pictures, of which these are the parts from top to bottom: one an image, for
+    /// weight and bias [c].
+    pub fn statistics(
+        &self,
+        parts: &[&Tensor],
+        weight: &Tensor,
+        bias: &Tensor,
+    ) -> Result<Vec<Affine>> {
         let mut images: Vec<Vec<Vec<[f64; 2]>>> = vec![];
         let mut pixels = 0;
         for part in parts {
             let (b, h, w, c) = part.dims4()?;
-            if b * h * w * c == 0 || weight.dims() != [c] || bias.dims() != [c] || !c.is_multiple_of(self.groups) {
-                bail!("group norm of {:?} in {} groups with {:?} weights and {:?} biases", part.shape(), self.groups, weight, bias);
+            if b * h * w * c == 0
+                || weight.dims() != [c]
+                || bias.dims() != [c]
+                || !c.is_multiple_of(self.groups)
+            {
+                bail!(
+                    "group norm of {:?} in {} groups with {:?} weights and {:?} biases",
+                    part.shape(),
+                    self.groups,
+                    weight,
+                    bias
+                );
             }
             images.resize(b, vec![]);
             pixels += h * w;
-            // blocks are cut from one image by its shape alone, so that its sums depend on nothing else
+            // blocks are cut from one image by its shape alone, so that its sums depend on nothing
+            // else
             let (image, block) = (h * w * c, (BLOCK / c).max(1) * c);
             let sums: Vec<_> = with_slice(Some(part), |x| {
                 let x = x.unwrap_or_default();
-                x.par_chunks_exact(image).flat_map(|x| x.par_chunks(block)).map(|x| self.sums(x, c)).collect()
+                x.par_chunks_exact(image)
+                    .flat_map(|x| x.par_chunks(block))
+                    .map(|x| self.sums(x, c))
+                    .collect()
             })?;
-            for (image, sums) in images.iter_mut().zip(sums.chunks_exact(image.div_ceil(block))) {
+            for (image, sums) in images
+                .iter_mut()
+                .zip(sums.chunks_exact(image.div_ceil(block)))
+            {
                 image.extend_from_slice(sums);
             }
         }
         with_slice(Some(weight), |weight| {
             with_slice(Some(bias), |bias| {
                 let (weight, bias) = (weight.unwrap_or_default(), bias.unwrap_or_default());
-                images.iter().map(|partial| self.affine(partial, pixels, weight, bias)).collect()
+                images
+                    .iter()
+                    .map(|partial| self.affine(partial, pixels, weight, bias))
+                    .collect()
             })
         })?
     }
@@ -139,27 +186,44 @@ impl GroupNorm {
     fn sums(&self, x: &[f32], c: usize) -> Vec<[f64; 2]> {
         let (mut sums, mut squares) = (vec![0.0; c], vec![0.0; c]);
         moments(x, &mut sums, &mut squares);
-        let groups = sums.chunks_exact(c / self.groups).zip(squares.chunks_exact(c / self.groups));
-        groups.map(|(sums, squares)| [sums.iter().sum(), squares.iter().sum()]).collect()
+        let groups = sums
+            .chunks_exact(c / self.groups)
+            .zip(squares.chunks_exact(c / self.groups));
+        groups
+            .map(|(sums, squares)| [sums.iter().sum(), squares.iter().sum()])
+            .collect()
     }
 
     /// From the sums of an image's blocks, added in order.
-    fn affine(&self, partial: &[Vec<[f64; 2]>], pixels: usize, weight: &[f32], bias: &[f32]) -> Affine {
+    fn affine(
+        &self,
+        partial: &[Vec<[f64; 2]>],
+        pixels: usize,
+        weight: &[f32],
+        bias: &[f32],
+    ) -> Affine {
         let width = weight.len() / self.groups;
         let count = (pixels * width) as f64;
         let mut affine = Affine::default();
-        for (group, (weight, bias)) in weight.chunks_exact(width).zip(bias.chunks_exact(width)).enumerate() {
+        for (group, (weight, bias)) in weight
+            .chunks_exact(width)
+            .zip(bias.chunks_exact(width))
+            .enumerate()
+        {
             let mean = partial.iter().map(|sums| sums[group][0]).sum::<f64>() / count;
             let square = partial.iter().map(|sums| sums[group][1]).sum::<f64>() / count;
             // rounding may leave less than nothing where all numbers are the same
             let deviation = ((square - mean * mean).max(0.0) + self.eps).sqrt();
-            // what rounding takes from the mean is in the shift: x - center is exact where x is near the mean
+            // what rounding takes from the mean is in the shift: x - center is exact where x is
+            // near the mean
             let center = mean as f32;
             for (weight, bias) in weight.iter().zip(bias) {
                 let scale = f64::from(*weight) / deviation;
                 affine.center.push(center);
                 affine.scale.push(scale as f32);
-                affine.shift.push((f64::from(*bias) + (f64::from(center) - mean) * scale) as f32);
+                affine
+                    .shift
+                    .push((f64::from(*bias) + (f64::from(center) - mean) * scale) as f32);
             }
         }
         affine
@@ -188,15 +252,22 @@ impl CustomOp3 for LayerNorm {
         let n = lx.shape().dim(D::Minus1)?;
         let (x, weight, bias) = (slice(x, lx)?, slice(weight, lw)?, slice(bias, lb)?);
         if n == 0 || weight.len() != n || bias.len() != n {
-            bail!("layer norm of {:?} with {} weights and {} biases", lx.shape(), weight.len(), bias.len());
+            bail!(
+                "layer norm of {:?} with {} weights and {} biases",
+                lx.shape(),
+                weight.len(),
+                bias.len()
+            );
         }
         let mut y = fresh(x.len());
         let block = share(x.len(), n);
-        y.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
-                layer_norm(y, x, weight, bias, self.eps as f32);
-            }
-        });
+        y.par_chunks_mut(block)
+            .zip(x.par_chunks(block))
+            .for_each(|(y, x)| {
+                for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+                    layer_norm(y, x, weight, bias, self.eps as f32);
+                }
+            });
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
 }

@@ -1,4 +1,5 @@
-//! Weights of products, packed once at load: panels of 32 output channels side by side, in the type of the file.
+//! Weights of products, packed once at load: panels of 32 output channels side by side, in the type
+//! of the file.
 
 use super::vector::{LANES, Lanes, Vector};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, WithDType, bail};
@@ -19,8 +20,8 @@ pub fn vectors(outputs: usize, panel: usize) -> usize {
     (outputs - panel * WIDTH).div_ceil(LANES).min(PANEL)
 }
 
-/// Weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32 output channels, zeros after the
-/// last, the right side of one matrix product.
+/// Weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32 output
+/// channels, zeros after the last, the right side of one matrix product.
 pub struct Pack {
     /// A gated layer: 16 channels of the first half of the output beside the same 16 of the second.
     pub gated: bool,
@@ -32,7 +33,9 @@ impl CustomOp1 for Pack {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("weights are packed from contiguous memory") };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("weights are packed from contiguous memory")
+        };
         let (storage, shape) = match storage {
             CpuStorage::F32(weight) => self.pack(&weight[start..end], layout.dims())?,
             CpuStorage::F16(weight) => self.pack(&weight[start..end], layout.dims())?,
@@ -45,7 +48,9 @@ impl CustomOp1 for Pack {
 
 impl Pack {
     fn pack<T: WithDType>(&self, weight: &[T], shape: &[usize]) -> Result<(CpuStorage, Shape)> {
-        let &[outputs, inputs, ref taps @ ..] = shape else { bail!("weights {shape:?} cannot be packed") };
+        let &[outputs, inputs, ref taps @ ..] = shape else {
+            bail!("weights {shape:?} cannot be packed")
+        };
         let taps: usize = taps.iter().product();
         if weight.is_empty() || self.gated && outputs % 2 != 0 {
             bail!("a product from {inputs} to {outputs} channels");
@@ -54,8 +59,13 @@ impl Pack {
         let slabs = inputs.div_ceil(PACKED);
         let mut packed = vec![T::from_f64(0.0); panels * taps * inputs * WIDTH];
         // for each panel and slab of input channels, its rows under every tap of the kernel
-        let mut blocks: Vec<Vec<&mut [T]>> = (0..panels * slabs).map(|_| Vec::with_capacity(taps)).collect();
-        for (blocks, panel) in blocks.chunks_exact_mut(slabs).zip(packed.chunks_exact_mut(taps * inputs * WIDTH)) {
+        let mut blocks: Vec<Vec<&mut [T]>> = (0..panels * slabs)
+            .map(|_| Vec::with_capacity(taps))
+            .collect();
+        for (blocks, panel) in blocks
+            .chunks_exact_mut(slabs)
+            .zip(packed.chunks_exact_mut(taps * inputs * WIDTH))
+        {
             for tap in panel.chunks_exact_mut(inputs * WIDTH) {
                 for (block, rows) in blocks.iter_mut().zip(tap.chunks_mut(PACKED * WIDTH)) {
                     block.push(rows);
@@ -65,21 +75,34 @@ impl Pack {
         blocks.par_iter_mut().enumerate().for_each(|(i, block)| {
             let (panel, slab) = (i / slabs, i % slabs);
             for column in 0..WIDTH {
-                let Some(output) = self.output(panel, column, outputs) else { continue };
+                let Some(output) = self.output(panel, column, outputs) else {
+                    continue;
+                };
                 let weight = &weight[output * inputs * taps..][..inputs * taps];
-                for (row, weight) in weight[slab * PACKED * taps..].chunks_exact(taps).take(PACKED).enumerate() {
+                for (row, weight) in weight[slab * PACKED * taps..]
+                    .chunks_exact(taps)
+                    .take(PACKED)
+                    .enumerate()
+                {
                     for (rows, value) in block.iter_mut().zip(weight) {
                         rows[row * WIDTH + column] = *value;
                     }
                 }
             }
         });
-        Ok((T::to_cpu_storage_owned(packed), Shape::from((panels, taps * inputs, WIDTH))))
+        Ok((
+            T::to_cpu_storage_owned(packed),
+            Shape::from((panels, taps * inputs, WIDTH)),
+        ))
     }
 
     /// Panels for that many output channels.
     pub fn panels(&self, outputs: usize) -> usize {
-        if self.gated { (outputs / 2).div_ceil(LANES) } else { outputs.div_ceil(WIDTH) }
+        if self.gated {
+            (outputs / 2).div_ceil(LANES)
+        } else {
+            outputs.div_ceil(WIDTH)
+        }
     }
 
     /// The output channel in a column of a panel, if there is one.
@@ -103,7 +126,9 @@ pub enum Panels<'a> {
 impl<'a> Panels<'a> {
     /// Those of a contiguous tensor.
     pub fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("packed weights are contiguous") };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("packed weights are contiguous")
+        };
         Ok(match storage {
             CpuStorage::F32(weight) => Self::F32(&weight[start..end]),
             CpuStorage::F16(weight) => Self::F16(&weight[start..end]),

@@ -1,5 +1,6 @@
-//! Matrix products with packed weights, after Goto & van de Geijn 2008: what is multiplied stays in the nearest cache that
-//! holds it, and bias, residual and gate are applied to sums that have not left it yet.
+//! Matrix products with packed weights, after Goto & van de Geijn 2008: what is multiplied stays in
+//! the nearest cache that holds it, and bias, residual and gate are applied to sums that have not
+//! left it yet.
 
 use super::copy::fresh;
 use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
@@ -9,11 +10,12 @@ use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
 
-/// Rows that are multiplied at once by a vector of each column: with [`PANEL`], the sums that registers hold.
+/// Rows that are multiplied at once by a vector of each column: with [`PANEL`], the sums that
+/// registers hold.
 pub const ROWS: usize = 8;
 
-/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left side and 320 KiB of sums in
-/// the second cache, 32 KiB of weights in the first.
+/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left
+/// side and 320 KiB of sums in the second cache, 32 KiB of weights in the first.
 const BLOCK: usize = 256;
 const DEPTH: usize = 256;
 const GROUP: usize = 10;
@@ -28,9 +30,13 @@ thread_local! {
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
-/// At least `len` vectors of a thread's own memory, for as long as `work` runs: kept, since fresh memory costs more than the
-/// arithmetic on it.
-pub fn with_memory<R>(memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>, len: usize, work: impl FnOnce(&mut [Lanes]) -> R) -> R {
+/// At least `len` vectors of a thread's own memory, for as long as `work` runs: kept, since fresh
+/// memory costs more than the arithmetic on it.
+pub fn with_memory<R>(
+    memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>,
+    len: usize,
+    work: impl FnOnce(&mut [Lanes]) -> R,
+) -> R {
     let mut taken = memory.take();
     if taken.len() < len {
         taken.resize(len, Lanes::default());
@@ -49,17 +55,27 @@ unsafe impl Sync for Output {}
 impl Output {
     /// # Safety
     /// The elements must lie inside of the output, and nobody else may touch them meanwhile.
-    #[expect(clippy::mut_from_ref, reason = "tasks share the output, not its elements")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "tasks share the output, not its elements"
+    )]
     pub unsafe fn slice(&self, offset: usize, len: usize) -> &mut [f32] {
         // SAFETY: the caller's promise
         unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
     }
 }
 
-/// m [rows, PANEL] (+)= v [rows, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors of the PANEL, R rows and C
-/// vectors at a time.
+/// m [rows, PANEL] (+)= v [rows, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors
+/// of the PANEL, R rows and C vectors at a time.
 #[inline(always)]
-fn tiles<V: Vector, const R: usize, const C: usize>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usize, m: &mut [Lanes], add: bool) {
+fn tiles<V: Vector, const R: usize, const C: usize>(
+    v: &[Lanes],
+    lanes: usize,
+    u: &[Lanes],
+    columns: usize,
+    m: &mut [Lanes],
+    add: bool,
+) {
     for (v, m) in v.chunks_exact(R * lanes).zip(m.chunks_exact_mut(R * PANEL)) {
         for column in (0..columns).step_by(C) {
             let mut sums = [[V::splat(0.0); C]; R];
@@ -70,7 +86,8 @@ fn tiles<V: Vector, const R: usize, const C: usize>(v: &[Lanes], lanes: usize, u
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: v holds R rows of lanes*LANES numbers, and k stays below that
-                    let left = V::splat(unsafe { *v.as_ptr().cast::<f32>().add(row * lanes * LANES + k) });
+                    let left =
+                        V::splat(unsafe { *v.as_ptr().cast::<f32>().add(row * lanes * LANES + k) });
                     for (sum, right) in sums.iter_mut().zip(&right) {
                         *sum = sum.plus(left, *right);
                     }
@@ -86,9 +103,17 @@ fn tiles<V: Vector, const R: usize, const C: usize>(v: &[Lanes], lanes: usize, u
     }
 }
 
-/// m [ROWS, PANEL] (+)= v [ROWS, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors of the PANEL.
+/// m [ROWS, PANEL] (+)= v [ROWS, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors
+/// of the PANEL.
 #[inline(always)]
-pub fn multiply<V: Vector>(v: &[Lanes], lanes: usize, u: &[Lanes], columns: usize, m: &mut [Lanes], add: bool) {
+pub fn multiply<V: Vector>(
+    v: &[Lanes],
+    lanes: usize,
+    u: &[Lanes],
+    columns: usize,
+    m: &mut [Lanes],
+    add: bool,
+) {
     if V::WIDE && columns == PANEL {
         tiles::<V, ROWS, PANEL>(v, lanes, u, columns, m, add);
     } else {
@@ -109,7 +134,8 @@ pub struct Finish<'a> {
     pub gated: bool,
 }
 
-/// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of a row.
+/// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of
+/// a row.
 pub fn product(
     (m, k, n): (usize, usize, usize),
     left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
@@ -121,11 +147,18 @@ pub fn product(
         return y;
     }
     let output = Output(y.as_mut_ptr());
-    let panels = Pack { gated: finish.gated }.panels(n);
-    // A thread finds in its own cache the rows that it wrote before, and each gets a share of them. Where there are more
-    // weights than rows, it is those that are shared out.
+    let panels = Pack {
+        gated: finish.gated,
+    }
+    .panels(n);
+    // A thread finds in its own cache the rows that it wrote before, and each gets a share of them.
+    // Where there are more weights than rows, it is those that are shared out.
     let threads = rayon::current_num_threads();
-    let shares = if n <= 2 * m { threads.min(m / SHARE) } else { 1 };
+    let shares = if n <= 2 * m {
+        threads.min(m / SHARE)
+    } else {
+        1
+    };
     let blocks = m.div_ceil(BLOCK).max(shares);
     let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
     let tasks = if shares > 1 { threads } else { TASKS };
@@ -136,11 +169,30 @@ pub fn product(
         if first < m {
             let group = group.min(panels - panel);
             let (tiles, lanes) = (rows / ROWS, k.div_ceil(k.div_ceil(DEPTH)).div_ceil(LANES));
-            with_memory(&SCRATCH, rows * lanes + lanes * LANES * PANEL + group * rows * PANEL, |scratch| {
-                let (v, rest) = scratch.split_at_mut(rows * lanes);
-                let (u, sums) = rest.split_at_mut(lanes * LANES * PANEL);
-                dispatch(Multiply { k, n, m, left: &left, weight, finish, first, panel, lanes, tiles, v, u, sums, y: &output });
-            });
+            with_memory(
+                &SCRATCH,
+                rows * lanes + lanes * LANES * PANEL + group * rows * PANEL,
+                |scratch| {
+                    let (v, rest) = scratch.split_at_mut(rows * lanes);
+                    let (u, sums) = rest.split_at_mut(lanes * LANES * PANEL);
+                    dispatch(Multiply {
+                        k,
+                        n,
+                        m,
+                        left: &left,
+                        weight,
+                        finish,
+                        first,
+                        panel,
+                        lanes,
+                        tiles,
+                        v,
+                        u,
+                        sums,
+                        y: &output,
+                    });
+                },
+            );
         }
     });
     y
@@ -172,7 +224,22 @@ struct Multiply<'a, L> {
 impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Self { m, k, n, left, weight, finish, first, panel, lanes, tiles, v, u, sums, y } = self;
+        let Self {
+            m,
+            k,
+            n,
+            left,
+            weight,
+            finish,
+            first,
+            panel,
+            lanes,
+            tiles,
+            v,
+            u,
+            sums,
+            y,
+        } = self;
         let depth = lanes * LANES;
         for start in (0..k).step_by(depth) {
             let terms = start..(start + depth).min(k);
@@ -183,8 +250,18 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
                 let at = ((panel + i) * k + start) * WIDTH;
                 let columns = finish.columns(n, panel + i);
                 weight.widen::<V>(at, &mut u[..terms.len() * PANEL]);
-                for (v, sums) in v.chunks_exact(ROWS * lanes).zip(sums.chunks_exact_mut(ROWS * PANEL)) {
-                    multiply::<V>(v, lanes, &u[..terms.len() * PANEL], columns, sums, start > 0);
+                for (v, sums) in v
+                    .chunks_exact(ROWS * lanes)
+                    .zip(sums.chunks_exact_mut(ROWS * PANEL))
+                {
+                    multiply::<V>(
+                        v,
+                        lanes,
+                        &u[..terms.len() * PANEL],
+                        columns,
+                        sums,
+                        start > 0,
+                    );
                 }
             }
         }
@@ -204,8 +281,17 @@ impl Finish<'_> {
 
     /// Writes a panel's columns of one row of the result.
     #[inline(always)]
-    fn write<V: Vector>(&self, row: usize, panel: usize, (m, n): (usize, usize), sums: &[Lanes], y: &Output) {
-        let bias = self.bias.map(|bias| &bias[row * (bias.len() / n) / m * n..][..n]);
+    fn write<V: Vector>(
+        &self,
+        row: usize,
+        panel: usize,
+        (m, n): (usize, usize),
+        sums: &[Lanes],
+        y: &Output,
+    ) {
+        let bias = self
+            .bias
+            .map(|bias| &bias[row * (bias.len() / n) / m * n..][..n]);
         let with_bias = |sums: &Lanes, first: usize, len: usize| {
             let sums = V::load(&sums.0);
             bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
@@ -213,7 +299,8 @@ impl Finish<'_> {
         if self.gated {
             let (half, first) = (n / 2, panel * LANES);
             let len = LANES.min(half - first);
-            let value = with_bias(&sums[0], first, len).mul(with_bias(&sums[1], half + first, len).gelu());
+            let value =
+                with_bias(&sums[0], first, len).mul(with_bias(&sums[1], half + first, len).gelu());
             // SAFETY: y holds [m, half], and no other task writes these columns of this row
             value.store_some(unsafe { y.slice(row * half + first, len) });
             return;
@@ -222,8 +309,12 @@ impl Finish<'_> {
             let first = panel * WIDTH + lane * LANES;
             let (at, len) = (row * n + first, LANES.min(n - first));
             let sum = with_bias(sums, first, len);
-            let sum = self.residual.map_or(sum, |residual| sum.add(V::load_some(&residual[at..][..len])));
-            let sum = self.slope.map_or(sum, |slope| sum.leaky(V::load_some(&slope[first..][..len])));
+            let sum = self.residual.map_or(sum, |residual| {
+                sum.add(V::load_some(&residual[at..][..len]))
+            });
+            let sum = self
+                .slope
+                .map_or(sum, |slope| sum.leaky(V::load_some(&slope[first..][..len])));
             // SAFETY: y holds [m, n], and no other task writes these columns of this row
             sum.store_some(unsafe { y.slice(at, len) });
         }
@@ -247,7 +338,13 @@ impl CustomOp2 for Product {
         "product"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, weight: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
         let (x, weight) = (slice(x, lx)?, Panels::of(weight, lw)?);
         let count = |tensor: Option<&Tensor>| tensor.map(Tensor::elem_count);
@@ -255,23 +352,46 @@ impl CustomOp2 for Product {
             || count(self.bias.as_ref()).is_some_and(|count| count != n)
             || count(self.residual.as_ref()).is_some_and(|count| count != m * n || self.gated)
         {
-            bail!("product of {:?} and {:?} with {n} columns", lx.shape(), lw.shape());
+            bail!(
+                "product of {:?} and {:?} with {n} columns",
+                lx.shape(),
+                lw.shape()
+            );
         }
-        let left = |row: usize, terms: Range<usize>, to: &mut [f32]| to.copy_from_slice(&x[row * k..][terms]);
+        let left = |row: usize, terms: Range<usize>, to: &mut [f32]| {
+            to.copy_from_slice(&x[row * k..][terms])
+        };
         let y = with_slice(self.bias.as_ref(), |bias| {
             with_slice(self.residual.as_ref(), |residual| {
-                product((m, k, n), left, weight, Finish { bias, residual, gated: self.gated, slope: None })
+                product(
+                    (m, k, n),
+                    left,
+                    weight,
+                    Finish {
+                        bias,
+                        residual,
+                        gated: self.gated,
+                        slope: None,
+                    },
+                )
             })
         })??;
-        Ok((CpuStorage::F32(y), Shape::from((m, if self.gated { n / 2 } else { n }))))
+        Ok((
+            CpuStorage::F32(y),
+            Shape::from((m, if self.gated { n / 2 } else { n })),
+        ))
     }
 }
 
 /// The elements of a tensor on the CPU, if there is one.
 pub fn with_slice<R>(tensor: Option<&Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
-    let Some(tensor) = tensor else { return Ok(work(None)) };
+    let Some(tensor) = tensor else {
+        return Ok(work(None));
+    };
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("this kernel takes tensors on the CPU") };
+    let Storage::Cpu(storage) = &*storage else {
+        bail!("this kernel takes tensors on the CPU")
+    };
     Ok(work(Some(slice(storage, layout)?)))
 }
 

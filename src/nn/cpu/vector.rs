@@ -1,5 +1,6 @@
-//! Sixteen f32 side by side, and kernels over them compiled once for each instruction set. For kernels that keep many
-//! sums in registers, which the compiler does not find by itself; simple loops are in [`super::math`].
+//! Sixteen f32 side by side, and kernels over them compiled once for each instruction set. For
+//! kernels that keep many sums in registers, which the compiler does not find by itself; simple
+//! loops are in [`super::math`].
 
 use half::{bf16, f16};
 
@@ -38,16 +39,18 @@ pub trait Vector: Copy {
     fn min(self, other: Self) -> Self;
     /// The larger; `other` where either is not a number.
     fn max(self, other: Self) -> Self;
-    /// self * 2^n, where n + 1.5 * 2^23 is given and the result is neither 0, subnormal nor infinite.
+    /// self * 2^n, where n + 1.5 * 2^23 is given and the result is neither 0, subnormal nor
+    /// infinite.
     fn times_power_of_two(self, shifted: Self) -> Self;
     /// self + a * b, rounded once where the processor can
     fn plus(self, a: Self, b: Self) -> Self;
 
-    /// 2^x with a relative error below 3e-7, exact 1 at 0, for x up to 126. Below -100 it stays at 8e-31: small, but products
-    /// with it are still normal numbers. NaN stays NaN.
+    /// 2^x with a relative error below 3e-7, exact 1 at 0, for x up to 126. Below -100 it stays at
+    /// 8e-31: small, but products with it are still normal numbers. NaN stays NaN.
     #[inline(always)]
     fn exp2(self) -> Self {
-        // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits
+        // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low
+        // bits
         let round = Self::splat(12_582_912.0);
         let x = Self::splat(-100.0).max(self);
         let shifted = x.add(round);
@@ -71,7 +74,8 @@ pub trait Vector: Copy {
         self.div(one.add(power.exp2()))
     }
 
-    /// The error function with an absolute error below 7e-7, a quotient of polynomials (coefficients of the Eigen library).
+    /// The error function with an absolute error below 7e-7, a quotient of polynomials
+    /// (coefficients of the Eigen library).
     #[inline(always)]
     fn erf(self) -> Self {
         // +-1 to f32's last bit from here on; a number that is none stays one
@@ -92,11 +96,15 @@ pub trait Vector: Copy {
         x.mul(p).div(q)
     }
 
-    /// x times the probability that a normal number is below x (GELU, exact to the error of [`Self::erf`]).
+    /// x times the probability that a normal number is below x (GELU, exact to the error of
+    /// [`Self::erf`]).
     #[inline(always)]
     fn gelu(self) -> Self {
         let half = self.mul(Self::splat(0.5));
-        half.plus(half, self.mul(Self::splat(std::f32::consts::FRAC_1_SQRT_2)).erf())
+        half.plus(
+            half,
+            self.mul(Self::splat(std::f32::consts::FRAC_1_SQRT_2)).erf(),
+        )
     }
 
     /// What is below 0 times a slope (leaky ReLU, PReLU).
@@ -151,7 +159,8 @@ pub trait Vector: Copy {
     }
 }
 
-/// Work over vectors of any kind. `run` must be `#[inline(always)]`, and all that it calls with vectors.
+/// Work over vectors of any kind. `run` must be `#[inline(always)]`, and all that it calls with
+/// vectors.
 pub trait Kernel {
     fn run<V: Vector>(self);
 }
@@ -182,7 +191,9 @@ pub fn dispatch(kernel: impl Kernel) {
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
 }
 
 /// For every other processor.
@@ -281,7 +292,11 @@ impl Vector for Portable {
     fn plus(mut self, a: Self, b: Self) -> Self {
         for ((x, a), b) in self.0.iter_mut().zip(&a.0).zip(&b.0) {
             // a fused one is a slow call where the processor has none
-            *x = if cfg!(target_arch = "aarch64") { a.mul_add(*b, *x) } else { *a * *b + *x };
+            *x = if cfg!(target_arch = "aarch64") {
+                a.mul_add(*b, *x)
+            } else {
+                *a * *b + *x
+            };
         }
         self
     }
@@ -296,8 +311,8 @@ mod x86 {
     /// Instructions that the processor is known to have.
     macro_rules! detected {
         ($($body:tt)*) => {
-            // SAFETY: only `dispatch` names these types, after it has found their instructions; arrays hold what is
-            // read, and there is room for what is written
+            // SAFETY: only `dispatch` names these types, after it has found their instructions;
+            // arrays hold what is read, and there is room for what is written
             unsafe { $($body)* }
         };
     }
@@ -543,10 +558,22 @@ mod tests {
                 let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
                 let mut y = vec![9.0; len];
                 let x = V::load_some(&x);
-                let sum = x.add(V::splat(3.0)).sub(V::splat(1.0)).plus(x, V::splat(-0.5));
+                let sum = x
+                    .add(V::splat(3.0))
+                    .sub(V::splat(1.0))
+                    .plus(x, V::splat(-0.5));
                 sum.mul(V::splat(2.0)).max(V::splat(7.0)).store_some(&mut y);
-                let expected = |i: usize| if i < LANES { (i as f32 + 4.0).max(7.0) } else { 9.0 };
-                assert!(y.iter().enumerate().all(|(i, y)| *y == expected(i)), "{y:?}");
+                let expected = |i: usize| {
+                    if i < LANES {
+                        (i as f32 + 4.0).max(7.0)
+                    } else {
+                        9.0
+                    }
+                };
+                assert!(
+                    y.iter().enumerate().all(|(i, y)| *y == expected(i)),
+                    "{y:?}"
+                );
             }
         }
     }
@@ -573,7 +600,12 @@ mod tests {
                 let off = (f64::from(of(x)) - real).abs() / real;
                 assert!(off < 3e-7, "2^{x} is off by {off:e}");
             }
-            assert!(of(0.0) == 1.0 && of(f32::NEG_INFINITY) < 1e-30 && of(-1e9) > 0.0 && of(f32::NAN).is_nan());
+            assert!(
+                of(0.0) == 1.0
+                    && of(f32::NEG_INFINITY) < 1e-30
+                    && of(-1e9) > 0.0
+                    && of(f32::NAN).is_nan()
+            );
         }
     }
 
@@ -595,19 +627,45 @@ mod tests {
             for i in -60_000..60_000 {
                 let x = i as f32 / 10_000.0;
                 let real = candle_core::cpu::erf::erf_f64(f64::from(x));
-                assert!((of(x, V::erf) - real).abs() < 7e-7, "erf({x}) is {}", of(x, V::erf));
-                let normal = 0.5 + 0.5 * candle_core::cpu::erf::erf_f64(f64::from(x) * std::f64::consts::FRAC_1_SQRT_2);
-                assert!((of(x, V::gelu) - f64::from(x) * normal).abs() < 2e-6, "gelu({x}) is {}", of(x, V::gelu));
+                assert!(
+                    (of(x, V::erf) - real).abs() < 7e-7,
+                    "erf({x}) is {}",
+                    of(x, V::erf)
+                );
+                let normal = 0.5
+                    + 0.5
+                        * candle_core::cpu::erf::erf_f64(
+                            f64::from(x) * std::f64::consts::FRAC_1_SQRT_2,
+                        );
+                assert!(
+                    (of(x, V::gelu) - f64::from(x) * normal).abs() < 2e-6,
+                    "gelu({x}) is {}",
+                    of(x, V::gelu)
+                );
             }
             for i in -100_000..100_000 {
                 let x = i as f32 / 1_000.0;
                 let real = f64::from(x) / (1.0 + f64::from(-x).exp());
-                assert!((of(x, V::silu) - real).abs() < 5e-7 * f64::from(x.abs()).max(1.0), "silu({x}) is {}", of(x, V::silu));
+                assert!(
+                    (of(x, V::silu) - real).abs() < 5e-7 * f64::from(x.abs()).max(1.0),
+                    "silu({x}) is {}",
+                    of(x, V::silu)
+                );
             }
-            assert!((of(f32::INFINITY, V::erf) - 1.0).abs() < 7e-7 && of(f32::NAN, V::erf).is_nan() && of(f32::NAN, V::gelu).is_nan());
+            assert!(
+                (of(f32::INFINITY, V::erf) - 1.0).abs() < 7e-7
+                    && of(f32::NAN, V::erf).is_nan()
+                    && of(f32::NAN, V::gelu).is_nan()
+            );
             let leaky = |x: V| x.leaky(V::splat(0.25));
-            assert!(of(-3.0, leaky) == -0.75 && of(3.0, leaky) == 3.0 && of(f32::NAN, leaky).is_nan());
-            assert!(of(-1e30, V::silu).abs() < 1e-6 && of(1e30, V::silu) > 9e29 && of(f32::NAN, V::silu).is_nan());
+            assert!(
+                of(-3.0, leaky) == -0.75 && of(3.0, leaky) == 3.0 && of(f32::NAN, leaky).is_nan()
+            );
+            assert!(
+                of(-1e30, V::silu).abs() < 1e-6
+                    && of(1e30, V::silu) > 9e29
+                    && of(f32::NAN, V::silu).is_nan()
+            );
         }
     }
 

@@ -1,17 +1,19 @@
-//! Convolution 3x3 of [b, h, w, c] with a quarter of the multiplications: F(4x4, 3x3) of Winograd 1980, by Lavin & Gray
-//! 2016 (arXiv 1509.09308).
+//! Convolution 3x3 of [b, h, w, c] with a quarter of the multiplications: F(4x4, 3x3) of Winograd
+//! 1980, by Lavin & Gray 2016 (arXiv 1509.09308).
 //!
-//! The picture is cut into tiles of 4x4 output pixels. The 6x6 input pixels that a tile sees are spread over 36 positions
-//! (B' d B), the kernel is weighed into as many (G g G'), for each position one matrix product runs over tiles and
-//! channels, and the sums are gathered into pixels (A' m A).
+//! The picture is cut into tiles of 4x4 output pixels. The 6x6 input pixels that a tile sees are
+//! spread over 36 positions (B' d B), the kernel is weighed into as many (G g G'), for each
+//! position one matrix product runs over tiles and channels, and the sums are gathered into pixels
+//! (A' m A).
 //!
-//! Weights stay as [`super::panels`] packs them and are weighed anew in each call, a slab of input channels at a time: for
-//! 128 tiles that is a tenth of the work, there is less to read than 36 numbers for each 9, and it takes no memory.
+//! Weights stay as [`super::panels`] packs them and are weighed anew in each call, a slab of input
+//! channels at a time: for 128 tiles that is a tenth of the work, there is less to read than 36
+//! numbers for each 9, and it takes no memory.
 //!
-//! Rounding: against sums in f64 of normal numbers, the root mean square of the error over that of the values is 0.80e-6
-//! for 128 input channels and 0.87e-6 for 1280, since a slab is summed by itself (sums of one product after another: 0.6e-6
-//! and 1.9e-6). The usual points +-1 and +-2 would give more than twice as much; F(2x2, 3x3), which has more than twice the
-//! products, half.
+//! Rounding: against sums in f64 of normal numbers, the root mean square of the error over that of
+//! the values is 0.80e-6 for 128 input channels and 0.87e-6 for 1280, since a slab is summed by
+//! itself (sums of one product after another: 0.6e-6 and 1.9e-6). The usual points +-1 and +-2
+//! would give more than twice as much; F(2x2, 3x3), which has more than twice the products, half.
 
 use super::conv::Pictures;
 use super::copy::fresh;
@@ -31,14 +33,15 @@ const POSITIONS: usize = SEEN * SEEN;
 const A: f32 = 0.625;
 const B: f32 = 1.5;
 
-/// Tiles, input channels at once, and panels of one task. What is read of spread tiles serves all its panels: the third
-/// cache could not give it fast enough for one. Weights and sums together are 1.7 MiB, for the second.
+/// Tiles, input channels at once, and panels of one task. What is read of spread tiles serves all
+/// its panels: the third cache could not give it fast enough for one. Weights and sums together are
+/// 1.7 MiB, for the second.
 const TILES: usize = 128;
 const DEPTH: usize = 64;
 const PANELS: usize = 2;
 
-/// What weighing a kernel costs, in multiplications of the product: as measured, Winograd and unfolded patches take the same
-/// time for about 78 pixels.
+/// What weighing a kernel costs, in multiplications of the product: as measured, Winograd and
+/// unfolded patches take the same time for about 78 pixels.
 const WEIGHING: usize = 400;
 
 /// What is convolved, and how it is cut.
@@ -71,15 +74,17 @@ thread_local! {
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
-/// Whether this is faster than one product with unfolded patches, for a guided pair of pictures [h, w]. Decided for a pair
-/// whatever the batch, as the two differ in their last bits and a picture must not depend on its neighbours.
+/// Whether this is faster than one product with unfolded patches, for a guided pair of pictures [h,
+/// w]. Decided for a pair whatever the batch, as the two differ in their last bits and a picture
+/// must not depend on its neighbours.
 pub fn pays(h: usize, w: usize) -> bool {
     let rows = (2 * h.div_ceil(TILE) * w.div_ceil(TILE)).next_multiple_of(ROWS);
     rows * POSITIONS + WEIGHING < 2 * h * w * 9
 }
 
-/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs], perhaps residual [b, wanted, w, outputs] to
-/// add and slopes [outputs] of what is then below 0 -> the wanted rows of [b, h, w, outputs].
+/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs],
+/// perhaps residual [b, wanted, w, outputs] to add and slopes [outputs] of what is then below 0 ->
+/// the wanted rows of [b, h, w, outputs].
 pub fn convolve(
     pictures: Pictures,
     wanted: Range<usize>,
@@ -89,31 +94,75 @@ pub fn convolve(
     residual: Option<&[f32]>,
     slope: Option<&[f32]>,
 ) -> Vec<f32> {
-    let Pictures { b, w, c: inputs, .. } = pictures;
+    let Pictures {
+        b, w, c: inputs, ..
+    } = pictures;
     let mut y = fresh(b * wanted.len() * w * outputs);
     let output = Output(y.as_mut_ptr());
     let (down, across) = (wanted.len().div_ceil(TILE), w.div_ceil(TILE));
     let tiles = b * down * across;
     let rows = tiles.div_ceil(tiles.div_ceil(TILES)).next_multiple_of(ROWS);
     let lanes = inputs.div_ceil(inputs.div_ceil(DEPTH)).div_ceil(LANES);
-    let plan = Plan { pictures, weight, bias, residual, slope, outputs, wanted, down, across, tiles, rows, lanes };
-    let (groups, slabs, panels) = (tiles.div_ceil(rows), inputs.div_ceil(lanes * LANES), outputs.div_ceil(WIDTH));
+    let plan = Plan {
+        pictures,
+        weight,
+        bias,
+        residual,
+        slope,
+        outputs,
+        wanted,
+        down,
+        across,
+        tiles,
+        rows,
+        lanes,
+    };
+    let (groups, slabs, panels) = (
+        tiles.div_ceil(rows),
+        inputs.div_ceil(lanes * LANES),
+        outputs.div_ceil(WIDTH),
+    );
     let slab = POSITIONS * rows * lanes;
-    let (shares, at_once) = (panels.div_ceil(PANELS), rayon::current_num_threads().min(groups));
+    let (shares, at_once) = (
+        panels.div_ceil(PANELS),
+        rayon::current_num_threads().min(groups),
+    );
     with_memory(&SPREAD, at_once * slabs * slab, |spread| {
         for first in (0..groups).step_by(at_once) {
             let count = at_once.min(groups - first);
-            spread.par_chunks_mut(slab).take(count * slabs).enumerate().for_each(|(i, v)| {
-                dispatch(Spread { plan: &plan, tile: (first + i / slabs) * rows, input: i % slabs * lanes * LANES, v });
-            });
+            spread
+                .par_chunks_mut(slab)
+                .take(count * slabs)
+                .enumerate()
+                .for_each(|(i, v)| {
+                    dispatch(Spread {
+                        plan: &plan,
+                        tile: (first + i / slabs) * rows,
+                        input: i % slabs * lanes * LANES,
+                        v,
+                    });
+                });
             (0..count * shares).into_par_iter().for_each(|i| {
                 let (group, panel) = (i / shares, i % shares * PANELS);
                 let v = &spread[group * slabs * slab..][..slabs * slab];
-                with_memory(&SCRATCH, PANELS * POSITIONS * PANEL * (lanes * LANES + rows), |scratch| {
-                    let (u, m) = scratch.split_at_mut(PANELS * POSITIONS * PANEL * lanes * LANES);
-                    let panels = panel..(panel + PANELS).min(panels);
-                    dispatch(Multiply { plan: &plan, tile: (first + group) * rows, panels, v, u, m, y: &output });
-                });
+                with_memory(
+                    &SCRATCH,
+                    PANELS * POSITIONS * PANEL * (lanes * LANES + rows),
+                    |scratch| {
+                        let (u, m) =
+                            scratch.split_at_mut(PANELS * POSITIONS * PANEL * lanes * LANES);
+                        let panels = panel..(panel + PANELS).min(panels);
+                        dispatch(Multiply {
+                            plan: &plan,
+                            tile: (first + group) * rows,
+                            panels,
+                            v,
+                            u,
+                            m,
+                            y: &output,
+                        });
+                    },
+                );
             });
         }
     });
@@ -133,16 +182,25 @@ struct Spread<'a> {
 impl Kernel for Spread<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Plan { pictures, tiles, rows, lanes, .. } = *self.plan;
+        let Plan {
+            pictures,
+            tiles,
+            rows,
+            lanes,
+            ..
+        } = *self.plan;
         let inputs = pictures.c;
         let count = (lanes * LANES).min(inputs - self.input);
         for row in 0..rows.min(tiles - self.tile) {
             let (image, top, left) = self.plan.corner(self.tile + row);
             // pixel (wanted.start + top - 1 + i, left - 1 + j) of the picture, if there is one
             let mut pixels: [[&[f32]; SEEN]; SEEN] = [[&[]; SEEN]; SEEN];
-            let columns: [Option<usize>; SEEN] = std::array::from_fn(|j| pictures.column(left + j, 1));
+            let columns: [Option<usize>; SEEN] =
+                std::array::from_fn(|j| pictures.column(left + j, 1));
             for (i, line) in pixels.iter_mut().enumerate() {
-                let Some(row) = pictures.row(self.plan.wanted.start + top + i, 1) else { continue };
+                let Some(row) = pictures.row(self.plan.wanted.start + top + i, 1) else {
+                    continue;
+                };
                 for (pixel, column) in line.iter_mut().zip(columns) {
                     if let Some(column) = column {
                         *pixel = &pictures.pixel(image, row, column)[self.input..][..count];
@@ -159,7 +217,8 @@ impl Kernel for Spread<'_> {
                     }
                 }
                 let v = Inputs::square(d);
-                let block = &mut self.v[row / ROWS * POSITIONS * ROWS * lanes..][..POSITIONS * ROWS * lanes];
+                let block = &mut self.v[row / ROWS * POSITIONS * ROWS * lanes..]
+                    [..POSITIONS * ROWS * lanes];
                 for (i, line) in v.iter().enumerate() {
                     for (j, v) in line.iter().enumerate() {
                         v.store(&mut block[((i * SEEN + j) * ROWS + row % ROWS) * lanes + lane].0);
@@ -170,7 +229,8 @@ impl Kernel for Spread<'_> {
     }
 }
 
-/// Multiplies a group of tiles with the weights of some panels of output channels, and writes their pixels.
+/// Multiplies a group of tiles with the weights of some panels of output channels, and writes their
+/// pixels.
 struct Multiply<'a> {
     plan: &'a Plan<'a>,
     /// the first of the tiles
@@ -188,17 +248,34 @@ struct Multiply<'a> {
 impl Kernel for Multiply<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Plan { pictures: Pictures { c: inputs, .. }, rows, lanes, .. } = *self.plan;
+        let Plan {
+            pictures: Pictures { c: inputs, .. },
+            rows,
+            lanes,
+            ..
+        } = *self.plan;
         let depth = lanes * LANES;
         let (weights, sums) = (POSITIONS * depth * PANEL, POSITIONS * rows * PANEL);
-        for (slab, input) in self.v.chunks_exact(POSITIONS * rows * lanes).zip((0..inputs).step_by(depth)) {
+        for (slab, input) in self
+            .v
+            .chunks_exact(POSITIONS * rows * lanes)
+            .zip((0..inputs).step_by(depth))
+        {
             let count = depth.min(inputs - input);
             for (panel, u) in self.panels.clone().zip(self.u.chunks_exact_mut(weights)) {
                 self.plan.weigh::<V>(input, count, panel, u);
             }
             for position in 0..POSITIONS {
-                let v = |block: usize| slab.chunks_exact(ROWS * lanes).nth(block * POSITIONS + position).unwrap_or_default();
-                let each = self.panels.clone().zip(self.u.chunks_exact(weights).zip(self.m.chunks_exact_mut(sums)));
+                let v = |block: usize| {
+                    slab.chunks_exact(ROWS * lanes)
+                        .nth(block * POSITIONS + position)
+                        .unwrap_or_default()
+                };
+                let each = self.panels.clone().zip(
+                    self.u
+                        .chunks_exact(weights)
+                        .zip(self.m.chunks_exact_mut(sums)),
+                );
                 for (panel, (u, m)) in each {
                     let u = &u[position * depth * PANEL..][..count * PANEL];
                     for (block, m) in m.chunks_exact_mut(POSITIONS * ROWS * PANEL).enumerate() {
@@ -207,7 +284,14 @@ impl Kernel for Multiply<'_> {
                             v(block + 1).iter().for_each(V::prefetch);
                         }
                         let m = &mut m[position * ROWS * PANEL..][..ROWS * PANEL];
-                        multiply::<V>(v(block), lanes, u, vectors(self.plan.outputs, panel), m, input > 0);
+                        multiply::<V>(
+                            v(block),
+                            lanes,
+                            u,
+                            vectors(self.plan.outputs, panel),
+                            m,
+                            input > 0,
+                        );
                     }
                 }
             }
@@ -219,10 +303,16 @@ impl Kernel for Multiply<'_> {
 }
 
 impl Plan<'_> {
-    /// Weighs the kernel of `count` input channels from `input` on for a panel, into u [36, lanes*LANES, PANEL].
+    /// Weighs the kernel of `count` input channels from `input` on for a panel, into u [36,
+    /// lanes*LANES, PANEL].
     #[inline(always)]
     fn weigh<V: Vector>(&self, input: usize, count: usize, panel: usize, u: &mut [Lanes]) {
-        let Plan { weight, pictures: Pictures { c: inputs, .. }, lanes, .. } = *self;
+        let Plan {
+            weight,
+            pictures: Pictures { c: inputs, .. },
+            lanes,
+            ..
+        } = *self;
         let plane = lanes * LANES * PANEL;
         let u = &mut u[..POSITIONS * plane];
         for k in 0..count {
@@ -246,10 +336,24 @@ impl Plan<'_> {
     /// Gathers the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on into pixels.
     #[inline(always)]
     fn gather<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
-        let Plan { pictures: Pictures { w, .. }, bias, residual, slope, outputs, ref wanted, tiles, rows, .. } = *self;
+        let Plan {
+            pictures: Pictures { w, .. },
+            bias,
+            residual,
+            slope,
+            outputs,
+            ref wanted,
+            tiles,
+            rows,
+            ..
+        } = *self;
         for row in 0..rows.min(tiles - tile) {
             let (image, top, left) = self.corner(tile + row);
-            let bias = if bias.len() == outputs { bias } else { &bias[image * outputs..][..outputs] };
+            let bias = if bias.len() == outputs {
+                bias
+            } else {
+                &bias[image * outputs..][..outputs]
+            };
             let block = &m[row / ROWS * POSITIONS * ROWS * PANEL..][..POSITIONS * ROWS * PANEL];
             for lane in 0..vectors(self.outputs, panel) {
                 let first = panel * WIDTH + lane * LANES;
@@ -262,13 +366,19 @@ impl Plan<'_> {
                         *m = V::load(&block[((i * SEEN + j) * ROWS + row % ROWS) * PANEL + lane].0);
                     }
                 }
-                for (i, line) in Outputs::square(m).iter().enumerate().take(wanted.len() - top) {
+                for (i, line) in Outputs::square(m)
+                    .iter()
+                    .enumerate()
+                    .take(wanted.len() - top)
+                {
                     for (j, sum) in line.iter().enumerate().take(w - left) {
-                        let at = ((image * wanted.len() + top + i) * w + left + j) * outputs + first;
+                        let at =
+                            ((image * wanted.len() + top + i) * w + left + j) * outputs + first;
                         let sum = sum.add(bias);
                         let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
                         let sum = slope.map_or(sum, |slope| sum.leaky(slope));
-                        // SAFETY: y holds [b, wanted, w, outputs], and no other task writes these channels of this tile
+                        // SAFETY: y holds [b, wanted, w, outputs], and no other task writes these
+                        // channels of this tile
                         sum.store_some(unsafe { y.slice(at, len) });
                     }
                 }
@@ -308,7 +418,8 @@ trait Transform<const I: usize, const O: usize> {
     }
 }
 
-/// B': a row is the polynomial whose roots are all other points; those of +-p differ in the sign of their odd part.
+/// B': a row is the polynomial whose roots are all other points; those of +-p differ in the sign of
+/// their odd part.
 struct Inputs;
 
 impl Transform<SEEN, SEEN> for Inputs {
@@ -319,7 +430,14 @@ impl Transform<SEEN, SEEN> for Inputs {
         let (even_b, odd_b) = (d4.plus(c(-A * A), d2), d3.plus(c(-A * A), d1));
         let zero = d4.plus(c(-A * A - B * B), d2).plus(c(A * A * B * B), d0);
         let infinity = d5.plus(c(-A * A - B * B), d3).plus(c(A * A * B * B), d1);
-        [zero, even_a.plus(c(A), odd_a), even_a.plus(c(-A), odd_a), even_b.plus(c(B), odd_b), even_b.plus(c(-B), odd_b), infinity]
+        [
+            zero,
+            even_a.plus(c(A), odd_a),
+            even_a.plus(c(-A), odd_a),
+            even_b.plus(c(B), odd_b),
+            even_b.plus(c(-B), odd_b),
+            infinity,
+        ]
     }
 }
 
@@ -335,9 +453,19 @@ impl Transform<3, SEEN> for Weights {
         let nothing = c(0.0);
         let even_a = nothing.plus(c(OVER_A), g0).plus(c(OVER_A * A * A), g2);
         let even_b = nothing.plus(c(OVER_B), g0).plus(c(OVER_B * B * B), g2);
-        let (odd_a, odd_b) = (nothing.plus(c(OVER_A * A), g1), nothing.plus(c(OVER_B * B), g1));
+        let (odd_a, odd_b) = (
+            nothing.plus(c(OVER_A * A), g1),
+            nothing.plus(c(OVER_B * B), g1),
+        );
         let zero = nothing.plus(c(1.0 / (A * A * B * B)), g0);
-        [zero, even_a.add(odd_a), even_a.sub(odd_a), even_b.add(odd_b), even_b.sub(odd_b), g2]
+        [
+            zero,
+            even_a.add(odd_a),
+            even_a.sub(odd_a),
+            even_b.add(odd_b),
+            even_b.sub(odd_b),
+            g2,
+        ]
     }
 }
 
@@ -348,7 +476,12 @@ impl Transform<SEEN, TILE> for Outputs {
     #[inline(always)]
     fn line<V: Vector>([zero, a, minus_a, b, minus_b, infinity]: [V; SEEN]) -> [V; TILE] {
         let (c, nothing) = (V::splat, V::splat(0.0));
-        let (even_a, odd_a, even_b, odd_b) = (a.add(minus_a), a.sub(minus_a), b.add(minus_b), b.sub(minus_b));
+        let (even_a, odd_a, even_b, odd_b) = (
+            a.add(minus_a),
+            a.sub(minus_a),
+            b.add(minus_b),
+            b.sub(minus_b),
+        );
         [
             zero.add(even_a).add(even_b),
             nothing.plus(c(A), odd_a).plus(c(B), odd_b),
@@ -370,13 +503,26 @@ mod tests {
     }
 
     fn pictures(x: &[f32], (b, h, w, c): (usize, usize, usize, usize)) -> Pictures<'_> {
-        Pictures { x, rows: h, columns: w, b, h, w, c, wraps: [false; 2] }
+        Pictures {
+            x,
+            rows: h,
+            columns: w,
+            b,
+            h,
+            w,
+            c,
+            wraps: [false; 2],
+        }
     }
 
     /// x, weight [outputs, inputs, 3, 3] and bias
     fn noise(b: usize, h: usize, w: usize, inputs: usize, outputs: usize) -> [Tensor; 3] {
         let noise = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
-        [noise(&[b, h, w, inputs]), noise(&[outputs, inputs, 3, 3]), noise(&[outputs])]
+        [
+            noise(&[b, h, w, inputs]),
+            noise(&[outputs, inputs, 3, 3]),
+            noise(&[outputs]),
+        ]
     }
 
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
@@ -404,7 +550,11 @@ mod tests {
                     if (1..=h).contains(&(row + i)) && (1..=w).contains(&(column + j)) {
                         let from = ((image * h + row + i - 1) * w + column + j - 1) * inputs;
                         let taps = weight[o * inputs * 9..].iter().skip(i * 3 + j).step_by(9);
-                        sum += x[from..from + inputs].iter().zip(taps).map(|(x, g)| f64::from(*x) * f64::from(*g)).sum::<f64>();
+                        sum += x[from..from + inputs]
+                            .iter()
+                            .zip(taps)
+                            .map(|(x, g)| f64::from(*x) * f64::from(*g))
+                            .sum::<f64>();
                     }
                 }
                 y.push(sum);
@@ -415,9 +565,22 @@ mod tests {
 
     #[test]
     fn winograd_equals_the_sum_it_stands_for_at_any_size() {
-        let sizes = [(1, 1), (1, 7), (2, 3), (4, 4), (5, 9), (8, 17), (33, 31), (65, 67)];
+        let sizes = [
+            (1, 1),
+            (1, 7),
+            (2, 3),
+            (4, 4),
+            (5, 9),
+            (8, 17),
+            (33, 31),
+            (65, 67),
+        ];
         let channels = [(1, 1), (5, 7), (16, 32), (35, 33), (130, 49), (300, 3)];
-        for (n, ((h, w), (inputs, outputs))) in sizes.into_iter().flat_map(|s| channels.map(|c| (s, c))).enumerate() {
+        for (n, ((h, w), (inputs, outputs))) in sizes
+            .into_iter()
+            .flat_map(|s| channels.map(|c| (s, c)))
+            .enumerate()
+        {
             // the largest pictures with few channels, for time
             if h * w * inputs * outputs > 3_000_000 {
                 continue;
@@ -441,7 +604,11 @@ mod tests {
             let exact = convolved_in_f64(&case);
             let square = |x: f64| x * x;
             let power: f64 = exact.iter().map(|x| square(*x)).sum();
-            let error: f64 = convolved(&case).into_iter().zip(exact).map(|(x, exact)| square(f64::from(x) - exact)).sum();
+            let error: f64 = convolved(&case)
+                .into_iter()
+                .zip(exact)
+                .map(|(x, exact)| square(f64::from(x) - exact))
+                .sum();
             let off = (error / power).sqrt();
             println!("{inputs} channels: {off:.2e}");
             assert!(off < 2e-6, "{inputs} channels: {off:e}");
@@ -452,8 +619,20 @@ mod tests {
     #[test]
     #[ignore = "a benchmark: best of five, in turns, in one process"]
     fn winograd_beside_unfolded_patches() {
-        let unet = [(2, 64, 320, 320), (2, 64, 960, 320), (2, 32, 640, 640), (2, 32, 1920, 640), (2, 16, 1280, 1280), (2, 8, 1280, 1280)];
-        let vae = [(1, 512, 128, 128), (1, 256, 256, 256), (1, 128, 512, 512), (1, 64, 512, 512)];
+        let unet = [
+            (2, 64, 320, 320),
+            (2, 64, 960, 320),
+            (2, 32, 640, 640),
+            (2, 32, 1920, 640),
+            (2, 16, 1280, 1280),
+            (2, 8, 1280, 1280),
+        ];
+        let vae = [
+            (1, 512, 128, 128),
+            (1, 256, 256, 256),
+            (1, 128, 512, 512),
+            (1, 64, 512, 512),
+        ];
         let seconds = |work: &dyn Fn() -> Vec<f32>| {
             let start = std::time::Instant::now();
             std::hint::black_box(work());
@@ -463,24 +642,60 @@ mod tests {
             let [x, weight, bias] = noise(b, side, side, inputs, outputs);
             let weight = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
             let (x, bias, shape) = (values(&x), values(&bias), (b, side, side, inputs));
-            let op =
-                Conv2d { size: 3, stride: 1, padding: (1, 1), wraps: [false; 2], rows: 0..side, scaled: None, residual: None, slope: None };
+            let op = Conv2d {
+                size: 3,
+                stride: 1,
+                padding: (1, 1),
+                wraps: [false; 2],
+                rows: 0..side,
+                scaled: None,
+                residual: None,
+                slope: None,
+            };
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    op.unfolded(pictures(&x, shape), outputs, Panels::F32(&weight), Finish { bias: Some(&bias), ..Finish::default() })
+                    op.unfolded(
+                        pictures(&x, shape),
+                        outputs,
+                        Panels::F32(&weight),
+                        Finish {
+                            bias: Some(&bias),
+                            ..Finish::default()
+                        },
+                    )
                 }));
-                winograd =
-                    winograd.min(seconds(&|| convolve(pictures(&x, shape), 0..side, outputs, Panels::F32(&weight), &bias, None, None)));
+                winograd = winograd.min(seconds(&|| {
+                    convolve(
+                        pictures(&x, shape),
+                        0..side,
+                        outputs,
+                        Panels::F32(&weight),
+                        &bias,
+                        None,
+                        None,
+                    )
+                }));
             }
-            println!("{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}", plain * 1e3, winograd * 1e3, winograd / plain);
+            println!(
+                "{shape:?} to {outputs}: {:.1} ms, {:.1} ms, {:.2}",
+                plain * 1e3,
+                winograd * 1e3,
+                winograd / plain
+            );
         }
     }
 
     #[test]
     fn winograd_gives_the_same_bits_on_any_number_of_threads() {
         let case = noise(2, 33, 50, 140, 70);
-        let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| convolved(&case));
+        let on = |threads| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap()
+                .install(|| convolved(&case))
+        };
         assert!(on(1) == on(2) && on(1) == on(5));
     }
 }

@@ -9,8 +9,8 @@ const WIDTHS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 160];
 /// Queries of a block, and keys of a tile.
 const TILE: usize = 64;
 
-/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], whose rows may stand apart as
-/// [`row_stride`](crate::nn::attention::row_stride) finds.
+/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], whose rows may stand
+/// apart as [`row_stride`](crate::nn::attention::row_stride) finds.
 pub struct Attention {
     pub q: Tensor,
     pub k: Tensor,
@@ -23,10 +23,16 @@ impl Attention {
     pub fn serves(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<bool> {
         let (c, m) = (q.dim(2)?, k.dim(1)?);
         let d = c / heads;
-        let aligned =
-            |x: &Tensor| x.layout().start_offset().is_multiple_of(8) && row_stride(x).is_none_or(|stride| stride.is_multiple_of(8));
+        let aligned = |x: &Tensor| {
+            x.layout().start_offset().is_multiple_of(8)
+                && row_stride(x).is_none_or(|stride| stride.is_multiple_of(8))
+        };
         let type_serves = matches!(q.dtype(), DType::F16 | DType::BF16);
-        Ok(type_serves && d.is_multiple_of(8) && d <= WIDTHS[WIDTHS.len() - 1] && m > 0 && [q, k, v].into_iter().all(aligned))
+        Ok(type_serves
+            && d.is_multiple_of(8)
+            && d <= WIDTHS[WIDTHS.len() - 1]
+            && m > 0
+            && [q, k, v].into_iter().all(aligned))
     }
 }
 
@@ -51,10 +57,17 @@ impl Work for Attention {
         &self.q
     }
 
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        _scratch: u64,
+    ) -> Result<Vec<Launch>> {
         let (b, n, c) = self.q.dims3()?;
         let (d, m) = (c / self.heads, self.k.dim(1)?);
-        let Some(width) = WIDTHS.into_iter().find(|width| d <= *width) else { candle_core::bail!("heads of {d} are too wide") };
+        let Some(width) = WIDTHS.into_iter().find(|width| d <= *width) else {
+            candle_core::bail!("heads of {d} are too wide")
+        };
         let stride = |x: &Tensor| int(row_stride(x).unwrap_or(c));
         let params = AttentionParams {
             q: address(&self.q)?,
@@ -70,7 +83,13 @@ impl Work for Attention {
         };
         let kernel = format!("attention_{width}_{}", suffix(self.q.dtype())?);
         let grid = [n.div_ceil(TILE), b * self.heads];
-        Ok(vec![Launch { kernel, grid, threads: 128, shared: 4 * TILE * (2 * width + 16), params: Params::new(&params) }])
+        Ok(vec![Launch {
+            kernel,
+            grid,
+            threads: 128,
+            shared: 4 * TILE * (2 * width + 16),
+            params: Params::new(&params),
+        }])
     }
 }
 
@@ -86,7 +105,14 @@ mod tests {
         if !emulated::is_there() {
             return;
         }
-        let sizes = [(1, 1, 1, 1, 8), (2, 65, 77, 3, 40), (1, 64, 64, 2, 64), (1, 70, 130, 1, 160), (2, 16, 193, 2, 80), (1, 5, 9, 1, 16)];
+        let sizes = [
+            (1, 1, 1, 1, 8),
+            (2, 65, 77, 3, 40),
+            (1, 64, 64, 2, 64),
+            (1, 70, 130, 1, 160),
+            (2, 16, 193, 2, 80),
+            (1, 5, 9, 1, 16),
+        ];
         let more = [(1, 33, 65, 2, 24), (1, 64, 1, 1, 96), (1, 17, 64, 1, 128)];
         for (b, n, m, heads, d) in sizes.into_iter().chain(more) {
             for dtype in [DType::F16, DType::BF16] {
@@ -107,8 +133,13 @@ mod tests {
 
     #[test]
     fn attention_of_widths_without_a_kernel_is_left_to_others() {
-        let tensor = |c: usize, dtype| Tensor::zeros((1, 4, c), dtype, &candle_core::Device::Cpu).unwrap();
-        for (c, heads, dtype) in [(512, 1, DType::F16), (15, 3, DType::F16), (64, 1, DType::F32)] {
+        let tensor =
+            |c: usize, dtype| Tensor::zeros((1, 4, c), dtype, &candle_core::Device::Cpu).unwrap();
+        for (c, heads, dtype) in [
+            (512, 1, DType::F16),
+            (15, 3, DType::F16),
+            (64, 1, DType::F32),
+        ] {
             let x = tensor(c, dtype);
             assert!(!Attention::serves(&x, &x, &x, heads).unwrap());
         }

@@ -1,5 +1,6 @@
-//! The kernels on the CPU, for tests: their source is compiled with `kernels/host.h` by the system's C++ compiler, and
-//! launched as on a GPU. Inputs and outputs stand between guards, numbers that are none.
+//! The kernels on the CPU, for tests: their source is compiled with `kernels/host.h` by the
+//! system's C++ compiler, and launched as on a GPU. Inputs and outputs stand between guards,
+//! numbers that are none.
 
 use super::{Launch, Params, Work};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
@@ -26,7 +27,8 @@ pub fn on<R>(work: impl FnOnce() -> R) -> R {
 }
 
 type Kernel = extern "C" fn(*const Params);
-type Emulate = extern "C" fn(Kernel, *const Params, *const [u32; 2], u32, u32, bool) -> *const c_char;
+type Emulate =
+    extern "C" fn(Kernel, *const Params, *const [u32; 2], u32, u32, bool) -> *const c_char;
 
 /// The kernels, and what runs them.
 struct Library {
@@ -53,21 +55,44 @@ fn compile() -> Option<Library> {
     let folder = tempfile::tempdir().unwrap();
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/nn/gpu/kernels/kernels.cu");
     let library = folder.path().join("kernels.so");
-    let arguments = ["-x", "c++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-o"];
+    let arguments = [
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O2",
+        "-w",
+        "-fPIC",
+        "-shared",
+        "-U_FORTIFY_SOURCE",
+        "-o",
+    ];
     let compiler = ["c++", "g++", "clang++"].into_iter().find_map(|compiler| {
-        let output = std::process::Command::new(compiler).args(arguments).args([library.as_os_str(), source.as_ref()]).output();
+        let output = std::process::Command::new(compiler)
+            .args(arguments)
+            .args([library.as_os_str(), source.as_ref()])
+            .output();
         // what is not there has this code where the processor is emulated too
-        output.ok().filter(|output| output.status.code() != Some(127))
+        output
+            .ok()
+            .filter(|output| output.status.code() != Some(127))
     })?;
-    assert!(compiler.status.success(), "{}", String::from_utf8_lossy(&compiler.stderr));
+    assert!(
+        compiler.status.success(),
+        "{}",
+        String::from_utf8_lossy(&compiler.stderr)
+    );
     let path = CString::new(library.to_str().unwrap()).unwrap();
-    // SAFETY: the library was just made of this project's source, and stays loaded; `Emulate` is as host.h declares it
+    // SAFETY: the library was just made of this project's source, and stays loaded; `Emulate` is as
+    // host.h declares it
     unsafe {
         let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
         assert!(!handle.is_null(), "{:?}", CStr::from_ptr(libc::dlerror()));
         let emulate = libc::dlsym(handle, c"emulate".as_ptr());
         assert!(!emulate.is_null());
-        Some(Library { handle: handle as usize, emulate: std::mem::transmute::<*mut c_void, Emulate>(emulate) })
+        Some(Library {
+            handle: handle as usize,
+            emulate: std::mem::transmute::<*mut c_void, Emulate>(emulate),
+        })
     }
 }
 
@@ -84,8 +109,19 @@ fn launch(launch: &Launch, backwards: bool) {
         assert!(!kernel.is_null(), "there is no kernel {}", launch.kernel);
         let kernel = std::mem::transmute::<*mut c_void, Kernel>(kernel);
         let grid = launch.grid.map(|n| n as u32);
-        let error = (library.emulate)(kernel, &launch.params, &grid, launch.threads as u32, launch.shared as u32, backwards);
-        if error.is_null() { None } else { Some(CStr::from_ptr(error)) }
+        let error = (library.emulate)(
+            kernel,
+            &launch.params,
+            &grid,
+            launch.threads as u32,
+            launch.shared as u32,
+            backwards,
+        );
+        if error.is_null() {
+            None
+        } else {
+            Some(CStr::from_ptr(error))
+        }
     };
     assert!(error.is_none(), "{}: {error:?}", launch.kernel);
 }
@@ -102,14 +138,27 @@ impl Guarded {
     const GUARD: usize = 4096;
 
     fn new(len: usize, offset: usize) -> Self {
-        Self { memory: vec![u128::MAX; (len + offset + 2 * Self::GUARD).div_ceil(16)], start: Self::GUARD + offset, len }
+        Self {
+            memory: vec![u128::MAX; (len + offset + 2 * Self::GUARD).div_ceil(16)],
+            start: Self::GUARD + offset,
+            len,
+        }
     }
 
     fn of(x: &Tensor) -> Result<Self> {
         let (storage, layout) = x.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { candle_core::bail!("a tensor that is not on the CPU") };
+        let Storage::Cpu(storage) = &*storage else {
+            candle_core::bail!("a tensor that is not on the CPU")
+        };
         let from = layout.start_offset();
-        let to = from + 1 + layout.dims().iter().zip(layout.stride()).map(|(n, stride)| (n - 1) * stride).sum::<usize>();
+        let to = from
+            + 1
+            + layout
+                .dims()
+                .iter()
+                .zip(layout.stride())
+                .map(|(n, stride)| (n - 1) * stride)
+                .sum::<usize>();
         let bytes: &[u8] = match storage {
             // SAFETY: numbers are bytes
             CpuStorage::F32(values) => unsafe { values[from..to].align_to().1 },
@@ -137,13 +186,18 @@ impl Guarded {
         let (start, len) = (self.start, self.len);
         // SAFETY: numbers are bytes
         let all = unsafe { self.memory.align_to::<u8>().1 };
-        all[..start].iter().chain(&all[start + len..]).all(|byte| *byte == 0xff)
+        all[..start]
+            .iter()
+            .chain(&all[start + len..])
+            .all(|byte| *byte == 0xff)
     }
 }
 
 /// What work gives, with threads in either order: the same bits.
 pub fn emulate(work: &impl Work) -> Result<CpuStorage> {
-    let machine = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let machine = MACHINE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut inputs = vec![];
     let mut address = |x: &Tensor| {
         let guarded = Guarded::of(x)?;
@@ -159,24 +213,42 @@ pub fn emulate(work: &impl Work) -> Result<CpuStorage> {
         for of in &launches {
             launch(of, backwards);
         }
-        assert!(output.is_whole() && scratch.is_whole(), "{}: writes where it must not", launches[0].kernel);
+        assert!(
+            output.is_whole() && scratch.is_whole(),
+            "{}: writes where it must not",
+            launches[0].kernel
+        );
         output.bytes()[..len].to_vec()
     };
     let bytes = run(false);
-    assert!(bytes == run(true), "{}: the order of its threads matters", launches[0].kernel);
+    assert!(
+        bytes == run(true),
+        "{}: the order of its threads matters",
+        launches[0].kernel
+    );
     drop(machine);
-    let halves = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    let halves = bytes
+        .chunks_exact(2)
+        .map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     Ok(match dtype {
         DType::F16 => CpuStorage::F16(halves.map(f16::from_bits).collect()),
         DType::BF16 => CpuStorage::BF16(halves.map(bf16::from_bits).collect()),
-        _ => CpuStorage::F32(bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect()),
+        _ => CpuStorage::F32(
+            bytes
+                .chunks_exact(4)
+                .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
+                .collect(),
+        ),
     })
 }
 
 /// Random numbers of about 1.
 #[allow(clippy::unwrap_used)]
 pub fn random(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    Tensor::randn(0f32, 1.0, shape, &Device::Cpu)
+        .unwrap()
+        .to_dtype(dtype)
+        .unwrap()
 }
 
 /// The same numbers in f32.
@@ -197,8 +269,16 @@ pub fn same(y: &Tensor, plain: &Tensor, what: &str) {
     let (y, plain) = (values(y), values(plain));
     assert_eq!(y.len(), plain.len(), "{what}");
     let largest = plain.iter().fold(1f32, |most, value| most.max(value.abs()));
-    let worst = y.iter().zip(&plain).map(|(y, plain)| (y - plain).abs()).max_by(f32::total_cmp).unwrap_or_default();
-    assert!(worst <= step * largest, "{what}: {worst:e} off, of {largest}");
+    let worst = y
+        .iter()
+        .zip(&plain)
+        .map(|(y, plain)| (y - plain).abs())
+        .max_by(f32::total_cmp)
+        .unwrap_or_default();
+    assert!(
+        worst <= step * largest,
+        "{what}: {worst:e} off, of {largest}"
+    );
 }
 
 #[cfg(test)]
@@ -210,13 +290,24 @@ mod tests {
     use crate::weights::{Checkpoint, Origin};
 
     fn checkpoint(name: &str) -> Checkpoint {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures")
+            .join(name);
         Checkpoint::open(Origin::Path(&folder)).unwrap()
     }
 
     /// The largest difference, relative to the largest value.
     fn difference(x: &Tensor, plain: &Tensor) -> f32 {
-        let max = |x: &Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        let max = |x: &Tensor| {
+            x.abs()
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .max(0)
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+        };
         max(&(wide(x) - plain).unwrap()) / max(plain)
     }
 
@@ -230,17 +321,38 @@ mod tests {
             let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
             let latents = random(&[2, 9, 6, config.in_channels], DType::F32);
             let json = checkpoint.config("unet").unwrap();
-            let context = random(&[2, 77, json["cross_attention_dim"].as_u64().unwrap() as usize], DType::F32);
-            let pooled = json["projection_class_embeddings_input_dim"].as_u64().map(|inputs| {
-                let width = inputs as usize - 6 * json["addition_time_embed_dim"].as_u64().unwrap() as usize;
-                random(&[2, width], DType::F32)
-            });
+            let context = random(
+                &[
+                    2,
+                    77,
+                    json["cross_attention_dim"].as_u64().unwrap() as usize,
+                ],
+                DType::F32,
+            );
+            let pooled = json["projection_class_embeddings_input_dim"]
+                .as_u64()
+                .map(|inputs| {
+                    let width = inputs as usize
+                        - 6 * json["addition_time_embed_dim"].as_u64().unwrap() as usize;
+                    random(&[2, width], DType::F32)
+                });
             let predict = |dtype: DType| {
                 let as_type = |x: &Tensor| x.to_dtype(dtype).unwrap();
-                let unet = UNet::new(&checkpoint.weights("unet", &Device::Cpu, dtype), &config).unwrap();
-                let added = pooled.as_ref().map(|pooled| Added { pooled: as_type(pooled), ids: vec![vec![64.0; 6]; 2] });
-                let told = Conditioning { context: as_type(&context), added, guidance: None };
-                unet.told(&told).unwrap().forward(&as_type(&latents), 500.0).unwrap()
+                let unet =
+                    UNet::new(&checkpoint.weights("unet", &Device::Cpu, dtype), &config).unwrap();
+                let added = pooled.as_ref().map(|pooled| Added {
+                    pooled: as_type(pooled),
+                    ids: vec![vec![64.0; 6]; 2],
+                });
+                let told = Conditioning {
+                    context: as_type(&context),
+                    added,
+                    guidance: None,
+                };
+                unet.told(&told)
+                    .unwrap()
+                    .forward(&as_type(&latents), 500.0)
+                    .unwrap()
             };
             let plain = predict(DType::F32);
             for (dtype, allowed) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 8e-2)] {
@@ -259,7 +371,9 @@ mod tests {
         let config = Autoencoder::from_json(checkpoint.config("vae").unwrap()).unwrap();
         let latents = random(&[1, 5, 6, 4], DType::F32);
         let decode = || {
-            let decoder = config.decoder(&checkpoint.weights("vae", &Device::Cpu, DType::F32)).unwrap();
+            let decoder = config
+                .decoder(&checkpoint.weights("vae", &Device::Cpu, DType::F32))
+                .unwrap();
             decoder.decode(&latents).unwrap()
         };
         let plain = decode();

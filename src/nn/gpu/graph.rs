@@ -1,5 +1,5 @@
-//! Work that is done many times over, recorded and handed to the GPU as one graph: a step of a U-Net is some hundred launches,
-//! which together take the CPU longer than the GPU.
+//! Work that is done many times over, recorded and handed to the GPU as one graph: a step of a
+//! U-Net is some hundred launches, which together take the CPU longer than the GPU.
 
 use candle_core::{Result, Tensor};
 
@@ -11,9 +11,14 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// `work` of `inputs`. On a GPU it is recorded in the second call, after which only the inputs are looked at: whatever
-    /// else it uses must stay as it is. What cannot be recorded is done each time.
-    pub fn call<const N: usize>(&self, inputs: [&Tensor; N], work: impl Fn([&Tensor; N]) -> Result<Tensor>) -> Result<Tensor> {
+    /// `work` of `inputs`. On a GPU it is recorded in the second call, after which only the inputs
+    /// are looked at: whatever else it uses must stay as it is. What cannot be recorded is done
+    /// each time.
+    pub fn call<const N: usize>(
+        &self,
+        inputs: [&Tensor; N],
+        work: impl Fn([&Tensor; N]) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let candle_core::Device::Cuda(device) = inputs[0].device()
             && !crate::nn::cost::waits()
@@ -80,25 +85,45 @@ mod cuda {
         work: impl Fn([&Tensor; N]) -> Result<Tensor>,
     ) -> Result<Recorded> {
         let _kept = device.enable_cuda_graph_htod_cache();
-        let own = inputs.map(Tensor::copy).into_iter().collect::<Result<Vec<Tensor>>>()?;
+        let own = inputs
+            .map(Tensor::copy)
+            .into_iter()
+            .collect::<Result<Vec<Tensor>>>()?;
         // all other memory of the recording is its own
         let output = output.copy()?;
         let stream = device.cuda_stream();
-        stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED).w()?;
-        let recorded = own.iter().collect::<Vec<_>>().try_into().map_err(|_| candle_core::Error::Msg("another number of inputs".into()));
-        let recorded = recorded.and_then(work).and_then(|y| output.slice_set(&y.contiguous()?, 0, 0));
+        stream
+            .begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED)
+            .w()?;
+        let recorded = own
+            .iter()
+            .collect::<Vec<_>>()
+            .try_into()
+            .map_err(|_| candle_core::Error::Msg("another number of inputs".into()));
+        let recorded = recorded
+            .and_then(work)
+            .and_then(|y| output.slice_set(&y.contiguous()?, 0, 0));
         // even if that failed, so that the stream is of use again
-        let graph = stream.end_capture(Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).w();
+        let graph = stream
+            .end_capture(Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
+            .w();
         recorded?;
         match graph? {
-            Some(graph) => Ok(Recorded { graph, inputs: own, output }),
+            Some(graph) => Ok(Recorded {
+                graph,
+                inputs: own,
+                output,
+            }),
             None => candle_core::bail!("nothing was recorded"),
         }
     }
 
     impl Recorded {
         fn takes(&self, inputs: &[&Tensor]) -> bool {
-            self.inputs.iter().zip(inputs).all(|(own, input)| own.shape() == input.shape() && own.dtype() == input.dtype())
+            self.inputs
+                .iter()
+                .zip(inputs)
+                .all(|(own, input)| own.shape() == input.shape() && own.dtype() == input.dtype())
         }
 
         fn replay(&self, inputs: &[&Tensor]) -> Result<Tensor> {

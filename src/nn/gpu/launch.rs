@@ -27,7 +27,11 @@ impl<W: Work> CustomOp1 for Operation<W> {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, storage: &candle_core::CudaStorage, _: &Layout) -> Result<(candle_core::CudaStorage, Shape)> {
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
         Ok((cuda::launch(&storage.device, &self.0)?, self.0.shape()?))
     }
 }
@@ -71,17 +75,26 @@ mod cuda {
     const SHARED: usize = 48 << 10;
 
     fn known<T>(look: impl FnOnce(&mut Known) -> Result<T>) -> Result<T> {
-        let mut known = KNOWN.lock().map_err(|_| Error::Msg("another thread failed as it loaded kernels".into()))?;
+        let mut known = KNOWN
+            .lock()
+            .map_err(|_| Error::Msg("another thread failed as it loaded kernels".into()))?;
         look(&mut known)
     }
 
     /// Multiprocessors of a device.
     pub fn processors(device: &CudaDevice) -> usize {
         let ask = || {
-            let count = device.cuda_stream().context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-            count.ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(super::super::PROCESSORS)
+            let count = device
+                .cuda_stream()
+                .context()
+                .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+            count
+                .ok()
+                .and_then(|count| usize::try_from(count).ok())
+                .unwrap_or(super::super::PROCESSORS)
         };
-        known(|known| Ok(*known.processors.entry(device.id()).or_insert_with(ask))).unwrap_or(super::super::PROCESSORS)
+        known(|known| Ok(*known.processors.entry(device.id()).or_insert_with(ask)))
+            .unwrap_or(super::super::PROCESSORS)
     }
 
     /// All kernels are loaded with the first one.
@@ -93,7 +106,13 @@ mod cuda {
             }
             let image = match known.images.entry(device.id()) {
                 Entry::Occupied(image) => image.into_mut(),
-                Entry::Vacant(none) => none.insert(device.cuda_stream().context().load_module(Ptx::from_binary(IMAGE.to_vec())).w()?),
+                Entry::Vacant(none) => none.insert(
+                    device
+                        .cuda_stream()
+                        .context()
+                        .load_module(Ptx::from_binary(IMAGE.to_vec()))
+                        .w()?,
+                ),
             };
             let kernel = image.load_function(name).w()?;
             known.kernels.insert(key, kernel.clone());
@@ -109,10 +128,17 @@ mod cuda {
             DType::F32 => launch_as::<f32>(device, work, elements).map(CudaStorageSlice::F32),
             other => candle_core::bail!("no kernels for {other:?}"),
         }
-        .map(|slice| CudaStorage { slice, device: device.clone() })
+        .map(|slice| CudaStorage {
+            slice,
+            device: device.clone(),
+        })
     }
 
-    fn launch_as<T: DeviceRepr>(device: &CudaDevice, work: &impl Work, elements: usize) -> Result<CudaSlice<T>> {
+    fn launch_as<T: DeviceRepr>(
+        device: &CudaDevice,
+        work: &impl Work,
+        elements: usize,
+    ) -> Result<CudaSlice<T>> {
         let stream = device.cuda_stream();
         // SAFETY: the kernels write all of the output, and of the scratch memory what they read
         let output = unsafe { device.alloc::<T>(elements)? };
@@ -123,8 +149,11 @@ mod cuda {
         };
         let mut address = |x: &Tensor| {
             let (storage, layout) = x.storage_and_layout();
-            let Storage::Cuda(storage) = &*storage else { candle_core::bail!("a tensor that is not on the GPU") };
-            // there is one stream, on which memory is freed too: an address holds for all that is launched in turn
+            let Storage::Cuda(storage) = &*storage else {
+                candle_core::bail!("a tensor that is not on the GPU")
+            };
+            // there is one stream, on which memory is freed too: an address holds for all that is
+            // launched in turn
             let start = match &storage.slice {
                 CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
                 CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
@@ -133,18 +162,35 @@ mod cuda {
             };
             Ok(start + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
         };
-        let scratch_at = scratch.as_ref().map_or(0, |scratch| scratch.device_ptr(&stream).0);
+        let scratch_at = scratch
+            .as_ref()
+            .map_or(0, |scratch| scratch.device_ptr(&stream).0);
         let launches = work.launches(&mut address, output.device_ptr(&stream).0, scratch_at)?;
         for launch in launches {
             let kernel = kernel(device, &launch.kernel)?;
             if launch.shared > SHARED {
-                kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared as i32).w()?;
+                kernel
+                    .set_attribute(
+                        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        launch.shared as i32,
+                    )
+                    .w()?;
             }
             let [x, y] = launch.grid.map(|blocks| blocks as u32);
-            let config =
-                LaunchConfig { grid_dim: (x, y, 1), block_dim: (launch.threads as u32, 1, 1), shared_mem_bytes: launch.shared as u32 };
-            // SAFETY: parameters are as the kernel declares them, and the tensors behind their addresses are borrowed by `work`
-            unsafe { stream.launch_builder(&kernel).arg(&launch.params).launch(config) }.w()?;
+            let config = LaunchConfig {
+                grid_dim: (x, y, 1),
+                block_dim: (launch.threads as u32, 1, 1),
+                shared_mem_bytes: launch.shared as u32,
+            };
+            // SAFETY: parameters are as the kernel declares them, and the tensors behind their
+            // addresses are borrowed by `work`
+            unsafe {
+                stream
+                    .launch_builder(&kernel)
+                    .arg(&launch.params)
+                    .launch(config)
+            }
+            .w()?;
         }
         Ok(output)
     }

@@ -1,10 +1,12 @@
-//! Kernels for NVIDIA's GPUs from compute capability 8.0 on, in f16, bf16 and f32, as candle CustomOps.
+//! Kernels for NVIDIA's GPUs from compute capability 8.0 on, in f16, bf16 and f32, as candle
+//! CustomOps.
 //!
 //! `kernels/` holds their source, which `build.rs` compiles with nvcc for the feature `cuda`. What
-//! they are launched with is worked out here, without a GPU: a [`Work`] says which kernels run on how many blocks, and
-//! [`launch`] runs them. The tests run the same launches of the same source on the CPU, where `kernels/host.h` stands in for
-//! the machine, and compare what comes out with the plain composition. Sums are f32 throughout; products of f32 are made of
-//! three of tf32, which leaves about 21 bits.
+//! they are launched with is worked out here, without a GPU: a [`Work`] says which kernels run on
+//! how many blocks, and [`launch`] runs them. The tests run the same launches of the same source on
+//! the CPU, where `kernels/host.h` stands in for the machine, and compare what comes out with the
+//! plain composition. Sums are f32 throughout; products of f32 are made of three of tf32, which
+//! leaves about 21 bits.
 
 mod attention;
 #[cfg(all(test, target_os = "linux"))]
@@ -46,7 +48,8 @@ pub fn engine(device: &Device) -> Engine {
 
 /// Kernels to run, one after the other, that fill one output.
 pub trait Work {
-    /// What they work on: the output is on its device, and of its type unless [`Self::dtype`] says otherwise.
+    /// What they work on: the output is on its device, and of its type unless [`Self::dtype`] says
+    /// otherwise.
     fn input(&self) -> &Tensor;
 
     fn dtype(&self) -> DType {
@@ -63,9 +66,14 @@ pub trait Work {
         0
     }
 
-    /// The launches, where `address` says where tensors start, which are of one type; those of the output and
-    /// the scratch memory are given. An address is 0 where there is nothing.
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, scratch: u64) -> Result<Vec<Launch>>;
+    /// The launches, where `address` says where tensors start, which are of one type; those of the
+    /// output and the scratch memory are given. An address is 0 where there is nothing.
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        scratch: u64,
+    ) -> Result<Vec<Launch>>;
 }
 
 /// A kernel on blocks of threads.
@@ -79,7 +87,8 @@ pub struct Launch {
     pub params: Params,
 }
 
-/// The bytes of a kernel's one argument, a struct of addresses and 32-bit numbers as the kernel declares it.
+/// The bytes of a kernel's one argument, a struct of addresses and 32-bit numbers as the kernel
+/// declares it.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params([u64; 32]);
@@ -89,7 +98,13 @@ impl Params {
         const { assert!(size_of::<T>() <= 256 && align_of::<T>() <= 8) };
         let mut bytes = [0u64; 32];
         // SAFETY: T is plain data that fits
-        unsafe { std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), bytes.as_mut_ptr().cast(), size_of::<T>()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                std::ptr::from_ref(value).cast::<u8>(),
+                bytes.as_mut_ptr().cast(),
+                size_of::<T>(),
+            )
+        };
         Self(bytes)
     }
 }

@@ -7,8 +7,9 @@ const THREADS: usize = 256;
 /// Slices of a picture whose sums are kept apart.
 const MAX_SLICES: usize = 64;
 
-/// Sums over groups of channels of x [b, h, w, c], which may be a part of a picture -> f32 [b, slices, groups, 2]: of the
-/// differences from `origin`, and of their squares. Those of parts stand next to each other in the second dimension.
+/// Sums over groups of channels of x [b, h, w, c], which may be a part of a picture -> f32 [b,
+/// slices, groups, 2]: of the differences from `origin`, and of their squares. Those of parts stand
+/// next to each other in the second dimension.
 pub struct GroupSums {
     pub x: Tensor,
     /// [b, .., c]: one pixel of each picture, the first, the same for all parts
@@ -16,7 +17,8 @@ pub struct GroupSums {
     pub groups: usize,
 }
 
-/// Group normalisation of x [b, h, w, c] (Wu & He 2018, arXiv 1803.08494) by the sums of whole pictures, perhaps followed by SiLU.
+/// Group normalisation of x [b, h, w, c] (Wu & He 2018, arXiv 1803.08494) by the sums of whole
+/// pictures, perhaps followed by SiLU.
 pub struct GroupApply {
     pub x: Tensor,
     pub origin: Tensor,
@@ -81,14 +83,21 @@ fn kind(x: &Tensor, channels: usize, addresses: &[u64]) -> Result<(String, usize
     let suffix = suffix(x.dtype())?;
     let chunk = CHUNK / x.dtype().size_in_bytes();
     let wide = channels.is_multiple_of(chunk) && addresses.iter().all(|at| at % CHUNK as u64 == 0);
-    Ok(if wide { (format!("wide_{suffix}"), chunk) } else { (suffix.into(), 1) })
+    Ok(if wide {
+        (format!("wide_{suffix}"), chunk)
+    } else {
+        (suffix.into(), 1)
+    })
 }
 
 impl GroupSums {
     /// Enough slices that all multiprocessors have some, and that each has some rows of its own.
     fn slices(&self) -> Result<usize> {
         let (b, h, w, _) = self.x.dims4()?;
-        Ok((2 * processors(self.x.device())).div_ceil(b).min((h * w).div_ceil(16)).clamp(1, MAX_SLICES))
+        Ok((2 * processors(self.x.device()))
+            .div_ceil(b)
+            .min((h * w).div_ceil(16))
+            .clamp(1, MAX_SLICES))
     }
 }
 
@@ -105,7 +114,12 @@ impl Work for GroupSums {
         Ok((self.x.dim(0)?, self.slices()?, self.groups, 2).into())
     }
 
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        _scratch: u64,
+    ) -> Result<Vec<Launch>> {
         let (b, h, w, channels) = self.x.dims4()?;
         let (x, slices) = (address(&self.x)?, self.slices()?);
         let (kind, at_once) = kind(&self.x, channels, &[x])?;
@@ -135,10 +149,19 @@ impl Work for GroupApply {
         &self.x
     }
 
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        _scratch: u64,
+    ) -> Result<Vec<Launch>> {
         let (b, h, w, channels) = self.x.dims4()?;
         let (_, slices, groups, _) = self.sums.dims4()?;
-        let [x, weight, bias] = [address(&self.x)?, address(&self.weight)?, address(&self.bias)?];
+        let [x, weight, bias] = [
+            address(&self.x)?,
+            address(&self.weight)?,
+            address(&self.bias)?,
+        ];
         let (kind, at_once) = kind(&self.x, channels, &[x, weight, bias, output])?;
         let params = Params::new(&GroupApplyParams {
             x,
@@ -156,9 +179,17 @@ impl Work for GroupApply {
             silu: self.silu.into(),
             eps: self.eps as f32,
         });
-        let blocks = (h * w * channels / at_once).div_ceil(4 * THREADS).min((8 * processors(self.x.device())).div_ceil(b));
+        let blocks = (h * w * channels / at_once)
+            .div_ceil(4 * THREADS)
+            .min((8 * processors(self.x.device())).div_ceil(b));
         let kernel = format!("group_apply_{kind}");
-        Ok(vec![Launch { kernel, grid: [blocks.max(1), b], threads: THREADS, shared: channels * 8, params }])
+        Ok(vec![Launch {
+            kernel,
+            grid: [blocks.max(1), b],
+            threads: THREADS,
+            shared: channels * 8,
+            params,
+        }])
     }
 }
 
@@ -175,14 +206,37 @@ impl Work for LayerNorm {
         &self.x
     }
 
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, _scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        _scratch: u64,
+    ) -> Result<Vec<Launch>> {
         let channels = self.weight.elem_count();
         let rows = self.x.elem_count() / channels;
-        let [x, weight, bias] = [address(&self.x)?, address(&self.weight)?, address(&self.bias)?];
+        let [x, weight, bias] = [
+            address(&self.x)?,
+            address(&self.weight)?,
+            address(&self.bias)?,
+        ];
         let (kind, _) = kind(&self.x, channels, &[x, weight, bias, output])?;
-        let params = LayerNormParams { x, weight, bias, y: output, rows: int(rows)?, channels: int(channels)?, eps: self.eps as f32 };
+        let params = LayerNormParams {
+            x,
+            weight,
+            bias,
+            y: output,
+            rows: int(rows)?,
+            channels: int(channels)?,
+            eps: self.eps as f32,
+        };
         let grid = [rows.div_ceil(THREADS / 32), 1];
-        Ok(vec![Launch { kernel: format!("layer_norm_{kind}"), grid, threads: THREADS, shared: 0, params: Params::new(&params) }])
+        Ok(vec![Launch {
+            kernel: format!("layer_norm_{kind}"),
+            grid,
+            threads: THREADS,
+            shared: 0,
+            params: Params::new(&params),
+        }])
     }
 }
 
@@ -209,10 +263,18 @@ mod tests {
             (1, 9, 9, 64, 8, 20.0),
         ] {
             for (dtype, silu) in TYPES.into_iter().zip([true, false, true]) {
-                let x = (random(&[b, h, w, c], DType::F32) + zero).unwrap().to_dtype(dtype).unwrap();
+                let x = (random(&[b, h, w, c], DType::F32) + zero)
+                    .unwrap()
+                    .to_dtype(dtype)
+                    .unwrap();
                 let (weight, bias) = (random(&[c], dtype), random(&[c], dtype));
-                let plain = group_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), groups, 1e-5).unwrap();
-                let plain = if silu { candle_nn::ops::silu(&plain).unwrap() } else { plain };
+                let plain = group_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), groups, 1e-5)
+                    .unwrap();
+                let plain = if silu {
+                    candle_nn::ops::silu(&plain).unwrap()
+                } else {
+                    plain
+                };
                 // whole, and in two parts
                 for cut in [h, h.div_ceil(2)] {
                     let parts: Vec<Tensor> = [(0, cut), (cut, h - cut)]
@@ -223,16 +285,48 @@ mod tests {
                     let origin = if parts.len() == 1 {
                         x.clone()
                     } else {
-                        x.narrow(1, 0, 1).unwrap().narrow(2, 0, 1).unwrap().force_contiguous().unwrap()
+                        x.narrow(1, 0, 1)
+                            .unwrap()
+                            .narrow(2, 0, 1)
+                            .unwrap()
+                            .force_contiguous()
+                            .unwrap()
                     };
-                    let sums = |x: &Tensor| super::super::run(GroupSums { x: x.clone(), origin: origin.clone(), groups }).unwrap();
+                    let sums = |x: &Tensor| {
+                        super::super::run(GroupSums {
+                            x: x.clone(),
+                            origin: origin.clone(),
+                            groups,
+                        })
+                        .unwrap()
+                    };
                     let sums = Tensor::cat(&parts.iter().map(sums).collect::<Vec<_>>(), 1).unwrap();
                     let apply = |x: &Tensor| {
-                        let (x, origin, sums, weight, bias) = (x.clone(), origin.clone(), sums.clone(), weight.clone(), bias.clone());
-                        super::super::run(GroupApply { x, origin, sums, weight, bias, pixels: h * w, eps: 1e-5, silu }).unwrap()
+                        let (x, origin, sums, weight, bias) = (
+                            x.clone(),
+                            origin.clone(),
+                            sums.clone(),
+                            weight.clone(),
+                            bias.clone(),
+                        );
+                        super::super::run(GroupApply {
+                            x,
+                            origin,
+                            sums,
+                            weight,
+                            bias,
+                            pixels: h * w,
+                            eps: 1e-5,
+                            silu,
+                        })
+                        .unwrap()
                     };
                     let y = Tensor::cat(&parts.iter().map(apply).collect::<Vec<_>>(), 1).unwrap();
-                    same(&y, &plain, &format!("{b}x{h}x{w}, {c} in {groups} {dtype:?}"));
+                    same(
+                        &y,
+                        &plain,
+                        &format!("{b}x{h}x{w}, {c} in {groups} {dtype:?}"),
+                    );
                 }
             }
         }
@@ -245,9 +339,24 @@ mod tests {
         }
         for (rows, c) in [(1, 8), (9, 7), (17, 320), (3, 1280)] {
             for dtype in TYPES {
-                let (x, weight, bias) = (random(&[1, rows, c], dtype), random(&[c], dtype), random(&[c], dtype));
-                let plain = layer_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), 1e-5).unwrap();
-                same(&super::super::run(LayerNorm { x, weight, bias, eps: 1e-5 }).unwrap(), &plain, &format!("{rows}x{c} {dtype:?}"));
+                let (x, weight, bias) = (
+                    random(&[1, rows, c], dtype),
+                    random(&[c], dtype),
+                    random(&[c], dtype),
+                );
+                let plain =
+                    layer_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), 1e-5).unwrap();
+                same(
+                    &super::super::run(LayerNorm {
+                        x,
+                        weight,
+                        bias,
+                        eps: 1e-5,
+                    })
+                    .unwrap(),
+                    &plain,
+                    &format!("{rows}x{c} {dtype:?}"),
+                );
             }
         }
     }

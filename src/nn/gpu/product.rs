@@ -15,13 +15,18 @@ pub fn rows(weight: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// The two halves of the first dimension in turn: first of the first, first of the second, second of the first, ..
+/// The two halves of the first dimension in turn: first of the first, first of the second, second
+/// of the first, ..
 pub fn interleaved(x: &Tensor) -> Result<Tensor> {
     let n = x.dim(0)?;
-    x.reshape((2, n / 2, ()))?.transpose(0, 1)?.contiguous()?.reshape(x.shape())
+    x.reshape((2, n / 2, ()))?
+        .transpose(0, 1)?
+        .contiguous()?
+        .reshape(x.shape())
 }
 
-/// y = x w' with what follows: x is [b, h, w, in], of which a convolution gathers rows, and w is [out, taps, in].
+/// y = x w' with what follows: x is [b, h, w, in], of which a convolution gathers rows, and w is
+/// [out, taps, in].
 pub struct Product {
     pub x: Tensor,
     pub weight: Tensor,
@@ -33,7 +38,8 @@ pub struct Product {
     pub residual: Option<Tensor>,
     /// [out]: what is below 0 is multiplied by it
     pub slope: Option<Tensor>,
-    /// Of weights that are [`interleaved`]: every other output times the exact GELU of the next comes out.
+    /// Of weights that are [`interleaved`]: every other output times the exact GELU of the next
+    /// comes out.
     pub gated: bool,
     /// taps a side
     pub size: usize,
@@ -51,21 +57,51 @@ pub struct Product {
 
 impl Product {
     /// That of a linear layer: x [rows, in], weight [out, in].
-    pub fn linear(x: Tensor, weight: Tensor, bias: Option<Tensor>, residual: Option<Tensor>, gated: bool) -> Result<Self> {
+    pub fn linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Option<Tensor>,
+        residual: Option<Tensor>,
+        gated: bool,
+    ) -> Result<Self> {
         let (m, k) = x.dims2()?;
         let x = x.reshape((m, 1, 1, k))?;
         let (shift, slope, before, scaled, wraps) = (None, None, 0, (1, 1), [false; 2]);
-        Ok(Self { x, weight, bias, shift, residual, slope, gated, size: 1, stride: 1, before, scaled, rows: 0..1, out_width: 1, wraps })
+        Ok(Self {
+            x,
+            weight,
+            bias,
+            shift,
+            residual,
+            slope,
+            gated,
+            size: 1,
+            stride: 1,
+            before,
+            scaled,
+            rows: 0..1,
+            out_width: 1,
+            wraps,
+        })
     }
 
     /// Sides m, n, k of the product.
     fn sides(&self) -> Result<(usize, usize, usize)> {
-        Ok((self.x.dim(0)? * self.rows.len() * self.out_width, self.weight.dim(0)?, self.weight.elem_count() / self.weight.dim(0)?.max(1)))
+        Ok((
+            self.x.dim(0)? * self.rows.len() * self.out_width,
+            self.weight.dim(0)?,
+            self.weight.elem_count() / self.weight.dim(0)?.max(1),
+        ))
     }
 
     fn cut(&self) -> Result<Cut> {
         let (m, n, k) = self.sides()?;
-        Ok(Cut::best(m, n, k * self.x.dtype().size_in_bytes(), processors(self.x.device())))
+        Ok(Cut::best(
+            m,
+            n,
+            k * self.x.dtype().size_in_bytes(),
+            processors(self.x.device()),
+        ))
     }
 }
 
@@ -82,19 +118,33 @@ impl Cut {
     /// Bytes of k that a tile is wide.
     const WIDTH: usize = 128;
 
-    /// By a model of the time: that of the multiprocessor with most blocks, and of the parts' trip through memory.
+    /// By a model of the time: that of the multiprocessor with most blocks, and of the parts' trip
+    /// through memory.
     fn best(m: usize, n: usize, row_bytes: usize, processors: usize) -> Self {
         let steps = row_bytes.div_ceil(Self::WIDTH);
         let time = |cut: &Self| {
             let blocks = m.div_ceil(cut.tile) * n.div_ceil(cut.tile) * cut.splits;
-            // microseconds for a step of a tile, alone on its multiprocessor; small tiles read more for what they multiply
+            // microseconds for a step of a tile, alone on its multiprocessor; small tiles read more
+            // for what they multiply
             let step = if cut.tile == 128 { 0.55 } else { 0.2 };
-            let parts = if cut.splits > 1 { 3.0 + (m * n * cut.splits) as f64 * 8.0 / 2e6 } else { 0.0 };
-            blocks.div_ceil(processors) as f64 * (steps.div_ceil(cut.splits) as f64 * step + 1.5) + parts
+            let parts = if cut.splits > 1 {
+                3.0 + (m * n * cut.splits) as f64 * 8.0 / 2e6
+            } else {
+                0.0
+            };
+            blocks.div_ceil(processors) as f64 * (steps.div_ceil(cut.splits) as f64 * step + 1.5)
+                + parts
         };
-        let cuts = [128, 64].into_iter().flat_map(|tile| [1, 2, 3, 4, 6, 8, 12, 16].map(|splits| Self { tile, splits }));
+        let cuts = [128, 64]
+            .into_iter()
+            .flat_map(|tile| [1, 2, 3, 4, 6, 8, 12, 16].map(|splits| Self { tile, splits }));
         let possible = cuts.filter(|cut| cut.splits == 1 || steps / cut.splits >= 4);
-        possible.min_by(|a, b| time(a).total_cmp(&time(b))).unwrap_or(Self { tile: 64, splits: 1 })
+        possible
+            .min_by(|a, b| time(a).total_cmp(&time(b)))
+            .unwrap_or(Self {
+                tile: 64,
+                splits: 1,
+            })
     }
 
     fn threads(self) -> usize {
@@ -149,7 +199,13 @@ impl Work for Product {
     /// [b, rows, w', out], or half as many if gated.
     fn shape(&self) -> Result<Shape> {
         let outputs = self.weight.dim(0)?;
-        Ok((self.x.dim(0)?, self.rows.len(), self.out_width, if self.gated { outputs / 2 } else { outputs }).into())
+        Ok((
+            self.x.dim(0)?,
+            self.rows.len(),
+            self.out_width,
+            if self.gated { outputs / 2 } else { outputs },
+        )
+            .into())
     }
 
     fn scratch(&self) -> usize {
@@ -159,7 +215,12 @@ impl Work for Product {
         }
     }
 
-    fn launches(&self, address: &mut dyn FnMut(&Tensor) -> Result<u64>, output: u64, scratch: u64) -> Result<Vec<Launch>> {
+    fn launches(
+        &self,
+        address: &mut dyn FnMut(&Tensor) -> Result<u64>,
+        output: u64,
+        scratch: u64,
+    ) -> Result<Vec<Launch>> {
         let (m, n, k) = self.sides()?;
         let cut = self.cut()?;
         let (b, h, w, channels) = self.x.dims4()?;
@@ -167,7 +228,12 @@ impl Work for Product {
             candle_core::bail!("a picture of more than {MAX_SIDE} pixels a side");
         }
         let mut of = |x: &Option<Tensor>| x.as_ref().map_or(Ok(0), &mut *address);
-        let [bias, shift, residual, slope] = [of(&self.bias)?, of(&self.shift)?, of(&self.residual)?, of(&self.slope)?];
+        let [bias, shift, residual, slope] = [
+            of(&self.bias)?,
+            of(&self.shift)?,
+            of(&self.residual)?,
+            of(&self.slope)?,
+        ];
         let (x, weight) = (address(&self.x)?, address(&self.weight)?);
         let chunk = CHUNK / self.x.dtype().size_in_bytes();
         let at_chunks = |addresses: &[u64]| addresses.iter().all(|at| at % CHUNK as u64 == 0);
@@ -203,17 +269,30 @@ impl Work for Product {
             splits: int(cut.splits)?,
             gated: self.gated.into(),
             wide: (channels.is_multiple_of(chunk) && at_chunks(&[x, weight])).into(),
-            aligned: (outputs.is_multiple_of(chunk) && shift_stride.is_multiple_of(chunk) && at_chunks(&[bias, shift, residual, output]))
-                .into(),
+            aligned: (outputs.is_multiple_of(chunk)
+                && shift_stride.is_multiple_of(chunk)
+                && at_chunks(&[bias, shift, residual, output]))
+            .into(),
         });
         let suffix = suffix(self.x.dtype())?;
         let grid = [n.div_ceil(cut.tile) * m.div_ceil(cut.tile), cut.splits];
-        let mut launches =
-            vec![Launch { kernel: format!("product_{}_{suffix}", cut.tile), grid, threads: cut.threads(), shared: cut.shared(), params }];
+        let mut launches = vec![Launch {
+            kernel: format!("product_{}_{suffix}", cut.tile),
+            grid,
+            threads: cut.threads(),
+            shared: cut.shared(),
+            params,
+        }];
         if cut.splits > 1 {
             let chunks = m * n.div_ceil(if self.gated { 2 * chunk } else { chunk });
             let kernel = format!("product_parts_{suffix}");
-            launches.push(Launch { kernel, grid: [chunks.div_ceil(256), 1], threads: 256, shared: 0, params });
+            launches.push(Launch {
+                kernel,
+                grid: [chunks.div_ceil(256), 1],
+                threads: 256,
+                shared: 0,
+                params,
+            });
         }
         Ok(launches)
     }
@@ -232,7 +311,12 @@ mod tests {
         // SD1.5 at 512x512, guided: its widest level fills them, its narrowest is split
         assert_eq!(Cut::best(8192, 320, 2 * 2880, 132).splits, 1);
         assert!(Cut::best(128, 1280, 2 * 11520, 132).splits > 2);
-        for (m, n, k) in [(1, 320, 1280), (154, 768, 768), (8192, 2560, 320), (131_072, 320, 2880)] {
+        for (m, n, k) in [
+            (1, 320, 1280),
+            (154, 768, 768),
+            (8192, 2560, 320),
+            (131_072, 320, 2880),
+        ] {
             let cut = Cut::best(m, n, 2 * k, 132);
             assert!(cut.splits <= (2 * k).div_ceil(Cut::WIDTH), "{cut:?}");
         }
@@ -244,17 +328,50 @@ mod tests {
             return;
         }
         for dtype in [DType::F16, DType::BF16, DType::F32] {
-            for (m, k, n) in [(1, 8, 8), (3, 77, 6), (65, 40, 130), (130, 72, 264), (20, 1032, 48), (5, 640, 14)] {
+            for (m, k, n) in [
+                (1, 8, 8),
+                (3, 77, 6),
+                (65, 40, 130),
+                (130, 72, 264),
+                (20, 1032, 48),
+                (5, 640, 14),
+            ] {
                 let (x, weight) = (random(&[m, k], dtype), random(&[n, k], dtype));
                 let (bias, residual) = (random(&[n], dtype), random(&[m, n], dtype));
-                for (bias, residual, gated) in
-                    [(None, None, false), (Some(&bias), Some(&residual), false), (Some(&bias), None, true), (None, Some(&residual), false)]
-                {
-                    let plain = product_plain(&wide(&x), &wide(&weight), bias.map(wide).as_ref(), residual.map(wide).as_ref(), gated);
-                    let turned = |x: &Tensor| if gated { interleaved(x).unwrap() } else { x.clone() };
-                    let product = Product::linear(x.clone(), turned(&weight), bias.map(turned), residual.cloned(), gated).unwrap();
+                for (bias, residual, gated) in [
+                    (None, None, false),
+                    (Some(&bias), Some(&residual), false),
+                    (Some(&bias), None, true),
+                    (None, Some(&residual), false),
+                ] {
+                    let plain = product_plain(
+                        &wide(&x),
+                        &wide(&weight),
+                        bias.map(wide).as_ref(),
+                        residual.map(wide).as_ref(),
+                        gated,
+                    );
+                    let turned = |x: &Tensor| {
+                        if gated {
+                            interleaved(x).unwrap()
+                        } else {
+                            x.clone()
+                        }
+                    };
+                    let product = Product::linear(
+                        x.clone(),
+                        turned(&weight),
+                        bias.map(turned),
+                        residual.cloned(),
+                        gated,
+                    )
+                    .unwrap();
                     let cut = product.cut().unwrap();
-                    same(&super::super::run(product).unwrap(), &plain.unwrap(), &format!("{m}x{k}x{n} {dtype:?} {gated} {cut:?}"));
+                    same(
+                        &super::super::run(product).unwrap(),
+                        &plain.unwrap(),
+                        &format!("{m}x{k}x{n} {dtype:?} {gated} {cut:?}"),
+                    );
                 }
             }
         }
@@ -265,7 +382,8 @@ mod tests {
         if !emulated::is_there() {
             return;
         }
-        // channels, outputs, height and width, taps a side, stride, padding, scaled height and width, rows
+        // channels, outputs, height and width, taps a side, stride, padding, scaled height and
+        // width, rows
         let cases = [
             (8, 24, (5, 7), 3, 1, (1, 1), None, None),
             (4, 40, (6, 6), 3, 1, (1, 1), None, None),
@@ -278,20 +396,49 @@ mod tests {
             (3, 5, (6, 5), 5, 1, (2, 2), None, None),
             (1032, 8, (2, 2), 3, 1, (1, 1), None, None),
         ];
-        for (i, (channels, n, (h, w), size, stride, padding, scaled, rows)) in cases.into_iter().enumerate() {
+        for (i, (channels, n, (h, w), size, stride, padding, scaled, rows)) in
+            cases.into_iter().enumerate()
+        {
             for dtype in [DType::F16, DType::BF16, DType::F32] {
                 let wraps = [i % 2 == 1, i % 3 == 1];
                 let b = 2;
-                let (x, weight) = (random(&[b, h, w, channels], dtype), random(&[n, channels, size, size], dtype));
+                let (x, weight) = (
+                    random(&[b, h, w, channels], dtype),
+                    random(&[n, channels, size, size], dtype),
+                );
                 let (height, width) = scaled.unwrap_or((h, w));
-                let plain = conv2d_plain(&scale_plain(&wide(&x), height, width).unwrap(), &wide(&weight), stride, padding, wraps).unwrap();
+                let plain = conv2d_plain(
+                    &scale_plain(&wide(&x), height, width).unwrap(),
+                    &wide(&weight),
+                    stride,
+                    padding,
+                    wraps,
+                )
+                .unwrap();
                 let rows = rows.clone().unwrap_or(0..plain.dim(1).unwrap());
                 let plain = plain.narrow(1, rows.start, rows.len()).unwrap();
-                let (bias, slope, residual) = (random(&[n], dtype), random(&[n], dtype), random(plain.dims(), dtype));
-                let shift = if i % 2 == 0 { random(&[b, n], dtype) } else { random(&[n], dtype) };
-                let each = wide(&shift).broadcast_as((b, n)).unwrap().reshape((b, 1, 1, n)).unwrap();
-                let plain = plain.broadcast_add(&wide(&bias)).unwrap().broadcast_add(&each).unwrap();
-                let plain = leaky_plain(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
+                let (bias, slope, residual) = (
+                    random(&[n], dtype),
+                    random(&[n], dtype),
+                    random(plain.dims(), dtype),
+                );
+                let shift = if i % 2 == 0 {
+                    random(&[b, n], dtype)
+                } else {
+                    random(&[n], dtype)
+                };
+                let each = wide(&shift)
+                    .broadcast_as((b, n))
+                    .unwrap()
+                    .reshape((b, 1, 1, n))
+                    .unwrap();
+                let plain = plain
+                    .broadcast_add(&wide(&bias))
+                    .unwrap()
+                    .broadcast_add(&each)
+                    .unwrap();
+                let plain =
+                    leaky_plain(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
                 let product = Product {
                     x,
                     weight: super::rows(&weight).unwrap(),
@@ -309,7 +456,11 @@ mod tests {
                     wraps,
                 };
                 let cut = product.cut().unwrap();
-                same(&super::super::run(product).unwrap(), &plain, &format!("case {i} {dtype:?} {cut:?}"));
+                same(
+                    &super::super::run(product).unwrap(),
+                    &plain,
+                    &format!("case {i} {dtype:?} {cut:?}"),
+                );
             }
         }
     }

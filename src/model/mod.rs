@@ -8,7 +8,7 @@ pub mod unet;
 pub mod upscaler;
 pub mod vae;
 
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};

@@ -7,7 +7,7 @@
 use super::unet::require_neutral;
 use super::{Posterior, tiles};
 use crate::nn::layers::{Activation, Conv2d};
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};

@@ -2,7 +2,7 @@
 //! diffusers' `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so
 //! the picture is a slightly other one.
 
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use candle_core::{Result, Tensor};
 
 /// Tiles overlap by one part in this many.

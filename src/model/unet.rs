@@ -8,7 +8,7 @@ use crate::nn::attention::attention;
 use crate::nn::embed;
 use crate::nn::gpu::Recorder;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Result as TensorResult, Tensor};

@@ -514,7 +514,7 @@ mod tests {
     #[test]
     fn networks_of_every_scale_equal_pytorchs() {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/upscaler");
-        let source = crate::input::Input::read(&folder.join("source.png"))
+        let source = crate::image::load::Input::read(&folder.join("source.png"))
             .unwrap()
             .picture;
         let goldens =

@@ -3,9 +3,9 @@
 use super::unet::require_neutral;
 use super::{Posterior, TILE_PX, tiles};
 use crate::nn::attention::attention;
+use crate::nn::bands::Strips;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
-use crate::nn::strips::Strips;
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};

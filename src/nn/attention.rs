@@ -1,8 +1,8 @@
 //! Scaled dot-product attention.
 
-use super::cost::measured;
 use super::cpu;
 use super::gpu::{self, Engine, engine};
+use super::profile::measured;
 use candle_core::{Result, Tensor};
 
 /// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a

@@ -1,9 +1,9 @@
 //! Linear, convolution, normalisation and activation layers.
 
-use super::cost::measured;
 use super::cpu;
 use super::gpu::{self, Engine, engine};
-use super::wrap::Wrap;
+use super::padding::Wrap;
+use super::profile::measured;
 use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, DType, Module, Result as TensorResult, Tensor};
@@ -904,7 +904,7 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::nn::wrap::Tile;
+    use crate::nn::padding::Tile;
     use candle_core::{Device, IndexOp, Tensor};
 
     /// The largest difference; NaN where there is one, which is what a kernel did not write.

@@ -5,7 +5,7 @@
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Piece, Syntax, pieces};
 use super::tokenizer::{Chunk, Tokenizer};
-use crate::device::Compute;
+use crate::nn::device::Compute;
 use crate::weights::{Checkpoint, ENCODERS};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Result as TensorResult, Tensor};

@@ -5,8 +5,8 @@
 //! found in a prompt is [`crate::text::tokenizer`]'s.
 
 use super::ENCODERS;
-use super::names::{self, Layout};
-use super::source::Source;
+use super::key_mapping::{self, Layout};
+use super::safetensors::Source;
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
@@ -170,7 +170,7 @@ fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
 /// What a file is that is no embedding.
 fn other(source: &Source) -> String {
     let keys: Vec<String> = source.tensors().map(|(key, ..)| key).collect();
-    let (what, hint) = match names::layout(keys.iter().map(String::as_str)) {
+    let (what, hint) = match key_mapping::layout(keys.iter().map(String::as_str)) {
         Layout::Original | Layout::Canonical => {
             ("is a checkpoint, no embedding", "pass it with `--model`")
         }

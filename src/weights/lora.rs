@@ -7,9 +7,9 @@
 //! DoRA (Liu et al. 2024, arXiv 2402.09353), LoHa and LoKr (Yeh et al. 2023, arXiv 2309.14859), and
 //! whole differences.
 
-use super::source::Source;
-use super::{Checkpoint, names};
-use crate::family::{Distillation, Family};
+use super::safetensors::Source;
+use super::{Checkpoint, key_mapping};
+use crate::pipeline::family::{Distillation, Family};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -715,7 +715,7 @@ pub fn find_named(folder: &Path, name: &str) -> Result<PathBuf> {
             )
         })
         .collect();
-    let near = names::nearest(name, there.iter().map(String::as_str))
+    let near = key_mapping::nearest(name, there.iter().map(String::as_str))
         .map(|near| format!("did you mean `{near}`? "))
         .unwrap_or_default();
     bail!(
@@ -908,7 +908,7 @@ impl Known {
         {
             if let Some(original) = layer
                 .strip_prefix("unet.")
-                .and_then(|layer| names::to_original(layer, count))
+                .and_then(|layer| key_mapping::to_original(layer, count))
             {
                 known.insert(
                     format!("unet_{}", original.replace('.', "_")),

@@ -8,27 +8,26 @@
 //! change in [`lora`], words that it has learned in [`embedding`].
 
 pub mod embedding;
-mod guess;
-pub mod hub;
+mod infer_config;
+mod key_mapping;
 pub mod lora;
-mod names;
-mod source;
+mod safetensors;
 
 use crate::hex::hex;
 use crate::nn::gpu::{Engine, engine};
-use crate::nn::wrap::Wrap;
+use crate::nn::padding::Wrap;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use embedding::Embedding;
+use key_mapping::{Layout, Named, Part};
 use lora::{Known, Lora};
-use names::{Layout, Named, Part};
+use safetensors::Source;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use source::Source;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-pub use names::nearest;
+pub use key_mapping::nearest;
 
 /// Marks an error as the model's fault, whose exit code it decides: a setting or a weight that
 /// cannot be used.
@@ -224,8 +223,9 @@ impl Checkpoint {
                 .configs
                 .insert(part.into(), read_json(&folder.join("config.json"))?);
             for file in weight_files(&folder)? {
-                checkpoint
-                    .add_source(Source::open(&file)?, |key| names::from_diffusers(part, key))?;
+                checkpoint.add_source(Source::open(&file)?, |key| {
+                    key_mapping::from_diffusers(part, key)
+                })?;
             }
         }
         checkpoint.configs.insert(
@@ -252,7 +252,7 @@ impl Checkpoint {
             .map(|s| s.to_string_lossy().into_owned())
             .unwrap_or_default();
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
-        match names::layout(keys.iter().map(String::as_str)) {
+        match key_mapping::layout(keys.iter().map(String::as_str)) {
             Layout::Original
                 if keys
                     .iter()
@@ -262,11 +262,11 @@ impl Checkpoint {
             }
             Layout::Original => {
                 let mut checkpoint = Self::empty(name);
-                let map = names::from_original(keys.iter().map(String::as_str));
-                let extra = guess::Extra::of(&source, &keys);
+                let map = key_mapping::from_original(keys.iter().map(String::as_str));
+                let extra = infer_config::Extra::of(&source, &keys);
                 checkpoint.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
                 checkpoint.require_parts(path)?;
-                guess::configure(&mut checkpoint, extra)?;
+                infer_config::configure(&mut checkpoint, extra)?;
                 Ok(checkpoint)
             }
             Layout::Canonical => Self::canonical(name, source),
@@ -317,7 +317,7 @@ impl Checkpoint {
                 .is_none_or(|class| class != "AutoencoderTiny")
         });
         let scale = own.and_then(|own| own.get("scaling_factor")?.as_f64());
-        let vae = Self::open_vae(path, scale.unwrap_or_else(|| guess::vae_scale(self)))?;
+        let vae = Self::open_vae(path, scale.unwrap_or_else(|| infer_config::vae_scale(self)))?;
         let channels =
             |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
         let config = vae.config("vae")?.clone();
@@ -355,7 +355,7 @@ impl Checkpoint {
             vae.configs.insert("vae".into(), config);
             for file in weight_files(folder)? {
                 vae.add_source(Source::open(&file)?, |key| {
-                    names::from_diffusers("vae", key)
+                    key_mapping::from_diffusers("vae", key)
                 })?;
             }
             return Ok(vae);
@@ -367,9 +367,9 @@ impl Checkpoint {
                 .unwrap_or_default(),
         );
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
-        let map = names::from_vae(keys.iter().map(String::as_str));
+        let map = key_mapping::from_vae(keys.iter().map(String::as_str));
         vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
-        let config = guess::autoencoder(&vae, scaling_factor)
+        let config = infer_config::autoencoder(&vae, scaling_factor)
             .with_context(|| format!("`{shown}` is no VAE that sdgen knows"))?;
         vae.configs.insert("vae".into(), config);
         Ok(vae)
@@ -385,7 +385,7 @@ impl Checkpoint {
                 .unwrap_or_default(),
         );
         let keys: Vec<String> = source.tensors().map(|(k, ..)| k).collect();
-        let map = names::from_upscaler(keys.iter().map(String::as_str));
+        let map = key_mapping::from_upscaler(keys.iter().map(String::as_str));
         upscaler.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
         let averaged = keys.iter().any(|key| key.starts_with("params_ema."));
         let odd = upscaler
@@ -396,7 +396,7 @@ impl Checkpoint {
             (odd, keys.first().filter(|_| !upscaler.has("upscaler")))
         {
             let starts = |p: &str| keys.iter().any(|k| k.starts_with(p));
-            let what = match names::layout(keys.iter().map(String::as_str)) {
+            let what = match key_mapping::layout(keys.iter().map(String::as_str)) {
                 Layout::Original | Layout::Canonical => "is a checkpoint that draws, no upscaler",
                 Layout::Adapter => "is a LoRA, no upscaler",
                 Layout::Unknown if starts("layers.0.") => {

@@ -11,8 +11,8 @@
 //! steps across lanes. Keys and values are laid out for this once per call, in the order in which
 //! they are read.
 
-use super::copy::fresh;
-use super::product::{Output, with_memory};
+use super::concat::fresh;
+use super::gemm::{Output, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;

@@ -1,8 +1,8 @@
 //! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it
 //! is needed; by [`super::winograd`] where that is faster.
 
+use super::gemm::{Finish, product, slice, with_slice};
 use super::panels::{Panels, WIDTH};
-use super::product::{Finish, product, slice, with_slice};
 use super::winograd;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;

@@ -2,23 +2,23 @@
 //! number of threads: work is cut by shape alone and partial sums are added in order. Each has its
 //! plain composition, and the test that compares them, in [`super::layers`].
 
-mod attend;
 mod attention;
-mod ceiling;
+mod concat;
 mod conv;
-mod copy;
-mod math;
+mod gemm;
+mod keep_awake;
 mod norm;
 mod panels;
-mod product;
+mod peak_flops;
 mod vector;
+mod vector_math;
 mod winograd;
 
-pub use attend::Attended;
 pub use attention::Attention;
-pub use ceiling::ceiling;
+pub use concat::Concat;
 pub use conv::Conv2d;
-pub use copy::Concat;
+pub use gemm::Product;
+pub use keep_awake::Attended;
 pub use norm::{Affine, GroupNorm, LayerNorm, Normalise};
 pub use panels::Pack;
-pub use product::Product;
+pub use peak_flops::ceiling;

@@ -3,10 +3,10 @@
 //! A group norm reads its input twice: once for sums of numbers and of squares, once to write the
 //! output.
 
-use super::copy::fresh;
-use super::math::{layer_norm, moments};
-use super::product::{slice, with_slice};
+use super::concat::fresh;
+use super::gemm::{slice, with_slice};
 use super::vector::{Kernel, LANES, Vector, dispatch};
+use super::vector_math::{layer_norm, moments};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 

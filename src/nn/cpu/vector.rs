@@ -1,6 +1,6 @@
 //! Sixteen f32 side by side, and kernels over them compiled once for each instruction set. For
 //! kernels that keep many sums in registers, which the compiler does not find by itself; simple
-//! loops are in [`super::math`].
+//! loops are in [`super::vector_math`].
 
 use half::{bf16, f16};
 

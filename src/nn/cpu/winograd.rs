@@ -15,10 +15,10 @@
 //! itself (sums of one product after another: 0.6e-6 and 1.9e-6). The usual points +-1 and +-2
 //! would give more than twice as much; F(2x2, 3x3), which has more than twice the products, half.
 
+use super::concat::fresh;
 use super::conv::Pictures;
-use super::copy::fresh;
+use super::gemm::{Output, ROWS, multiply, with_memory};
 use super::panels::{PANEL, Panels, WIDTH, vectors};
-use super::product::{Output, ROWS, multiply, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -494,7 +494,7 @@ impl Transform<SEEN, TILE> for Outputs {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Conv2d, Pack, product::Finish};
+    use super::super::{Conv2d, Pack, gemm::Finish};
     use super::*;
     use candle_core::{Device, Tensor};
 

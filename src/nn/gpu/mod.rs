@@ -11,16 +11,16 @@
 mod attention;
 #[cfg(all(test, target_os = "linux"))]
 pub mod emulated;
+mod gemm;
 mod graph;
 mod launch;
 mod norm;
-mod product;
 
 pub use attention::Attention;
+pub use gemm::{Product, interleaved, rows};
 pub use graph::Recorder;
 pub use launch::run;
 pub use norm::{GroupApply, GroupSums, LayerNorm};
-pub use product::{Product, interleaved, rows};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 

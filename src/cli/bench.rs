@@ -1,0 +1,367 @@
+//! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with
+//! random weights.
+
+use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
+use crate::model::vae::{Decoder, VaeConfig};
+use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
+use crate::nn::{cpu, profile};
+use crate::pipeline::guidance::{Guidance, Guided, Reuse};
+use crate::sampling::schedule::Prediction;
+use crate::text::clip::ClipConfig;
+use crate::weights::{Checkpoint, Origin, Weights};
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// The sizes of a well-known model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Size {
+    /// the embedded model
+    Mini,
+    Sd15,
+    Sdxl,
+}
+
+/// What can be timed alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    Unet,
+    Vae,
+}
+
+/// What to time.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Layer sizes of this model
+    #[arg(long, default_value = "sd15")]
+    size: Size,
+    /// This part alone, so that the peak of memory is its own [default: both]
+    #[arg(long, value_name = "PART")]
+    only: Option<Part>,
+    /// Width in pixels [default: the model's]
+    #[arg(short = 'W', long, value_name = "PX")]
+    width: Option<usize>,
+    /// Height in pixels [default: the model's]
+    #[arg(short = 'H', long, value_name = "PX")]
+    height: Option<usize>,
+    /// Pictures a step; guidance doubles it inside
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u64).range(1..=64))]
+    batch: u64,
+    /// Timed repetitions after one that is not counted
+    #[arg(short = 'n', long, default_value = "3", value_parser = clap::value_parser!(u64).range(1..=100))]
+    repeat: u64,
+    /// auto, cpu, cuda[:N] or metal
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    device: DeviceChoice,
+    /// Type of weights and activations
+    #[arg(long, default_value = "auto")]
+    dtype: DTypeChoice,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// The layer sizes of one model.
+struct Sizes {
+    unet: UNetConfig,
+    vae: VaeConfig,
+    /// width of the prompt's embedding
+    context: usize,
+    /// default width and height in pixels
+    side: usize,
+}
+
+impl Size {
+    fn sizes(self) -> Result<Sizes> {
+        let vae = VaeConfig {
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            ..VaeConfig::default()
+        };
+        Ok(match self {
+            Self::Mini => {
+                let checkpoint = Checkpoint::open(Origin::Embedded)?;
+                let (unet, vae) = (
+                    UNetConfig::from_json(checkpoint.config("unet")?)?,
+                    VaeConfig::from_json(checkpoint.config("vae")?)?,
+                );
+                let context =
+                    ClipConfig::from_json(checkpoint.config("text_encoder")?)?.hidden_size;
+                let side = unet.sample_size()?.0 * vae.factor();
+                Sizes {
+                    unet,
+                    vae,
+                    context,
+                    side,
+                }
+            }
+            Self::Sd15 => Sizes {
+                unet: UNetConfig::from_json(&json!({ "cross_attention_dim": 768 }))?,
+                vae,
+                context: 768,
+                side: 512,
+            },
+            Self::Sdxl => {
+                let config = json!({
+                    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20],
+                    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 2048,
+                    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+                });
+                Sizes {
+                    unet: UNetConfig::from_json(&config)?,
+                    vae,
+                    context: 2048,
+                    side: 1024,
+                }
+            }
+        })
+    }
+}
+
+/// Runs the benchmark and returns its report.
+pub fn run(args: &BenchArgs) -> Result<String> {
+    let compute = Compute::choose(args.device, args.dtype)?;
+    let sizes = args.size.sizes()?;
+    let factor = sizes.vae.factor();
+    let (width, height) = (
+        args.width.unwrap_or(sizes.side) / factor,
+        args.height.unwrap_or(sizes.side) / factor,
+    );
+    if width == 0 || height == 0 || width > 512 || height > 512 {
+        bail!(
+            "width and height of a benchmark go from {factor} to {} pixels",
+            512 * factor
+        );
+    }
+    let runs = |part: Part| args.only.is_none_or(|only| only == part);
+    let unet = runs(Part::Unet)
+        .then(|| time_unet(args, &compute, &sizes, (height, width)))
+        .transpose()?;
+    let vae = runs(Part::Vae)
+        .then(|| time_vae(args, &compute, &sizes.vae, (height, width)))
+        .transpose()?;
+    let ceiling = compute.device.is_cpu().then(|| cpu::ceiling() / 1e9);
+    let report = json!({
+        "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
+        "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
+        "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
+        "peak_gpu_memory_mb": peak_gpu_memory(&compute.device).map(mb),
+        "ceiling_gflops": ceiling,
+    });
+    if args.json {
+        return Ok(format!("{report}\n"));
+    }
+    let title = format!(
+        "{:?} {}x{}, batch {}, {:?}, {} threads\n",
+        args.size,
+        width * factor,
+        height * factor,
+        args.batch,
+        compute.dtype,
+        rayon::current_num_threads()
+    );
+    let of_gpu = ("peak GPU memory", peak_gpu_memory(&compute.device).map(mb));
+    let memory = [("peak memory", peak_memory_mb()), of_gpu];
+    let memory: String = memory
+        .into_iter()
+        .filter_map(|(name, mb)| Some(format!("{name:<22}{:>8.0} MB\n", mb?)))
+        .collect();
+    let ceiling = ceiling
+        .map(|c| {
+            format!(
+                "{:<22}{c:>8.0} GFLOP/s, multiply-adds in registers\n",
+                "ceiling"
+            )
+        })
+        .unwrap_or_default();
+    let tables: String = [("U-Net step, guided", unet), ("VAE decode", vae)]
+        .iter()
+        .filter_map(|(name, value)| Some(table(name, value.as_ref()?)))
+        .collect();
+    Ok(title + &tables + &ceiling + &memory)
+}
+
+/// Three digits or so.
+fn seconds(seconds: f64) -> String {
+    if seconds >= 0.995 {
+        format!("{seconds:.2} s")
+    } else if seconds >= 0.01 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else {
+        format!("{:.2} ms", seconds * 1e3)
+    }
+}
+
+/// A line for the whole, and one for each kind of layer.
+fn table(name: &str, value: &Value) -> String {
+    let number =
+        |value: &Value, key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
+    let n = |key: &str| number(value, key);
+    let mut text = format!(
+        "{name:<22}{:>8} median, {} best, {:.0} GFLOP/s at best ({:.3} TFLOP), weights made in {:.1} s\n",
+        seconds(n("median_s")),
+        seconds(n("best_s")),
+        n("gflops"),
+        n("tflop"),
+        n("load_s")
+    );
+    // calls, milliseconds and operations of each kind, in order of time
+    let mut kinds: Vec<(&str, [f64; 3])> = vec![];
+    for kernel in value
+        .get("kernels")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let kind = kernel
+            .get("kind")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let [calls, ms] = ["calls", "ms"].map(|key| number(kernel, key));
+        let gflop = number(kernel, "gflops") * ms / 1e3;
+        match kinds.iter_mut().find(|(k, _)| *k == kind) {
+            Some((_, sums)) => sums
+                .iter_mut()
+                .zip([calls, ms, gflop])
+                .for_each(|(sum, x)| *sum += x),
+            None => kinds.push((kind, [calls, ms, gflop])),
+        }
+    }
+    kinds.sort_by(|a, b| b.1[1].total_cmp(&a.1[1]));
+    for (kind, [calls, ms, gflop]) in kinds {
+        text += &format!("  {kind:<20}{:>10} {calls:>5.0} calls", seconds(ms / 1e3));
+        text += &if gflop > 0.0 {
+            format!(" {gflop:>7.1} GFLOP {:>5.0} GFLOP/s\n", gflop / ms * 1e3)
+        } else {
+            "\n".into()
+        };
+    }
+    text
+}
+
+fn time_unet(
+    args: &BenchArgs,
+    compute: &Compute,
+    sizes: &Sizes,
+    (h, w): (usize, usize),
+) -> Result<Value> {
+    let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
+    let start = Instant::now();
+    let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
+    let load_s = start.elapsed().as_secs_f64();
+    let random =
+        |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());
+    let added = config.addition_embed_type.is_some().then(|| {
+        Ok::<_, anyhow::Error>(Added {
+            pooled: random(&[b, 1280])?,
+            ids: vec![vec![0.0; 6]; b],
+        })
+    });
+    let conditioning = Conditioning {
+        context: random(&[b, 77, sizes.context])?,
+        added: added.transpose()?,
+        guidance: None,
+    };
+    let told = unet.told(&conditioning.after(&conditioning)?)?;
+    let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
+    let mut guided = Guided {
+        unet: told,
+        guidance: Guidance::Text(1),
+        weights: vec![1.0],
+        beside: None,
+        scale: 7.5,
+        rescale: 0.0,
+        prediction,
+        reuse,
+    };
+    let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
+    timed(device, args.repeat, load_s, || {
+        Ok(guided
+            .denoise(&latents, 1.0, 500.0)?
+            .sum_all()?
+            .to_scalar::<f32>()?)
+    })
+}
+
+fn time_vae(
+    args: &BenchArgs,
+    compute: &Compute,
+    config: &VaeConfig,
+    (h, w): (usize, usize),
+) -> Result<Value> {
+    let start = Instant::now();
+    let decoder = Decoder::new(&Weights::random(&compute.device, DType::F32), config)?;
+    let load_s = start.elapsed().as_secs_f64();
+    let latents = Tensor::randn(
+        0f32,
+        1.0,
+        (1, h, w, config.latent_channels),
+        &compute.device,
+    )?;
+    timed(&compute.device, args.repeat, load_s, || {
+        Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?)
+    })
+}
+
+/// Times `work`, whose result is read back so that a device has finished it. What layers cost is
+/// measured in the same runs on a CPU, and on a GPU in one of its own, in which each is waited for.
+fn timed(
+    device: &Device,
+    repeat: u64,
+    load_s: f64,
+    mut work: impl FnMut() -> Result<f32>,
+) -> Result<Value> {
+    let _attended = cpu::Attended::start();
+    work()?;
+    let on_cpu = device.is_cpu();
+    profile::take();
+    profile::wait_for((!on_cpu).then_some(device));
+    let start = Instant::now();
+    let awaited = if on_cpu { Ok(0.0) } else { work() };
+    profile::wait_for(None);
+    awaited?;
+    let (of_one, of_one_s) = (profile::take(), start.elapsed().as_secs_f64());
+    let mut seconds = vec![];
+    for _ in 0..repeat {
+        let start = Instant::now();
+        work()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    let of_all = profile::take();
+    let (costs, runs, total) = match on_cpu {
+        true => (of_all, repeat as f64, seconds.iter().sum::<f64>()),
+        false => (of_one, 1.0, of_one_s),
+    };
+    seconds.sort_by(f64::total_cmp);
+    let best = seconds.first().copied().unwrap_or(f64::NAN);
+    let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
+    let operations = costs.values().map(|c| c.flops).sum::<u64>() as f64 / runs;
+    let kernel = |((kind, [m, k, n]), cost): (&profile::Layer, &profile::Cost)| {
+        let seconds = cost.time.as_secs_f64();
+        json!({
+            "kind": kind, "m": m, "k": k, "n": n, "calls": cost.calls as f64 / runs, "ms": seconds * 1e3 / runs,
+            "share": seconds / total, "gflops": cost.flops as f64 / seconds / 1e9,
+        })
+    };
+    let mut kernels: Vec<_> = costs.iter().collect();
+    kernels.sort_by_key(|(_, cost)| std::cmp::Reverse(cost.time));
+    Ok(json!({
+        "median_s": median, "best_s": best, "tflop": operations / 1e12, "gflops": operations / best / 1e9, "load_s": load_s,
+        "kernels": kernels.into_iter().map(kernel).collect::<Vec<_>>(),
+    }))
+}
+
+/// The most memory that this process ever held, where the system tells.
+fn peak_memory_mb() -> Option<f64> {
+    peak_memory().map(mb)
+}
+
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}

@@ -1,0 +1,190 @@
+//! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
+
+use crate::model::Autoencoder;
+use crate::model::unet::{Beside, UNetConfig};
+use crate::pipeline::family::Family;
+use crate::sampling::schedule::SchedulerConfig;
+use crate::weights::embedding::Embedding;
+use crate::weights::lora::Lora;
+use crate::weights::{Checkpoint, PARTS};
+use anyhow::Result;
+use serde_json::{Value, json};
+
+/// Pixels a latent of all known models, for one without a VAE.
+const USUAL_FACTOR: usize = 8;
+
+fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = &'static str> {
+    PARTS.into_iter().filter(|part| checkpoint.has(part))
+}
+
+/// One object: name, family, prediction, sampler, size, parts with parameters and stored types.
+pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
+    let family = Family::detect(checkpoint)?;
+    let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
+    let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+    let factor = checkpoint
+        .configs
+        .get("vae")
+        .map_or(Ok(USUAL_FACTOR), |vae| {
+            Ok::<_, anyhow::Error>(Autoencoder::from_json(vae)?.factor())
+        })?;
+    let (height, width) = unet.sample_size()?;
+    let defaults = family.defaults(checkpoint);
+    let part = |name: &str| {
+        let (parameters, dtypes) = checkpoint.summary(name);
+        (
+            name.to_string(),
+            json!({ "parameters": parameters, "stored_as": dtypes }),
+        )
+    };
+    let parts: serde_json::Map<_, _> = parts(checkpoint).map(part).collect();
+    Ok(json!({
+        "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
+        "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
+        "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
+        "takes": match unet.beside()? {
+            Beside::Nothing => Value::Null,
+            Beside::Masked => "a picture and a mask: for inpainting".into(),
+            Beside::Picture => "a picture, which it edits".into(),
+        },
+        "parts": parts,
+        "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),
+    }))
+}
+
+/// The same for a person.
+pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
+    let json = as_json(checkpoint)?;
+    let text = |key: &str| {
+        json.get(key)
+            .map(|v| v.as_str().map_or_else(|| v.to_string(), String::from))
+            .unwrap_or_default()
+    };
+    let mut out = format!("{}: {}\n", text("name"), text("family"));
+    let hash = text("model_hash");
+    out += &format!("  hash          {}\n", hash.get(..10).unwrap_or(&hash));
+    out += &format!("  prediction    {}\n", text("prediction"));
+    out += &format!(
+        "  draws         {}x{} in {} steps of {}, guidance {}\n",
+        text("width"),
+        text("height"),
+        text("steps"),
+        text("sampler"),
+        if json.get("guidance").and_then(Value::as_f64) == Some(1.0) {
+            "off".into()
+        } else {
+            text("guidance")
+        }
+    );
+    if let Some(distilled) = json.get("distilled").and_then(Value::as_str) {
+        out += &format!("  distilled     {distilled}\n");
+    }
+    if let Some(takes) = json.get("takes").and_then(Value::as_str) {
+        out += &format!("  takes         {takes}\n");
+    }
+    out += &format!(
+        "  file size     {:.1} MB\n",
+        checkpoint.bytes() as f64 / 1e6
+    );
+    for part in parts(checkpoint) {
+        let (parameters, dtypes) = checkpoint.summary(part);
+        let dtypes: Vec<&str> = dtypes.into_iter().collect();
+        out += &format!(
+            "  {part:<16}{:.1} M parameters, {}\n",
+            parameters as f64 / 1e6,
+            dtypes.join(" and ")
+        );
+    }
+    if checkpoint.require_vae().is_err() {
+        out += "  vae           none: this model cannot draw by itself\n";
+    }
+    for assumed in checkpoint.doubt.iter().chain(&checkpoint.assumed) {
+        out += &format!(
+            "  assumed       {}\n",
+            assumed.trim_start_matches("assumed ")
+        );
+    }
+    Ok(out)
+}
+
+/// What a LoRA is: name, family that it seems to be for, names' format, methods, ranks, alphas,
+/// parts with their layers.
+pub fn lora_as_json(lora: &Lora) -> Result<Value> {
+    let defaults = lora.distillation().map(|named| named.defaults);
+    Ok(json!({
+        "name": lora.name, "kind": "LoRA", "family": lora.family(), "format": lora.format(), "methods": lora.methods(),
+        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "unknown_tensors": lora.strange(),
+        "distilled": defaults.and_then(|defaults| defaults.distilled), "steps": defaults.map(|defaults| defaults.steps),
+        "bytes": lora.bytes(), "hash": lora.hash()?,
+    }))
+}
+
+/// The same for a person.
+pub fn lora_as_text(lora: &Lora) -> Result<String> {
+    let all =
+        |numbers: &mut dyn Iterator<Item = String>| match numbers.collect::<Vec<_>>().as_slice() {
+            [] => "none".into(),
+            [one] => one.clone(),
+            [first, .., last] => format!("{first} to {last}"),
+        };
+    let hash = lora.hash()?;
+    let mut out = format!(
+        "{}: LoRA for {}\n",
+        lora.name,
+        lora.family()
+            .unwrap_or("a model that its shapes do not tell")
+    );
+    out += &format!("  hash          {}\n", hash.get(..12).unwrap_or(&hash));
+    out += &format!("  names         {}\n", lora.format());
+    out += &format!(
+        "  layers        {}\n",
+        lora.methods().into_iter().collect::<Vec<_>>().join(", ")
+    );
+    out += &format!(
+        "  rank          {}\n",
+        all(&mut lora.ranks().iter().map(usize::to_string))
+    );
+    let alphas = lora.alphas()?;
+    let alpha = if alphas.is_empty() {
+        "the rank".into()
+    } else {
+        all(&mut alphas.iter().map(f64::to_string))
+    };
+    out += &format!("  alpha         {alpha}\n");
+    for (part, layers) in lora.parts() {
+        out += &format!("  {part:<14}{layers} layers\n");
+    }
+    if let Some(defaults) = lora.distillation().map(|named| named.defaults) {
+        out += &format!(
+            "  distilled     {}: {} steps\n",
+            defaults.distilled.unwrap_or_default(),
+            defaults.steps
+        );
+    }
+    if lora.strange() > 0 {
+        out += &format!("  unknown       {} tensors\n", lora.strange());
+    }
+    Ok(out + &format!("  file size     {:.1} MB\n", lora.bytes() as f64 / 1e6))
+}
+
+/// What an embedding is: its vectors, their widths, and the models that those are usual of.
+pub fn embedding(embedding: &Embedding, as_json: bool) -> String {
+    let Embedding {
+        token,
+        hash,
+        vectors,
+        ..
+    } = embedding;
+    let (widths, family) = (embedding.widths(), embedding.family());
+    if as_json {
+        let json = json!({ "kind": "embedding", "name": token, "vectors": vectors, "widths": widths, "family": family, "hash": hash });
+        return format!("{json}\n");
+    }
+    let widths: Vec<String> = widths.iter().map(usize::to_string).collect();
+    let mut out = format!(
+        "{token}: embedding (textual inversion) for {}\n",
+        family.unwrap_or("a model of no known widths")
+    );
+    out += &format!("  hash          {}\n", hash.get(..10).unwrap_or(hash));
+    out + &format!("  vectors       {vectors}, {} wide\n", widths.join(" and "))
+}

@@ -1,0 +1,277 @@
+//! What is said while drawing, always on stderr: a bar and lines for people, or events for
+//! programs.
+//!
+//! `--progress json` writes one JSON object a line, each with its `event`; pictures are known by
+//! `index`, their place in the whole work list from 0:
+//!
+//! | event | with |
+//! | --- | --- |
+//! | `start` | `jobs`: how many pictures there are to draw |
+//! | `stage` | `name` |
+//! | `step` | `index`, `step` (from 1), `of` |
+//! | `picture` | `index`, `path` (null for stdout), `seconds` of drawing it |
+//! | `failed` | `index`, `error` |
+//! | `note` | `text`: what a person would be told, the error that ends the run too |
+//! | `end` | `saved`, `failed`, `skipped`, `seconds` of the whole run; always the last line |
+
+use crate::cli::terminal::Terminal;
+use crate::image::Picture;
+use candle_core::Result as TensorResult;
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// `--progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// a bar if stderr is a terminal
+    Auto,
+    Bar,
+    Json,
+    None,
+}
+
+/// Previews come no more often: a step of a small model takes less time than a terminal needs.
+const PREVIEW_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Says what is going on; may be shared by threads.
+pub struct Progress {
+    show: Show,
+    /// where pictures are shown, if they are
+    terminal: Option<Terminal>,
+    /// lines of the preview right above the bar
+    preview_rows: AtomicUsize,
+    quiet: bool,
+    verbose: bool,
+    now: Mutex<Now>,
+}
+
+enum Show {
+    Bar(ProgressBar),
+    Events,
+    Lines,
+}
+
+#[derive(Default)]
+struct Now {
+    stage: Option<(String, Instant)>,
+    /// index of every picture in the batch under way
+    batch: Vec<usize>,
+    /// which pictures of how many, for people
+    title: String,
+    previewed: Option<Instant>,
+}
+
+impl Progress {
+    /// By the options and by where stderr goes.
+    pub fn new(mode: ProgressMode, quiet: bool, verbose: bool) -> Self {
+        let show = match mode {
+            ProgressMode::Json => Show::Events,
+            ProgressMode::Auto if quiet || !std::io::stderr().is_terminal() => Show::Lines,
+            ProgressMode::None => Show::Lines,
+            ProgressMode::Auto | ProgressMode::Bar => {
+                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+                bar.enable_steady_tick(Duration::from_millis(200));
+                Show::Bar(bar)
+            }
+        };
+        Self {
+            show,
+            terminal: None,
+            preview_rows: AtomicUsize::new(0),
+            quiet,
+            verbose,
+            now: Mutex::default(),
+        }
+    }
+
+    /// Shows pictures there too.
+    pub fn showing(self, terminal: Option<Terminal>) -> Self {
+        Self { terminal, ..self }
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An event for programs: `fields` is an object.
+    pub fn event(&self, name: &str, fields: Value) {
+        if let (Show::Events, Value::Object(fields)) = (&self.show, fields) {
+            let mut event = serde_json::Map::from_iter([("event".to_string(), name.into())]);
+            event.extend(fields);
+            write_line(&Value::Object(event).to_string());
+        }
+    }
+
+    /// Starts a stage; with `-v` the one before is reported with its time.
+    pub fn stage(&self, name: &str) {
+        self.end_stage();
+        if let Show::Bar(bar) = &self.show {
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+                bar.set_style(style);
+            }
+            bar.set_message(name.to_string());
+        }
+        self.now().stage = Some((name.to_string(), Instant::now()));
+        self.event("stage", json!({ "name": name }));
+    }
+
+    /// Starts a stage whose steps are shown, and are no denoising steps.
+    pub fn task(&self, title: &str) {
+        self.stage(title);
+        let mut now = self.now();
+        (now.title, now.batch) = (title.into(), vec![]);
+    }
+
+    /// Starts to draw a batch: the index of each picture, and how many of how many pictures came
+    /// before.
+    pub fn batch(&self, indices: Vec<usize>, before: usize, total: usize) {
+        self.stage("drawing");
+        let mut now = self.now();
+        now.title = match indices.len() {
+            _ if total == 1 => "drawing".into(),
+            1 => format!("drawing {} of {total}", before + 1),
+            n => format!("drawing {}-{} of {total}", before + 1, before + n),
+        };
+        now.batch = indices;
+    }
+
+    /// One denoising step of `total` is done.
+    pub fn step(&self, done: usize, total: usize) {
+        let now = self.now();
+        for index in &now.batch {
+            self.event("step", json!({ "index": index, "step": done, "of": total }));
+        }
+        let Show::Bar(bar) = &self.show else { return };
+        let elapsed_s = now
+            .stage
+            .as_ref()
+            .map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
+        let per_step = elapsed_s / done.max(1) as f64;
+        if bar.length() != Some(total as u64) {
+            bar.set_length(total as u64);
+        }
+        if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {
+            bar.set_style(style);
+        }
+        bar.set_position(done as u64);
+        let left = per_step * total.saturating_sub(done) as f64;
+        bar.set_message(format!(
+            "{}, {per_step:.2} s a step, {left:.0} s left",
+            now.title
+        ));
+    }
+
+    /// Shows a finished picture, in the place of a preview. It is drawn and saved by then: an error
+    /// is no reason to stop.
+    pub fn show(&self, picture: &Picture) {
+        let Some(terminal) = &self.terminal else {
+            return;
+        };
+        if let Ok((text, _)) = terminal.draw(picture, picture.width, picture.height, false) {
+            self.overwrite(terminal, &text, 0);
+        }
+    }
+
+    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be;
+    /// only above a bar.
+    pub fn preview(
+        &self,
+        width: usize,
+        height: usize,
+        picture: impl FnOnce() -> TensorResult<Picture>,
+    ) {
+        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else {
+            return;
+        };
+        let mut now = self.now();
+        let is_time = now
+            .previewed
+            .is_none_or(|before| before.elapsed() >= PREVIEW_INTERVAL);
+        if !is_time || !terminal.can_overwrite() || !std::io::stderr().is_terminal() {
+            return;
+        }
+        now.previewed = Some(Instant::now());
+        drop(now);
+        let drawn = picture()
+            .map_err(Into::into)
+            .and_then(|picture| terminal.draw(&picture, width, height, true));
+        if let Ok((text, rows)) = drawn {
+            self.overwrite(terminal, &text, rows);
+        }
+    }
+
+    /// Writes over the preview; what is written is one of so many lines, or stays.
+    fn overwrite(&self, terminal: &Terminal, text: &str, rows: usize) {
+        let write = || {
+            let before = match self.preview_rows.swap(rows, Ordering::Relaxed) {
+                0 => String::new(),
+                before => terminal.erase(before),
+            };
+            write!(std::io::stderr(), "{before}{text}").ok();
+        };
+        match &self.show {
+            Show::Bar(bar) => bar.suspend(write),
+            _ => write(),
+        }
+    }
+
+    /// Lets others write to the terminal. A preview stays there, and the next begins below.
+    pub fn aside<R>(&self, write: impl FnOnce() -> R) -> R {
+        match &self.show {
+            Show::Bar(bar) => bar.suspend(|| {
+                self.preview_rows.store(0, Ordering::Relaxed);
+                write()
+            }),
+            _ => write(),
+        }
+    }
+
+    /// A line for the person, unless `--quiet`.
+    pub fn note(&self, line: impl AsRef<str>) {
+        if !self.quiet {
+            self.say(line.as_ref());
+        }
+    }
+
+    /// A line only with `--verbose`.
+    pub fn detail(&self, line: impl AsRef<str>) {
+        if self.verbose {
+            self.say(line.as_ref());
+        }
+    }
+
+    /// What has to be said: an error.
+    pub fn say(&self, text: &str) {
+        match &self.show {
+            Show::Events => self.event("note", json!({ "text": text })),
+            Show::Bar(_) | Show::Lines => self.aside(|| write_line(text)),
+        }
+    }
+
+    fn end_stage(&self) {
+        if let Some((name, start)) = self.now().stage.take() {
+            self.detail(format!("{name}: {:.2} s", start.elapsed().as_secs_f64()));
+        }
+    }
+
+    /// Nothing more is drawn: clears the bar.
+    pub fn finish(&self) {
+        self.end_stage();
+        if let Some(terminal) = &self.terminal {
+            self.overwrite(terminal, "", 0);
+        }
+        if let Show::Bar(bar) = &self.show {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A reader of stderr that went away is no reason to stop.
+fn write_line(text: &str) {
+    writeln!(std::io::stderr(), "{text}").ok();
+}

@@ -1,0 +1,459 @@
+//! `sdgen upscale`: pictures of any origin, made larger by a network or by Lanczos' formula.
+//!
+//! [`Upscaler`] is both, and what [`crate::cli::check`] repeats; the rest is the command: where results
+//! go, and what they remember.
+
+use crate::batch::output_path::{self, Destination, DiskFull};
+use crate::cli::exit_code::{Code, Failure};
+use crate::cli::progress::{Progress, ProgressMode};
+use crate::cli::say;
+use crate::image::load::{Fit, Input};
+use crate::image::{Format, Metadata, Picture, read_metadata};
+use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
+use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
+use crate::pipeline::OutOfMemory;
+use crate::pipeline::fingerprint::Trace;
+use crate::pipeline::params::Settings;
+use crate::pipeline::resolve::MAX_SIDE_PX;
+use crate::weights::{Checkpoint, ModelError, UPSCALERS};
+use anyhow::{Context, Result, anyhow, bail};
+use candle_core::DType;
+use clap::Args;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The upscaler that is no network, by name.
+const LANCZOS: &str = "lanczos";
+/// What that does where nobody says how much.
+const LANCZOS_SCALE: f64 = 2.0;
+/// A result's name where none is asked for; the format's extension follows.
+const DEFAULT_NAME: &str = "{name}-{scale}x";
+/// What a result's name may be made of.
+const PLACEHOLDERS: [&str; 3] = ["{name}", "{scale}", "{index}"];
+/// Metadata key: the pixels that the picture was made from, where they are no drawing that can be
+/// repeated.
+const FROM_KEY: &str = "upscaled_from";
+
+/// What to enlarge, and how.
+#[derive(Debug, Args)]
+pub struct UpscaleArgs {
+    /// Pictures of any origin: PNG, JPEG, WebP, TIFF, BMP or GIF
+    #[arg(required = true)]
+    pictures: Vec<PathBuf>,
+    /// An ESRGAN or Real-ESRGAN network, a .safetensors file; or `lanczos`, which needs none
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<OsString>,
+    /// How many times larger in both directions, such as 2 or 1.5 [default: the network's; 2]
+    #[arg(long, value_parser = scale, value_name = "X")]
+    scale: Option<f64>,
+    /// File, folder/, template of {name}, {scale} and {index}, or `-` for stdout [default:
+    /// {name}-{scale}x.png]
+    #[arg(short, long, value_name = "PATH")]
+    output: Option<OsString>,
+    /// png, jpg or webp [default: from the name, else png]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// Overwrite what is there
+    #[arg(long)]
+    force: bool,
+    /// Leave out what the source says of itself, and how it was upscaled
+    #[arg(long)]
+    no_metadata: bool,
+    /// One JSON object a picture on stdout
+    #[arg(long)]
+    json: bool,
+    /// auto, cpu, cuda[:N] or metal
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        value_name = "NAME"
+    )]
+    device: DeviceChoice,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Say nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+fn scale(text: &str) -> Result<f64, String> {
+    let number = text
+        .trim_matches('x')
+        .parse()
+        .ok()
+        .filter(|x: &f64| (0.01..=64.0).contains(x));
+    number.ok_or_else(|| "expected a number up to 64, such as 2 or 1.5".into())
+}
+
+/// What makes pictures larger.
+pub struct Upscaler {
+    /// the file's name without extension
+    pub name: Arc<str>,
+    /// of its weights; none of Lanczos' formula, which has none
+    pub hash: Option<Arc<str>>,
+    /// how many times larger its pictures are
+    pub scale: f64,
+    network: Option<upscaler::Upscaler>,
+    factor: usize,
+    is_on_cpu: bool,
+}
+
+impl Upscaler {
+    /// The one of `MODEL:SCALE`, as `--upscale` has it, or of `MODEL` alone.
+    pub fn asked(text: &OsStr, compute: &Compute) -> Result<Self> {
+        let split = text.to_str().and_then(|text| text.rsplit_once(':'));
+        match split.and_then(|(model, times)| Some((model, scale(times).ok()?))) {
+            Some((model, scale)) => Self::open(OsStr::new(model), Some(scale), compute),
+            None => Self::open(text, None, compute),
+        }
+    }
+
+    /// Reads a network's file, or takes `lanczos`. Errors say what the file is if it is no such
+    /// network.
+    pub fn open(model: &OsStr, scale: Option<f64>, compute: &Compute) -> Result<Self> {
+        if model == LANCZOS {
+            let scale = scale.unwrap_or(LANCZOS_SCALE);
+            return Ok(Self {
+                name: LANCZOS.into(),
+                hash: None,
+                scale,
+                network: None,
+                factor: 1,
+                is_on_cpu: true,
+            });
+        }
+        let path = Path::new(model);
+        if !path.is_file() {
+            bail!(
+                "there is no file `{}`\n\nhint: {UPSCALERS}; `{LANCZOS}` needs no file",
+                path.display()
+            );
+        }
+        let checkpoint = Checkpoint::open_upscaler(path)?;
+        let config = UpscalerConfig::of(&checkpoint)?;
+        let factor = config.factor;
+        let weights = checkpoint.weights("upscaler", &compute.device, DType::F32);
+        let network = upscaler::Upscaler::new(&weights, config).context(ModelError)?;
+        let hash = checkpoint.hash()?.into();
+        let is_on_cpu = compute.device.is_cpu();
+        let (name, scale) = (
+            checkpoint.name.as_str().into(),
+            scale.unwrap_or(factor as f64),
+        );
+        Ok(Self {
+            name,
+            hash: Some(hash),
+            scale,
+            network: Some(network),
+            factor,
+            is_on_cpu,
+        })
+    }
+
+    /// Width and height of what a picture becomes. Errors if that is too large.
+    pub fn size(&self, width: usize, height: usize) -> Result<(usize, usize)> {
+        let side = |n: usize| ((n as f64 * self.scale).round() as usize).max(1);
+        let (width, height) = (side(width), side(height));
+        if width.max(height) > MAX_SIDE_PX {
+            bail!(
+                "upscaled, it would be {width}x{height} pixels, more than {MAX_SIDE_PX} on a side\n\nhint: choose a smaller scale"
+            );
+        }
+        Ok((width, height))
+    }
+
+    /// About the memory that it needs for a picture, in bytes; of a GPU's, nothing is known.
+    pub fn bytes(&self, width: usize, height: usize) -> u64 {
+        let Some(network) = self.network.as_ref().filter(|_| self.is_on_cpu) else {
+            return 0;
+        };
+        // the network's picture, and the result with what becomes of it on its way to a file
+        let pixels = (width * height) as f64
+            * ((self.factor * self.factor) as f64 + 3.0 * self.scale * self.scale);
+        3 * pixels as u64 + network.bytes(height, width)
+    }
+
+    /// The settings of a picture that it has made of one with these.
+    pub fn told(&self, settings: Settings) -> Settings {
+        Settings {
+            upscaler: Some(self.name.clone()),
+            upscaler_hash: self.hash.clone(),
+            upscale: Some(self.scale),
+            ..settings
+        }
+    }
+
+    /// A picture made larger; a network's result of another scale is brought to it by Lanczos'
+    /// formula. Errors if the result would be too large, or does not fit into memory.
+    pub fn upscale(&self, picture: &Picture, progress: &Progress) -> Result<Picture> {
+        let (width, height) = self.size(picture.width, picture.height)?;
+        let Some(network) = &self.network else {
+            return Ok(picture.fit(width, height, Fit::Stretch));
+        };
+        let place = || {
+            format!(
+                "{width}x{height} pixels do not fit\n\nhint: choose a smaller scale, or a part of the picture"
+            )
+        };
+        require_memory(self.bytes(picture.width, picture.height))
+            .context(OutOfMemory)
+            .with_context(place)?;
+        progress.task("upscaling");
+        let larger = network.upscale(picture, TILE_PX, &mut |done, total| {
+            progress.step(done, total)
+        })?;
+        Ok(larger.fit(width, height, Fit::Stretch))
+    }
+
+    /// What a picture remembers that was made from `source`. If that is as it was drawn, it can be
+    /// drawn again, and so can the result.
+    fn metadata(&self, source: &Source) -> Metadata {
+        let known = source.metadata.clone().unwrap_or(Metadata {
+            parameters: String::new(),
+            sdgen: Value::Null,
+        });
+        let drawn = serde_json::from_value::<Settings>(known.sdgen.clone()).ok();
+        if let Some(settings) = drawn.filter(|drawn| {
+            source.is_lossless && drawn.upscaler.is_none() && known.sdgen.get(FROM_KEY).is_none()
+        }) {
+            return self
+                .told(settings)
+                .metadata(Trace::of(&known.sdgen).ok().flatten().as_ref());
+        }
+        let mut sdgen = known.sdgen.as_object().cloned().unwrap_or_default();
+        sdgen.extend([
+            ("upscaler".into(), json!(self.name)),
+            ("upscaler_hash".into(), json!(self.hash)),
+            ("upscale".into(), json!(self.scale)),
+            (FROM_KEY.into(), json!(source.input.sha256())),
+        ]);
+        let pairs = format!(
+            "Postprocess upscale by: {}, Postprocess upscaler: {}",
+            self.scale, self.name
+        );
+        let parameters = if known.parameters.is_empty() {
+            pairs
+        } else {
+            format!("{}, {pairs}", known.parameters)
+        };
+        Metadata {
+            parameters,
+            sdgen: Value::Object(sdgen),
+        }
+    }
+}
+
+/// Errors if what a picture says of itself does not lead to its pixels.
+pub fn require_drawn(sdgen: &Value) -> Result<()> {
+    match sdgen.get(FROM_KEY) {
+        None => Ok(()),
+        Some(_) => bail!(
+            "it was upscaled from a file, which cannot be drawn again\n\nhint: check the picture that it was made from"
+        ),
+    }
+}
+
+/// A picture to enlarge, with what its file says of it.
+struct Source {
+    input: Input,
+    metadata: Option<Metadata>,
+    /// its pixels are those that were written
+    is_lossless: bool,
+}
+
+impl Source {
+    fn read(path: &Path) -> Result<Self> {
+        let (input, bytes) = Input::with_bytes(path)?;
+        let is_lossless = Format::of_bytes(&bytes).is_some_and(|format| format != Format::Jpg);
+        Ok(Self {
+            input,
+            metadata: read_metadata(&bytes).ok().flatten(),
+            is_lossless,
+        })
+    }
+}
+
+/// Upscales every picture and prints its path. One that fails leaves the others alone.
+pub fn run(args: &UpscaleArgs) -> Result<(), Failure> {
+    let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
+    let Some(model) = &args.model else {
+        let hint =
+            format!("`-m FILE.safetensors` names one; {UPSCALERS}; `-m {LANCZOS}` needs none");
+        return Err(anyhow!(
+            "no upscaler is named, and none is built in\n\nhint: {hint}"
+        ))
+        .code(2);
+    };
+    let compute = Compute::choose(args.device, DTypeChoice::Auto).code(2)?;
+    progress.stage("reading the upscaler");
+    let upscaler = Upscaler::open(model, args.scale, &compute).code(3)?;
+    let results = plan(args, upscaler.scale).code(2)?;
+    let total = results.len();
+    let (mut saved, mut first_failure) = (0, None);
+    for (source, (destination, format)) in args.pictures.iter().zip(&results) {
+        let result = save(args, &upscaler, source, destination, *format, &progress);
+        match result {
+            Ok(()) => saved += 1,
+            Err(error) if error.is::<DiskFull>() && total > 1 => {
+                let error = error.context(format!("{saved} of {total} pictures are saved"));
+                return Err(error).code(if saved > 0 { 6 } else { 1 });
+            }
+            Err(error) => {
+                let failure = Err::<(), _>(error).code(1).err();
+                if let (Some(failure), true) = (&failure, total > 1) {
+                    progress.say(&failure.text());
+                }
+                first_failure = first_failure.or(failure);
+            }
+        }
+    }
+    progress.finish();
+    match first_failure {
+        None => Ok(()),
+        Some(failure) if total == 1 => Err(failure),
+        Some(failure) => {
+            let code = if saved > 0 { 6 } else { failure.code };
+            Err(anyhow!(
+                "{} of {total} pictures failed, {saved} are saved",
+                total - saved
+            ))
+            .code(code)
+        }
+    }
+}
+
+/// Where each result goes, decided and found possible before anything is done.
+fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
+    let typed = args.output.clone().unwrap_or_else(|| DEFAULT_NAME.into());
+    if typed == "-" {
+        if args.pictures.len() > 1 {
+            bail!(
+                "`-o -` takes one picture, but {} are to be upscaled\n\nhint: `-o FOLDER/` takes any number",
+                args.pictures.len()
+            );
+        }
+        if args.json {
+            bail!("`-o -` and `--json` both want stdout");
+        }
+        return Ok(vec![(
+            Destination::Stdout,
+            args.format.unwrap_or(Format::Png),
+        )]);
+    }
+    let mut template = typed.to_string_lossy().into_owned();
+    if template.ends_with(std::path::is_separator) {
+        template += DEFAULT_NAME;
+    }
+    let is_template = PLACEHOLDERS.iter().any(|name| template.contains(name));
+    let rest = PLACEHOLDERS
+        .iter()
+        .fold(template.clone(), |rest, name| rest.replace(name, ""));
+    if rest.contains(['{', '}']) {
+        bail!(
+            "`{template}` has a placeholder that is not known\n\nhint: known are {}",
+            PLACEHOLDERS.join(", ")
+        );
+    }
+    if is_template && Path::new(&rest).extension().is_none() {
+        template += &format!(".{}", args.format.unwrap_or(Format::Png));
+    }
+    let mut taken: HashMap<String, &Path> = HashMap::new();
+    let mut results = vec![];
+    for (index, source) in args.pictures.iter().enumerate() {
+        let stem = source
+            .file_stem()
+            .map(|stem| stem.to_string_lossy())
+            .unwrap_or_default();
+        let name = stem.replace('{', "{{").replace('}', "}}");
+        let values = [name, scale.to_string(), index.to_string()];
+        let path = PLACEHOLDERS
+            .iter()
+            .zip(&values)
+            .fold(template.clone(), |path, (name, value)| {
+                path.replace(name, value)
+            });
+        let (destination, format) = Destination::parse(Some(OsStr::new(&path)), args.format)?;
+        if let Destination::File(path) = &destination
+            && let Some(first) = taken.insert(path.to_string_lossy().to_lowercase(), source)
+        {
+            let hint =
+                "`{name}` and `{index}` in `-o` tell them apart, as in `-o '{name}-{index}.png'`";
+            bail!(
+                "`{}` and `{}` would both become `{}`\n\nhint: {hint}",
+                first.display(),
+                source.display(),
+                path.display()
+            );
+        }
+        results.push((destination, format));
+    }
+    let paths: Vec<&Path> = results
+        .iter()
+        .filter_map(|(destination, _)| file(destination))
+        .collect();
+    output_path::check_writable(&paths, is_template, args.force)?;
+    Ok(results)
+}
+
+fn file(destination: &Destination) -> Option<&Path> {
+    if let Destination::File(path) = destination {
+        Some(path)
+    } else {
+        None
+    }
+}
+
+/// Upscales one picture, saves it and prints its path.
+fn save(
+    args: &UpscaleArgs,
+    upscaler: &Upscaler,
+    path: &Path,
+    destination: &Destination,
+    format: Format,
+    progress: &Progress,
+) -> Result<()> {
+    let source = Source::read(path)?;
+    if source.input.alpha.is_some() {
+        progress.note(format!(
+            "`{}` is transparent in places; the result shows it on white",
+            path.display()
+        ));
+    }
+    let start = Instant::now();
+    let place = || format!("`{}` cannot be upscaled", path.display());
+    let picture = upscaler
+        .upscale(&source.input.over_white(), progress)
+        .with_context(place)?;
+    let upscaling_s = start.elapsed().as_secs_f64();
+    let metadata = (!args.no_metadata).then(|| upscaler.metadata(&source));
+    let bytes = picture
+        .encode(format, metadata.as_ref())
+        .with_context(place)?;
+    let Some(to) = file(destination) else {
+        let mut stdout = std::io::stdout();
+        return stdout
+            .write_all(&bytes)
+            .and_then(|()| stdout.flush())
+            .context("cannot write the picture to stdout");
+    };
+    output_path::save(to, &bytes, args.force)?;
+    let record = json!({
+        "path": to.to_string_lossy(), "sha256": picture.sha256(), "source": path.to_string_lossy(),
+        "width": picture.width, "height": picture.height,
+        "upscaler": upscaler.name, "upscaler_hash": upscaler.hash, "upscale": upscaler.scale, "timings": { "upscaling_s": upscaling_s },
+    });
+    progress.aside(|| {
+        say(&if args.json {
+            format!("{record}\n")
+        } else {
+            format!("{}\n", to.display())
+        })
+    })
+}

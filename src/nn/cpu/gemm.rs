@@ -1,0 +1,404 @@
+//! Matrix products with packed weights, after Goto & van de Geijn 2008: what is multiplied stays in
+//! the nearest cache that holds it, and bias, residual and gate are applied to sums that have not
+//! left it yet.
+
+use super::concat::fresh;
+use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
+use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
+use rayon::prelude::*;
+use std::cell::Cell;
+use std::ops::Range;
+
+/// Rows that are multiplied at once by a vector of each column: with [`PANEL`], the sums that
+/// registers hold.
+pub const ROWS: usize = 8;
+
+/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left
+/// side and 320 KiB of sums in the second cache, 32 KiB of weights in the first.
+const BLOCK: usize = 256;
+const DEPTH: usize = 256;
+const GROUP: usize = 10;
+
+/// Tasks to have at least, so that no thread waits long for the last.
+const TASKS: usize = 8;
+
+/// Rows of a thread's share at least.
+const SHARE: usize = 32;
+
+thread_local! {
+    static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
+}
+
+/// At least `len` vectors of a thread's own memory, for as long as `work` runs: kept, since fresh
+/// memory costs more than the arithmetic on it.
+pub fn with_memory<R>(
+    memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>,
+    len: usize,
+    work: impl FnOnce(&mut [Lanes]) -> R,
+) -> R {
+    let mut taken = memory.take();
+    if taken.len() < len {
+        taken.resize(len, Lanes::default());
+    }
+    let result = work(&mut taken[..len]);
+    memory.set(taken);
+    result
+}
+
+/// The output of a kernel, written by many tasks.
+pub struct Output(pub *mut f32);
+
+// SAFETY: those who write through `slice` see to it that tasks write disjoint elements
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// # Safety
+    /// The elements must lie inside of the output, and nobody else may touch them meanwhile.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "tasks share the output, not its elements"
+    )]
+    pub unsafe fn slice(&self, offset: usize, len: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
+    }
+}
+
+/// m [rows, PANEL] (+)= v [rows, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors
+/// of the PANEL, R rows and C vectors at a time.
+#[inline(always)]
+fn tiles<V: Vector, const R: usize, const C: usize>(
+    v: &[Lanes],
+    lanes: usize,
+    u: &[Lanes],
+    columns: usize,
+    m: &mut [Lanes],
+    add: bool,
+) {
+    for (v, m) in v.chunks_exact(R * lanes).zip(m.chunks_exact_mut(R * PANEL)) {
+        for column in (0..columns).step_by(C) {
+            let mut sums = [[V::splat(0.0); C]; R];
+            for (k, u) in u.chunks_exact(PANEL).take(lanes * LANES).enumerate() {
+                let mut right = [V::splat(0.0); C];
+                for (right, u) in right.iter_mut().zip(&u[column..]) {
+                    *right = V::load(&u.0);
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: v holds R rows of lanes*LANES numbers, and k stays below that
+                    let left =
+                        V::splat(unsafe { *v.as_ptr().cast::<f32>().add(row * lanes * LANES + k) });
+                    for (sum, right) in sums.iter_mut().zip(&right) {
+                        *sum = sum.plus(left, *right);
+                    }
+                }
+            }
+            for (sums, m) in sums.iter().zip(m.chunks_exact_mut(PANEL)) {
+                for (sum, m) in sums.iter().zip(&mut m[column..]) {
+                    let sum = if add { V::load(&m.0).add(*sum) } else { *sum };
+                    sum.store(&mut m.0);
+                }
+            }
+        }
+    }
+}
+
+/// m [ROWS, PANEL] (+)= v [ROWS, lanes*LANES] u [up to lanes*LANES, PANEL], for `columns` vectors
+/// of the PANEL.
+#[inline(always)]
+pub fn multiply<V: Vector>(
+    v: &[Lanes],
+    lanes: usize,
+    u: &[Lanes],
+    columns: usize,
+    m: &mut [Lanes],
+    add: bool,
+) {
+    if V::WIDE && columns == PANEL {
+        tiles::<V, ROWS, PANEL>(v, lanes, u, columns, m, add);
+    } else {
+        tiles::<V, { ROWS / 2 }, 1>(v, lanes, u, columns, m, add);
+    }
+}
+
+/// What is added to a product, or done with it.
+#[derive(Clone, Copy, Default)]
+pub struct Finish<'a> {
+    /// [n], or [parts, n]: one for each of as many equal parts of the rows
+    pub bias: Option<&'a [f32]>,
+    /// [m, n]
+    pub residual: Option<&'a [f32]>,
+    /// [n]: what is below 0 after that is multiplied by it
+    pub slope: Option<&'a [f32]>,
+    /// The first half of the columns times the exact GELU of the second is the result, [m, n/2].
+    pub gated: bool,
+}
+
+/// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of
+/// a row.
+pub fn product(
+    (m, k, n): (usize, usize, usize),
+    left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+    weight: Panels,
+    finish: Finish,
+) -> Vec<f32> {
+    let mut y = fresh(if finish.gated { m * n / 2 } else { m * n });
+    if y.is_empty() {
+        return y;
+    }
+    let output = Output(y.as_mut_ptr());
+    let panels = Pack {
+        gated: finish.gated,
+    }
+    .panels(n);
+    // A thread finds in its own cache the rows that it wrote before, and each gets a share of them.
+    // Where there are more weights than rows, it is those that are shared out.
+    let threads = rayon::current_num_threads();
+    let shares = if n <= 2 * m {
+        threads.min(m / SHARE)
+    } else {
+        1
+    };
+    let blocks = m.div_ceil(BLOCK).max(shares);
+    let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
+    let tasks = if shares > 1 { threads } else { TASKS };
+    let group = panels.div_ceil(tasks.div_ceil(blocks)).min(GROUP);
+    let groups = panels.div_ceil(group);
+    (0..blocks * groups).into_par_iter().for_each(|task| {
+        let (first, panel) = (task / groups * rows, task % groups * group);
+        if first < m {
+            let group = group.min(panels - panel);
+            let (tiles, lanes) = (rows / ROWS, k.div_ceil(k.div_ceil(DEPTH)).div_ceil(LANES));
+            with_memory(
+                &SCRATCH,
+                rows * lanes + lanes * LANES * PANEL + group * rows * PANEL,
+                |scratch| {
+                    let (v, rest) = scratch.split_at_mut(rows * lanes);
+                    let (u, sums) = rest.split_at_mut(lanes * LANES * PANEL);
+                    dispatch(Multiply {
+                        k,
+                        n,
+                        m,
+                        left: &left,
+                        weight,
+                        finish,
+                        first,
+                        panel,
+                        lanes,
+                        tiles,
+                        v,
+                        u,
+                        sums,
+                        y: &output,
+                    });
+                },
+            );
+        }
+    });
+    y
+}
+
+/// A block of rows times a group of panels.
+struct Multiply<'a, L> {
+    m: usize,
+    k: usize,
+    n: usize,
+    left: &'a L,
+    weight: Panels<'a>,
+    finish: Finish<'a>,
+    /// the first of the rows, and of the panels
+    first: usize,
+    panel: usize,
+    /// vectors of terms that are summed at once, and tiles of rows
+    lanes: usize,
+    tiles: usize,
+    /// [tiles, ROWS, lanes]
+    v: &'a mut [Lanes],
+    /// [lanes*LANES, PANEL]
+    u: &'a mut [Lanes],
+    /// [panels, tiles, ROWS, PANEL]
+    sums: &'a mut [Lanes],
+    y: &'a Output,
+}
+
+impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self {
+            m,
+            k,
+            n,
+            left,
+            weight,
+            finish,
+            first,
+            panel,
+            lanes,
+            tiles,
+            v,
+            u,
+            sums,
+            y,
+        } = self;
+        let depth = lanes * LANES;
+        for start in (0..k).step_by(depth) {
+            let terms = start..(start + depth).min(k);
+            for (row, v) in v.chunks_exact_mut(lanes).enumerate().take(m - first) {
+                left(first + row, terms.clone(), &mut floats(v)[..terms.len()]);
+            }
+            for (i, sums) in sums.chunks_exact_mut(tiles * ROWS * PANEL).enumerate() {
+                let at = ((panel + i) * k + start) * WIDTH;
+                let columns = finish.columns(n, panel + i);
+                weight.widen::<V>(at, &mut u[..terms.len() * PANEL]);
+                for (v, sums) in v
+                    .chunks_exact(ROWS * lanes)
+                    .zip(sums.chunks_exact_mut(ROWS * PANEL))
+                {
+                    multiply::<V>(
+                        v,
+                        lanes,
+                        &u[..terms.len() * PANEL],
+                        columns,
+                        sums,
+                        start > 0,
+                    );
+                }
+            }
+        }
+        for (i, sums) in sums.chunks_exact(tiles * ROWS * PANEL).enumerate() {
+            for (row, sums) in sums.chunks_exact(PANEL).enumerate().take(m - first) {
+                finish.write::<V>(first + row, panel + i, (m, n), sums, y);
+            }
+        }
+    }
+}
+
+impl Finish<'_> {
+    /// Vectors of a panel that hold columns.
+    fn columns(&self, n: usize, panel: usize) -> usize {
+        if self.gated { PANEL } else { vectors(n, panel) }
+    }
+
+    /// Writes a panel's columns of one row of the result.
+    #[inline(always)]
+    fn write<V: Vector>(
+        &self,
+        row: usize,
+        panel: usize,
+        (m, n): (usize, usize),
+        sums: &[Lanes],
+        y: &Output,
+    ) {
+        let bias = self
+            .bias
+            .map(|bias| &bias[row * (bias.len() / n) / m * n..][..n]);
+        let with_bias = |sums: &Lanes, first: usize, len: usize| {
+            let sums = V::load(&sums.0);
+            bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
+        };
+        if self.gated {
+            let (half, first) = (n / 2, panel * LANES);
+            let len = LANES.min(half - first);
+            let value =
+                with_bias(&sums[0], first, len).mul(with_bias(&sums[1], half + first, len).gelu());
+            // SAFETY: y holds [m, half], and no other task writes these columns of this row
+            value.store_some(unsafe { y.slice(row * half + first, len) });
+            return;
+        }
+        for (lane, sums) in sums.iter().enumerate().take(self.columns(n, panel)) {
+            let first = panel * WIDTH + lane * LANES;
+            let (at, len) = (row * n + first, LANES.min(n - first));
+            let sum = with_bias(sums, first, len);
+            let sum = self.residual.map_or(sum, |residual| {
+                sum.add(V::load_some(&residual[at..][..len]))
+            });
+            let sum = self
+                .slope
+                .map_or(sum, |slope| sum.leaky(V::load_some(&slope[first..][..len])));
+            // SAFETY: y holds [m, n], and no other task writes these columns of this row
+            sum.store_some(unsafe { y.slice(at, len) });
+        }
+    }
+}
+
+/// x [m, k] times packed weights, plus bias and residual, perhaps gated.
+pub struct Product {
+    /// columns of the weights
+    pub outputs: usize,
+    /// [outputs]
+    pub bias: Option<Tensor>,
+    /// [m, outputs]
+    pub residual: Option<Tensor>,
+    /// see [`Finish::gated`]
+    pub gated: bool,
+}
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
+        let (x, weight) = (slice(x, lx)?, Panels::of(weight, lw)?);
+        let count = |tensor: Option<&Tensor>| tensor.map(Tensor::elem_count);
+        if lw.dims() != [Pack { gated: self.gated }.panels(n), k, WIDTH]
+            || count(self.bias.as_ref()).is_some_and(|count| count != n)
+            || count(self.residual.as_ref()).is_some_and(|count| count != m * n || self.gated)
+        {
+            bail!(
+                "product of {:?} and {:?} with {n} columns",
+                lx.shape(),
+                lw.shape()
+            );
+        }
+        let left = |row: usize, terms: Range<usize>, to: &mut [f32]| {
+            to.copy_from_slice(&x[row * k..][terms])
+        };
+        let y = with_slice(self.bias.as_ref(), |bias| {
+            with_slice(self.residual.as_ref(), |residual| {
+                product(
+                    (m, k, n),
+                    left,
+                    weight,
+                    Finish {
+                        bias,
+                        residual,
+                        gated: self.gated,
+                        slope: None,
+                    },
+                )
+            })
+        })??;
+        Ok((
+            CpuStorage::F32(y),
+            Shape::from((m, if self.gated { n / 2 } else { n })),
+        ))
+    }
+}
+
+/// The elements of a tensor on the CPU, if there is one.
+pub fn with_slice<R>(tensor: Option<&Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
+    let Some(tensor) = tensor else {
+        return Ok(work(None));
+    };
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        bail!("this kernel takes tensors on the CPU")
+    };
+    Ok(work(Some(slice(storage, layout)?)))
+}
+
+/// A contiguous f32 tensor's elements.
+pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(x), Some((start, end))) => Ok(&x[start..end]),
+        _ => bail!("this kernel takes contiguous f32"),
+    }
+}

@@ -1,0 +1,211 @@
+//! What pictures will be, while they are denoised: a linear map from latents to small pictures.
+
+use crate::image::Picture;
+use crate::model::Autoencoder;
+use candle_core::{DType, Result, Tensor};
+
+/// Latent channels and scaling factor of Stable Diffusion 1.x's and 2.x's VAEs.
+const STABLE_DIFFUSION: (usize, f64) = (4, 0.18215);
+/// Each latent's share of red, green and blue in -1..=1, K. Turner 2022
+/// (discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204).
+const SHARES: [[f32; 3]; 4] = [
+    [0.298, 0.207, 0.208],
+    [0.187, 0.286, 0.173],
+    [-0.158, 0.189, 0.264],
+    [-0.184, -0.271, -0.473],
+];
+/// Of SDXL's VAE.
+const SDXL: (usize, f64) = (4, 0.13025);
+/// The same shares of its latents and, last, a constant: those that are published with ComfyUI
+/// (comfy/latent_formats.py).
+const SDXL_SHARES: [[f32; 3]; 5] = [
+    [0.3651, 0.4232, 0.4341],
+    [-0.2533, -0.0042, 0.1068],
+    [0.1076, 0.1111, -0.0362],
+    [-0.3165, -0.2492, -0.2188],
+    [0.1084, -0.0175, -0.0011],
+];
+/// Of the embedded model's VAE.
+const MINI: (usize, f64) = (32, 0.7492);
+/// Fitted by `assets/mini/preview.py`: a row for each value of [4, 4, 3], with a share for each
+/// latent and a constant.
+const MINI_ROWS: &str = include_str!("../../assets/mini/preview.json");
+
+/// A map from the channels of a latent to `side` x `side` pixels of RGB.
+pub struct Preview {
+    side: usize,
+    /// [side * side * 3][channels + 1]: the channels' shares and a constant, for values in 0..=1
+    rows: Vec<Vec<f32>>,
+}
+
+impl Preview {
+    /// The map of a VAE's latents, if one is known. TAESD's own scale does not tell whose latents
+    /// it decodes: those of its model, which may be of SDXL's family.
+    pub fn of(vae: &Autoencoder, is_sdxl: bool) -> Option<Self> {
+        let known = match vae {
+            Autoencoder::Kl(vae) => (vae.latent_channels, vae.scaling_factor),
+            Autoencoder::Tiny(vae) => (
+                vae.latent_channels,
+                if is_sdxl { SDXL.1 } else { STABLE_DIFFUSION.1 },
+            ),
+        };
+        match known {
+            STABLE_DIFFUSION => Some(Self::of_shares(&SHARES, [0.0; 3])),
+            SDXL => SDXL_SHARES
+                .split_last()
+                .map(|(constant, shares)| Self::of_shares(shares, *constant)),
+            MINI => Some(Self {
+                side: 4,
+                rows: serde_json::from_str(MINI_ROWS).ok()?,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Of shares and constants for values in -1..=1.
+    fn of_shares(shares: &[[f32; 3]], constant: [f32; 3]) -> Self {
+        let row = |colour: usize| {
+            shares
+                .iter()
+                .map(|shares| shares[colour] / 2.0)
+                .chain([constant[colour] / 2.0 + 0.5])
+                .collect()
+        };
+        Self {
+            side: 1,
+            rows: (0..3).map(row).collect(),
+        }
+    }
+
+    /// Latents [b, h, w, c] to pictures, side by side. What is not finite is black. Errors if the
+    /// tensor cannot be read.
+    pub fn picture(&self, latents: &Tensor) -> Result<Picture> {
+        let (b, h, w, c) = latents.dims4()?;
+        let values = latents
+            .to_dtype(DType::F32)?
+            .flatten_all()?
+            .to_vec1::<f32>()?; // [b*h*w*c]
+        let side = self.side;
+        let (width, height) = (b * w * side, h * side);
+        let mut rgb = vec![0; width * height * 3];
+        for (place, latent) in values.chunks_exact(c.max(1)).enumerate() {
+            let (picture, y, x) = (place / (h * w), place / w % h, place % w);
+            for (i, row) in self.rows.iter().enumerate() {
+                let (pixel_y, pixel_x) = (
+                    y * side + i / 3 / side,
+                    (picture * w + x) * side + i / 3 % side,
+                );
+                let value: f32 = row
+                    .iter()
+                    .zip(latent.iter().chain([&1.0]))
+                    .map(|(share, value)| share * value)
+                    .sum();
+                rgb[(pixel_y * width + pixel_x) * 3 + i % 3] =
+                    (value * 255.0).round_ties_even() as u8;
+            }
+        }
+        Ok(Picture { width, height, rgb })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::vae::{Decoder, VaeConfig};
+    use crate::sampling::noise::Generator;
+    use crate::weights::{Checkpoint, Origin};
+    use anyhow::Context;
+    use candle_core::Device;
+
+    #[test]
+    fn what_is_not_finite_is_black_and_pictures_stand_side_by_side() -> Result<()> {
+        let Some(preview) = Preview::of(&Autoencoder::Kl(VaeConfig::default()), false) else {
+            candle_core::bail!("no preview of Stable Diffusion")
+        };
+        let latents = [
+            [0.0; 4],
+            [1.0, 0.0, 0.0, 0.0],
+            [f32::NAN, 0.0, 0.0, 0.0],
+            [f32::NEG_INFINITY, 0.0, 0.0, 0.0],
+        ];
+        let picture =
+            preview.picture(&Tensor::new(&latents, &Device::Cpu)?.reshape((2, 2, 1, 4))?)?;
+        // [2, 2, 3]: the second picture's pixels are to the right of the first's
+        let rgb = [[128, 128, 128], [0, 0, 0], [165, 154, 154], [0, 0, 0]].concat();
+        assert_eq!(
+            picture,
+            Picture {
+                width: 2,
+                height: 2,
+                rgb
+            }
+        );
+        Ok(())
+    }
+
+    /// The picture of one pixel, if there is a map.
+    fn pixel(vae: &str, is_sdxl: bool, latent: [f32; 4]) -> anyhow::Result<Option<Vec<u8>>> {
+        let preview = Preview::of(
+            &Autoencoder::from_json(&serde_json::from_str(vae)?)?,
+            is_sdxl,
+        );
+        let latent = Tensor::new(&latent, &Device::Cpu)?.reshape((1, 1, 1, 4))?;
+        Ok(preview
+            .map(|preview| preview.picture(&latent))
+            .transpose()?
+            .map(|picture| picture.rgb))
+    }
+
+    #[test]
+    fn sdxls_latents_have_a_map_of_their_own_and_taesd_takes_its_models() -> anyhow::Result<()> {
+        let kl = |scale: f64| {
+            format!(r#"{{"_class_name": "AutoencoderKL", "scaling_factor": {scale}}}"#)
+        };
+        let tiny = r#"{"_class_name": "AutoencoderTiny"}"#;
+        let (grey, first) = ([0.0; 4], [1.0, 0.0, 0.0, 0.0]);
+        for vae in [&*kl(0.13025), tiny] {
+            assert_eq!(pixel(vae, true, grey)?, Some(vec![141, 125, 127]), "{vae}");
+            assert_eq!(pixel(vae, true, first)?, Some(vec![188, 179, 183]), "{vae}");
+        }
+        for vae in [&*kl(0.18215), tiny] {
+            assert_eq!(
+                pixel(vae, false, first)?,
+                Some(vec![165, 154, 154]),
+                "{vae}"
+            );
+        }
+        assert_eq!(pixel(&kl(0.37), true, grey)?, None);
+        Ok(())
+    }
+
+    /// The map has to be fitted again when the VAE is another.
+    #[test]
+    fn a_preview_of_the_embedded_models_latents_looks_like_what_they_decode_to()
+    -> anyhow::Result<()> {
+        let checkpoint = Checkpoint::open(Origin::Embedded)?;
+        let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
+        let preview = Preview::of(&Autoencoder::Kl(vae.clone()), false)
+            .context("no preview of the embedded model")?;
+        let decoder = Decoder::new(&checkpoint.weights("vae", &Device::Cpu, DType::F32), &vae)?;
+        let latents = Generator::new(1).latents(8, 8, 32)?;
+        let decoded = decoder.decode(&latents)?.clamp(0f32, 1f32)?; // [1, 128, 128, 3]
+        let small = decoded
+            .reshape((32, 4, 32, 4, 3))?
+            .mean((1, 3))?
+            .flatten_all()?
+            .to_vec1::<f32>()?; // [32*32*3]
+        let shown = preview.picture(&latents)?;
+        assert_eq!((shown.width, shown.height), (32, 32));
+        let mean = small.iter().sum::<f32>() / small.len() as f32;
+        let variance: f32 = small.iter().map(|value| (value - mean).powi(2)).sum();
+        let error: f32 = small
+            .iter()
+            .zip(&shown.rgb)
+            .map(|(value, shown)| (value - f32::from(*shown) / 255.0).powi(2))
+            .sum();
+        // noise is no picture, and the map is one of pictures: 0.70; a map of other latents has
+        // more error than variance
+        assert!(error < 0.85 * variance, "{}", error / variance);
+        Ok(())
+    }
+}

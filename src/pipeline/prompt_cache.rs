@@ -1,0 +1,276 @@
+//! What the U-Net is told of prompts: each text is embedded once for all pictures that need it.
+//!
+//! Hides how many texts a picture has: the negative prompt, what `AND` joins, and what each of them
+//! is at a step.
+
+use crate::cli::progress::Progress;
+use crate::model::unet::{Added, Conditioning};
+use crate::pipeline::family::{AESTHETIC_SCORES, REFINER_IDS};
+use crate::pipeline::fingerprint::Trace;
+use crate::pipeline::guidance::Guidance;
+use crate::pipeline::resolve::{Job, ModelConfig};
+use crate::text::encoder::{Embedded, Encoder};
+use crate::text::prompt::{Changing, Syntax};
+use anyhow::{Context, Error, Result};
+use candle_core::Tensor;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A text, the layers skipped for it, and how it is read; none for no text at all, whose embedding
+/// is zeros.
+type Key = Option<(Arc<str>, usize, Syntax)>;
+
+/// The texts of a batch at a step, one block of pictures after the other.
+#[derive(PartialEq)]
+pub struct Texts(Vec<Text>);
+
+#[derive(PartialEq)]
+struct Text {
+    key: Key,
+    /// the text that it goes to, and how far
+    to: Option<(Key, f64)>,
+    is_negative: bool,
+}
+
+/// Embedded texts.
+pub struct Contexts<'a> {
+    pub config: &'a ModelConfig,
+    known: HashMap<Key, Embedded>,
+}
+
+impl<'a> Contexts<'a> {
+    pub fn new(config: &'a ModelConfig) -> Self {
+        Self {
+            config,
+            known: HashMap::new(),
+        }
+    }
+
+    fn negative(&self, job: &Job, text: &Arc<str>) -> Key {
+        let is_nothing = self.config.empty_is_zeros && job.settings.negative.is_empty();
+        // as in diffusers, layers are skipped for the prompt alone
+        (!is_nothing).then(|| (text.clone(), 0, job.settings.prompt_syntax))
+    }
+
+    fn positive(&self, job: &Job, text: &Arc<str>) -> Key {
+        Some((
+            text.clone(),
+            job.settings.clip_skip - 1,
+            job.settings.prompt_syntax,
+        ))
+    }
+
+    /// Every text that a picture needs on its way.
+    fn keys(&self, job: &Job) -> Vec<Key> {
+        let negative = (job.guidance != Guidance::Off).then(|| {
+            job.prompts
+                .negative
+                .texts()
+                .map(|text| self.negative(job, text))
+        });
+        let prompts = job
+            .prompts
+            .parts
+            .iter()
+            .map(|part| &part.prompt)
+            .chain(job.prompts.to.iter().map(|(to, _)| to));
+        let positive = prompts
+            .flat_map(Changing::texts)
+            .map(|text| self.positive(job, text));
+        negative.into_iter().flatten().chain(positive).collect()
+    }
+
+    pub fn has(&self, job: &Job) -> bool {
+        self.keys(job)
+            .iter()
+            .all(|key| self.known.contains_key(key))
+    }
+
+    /// Embeds each text of these jobs once; what is known already is kept, what they do not need is
+    /// forgotten.
+    pub fn encode<'j>(
+        &mut self,
+        jobs: impl Iterator<Item = &'j Job>,
+        encoder: &Encoder,
+        progress: &Progress,
+    ) -> Result<()> {
+        let mut before = std::mem::take(&mut self.known);
+        for key in jobs.flat_map(|job| self.keys(job)).collect::<Vec<_>>() {
+            if self.known.contains_key(&key) {
+                continue;
+            }
+            let embedded = match (before.remove(&key), &key) {
+                (Some(embedded), _) => embedded,
+                (None, None) => encoder.encode("", 0, Syntax::Plain)?.0.zeros_like()?,
+                (None, Some((text, skip, syntax))) => {
+                    let (embedded, cut) = encoder.encode(text, *skip, *syntax)?;
+                    if let Some(cut) = cut {
+                        let tokens = embedded.context.dim(1)?;
+                        progress.note(format!("warning: the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
+                    }
+                    embedded
+                }
+            };
+            self.known.insert(key, embedded);
+        }
+        Ok(())
+    }
+
+    fn known(&self, key: &Key) -> Result<&Embedded> {
+        self.known.get(key).context("a prompt was not encoded")
+    }
+
+    /// What a text is, repeated to so many tokens: keys and values that are there twice change no
+    /// attention.
+    fn get(&self, text: &Text, tokens: usize) -> Result<Embedded> {
+        let repeated = |key: &Key| -> Result<Embedded> {
+            let known = self.known(key)?;
+            let own = known.context.dim(1)?;
+            let context = if own == tokens {
+                known.context.clone()
+            } else {
+                known.context.repeat((1, tokens / own, 1))?
+            };
+            Ok(Embedded {
+                context,
+                ..known.clone()
+            })
+        };
+        let embedded = repeated(&text.key)?;
+        match &text.to {
+            Some((to, share)) => Ok(embedded.toward(&repeated(to)?, *share)?),
+            None => Ok(embedded),
+        }
+    }
+
+    /// How many tokens the network is told of for a job, which all its texts are repeated to.
+    pub fn tokens(&self, job: &Job) -> Result<usize> {
+        let mut all = 1;
+        for key in self.keys(job) {
+            let tokens = self.known(&key)?.context.dim(1)?;
+            all = all / greatest_common_divisor(all, tokens) * tokens;
+        }
+        Ok(all)
+    }
+
+    /// Adds a job's first texts to its trace, as the model reads them or its refiner.
+    pub fn trace(&self, job: &Job, by_refiner: bool, trace: &mut Trace) -> Result<()> {
+        let negatives = job.guidance.passes() - job.prompts.parts.len();
+        let texts = self.at(&[job], 0).0;
+        // of each text its own tokens, whatever it is repeated to beside others
+        for (nth, text) in [
+            texts.get(negatives),
+            texts.first().filter(|_| negatives > 0),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            if let Some(text) = text {
+                let tokens = match &text.to {
+                    Some(_) => self.tokens(job)?,
+                    None => self.known(&text.key)?.context.dim(1)?,
+                };
+                trace.text(nth, by_refiner, &self.get(text, tokens)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The texts of a batch at a step, from 0.
+    pub fn at(&self, batch: &[&Job], step: usize) -> Texts {
+        let Some(first) = batch.first() else {
+            return Texts(vec![]);
+        };
+        let parts = first.prompts.parts.len();
+        let negatives = first.guidance.passes().saturating_sub(parts);
+        let row = |job: &Job, row: usize| {
+            let at = |prompt: &Changing| prompt.at(step).clone();
+            match row
+                .checked_sub(negatives)
+                .and_then(|i| job.prompts.parts.get(i))
+            {
+                Some(part) => {
+                    let to = job
+                        .prompts
+                        .to
+                        .as_ref()
+                        .map(|(to, share)| (self.positive(job, &at(to)), *share));
+                    Text {
+                        key: self.positive(job, &at(&part.prompt)),
+                        to,
+                        is_negative: false,
+                    }
+                }
+                None => Text {
+                    key: self.negative(job, &at(&job.prompts.negative)),
+                    to: None,
+                    is_negative: true,
+                },
+            }
+        };
+        Texts(
+            (0..negatives + parts)
+                .flat_map(|i| batch.iter().map(move |job| row(job, i)))
+                .collect(),
+        )
+    }
+
+    /// What the network is told of a batch with these texts.
+    pub fn of(&self, batch: &[&Job], texts: &Texts) -> Result<Conditioning> {
+        // a batch's jobs are alike in the texts of its model, but those of its refiner may be
+        // longer in some
+        let tokens = batch
+            .iter()
+            .map(|job| self.tokens(job))
+            .max_by_key(|tokens| tokens.as_ref().map_or(usize::MAX, |n| *n));
+        let tokens = tokens.context("the batch is empty")??;
+        let embedded = texts
+            .0
+            .iter()
+            .map(|text| self.get(text, tokens))
+            .collect::<Result<Vec<_>>>()?;
+        let contexts: Vec<&Tensor> = embedded.iter().map(|embedded| &embedded.context).collect();
+        let pooled: Vec<&Tensor> = embedded
+            .iter()
+            .filter_map(|embedded| embedded.pooled.as_ref())
+            .collect();
+        let numbers = |(job, Text { is_negative, .. }): (&&Job, &Text)| match (
+            job.settings.sizes(),
+            self.config.added_ids,
+        ) {
+            ([original_height, original_width, top, left, ..], REFINER_IDS) => {
+                vec![
+                    original_height,
+                    original_width,
+                    top,
+                    left,
+                    AESTHETIC_SCORES[usize::from(*is_negative)],
+                ]
+            }
+            (sizes, _) => sizes.to_vec(),
+        };
+        let ids = || batch.iter().cycle().zip(&texts.0).map(numbers).collect();
+        let added = (!pooled.is_empty())
+            .then(|| {
+                Ok::<_, Error>(Added {
+                    pooled: Tensor::cat(&pooled, 0)?,
+                    ids: ids(),
+                })
+            })
+            .transpose()?;
+        let guidance = batch.first().map(|job| job.settings.guidance);
+        Ok(Conditioning {
+            context: Tensor::cat(&contexts, 0)?,
+            added,
+            guidance,
+        })
+    }
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 {
+        a.max(1)
+    } else {
+        greatest_common_divisor(b, a % b)
+    }
+}

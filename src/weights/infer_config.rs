@@ -1,0 +1,322 @@
+//! The configuration of a single original file, from its header's shapes: such files bring no
+//! config.json. What shapes cannot tell (heads, norm groups, schedule, prediction) is the family's,
+//! and is listed as assumed.
+
+use super::safetensors::Source;
+use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
+use crate::pipeline::family::Distillation;
+use anyhow::{Context, Result};
+use candle_core::DType;
+use serde_json::{Map, Value, json};
+
+/// Hints about the prediction type that single files carry besides their weights.
+pub struct Extra {
+    v_prediction: Option<bool>,
+    zero_snr: bool,
+}
+
+impl Extra {
+    /// Looks for `v_pred` and `ztsnr` marker keys, ModelSpec's header text and CompVis' step
+    /// counter.
+    pub fn of(source: &Source, keys: &[String]) -> Self {
+        let marker = |name: &str| keys.iter().any(|k| k == name);
+        let spec = source
+            .metadata("modelspec.prediction_type")
+            .map(|p| p.starts_with('v'));
+        // 875,000 steps: Stable Diffusion 2.0-base, the one 2.x model that predicts noise
+        let steps = keys.iter().find(|k| *k == "global_step").and_then(|k| {
+            source
+                .read(k)
+                .ok()?
+                .to_dtype(DType::F32)
+                .ok()?
+                .flatten_all()
+                .ok()?
+                .to_vec1::<f32>()
+                .ok()?
+                .first()
+                .copied()
+        });
+        let base = steps.map(|s| s != 875_000.0).filter(|v| !v);
+        Self {
+            v_prediction: if marker("v_pred") {
+                Some(true)
+            } else {
+                spec.or(base)
+            },
+            zero_snr: marker("ztsnr"),
+        }
+    }
+}
+
+/// Fills in the configurations that a diffusers folder would hold.
+pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
+    let mut unet = unet(checkpoint)?;
+    let xl = checkpoint.has(ENCODERS[1]);
+    let second_generation = !xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
+    let distillation = Distillation::named(&checkpoint.name);
+    // those of a distilled model's name were made from ones that predict noise
+    let told = extra.v_prediction.or(distillation.as_ref().map(|_| false));
+    let v_prediction = told.unwrap_or(second_generation);
+    if told.is_none() && second_generation {
+        checkpoint.doubt =
+            Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
+    }
+    let side = if xl {
+        128
+    } else {
+        [64, 96][usize::from(second_generation && v_prediction)]
+    };
+    let distilled_side = distillation
+        .as_ref()
+        .and_then(|named| named.side_px)
+        .map(|pixels| pixels / 8);
+    unet.insert("sample_size".into(), distilled_side.unwrap_or(side).into());
+    let prediction = if v_prediction {
+        "v_prediction"
+    } else {
+        "epsilon"
+    };
+    // PNDM knows no zero terminal SNR
+    let class = if xl {
+        "EulerDiscreteScheduler"
+    } else {
+        ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation || extra.zero_snr)]
+    };
+    let mut scheduler = json!({
+        "_class_name": class,
+        "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": false, "clip_sample": false, "skip_prk_steps": true, "steps_offset": 1,
+        // only a run from the very last timestep starts where such a model saw no picture at all
+        "timestep_spacing": if extra.zero_snr { "trailing" } else { "leading" }, "prediction_type": prediction,
+        "rescale_betas_zero_snr": extra.zero_snr,
+    });
+    if let (Some(scheduler), Some(named)) = (scheduler.as_object_mut(), &distillation) {
+        scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
+    }
+    let said = |key: &str| {
+        scheduler
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    checkpoint.assumed.push(format!(
+        "{}, {} timesteps, predicts {}",
+        said("_class_name"),
+        said("timestep_spacing"),
+        said("prediction_type")
+    ));
+    let scale = vae_scale(checkpoint);
+    let assumed = format!(
+        "32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}"
+    );
+    checkpoint.assumed.push(assumed);
+    let has_first = checkpoint.has(ENCODERS[0]);
+    for encoder in ENCODERS
+        .into_iter()
+        .filter(|encoder| checkpoint.has(encoder))
+        .collect::<Vec<_>>()
+    {
+        // CLIP-L was trained with quick_gelu and its end as padding, OpenCLIP's encoders with the
+        // exact one and `!`
+        let open_clip = second_generation || encoder == ENCODERS[1];
+        let config = text(
+            checkpoint,
+            encoder,
+            if open_clip { "gelu" } else { "quick_gelu" },
+        )?;
+        let pad = if open_clip { "!" } else { "<|endoftext|>" };
+        let tokenizer =
+            json!({ "pad_token": pad, "model_max_length": config["max_position_embeddings"] });
+        checkpoint.tokenizers.insert(
+            encoder,
+            TokenizerSource {
+                files: TokenizerFiles::Clip,
+                config: tokenizer,
+            },
+        );
+        checkpoint.configs.insert(encoder.into(), config);
+    }
+    if xl {
+        // pooled text, then numbers: six of a model that starts from noise, five of a refiner
+        let inputs = size(checkpoint, "unet.add_embedding.linear_1.weight", 1)?;
+        let pooled = size(checkpoint, "text_encoder_2.text_projection.weight", 0)?;
+        let dim = inputs.saturating_sub(pooled) / if has_first { 6 } else { 5 };
+        unet.insert("addition_embed_type".into(), "text_time".into());
+        unet.insert("addition_time_embed_dim".into(), dim.into());
+        unet.insert(
+            "projection_class_embeddings_input_dim".into(),
+            inputs.into(),
+        );
+        checkpoint.configs.insert(
+            "pipeline".into(),
+            json!({ "force_zeros_for_empty_prompt": has_first }),
+        );
+    }
+    if checkpoint.has("vae") {
+        checkpoint
+            .configs
+            .insert("vae".into(), vae(checkpoint, scale)?);
+    }
+    checkpoint.configs.extend([
+        ("unet".into(), unet.into()),
+        ("scheduler".into(), scheduler),
+    ]);
+    Ok(())
+}
+
+/// Size of one dimension of a tensor that must be there.
+fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
+    let shape = checkpoint
+        .shape(name)
+        .with_context(|| checkpoint.missing(name))?;
+    shape.get(dim).copied().with_context(|| {
+        format!(
+            "tensor `{name}` of `{}` has shape {shape:?}, with too few dimensions",
+            checkpoint.name
+        )
+    })
+}
+
+fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
+    // transformers of each layer's attention; nothing for a block without any
+    let depths = |block: &str| -> Vec<usize> {
+        let attentions = c.count(&format!("{block}.attentions."));
+        (0..attentions)
+            .map(|i| c.count(&format!("{block}.attentions.{i}.transformer_blocks.")))
+            .collect()
+    };
+    let middle = depths("unet.mid_block").first().copied();
+    let blocks = c.count("unet.down_blocks.");
+    let (mut widths, mut layers, mut down, mut up) = (vec![], vec![], vec![], vec![]);
+    let (mut down_depths, mut up_depths) = (vec![], vec![]);
+    let (mut context, mut linear) = (None, false);
+    for i in 0..blocks {
+        let block = format!("unet.down_blocks.{i}");
+        widths.push(size(c, &format!("{block}.resnets.0.conv1.weight"), 0)?);
+        layers.push(c.count(&format!("{block}.resnets.")));
+        let (falling, rising) = (depths(&block), depths(&format!("unet.up_blocks.{i}")));
+        down.push(if falling.is_empty() {
+            "DownBlock2D"
+        } else {
+            "CrossAttnDownBlock2D"
+        });
+        up.push(if rising.is_empty() {
+            "UpBlock2D"
+        } else {
+            "CrossAttnUpBlock2D"
+        });
+        if !falling.is_empty() {
+            context = Some(size(
+                c,
+                &format!("{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+                1,
+            )?);
+            linear = c
+                .shape(&format!("{block}.attentions.0.proj_in.weight"))
+                .is_some_and(|s| s.len() == 2);
+        }
+        // the middle reads its depth from the last block, which may have no attention itself
+        down_depths.push(if falling.is_empty() {
+            json!(middle.unwrap_or(1))
+        } else {
+            json!(falling)
+        });
+        up_depths.push(rising);
+    }
+    let middle = match (middle, c.count("unet.mid_block.resnets.")) {
+        (Some(_), _) => Some("UNetMidBlock2DCrossAttn"),
+        (None, 0) => None,
+        (None, _) => Some("UNetMidBlock2D"),
+    };
+    // 1.x: eight heads at every width; 2.x and XL: as many heads of 64 as fit
+    let heads = if linear {
+        json!(widths.iter().map(|w| (w / 64).max(1)).collect::<Vec<_>>())
+    } else {
+        json!(8)
+    };
+    let config = json!({
+        "in_channels": size(c, "unet.conv_in.weight", 1)?, "out_channels": size(c, "unet.conv_out.weight", 0)?,
+        "block_out_channels": widths, "layers_per_block": layers,
+        "transformer_layers_per_block": down_depths, "reverse_transformer_layers_per_block": up_depths,
+        "down_block_types": down, "mid_block_type": middle, "up_block_types": up,
+        "cross_attention_dim": context.context("the U-Net has no cross attention")?,
+        "use_linear_projection": linear, "attention_head_dim": heads,
+    });
+    Ok(config.as_object().cloned().unwrap_or_default())
+}
+
+/// The configuration of a VAE alone.
+pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
+    if c.shape("vae.decoder.layers.0.weight").is_none() {
+        return vae(c, scaling_factor);
+    }
+    // TAESD: layers are numbered through; blocks, then scaling, which has no weights, and a
+    // convolution
+    let has = |layer: usize, name: &str| {
+        c.shape(&format!("vae.decoder.layers.{layer}.{name}"))
+            .is_some()
+    };
+    let (mut layer, mut blocks) = (2, vec![]);
+    let out_channels = loop {
+        let run = (layer..)
+            .take_while(|layer| has(*layer, "conv.0.weight"))
+            .count();
+        blocks.push(run);
+        layer += run;
+        if !has(layer + 1, "weight") {
+            break size(c, &format!("vae.decoder.layers.{layer}.weight"), 0)?;
+        }
+        layer += 2;
+    };
+    let width = size(c, "vae.decoder.layers.0.weight", 0)?;
+    Ok(json!({
+        "_class_name": "AutoencoderTiny", "latent_channels": size(c, "vae.decoder.layers.0.weight", 1)?, "out_channels": out_channels,
+        "decoder_block_out_channels": vec![width; blocks.len()], "num_decoder_blocks": blocks,
+    }))
+}
+
+/// The scale of the latents of a model's family.
+pub fn vae_scale(model: &Checkpoint) -> f64 {
+    if model.has(ENCODERS[1]) {
+        0.13025
+    } else {
+        0.18215
+    }
+}
+
+fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
+    let blocks = c.count("vae.decoder.up_blocks.");
+    let mut widths = vec![];
+    for i in (0..blocks).rev() {
+        widths.push(size(
+            c,
+            &format!("vae.decoder.up_blocks.{i}.resnets.0.conv1.weight"),
+            0,
+        )?);
+    }
+    let layers = c
+        .count("vae.decoder.up_blocks.0.resnets.")
+        .saturating_sub(1);
+    Ok(json!({
+        "latent_channels": size(c, "vae.decoder.conv_in.weight", 1)?, "out_channels": size(c, "vae.decoder.conv_out.weight", 0)?,
+        "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": scaling_factor,
+        "use_post_quant_conv": c.shape("vae.post_quant_conv.weight").is_some(),
+    }))
+}
+
+fn text(c: &Checkpoint, component: &str, activation: &str) -> Result<Value> {
+    let model = format!("{component}.text_model");
+    let width = size(c, &format!("{model}.embeddings.token_embedding.weight"), 1)?;
+    let vocab = size(c, &format!("{model}.embeddings.token_embedding.weight"), 0)?;
+    let projection = c
+        .shape(&format!("{component}.text_projection.weight"))
+        .and_then(|shape| shape.first());
+    Ok(json!({
+        "hidden_size": width, "vocab_size": vocab, "projection_dim": projection.unwrap_or(&width),
+        "max_position_embeddings": size(c, &format!("{model}.embeddings.position_embedding.weight"), 0)?,
+        "num_hidden_layers": c.count(&format!("{model}.encoder.layers.")), "num_attention_heads": (width / 64).max(1),
+        "intermediate_size": size(c, &format!("{model}.encoder.layers.0.mlp.fc1.weight"), 0)?,
+        "hidden_act": activation,
+    }))
+}

@@ -1,0 +1,525 @@
+//! `sdgen check`: pictures are drawn again from what their files say, and compared.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use crate::common::*;
+use sdgen::pipeline::fingerprint::Trace;
+use serde_json::Value;
+use std::path::Path;
+
+/// Draws a quick picture with the embedded model.
+fn draw(folder: &Path, name: &str, options: &[&str]) {
+    succeed(
+        sdgen(folder)
+            .args(["a frog", "--steps", "2", "-s", "1", "-q", "-o", name])
+            .args(options),
+    );
+}
+
+/// Exit code and stdout of a check.
+fn check(folder: &Path, args: &[&str]) -> (i32, String, String) {
+    let output = sdgen(folder).arg("check").args(args).output().unwrap();
+    (
+        output.status.code().unwrap(),
+        stdout(&output),
+        stderr(&output),
+    )
+}
+
+/// Changes the pixels of a PNG and leaves what it says of itself.
+fn edit(folder: &Path, name: &str, change: impl Fn(&mut sdgen::image::Picture)) {
+    let path = folder.join(name);
+    let bytes = std::fs::read(&path).unwrap();
+    let metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
+    let mut picture = sdgen::image::Picture::decode(&bytes).unwrap();
+    change(&mut picture);
+    std::fs::write(
+        &path,
+        picture
+            .encode(sdgen::image::Format::Png, Some(&metadata))
+            .unwrap(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn pictures_that_are_drawn_the_same_again_are_identical_in_every_format() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "a.png", &[]);
+    draw(dir.path(), "b.jpg", &["-g", "3.3", "--sampler", "euler-a"]);
+    draw(
+        dir.path(),
+        "c.webp",
+        &[
+            "-W",
+            "64",
+            "-n",
+            "blue",
+            "--schedule",
+            "karras",
+            "--dtype",
+            "bf16",
+        ],
+    );
+    let (code, said, errors) = check(dir.path(), &["a.png", "b.jpg", "c.webp"]);
+    assert_eq!((code, said.lines().count()), (0, 3), "{said}{errors}");
+    for name in ["a.png", "b.jpg", "c.webp"] {
+        assert!(said.contains(&format!("{name}: identical\n")), "{said}");
+    }
+}
+
+#[test]
+fn guidance_rescale_is_remembered_changes_the_picture_and_was_zero_before_it_was_an_option() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "plain.png", &["-W", "32", "-H", "32"]);
+    draw(
+        dir.path(),
+        "rescaled.png",
+        &["-W", "32", "-H", "32", "--guidance-rescale", "0.7"],
+    );
+    let read = |name: &str| {
+        sdgen::image::read_metadata(&std::fs::read(dir.path().join(name)).unwrap())
+            .unwrap()
+            .unwrap()
+    };
+    assert!(
+        read("rescaled.png").parameters.contains("CFG Rescale: 0.7"),
+        "{}",
+        read("rescaled.png").parameters
+    );
+    assert_eq!(
+        check(dir.path(), &["plain.png", "--expect", "rescaled.png"]).0,
+        1
+    );
+    // a picture of a version that did not know the option, nor tiles
+    let mut metadata = read("plain.png");
+    for key in ["guidance_rescale", "vae_tiling"] {
+        metadata.sdgen.as_object_mut().unwrap().remove(key).unwrap();
+    }
+    let picture =
+        sdgen::image::Picture::decode(&std::fs::read(dir.path().join("plain.png")).unwrap())
+            .unwrap();
+    std::fs::write(
+        dir.path().join("old.png"),
+        picture
+            .encode(sdgen::image::Format::Png, Some(&metadata))
+            .unwrap(),
+    )
+    .unwrap();
+    assert_eq!(
+        check(dir.path(), &["old.png", "rescaled.png"]).1,
+        "old.png: identical\nrescaled.png: identical\n"
+    );
+}
+
+#[test]
+fn a_picture_that_differs_is_an_error_unless_it_is_close_enough() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "a.png", &[]);
+    edit(dir.path(), "a.png", |picture| picture.rgb[0] ^= 4);
+    let (code, said, errors) = check(dir.path(), &["a.png"]);
+    assert_eq!(code, 1);
+    assert!(
+        said.starts_with("a.png: differs, ") && said.contains(" 1 pixels by up to 4 levels"),
+        "{said}"
+    );
+    assert!(
+        errors.contains("1 of 1 pictures are not the same"),
+        "{errors}"
+    );
+    let (code, said, _) = check(dir.path(), &["a.png", "--min-psnr", "60"]);
+    assert!(code == 0 && said.starts_with("a.png: close, "), "{said}");
+    assert_eq!(check(dir.path(), &["a.png", "--min-psnr", "90"]).0, 1);
+    let (code, said, _) = check(dir.path(), &["a.png", "--json"]);
+    let record: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(
+        (code, &record["same"], &record["pixels"], &record["largest"]),
+        (1, &false.into(), &1.into(), &4.into())
+    );
+}
+
+#[test]
+fn a_picture_that_cannot_be_drawn_again_is_told_and_the_others_are_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "good.png", &[]);
+    draw(dir.path(), "silent.png", &["--no-metadata"]);
+    std::fs::write(dir.path().join("broken.png"), b"no picture").unwrap();
+    let (code, said, errors) = check(
+        dir.path(),
+        &["silent.png", "missing.png", "broken.png", "good.png"],
+    );
+    assert_eq!(code, 1);
+    for line in [
+        "silent.png: failed",
+        "missing.png: failed",
+        "broken.png: failed",
+        "good.png: identical",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+    assert!(
+        errors.contains("`silent.png`: it does not say how it was drawn"),
+        "{errors}"
+    );
+    assert!(
+        errors.contains("3 of 4 pictures are not the same"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn other_weights_are_told_from_a_changed_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("sd1");
+    draw(
+        dir.path(),
+        "a.png",
+        &["-W", "16", "-H", "16", "-m", model.to_str().unwrap()],
+    );
+    let (code, said, errors) = check(dir.path(), &["a.png", "--model", "mini"]);
+    assert!(code == 1 && said == "a.png: failed\n", "{said}");
+    assert!(
+        errors.contains("drawn with other weights") && errors.contains("--model"),
+        "{errors}"
+    );
+    let (code, said, errors) = check(dir.path(), &["a.png", "--model", model.to_str().unwrap()]);
+    assert!(code == 0 && said == "a.png: identical\n", "{said}{errors}");
+}
+
+#[test]
+fn a_golden_picture_can_stand_for_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "a.png", &[]);
+    draw(dir.path(), "golden.webp", &["--no-metadata"]);
+    draw(dir.path(), "other.png", &["-s", "2"]);
+    assert_eq!(
+        check(dir.path(), &["a.png", "--expect", "golden.webp"]).0,
+        0
+    );
+    let (code, said, _) = check(dir.path(), &["a.png", "--expect", "other.png"]);
+    assert!(code == 1 && said.starts_with("a.png: differs"), "{said}");
+}
+
+/// What a PNG says of its drawing.
+fn said_of_drawing(folder: &Path, name: &str) -> Value {
+    sdgen::image::read_metadata(&std::fs::read(folder.join(name)).unwrap())
+        .unwrap()
+        .unwrap()
+        .sdgen
+}
+
+/// Changes what a PNG says of its drawing and leaves the pixels.
+fn tamper(folder: &Path, name: &str, change: impl Fn(&mut Value)) {
+    let path = folder.join(name);
+    let bytes = std::fs::read(&path).unwrap();
+    let mut metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
+    change(&mut metadata.sdgen);
+    let picture = sdgen::image::Picture::decode(&bytes).unwrap();
+    std::fs::write(
+        &path,
+        picture
+            .encode(sdgen::image::Format::Png, Some(&metadata))
+            .unwrap(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn a_trace_names_every_stage_and_changes_neither_pixels_nor_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "plain.png", &[]);
+    let output = succeed(sdgen(dir.path()).args([
+        "a frog",
+        "--steps",
+        "2",
+        "-s",
+        "1",
+        "-o",
+        "traced.png",
+        "--trace",
+        "--json",
+    ]));
+    let record: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let (plain, mut traced) = (
+        said_of_drawing(dir.path(), "plain.png"),
+        said_of_drawing(dir.path(), "traced.png"),
+    );
+    let pixels = |name: &str| {
+        sdgen::image::Picture::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
+    };
+    assert!(pixels("plain.png") == pixels("traced.png"));
+    let trace = traced.as_object_mut().unwrap().remove("trace").unwrap();
+    assert_eq!((&traced, &record["trace"]), (&plain, &trace));
+    let stages: Vec<&String> = trace.as_object().unwrap().keys().collect();
+    let [texts, steps] = [
+        [
+            "tokens",
+            "text embedding",
+            "negative tokens",
+            "negative embedding",
+        ],
+        [
+            "step 1 of 2, U-Net",
+            "step 1 of 2, sampler",
+            "step 2 of 2, U-Net",
+            "step 2 of 2, sampler",
+        ],
+    ];
+    assert_eq!(
+        stages,
+        [&texts[..], &["noise"], &steps, &["pixels"]].concat()
+    );
+    assert!(
+        pixels("traced.png")
+            .sha256()
+            .starts_with(trace["pixels"].as_str().unwrap())
+    );
+    let mut hashes: Vec<&str> = trace
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|hash| hash.as_str().unwrap())
+        .collect();
+    hashes.sort();
+    hashes.dedup();
+    // the last step ends at the network's guess
+    assert!(
+        hashes.len() == stages.len() - 1 && hashes.iter().all(|hash| hash.len() == 16),
+        "{trace}"
+    );
+    // without guidance there is no negative prompt
+    draw(dir.path(), "alone.png", &["--trace", "-g", "1"]);
+    assert_eq!(
+        said_of_drawing(dir.path(), "alone.png")["trace"]
+            .as_object()
+            .unwrap()
+            .len(),
+        stages.len() - 2
+    );
+}
+
+#[test]
+fn a_trace_has_what_a_refiner_reads_before_its_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let drawn = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args([
+            "a frog", "-s", "1", "--steps", "2", "-W", "16", "-H", "16", "--trace", "--json",
+            "--force", "-o", "a.png", "-m",
+        ]);
+        command
+            .arg(fixture("sdxl"))
+            .arg("--refine-at=0.5")
+            .arg("--refiner")
+            .arg(fixture("sdxl_refiner"))
+            .args(options);
+        let record: Value = serde_json::from_str(&stdout(&succeed(&mut command))).unwrap();
+        record["trace"].as_object().unwrap().clone()
+    };
+    let trace = drawn(&[]);
+    let mut stages: Vec<String> = trace.keys().cloned().collect();
+    let read = |whose: &str| {
+        [
+            "tokens",
+            "text embedding",
+            "negative tokens",
+            "negative embedding",
+        ]
+        .map(|name| format!("{whose}{name}"))
+    };
+    let step = |n: usize| ["U-Net", "sampler"].map(|stage| format!("step {n} of 2, {stage}"));
+    assert_eq!(
+        stages,
+        [
+            &read("")[..],
+            &["noise".into()],
+            &step(1),
+            &read("refiner's "),
+            &step(2),
+            &["pixels".into()]
+        ]
+        .concat()
+    );
+    // both read the same ids with the second tokenizer, and make something else of them
+    assert!(trace["text embedding"] != trace["refiner's text embedding"]);
+    // as much is expected of a picture whose file has to hold it
+    let mut expected: Vec<String> = serde_json::to_value(Trace::blank(2, true, 2))
+        .unwrap()
+        .as_object()
+        .unwrap()
+        .keys()
+        .cloned()
+        .collect();
+    expected.sort();
+    stages.sort();
+    assert_eq!(stages, expected);
+    assert_eq!(drawn(&["-g", "1"]).len(), trace.len() - 4);
+}
+
+#[test]
+fn a_trace_is_the_same_in_any_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("sd1");
+    let run = |batch: &str| {
+        let size = [
+            "-W",
+            "16",
+            "-H",
+            "24",
+            "--steps",
+            "3",
+            "--sampler",
+            "euler-a",
+        ];
+        let command = [
+            "a frog",
+            "-s",
+            "0..3",
+            "-q",
+            "--trace",
+            "-m",
+            model.to_str().unwrap(),
+            "-b",
+            batch,
+            "-o",
+            &format!("{batch}/"),
+        ];
+        succeed(sdgen(dir.path()).args(command).args(size));
+        [0, 1, 2].map(|seed| {
+            said_of_drawing(dir.path(), &format!("{batch}/a-frog-{seed}.png"))["trace"].clone()
+        })
+    };
+    let (alone, together) = (run("1"), run("3"));
+    assert_eq!(alone, together);
+    assert!(alone[0]["noise"] != alone[1]["noise"] && alone[0]["tokens"] == alone[1]["tokens"]);
+}
+
+#[test]
+fn the_first_stage_that_is_not_as_traced_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = || Value::from("0123456789abcdef");
+    // and whether the pixels differ
+    let cases = [
+        ("tokens", true, "/prompt", "a cat".into()),
+        ("text embedding", true, "/clip_skip", 2.into()),
+        ("negative tokens", true, "/negative", "blue".into()),
+        ("noise", true, "/seed", 2.into()),
+        ("step 1 of 3, U-Net", true, "/guidance", 2.0.into()),
+        ("step 1 of 3, sampler", true, "/sampler", "ddpm".into()),
+        ("step 2 of 3, U-Net", true, "/deep_cache", 2.into()),
+        (
+            "step 2 of 3, U-Net",
+            false,
+            "/trace/step 2 of 3, U-Net",
+            other(),
+        ),
+        (
+            "step 3 of 3, sampler",
+            false,
+            "/trace/step 3 of 3, sampler",
+            other(),
+        ),
+        ("pixels", false, "/trace/pixels", other()),
+    ];
+    for (stage, differs, at, value) in cases {
+        draw(
+            dir.path(),
+            "a.png",
+            &["--trace", "--force", "--steps", "3", "--sampler", "ddim"],
+        );
+        tamper(dir.path(), "a.png", |sdgen| {
+            *sdgen.pointer_mut(at).unwrap() = value.clone()
+        });
+        let (code, said, errors) = check(dir.path(), &["a.png", "--json"]);
+        let record: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(
+            (code, &record["same"], &record["first_difference"]),
+            (i32::from(differs), &(!differs).into(), &stage.into()),
+            "{errors}"
+        );
+        assert!(
+            errors.starts_with(&format!("`a.png`: first differs at {stage}\n"))
+                && !errors.contains("--trace"),
+            "{errors}"
+        );
+    }
+}
+
+#[test]
+fn a_file_that_was_changed_after_drawing_is_told_from_a_drawing_that_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, options) in [("traced.png", &["--trace"][..]), ("plain.png", &[])] {
+        draw(dir.path(), name, options);
+        edit(dir.path(), name, |picture| picture.rgb[0] ^= 4);
+    }
+    let (code, _, errors) = check(dir.path(), &["traced.png"]);
+    assert!(
+        code == 1
+            && errors.contains("`traced.png`: no stage differs")
+            && !errors.contains("--trace"),
+        "{errors}"
+    );
+    let (_, said, _) = check(dir.path(), &["traced.png", "--json"]);
+    assert!(said.contains(r#""first_difference":null"#), "{said}");
+    let (code, said, errors) = check(dir.path(), &["plain.png", "--json"]);
+    assert!(
+        code == 1
+            && errors.contains("hint: ")
+            && errors.contains("--trace")
+            && !said.contains("first_difference"),
+        "{said}{errors}"
+    );
+    let (code, _, errors) = check(dir.path(), &["plain.png", "--min-psnr", "60"]);
+    assert!(code == 0 && errors.is_empty(), "{errors}");
+}
+
+#[test]
+fn resume_takes_pictures_with_and_without_a_trace_for_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |options: &[&str]| {
+        let output = succeed(
+            sdgen(dir.path())
+                .args([
+                    "a frog", "--steps", "2", "-s", "1", "-q", "--json", "--resume",
+                ])
+                .args(options),
+        );
+        serde_json::from_str::<Value>(&stdout(&output)).unwrap()
+    };
+    let drawn = run(&["--trace", "-o", "traced.png"]);
+    run(&["-o", "plain.png"]);
+    let skipped = run(&["--trace", "-o", "traced.png"]);
+    assert_eq!(
+        (&skipped["skipped"], &skipped["trace"]),
+        (&true.into(), &drawn["trace"])
+    );
+    let skipped = run(&["-o", "traced.png"]);
+    assert_eq!(
+        (&skipped["skipped"], &skipped["trace"]),
+        (&true.into(), &Value::Null)
+    );
+    assert_eq!(run(&["--trace", "-o", "plain.png"])["skipped"], true);
+}
+
+#[test]
+fn a_trace_that_nothing_keeps_or_that_does_not_fit_is_an_error_before_drawing() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["a frog", "-s", "1", "--trace"]).args(options);
+        command
+    };
+    fail(&mut command(&["--no-metadata"]), 2, &["--trace", "--json"]);
+    fail(
+        &mut command(&["--steps", "1000", "-o", "a.jpg"]),
+        2,
+        &["too long to be stored in a JPEG"],
+    );
+    let output = succeed(&mut command(&[
+        "--no-metadata",
+        "--json",
+        "--steps",
+        "1",
+        "-q",
+    ]));
+    assert!(stdout(&output).contains(r#""trace":{"tokens":""#));
+}

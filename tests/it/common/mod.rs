@@ -1,0 +1,296 @@
+//! What several test files share: running the program, and building checkpoints in a temporary
+//! folder.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// This project, wherever it is now: a test may run on another machine than it was built on.
+fn project() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
+pub fn fixture(name: &str) -> PathBuf {
+    project().join("tests/fixtures").join(name)
+}
+
+/// The program, in a folder of its own, with no settings of the machine's owner and no network.
+pub fn sdgen(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sdgen"));
+    for name in [
+        "SDGEN_MODEL",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+    ] {
+        command.env_remove(name);
+    }
+    command
+        .env("HF_HUB_OFFLINE", "1")
+        .current_dir(folder)
+        .stdin(std::process::Stdio::null());
+    command
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Runs and expects exit code 0.
+pub fn succeed(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{:?}: {}",
+        output.status,
+        stderr(&output)
+    );
+    output
+}
+
+/// Runs and expects this exit code, an error that holds every text, nothing on stdout, and no
+/// panic.
+pub fn fail(command: &mut Command, code: i32, texts: &[&str]) -> String {
+    let output = command.output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(said.starts_with("error: "), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    assert!(output.stdout.is_empty(), "an error belongs on stderr alone");
+    for text in texts {
+        assert!(said.contains(text), "`{text}` is missing in: {said}");
+    }
+    said
+}
+
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &to.join(entry.file_name()));
+        } else if !entry.file_name().to_string_lossy().starts_with("goldens") {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+/// A copy of a fixture; where it holds only what it does not share with another, with what they
+/// share.
+pub fn with_base(name: &str, to: &Path) {
+    if !fixture(name).join("model_index.json").exists() {
+        copy_folder(
+            &fixture(
+                json(&fixture(name).join("goldens.json"))["base"]
+                    .as_str()
+                    .unwrap(),
+            ),
+            to,
+        );
+    }
+    copy_folder(&fixture(name), to);
+}
+
+pub fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+    let mut value = json(path);
+    edit(value.as_object_mut().unwrap());
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
+pub fn load(path: &Path) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
+    candle_core::safetensors::save(tensors, path).unwrap();
+}
+
+/// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding
+/// rows are repeated.
+pub fn with_full_vocabulary(name: &str, to: &Path) {
+    copy_folder(&fixture(name), to);
+    let merges = std::fs::read_to_string(project().join("assets/clip/merges.txt")).unwrap();
+    for part in sdgen::weights::ENCODERS
+        .into_iter()
+        .filter(|part| to.join(part).is_dir())
+    {
+        let weights = to.join(part).join("model.safetensors");
+        let mut text = load(&weights);
+        let key = text
+            .keys()
+            .find(|k| k.ends_with("token_embedding.weight"))
+            .unwrap()
+            .clone();
+        let small = text[&key].clone();
+        let rows: Vec<u32> = (0..49408u32)
+            .map(|i| i % small.dim(0).unwrap() as u32)
+            .collect();
+        text.insert(
+            key,
+            small
+                .index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0)
+                .unwrap(),
+        );
+        save(&text, &weights);
+        edit_json(&to.join(part).join("config.json"), |c| {
+            c.insert("vocab_size".into(), 49408.into());
+            if c["eos_token_id"] != 2 {
+                c.insert("eos_token_id".into(), 49407.into());
+            }
+        });
+        let tokenizer = to.join(part.replace("text_encoder", "tokenizer"));
+        std::fs::write(tokenizer.join("vocab.json"), vocabulary(&merges)).unwrap();
+        std::fs::write(tokenizer.join("merges.txt"), &merges).unwrap();
+    }
+}
+
+fn vocabulary(merges: &str) -> String {
+    let printable =
+        |b: &u32| (33..=126).contains(b) || (161..=172).contains(b) || (174..=255).contains(b);
+    let bytes: Vec<String> = (0..256)
+        .filter(printable)
+        .chain(256..324)
+        .map(|c| char::from_u32(c).unwrap().to_string())
+        .collect();
+    let merged = merges
+        .lines()
+        .filter(|l| !l.starts_with("#version"))
+        .map(|l| l.replace(' ', ""));
+    let specials = ["<|startoftext|>".to_string(), "<|endoftext|>".to_string()];
+    let all = bytes
+        .iter()
+        .cloned()
+        .chain(bytes.iter().map(|b| format!("{b}</w>")))
+        .chain(merged)
+        .chain(specials);
+    let map: serde_json::Map<String, Value> = all.enumerate().map(|(i, t)| (t, i.into())).collect();
+    Value::Object(map).to_string()
+}
+
+/// Assembles the original single file of a folder by its recipe (`single_*.json`).
+pub fn single_file(recipe: &str, folder: &Path, to: &Path) {
+    assemble(&json(&fixture(recipe)), folder, to);
+}
+
+/// The same by any recipe.
+pub fn assemble(recipe: &Value, folder: &Path, to: &Path) {
+    let mut parts = HashMap::new();
+    for part in sdgen::weights::PARTS
+        .into_iter()
+        .filter(|part| folder.join(part).is_dir())
+    {
+        let file = if part.starts_with("text_encoder") {
+            "model"
+        } else {
+            "diffusion_pytorch_model"
+        };
+        for (key, tensor) in load(&folder.join(part).join(format!("{file}.safetensors"))) {
+            parts.insert(format!("{part}.{key}"), tensor);
+        }
+    }
+    let mut out = HashMap::new();
+    for entry in recipe["entries"].as_array().unwrap() {
+        let from: Vec<&Tensor> = entry["from"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|k| &parts[k.as_str().unwrap()])
+            .collect();
+        let tensor = match entry["op"].as_str().unwrap() {
+            "same" => from[0].clone(),
+            "conv1x1" => from[0].unsqueeze(2).unwrap().unsqueeze(3).unwrap(),
+            "concat" => Tensor::cat(&from, 0).unwrap(),
+            "transpose" => from[0].t().unwrap().contiguous().unwrap(),
+            other => panic!("unknown op {other}"),
+        };
+        out.insert(entry["key"].as_str().unwrap().to_string(), tensor);
+    }
+    for entry in recipe["ignored"].as_array().unwrap() {
+        let shape: Vec<usize> = entry["shape"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| d.as_u64().unwrap() as usize)
+            .collect();
+        out.insert(
+            entry["key"].as_str().unwrap().to_string(),
+            Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap(),
+        );
+    }
+    save(&out, to);
+}
+
+/// A file with a real header and holes for data.
+pub fn sparse(shapes: &Value, path: &Path) {
+    let mut offset = 0;
+    let mut header = serde_json::Map::new();
+    for (key, shape) in shapes.as_object().unwrap() {
+        let bytes = 2 * shape
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| d.as_u64().unwrap())
+            .product::<u64>();
+        header.insert(
+            key.clone(),
+            json!({ "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes] }),
+        );
+        offset += bytes;
+    }
+    let header = Value::Object(header).to_string();
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.extend(header.as_bytes());
+    std::fs::write(path, &start).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .set_len(start.len() as u64 + offset)
+        .unwrap();
+}
+
+/// Numbers below what it is given, the same ones in every run (Marsaglia 2003, xorshift).
+pub fn random_numbers() -> impl FnMut(usize) -> usize {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    move |n| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 16) as usize % n
+    }
+}
+
+/// Runs the named test again in a process of its own and returns true, or returns false in there.
+/// For what the system counts for whole processes.
+pub fn alone(test: &str) -> bool {
+    const MARK: &str = "SDGEN_TEST_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return false;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = command
+        .args([test, "--exact", "--nocapture"])
+        .env(MARK, "1")
+        .output()
+        .unwrap();
+    let said = stdout(&output);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        stderr(&output)
+    );
+    true
+}

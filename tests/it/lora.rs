@@ -1,0 +1,851 @@
+//! `--lora`: files of every format, against diffusers and against their formulas. Goldens:
+//! `fixtures/lora.py`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use crate::common::*;
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+use sdgen::image::read_metadata;
+use sdgen::weights::lora::Lora;
+use sdgen::weights::{Checkpoint, Origin};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
+
+fn lora(name: &str) -> String {
+    fixture(&format!("lora/{name}.safetensors"))
+        .to_str()
+        .unwrap()
+        .into()
+}
+
+fn command(folder: &Path, model: &Path, options: &[&str], output: &str) -> Command {
+    let mut command = sdgen(folder);
+    command.args([
+        "a frog", "-s", "7", "--steps", "2", "-g", "5", "-W", "16", "-H", "16", "--force", "-o",
+        output, "-m",
+    ]);
+    command.arg(model).args(options);
+    command
+}
+
+fn draw(folder: &Path, options: &[&str], output: &str) -> RgbImage {
+    succeed(&mut command(folder, &fixture("sd1"), options, output));
+    image::open(folder.join(output)).unwrap().to_rgb8()
+}
+
+fn worst(a: &[u8], b: &[u8]) -> u8 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn pictures_with_loras_of_every_format_are_those_of_diffusers_and_of_the_formulas() {
+    let dir = tempfile::tempdir().unwrap();
+    let goldens = load(&fixture("lora/goldens.safetensors"));
+    let runs = json(&fixture("lora/goldens.json"))["runs"]
+        .as_array()
+        .unwrap()
+        .clone();
+    assert!(runs.len() >= 14);
+    for run in &runs {
+        let name = run["name"].as_str().unwrap();
+        let mut plain = sdgen(dir.path());
+        plain.args([
+            run["prompt"].as_str().unwrap(),
+            "-n",
+            run["negative_prompt"].as_str().unwrap(),
+            "--force",
+            "-m",
+        ]);
+        plain.arg(fixture(run["model"].as_str().unwrap()));
+        for key in ["seed", "steps", "guidance", "width", "height"] {
+            plain.args([format!("--{key}"), run[key].to_string()]);
+        }
+        plain.args(["--prompt-syntax", "plain", "-q", "-o", "plain.png"]);
+        succeed(&mut plain);
+        for file in run["loras"].as_array().unwrap() {
+            let path = fixture("lora").join(file[0].as_str().unwrap());
+            plain
+                .arg("--lora")
+                .arg(format!("{}:{}", path.display(), file[1]));
+        }
+        succeed(plain.args(["--strict", "-o", "with.png"]));
+        let golden = goldens[&format!("run.{name}.image")]
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<u8>()
+            .unwrap();
+        let [without, with] = ["plain.png", "with.png"]
+            .map(|file| image::open(dir.path().join(file)).unwrap().to_rgb8());
+        assert!(
+            worst(with.as_raw(), &golden) <= 1,
+            "{name}: {} levels",
+            worst(with.as_raw(), &golden)
+        );
+        assert!(
+            worst(without.as_raw(), &golden) > 20,
+            "{name}: the LoRA should matter"
+        );
+    }
+}
+
+#[test]
+fn a_strength_of_zero_changes_no_bit_and_leaves_no_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), &[], "plain.png");
+    draw(
+        dir.path(),
+        &[
+            "--lora",
+            &format!("{}:0", lora("kohya")),
+            "--lora",
+            &format!("{}:0.0", lora("lokr")),
+        ],
+        "zero.png",
+    );
+    let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+    assert!(read("plain.png") == read("zero.png"));
+}
+
+/// A model's weight of the sd1 fixture, changed by these.
+fn weight(loras: &[(&str, f64)], part: &str, name: &str) -> Tensor {
+    let mut checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let opened = loras
+        .iter()
+        .map(|(file, strength)| Lora::open(Path::new(&lora(file)), *strength));
+    checkpoint.use_loras(opened, true).unwrap();
+    let shape = checkpoint
+        .shape(&format!("{part}.{name}"))
+        .unwrap()
+        .to_vec();
+    checkpoint
+        .weights(part, &Device::Cpu, DType::F32)
+        .get(name, &shape)
+        .unwrap()
+}
+
+fn largest(t: &Tensor) -> f32 {
+    t.abs()
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .max(0)
+        .unwrap()
+        .to_scalar()
+        .unwrap()
+}
+
+#[test]
+fn what_loras_change_adds_up_in_any_order_and_goes_by_their_strength() {
+    let name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight";
+    let plain = weight(&[], "unet", name);
+    let change = |loras: &[(&str, f64)]| (weight(loras, "unet", name) - &plain).unwrap();
+    let (kohya, dora) = (change(&[("kohya", 1.0)]), change(&[("dora", 1.0)]));
+    assert!(largest(&kohya) > 0.1 && largest(&dora) > 0.1);
+    // the file's weights are f16, and rounded to that after each change
+    let same =
+        |a: &Tensor, b: &Tensor| assert!(largest(&(a - b).unwrap()) < 2e-3 * largest(b).max(1.0));
+    let both = ((&kohya * 0.5).unwrap() - (&dora * 2.0).unwrap()).unwrap();
+    same(&change(&[("kohya", 0.5), ("dora", -2.0)]), &both);
+    same(&change(&[("dora", -2.0), ("kohya", 0.5)]), &both);
+    same(
+        &change(&[("kohya", 1.0), ("kohya", 1.0)]),
+        &(&kohya * 2.0).unwrap(),
+    );
+    // what none changes is the very tensor
+    let bias = "down_blocks.0.attentions.0.proj_in.bias";
+    assert_eq!(
+        largest(&(weight(&[("kohya", 1.0)], "unet", bias) - weight(&[], "unet", bias)).unwrap()),
+        0.0
+    );
+}
+
+/// The sd1 fixture with its U-Net's weights of this type, each changed by `change`.
+fn saved(folder: &Path, dtype: DType, change: impl Fn(&str, Tensor) -> Tensor) {
+    copy_folder(&fixture("sd1"), folder);
+    let path = folder.join("unet/diffusion_pytorch_model.safetensors");
+    let narrow = load(&path).into_iter().map(|(name, t)| {
+        let t = change(&name, t.to_dtype(dtype).unwrap())
+            .to_dtype(dtype)
+            .unwrap();
+        (name, t)
+    });
+    save(&narrow.collect(), &path);
+}
+
+#[test]
+fn a_changed_weight_of_a_narrow_file_stays_narrow_and_is_that_of_a_model_merged_and_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let [model, merged] = ["m", "merged"].map(|name| dir.path().join(name));
+    saved(&model, DType::F16, |_, t| t);
+    let changed = |name: &str, lora_file: &str| {
+        let mut checkpoint = Checkpoint::open(Origin::Path(&model)).unwrap();
+        checkpoint
+            .use_loras([Lora::open(Path::new(&lora(lora_file)), 1.0)], true)
+            .unwrap();
+        let shape = checkpoint.shape(&format!("unet.{name}")).unwrap().to_vec();
+        assert_eq!(
+            checkpoint.stored_bytes("unet"),
+            Checkpoint::open(Origin::Path(&model))
+                .unwrap()
+                .stored_bytes("unet")
+        );
+        checkpoint
+            .weights("unet", &Device::Cpu, DType::F32)
+            .get_stored(name, &shape)
+            .unwrap()
+    };
+    let name = "down_blocks.0.resnets.0.conv1.weight";
+    let plain = load(&model.join("unet/diffusion_pytorch_model.safetensors"))[name].clone();
+    let with = changed(name, "locon");
+    assert_eq!(with.dtype(), DType::F16);
+    let exact = (plain.to_dtype(DType::F32).unwrap()
+        + (weight(&[("locon", 1.0)], "unet", name) - weight(&[], "unet", name)).unwrap())
+    .unwrap();
+    assert!(
+        largest(&(with.to_dtype(DType::F32).unwrap() - &exact).unwrap()) < 1e-3 * largest(&exact)
+    );
+
+    // the same picture, to the byte, as that of a model that was changed tensor by tensor and saved
+    saved(&merged, DType::F16, |name, _| changed(name, "locon"));
+    let picture = |model: &Path, options: &[&str], output: &str| {
+        succeed(&mut command(dir.path(), model, options, output));
+        image::open(dir.path().join(output)).unwrap().to_rgb8()
+    };
+    let with = picture(&model, &["--lora", &lora("locon")], "lora.png");
+    assert!(with == picture(&merged, &[], "merged.png"));
+    assert!(with != picture(&model, &[], "plain.png"));
+}
+
+#[test]
+fn a_lora_changes_what_was_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let [model, other, both] = ["m", "other", "both"].map(|name| dir.path().join(name));
+    saved(&model, DType::F32, |_, t| t);
+    saved(&other, DType::F32, |_, t| (t * 0.9).unwrap());
+    // half of each, saved
+    saved(&both, DType::F32, |_, t| (t * 0.95).unwrap());
+    let draw = |model: &Path, options: &[&str], output: &str| {
+        succeed(&mut command(dir.path(), model, options, output));
+        image::open(dir.path().join(output)).unwrap().to_rgb8()
+    };
+    let file = lora("kohya");
+    let merge = format!("{}:0.5", other.display());
+    let together = draw(
+        &model,
+        &["--merge", &merge, "--lora", &file],
+        "together.png",
+    );
+    let by_hand = draw(&both, &["--lora", &file], "hand.png");
+    assert!(worst(together.as_raw(), by_hand.as_raw()) <= 1);
+    assert!(worst(together.as_raw(), draw(&both, &[], "merged.png").as_raw()) > 20);
+}
+
+#[test]
+fn a_picture_with_a_lora_is_the_same_on_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let on = |threads: &str| {
+        draw(
+            dir.path(),
+            &["--lora", &lora("loha"), "--threads", threads],
+            "a.png",
+        )
+    };
+    assert!(on("1") == on("3"));
+}
+
+#[test]
+fn a_lora_for_another_model_is_an_error_that_says_for_which() {
+    let dir = tempfile::tempdir().unwrap();
+    // as wide as real ones; the first layer fits Stable Diffusion 1.x, too
+    let zeros = |rows: usize, columns: usize| {
+        Tensor::zeros((rows, columns), DType::F32, &Device::Cpu).unwrap()
+    };
+    for (width, family) in [
+        (768, "Stable Diffusion 1.x"),
+        (1024, "Stable Diffusion 2.x"),
+        (2048, "Stable Diffusion XL"),
+    ] {
+        let mut tensors = HashMap::new();
+        for (layer, inputs) in [("attn1_to_q", 32), ("attn2_to_k", width)] {
+            let layer =
+                format!("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{layer}");
+            tensors.insert(format!("{layer}.lora_down.weight"), zeros(2, inputs));
+            tensors.insert(format!("{layer}.lora_up.weight"), zeros(32, 2));
+        }
+        save(&tensors, &dir.path().join("style.safetensors"));
+        let said =
+            format!("the LoRA `style` does not fit `sd1`: it seems to be for {family}\n\nhint: ");
+        fail(
+            &mut command(
+                dir.path(),
+                &fixture("sd1"),
+                &["--lora", "style.safetensors"],
+                "x.png",
+            ),
+            3,
+            &[&said],
+        );
+        assert!(
+            stdout(&succeed(
+                sdgen(dir.path()).args(["inspect", "style.safetensors"])
+            ))
+            .starts_with(&format!("style: LoRA for {family}\n"))
+        );
+    }
+    let said =
+        "the LoRA `original_names` does not fit `sd1`: it takes texts 96 wide, the model's are 64";
+    let sdxl = ["--lora", &lora("original_names")];
+    fail(
+        &mut command(dir.path(), &fixture("sd1"), &sdxl, "x.png"),
+        3,
+        &[said],
+    );
+    let flux = [(
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight".to_string(),
+        zeros(2, 8),
+    )]
+    .into();
+    save(&flux, &dir.path().join("flux.safetensors"));
+    fail(
+        &mut command(
+            dir.path(),
+            &fixture("sd1"),
+            &["--lora", "flux.safetensors"],
+            "x.png",
+        ),
+        3,
+        &["a family that sdgen does not draw"],
+    );
+    let nowhere = [
+        ("unet.nowhere.lora_A.weight".to_string(), zeros(2, 8)),
+        ("unet.nowhere.lora_B.weight".to_string(), zeros(8, 2)),
+    ]
+    .into();
+    save(&nowhere, &dir.path().join("nowhere.safetensors"));
+    let texts =
+        ["none of its 2 tensors is for a layer of it, such as `unet.nowhere.lora_A.weight`"];
+    fail(
+        &mut command(
+            dir.path(),
+            &fixture("sd1"),
+            &["--lora", "nowhere.safetensors"],
+            "x.png",
+        ),
+        3,
+        &texts,
+    );
+    // even if nothing of it would be used
+    fail(
+        &mut command(
+            dir.path(),
+            &fixture("sd1"),
+            &["--lora", "nowhere.safetensors:0"],
+            "x.png",
+        ),
+        3,
+        &texts,
+    );
+}
+
+#[test]
+fn a_lora_that_fits_in_part_is_a_warning_with_counts_and_with_strict_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = load(Path::new(&lora("kohya")));
+    let total = tensors.len();
+    let bundled = Tensor::zeros((2, 64), DType::F32, &Device::Cpu).unwrap();
+    tensors.insert("bundle_emb.word.string_to_param.*".into(), bundled.clone());
+    // its shape is another's, and one without its other half
+    tensors.insert("lora_unet_conv_in.diff".into(), bundled.clone());
+    tensors.insert("lora_unet_conv_out.lora_down.weight".into(), bundled);
+    save(&tensors, &dir.path().join("part.safetensors"));
+    let run = |options: &[&str]| {
+        command(
+            dir.path(),
+            &fixture("sd1"),
+            &[&["--lora", "part.safetensors"], options].concat(),
+            "x.png",
+        )
+    };
+    let said = stderr(&succeed(&mut run(&["-v"])));
+    let misfit = format!(
+        "3 of {} tensors of the LoRA `part` fit nowhere in the model, such as `bundle_emb.",
+        total + 3
+    );
+    assert!(said.contains(&format!("warning: {misfit}")), "{said}");
+    let coverage = format!(
+        "LoRA `part` at 1: {total} of {} tensors fit, they change 9 weights of text_encoder, unet",
+        total + 3
+    );
+    assert!(said.contains(&coverage), "{said}");
+    fail(
+        &mut run(&["--strict"]),
+        3,
+        &[&misfit, "hint: without `--strict`"],
+    );
+    assert!(!stderr(&succeed(&mut run(&["-q"]))).contains("warning"));
+}
+
+#[test]
+fn every_tensor_of_a_lora_over_all_layers_of_real_checkpoints_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    for (recipe, encoders) in [
+        ("sd1", &[("lora_te_", 12, 768)][..]),
+        ("sd2", &[("lora_te_", 23, 1024)]),
+        ("sdxl", &[("lora_te1_", 12, 768), ("lora_te2_", 32, 1280)]),
+        ("ssd1b", &[("lora_te1_", 12, 768), ("lora_te2_", 32, 1280)]),
+    ] {
+        let real = json(&fixture(&format!("real_{recipe}.json")));
+        let mut layers: Vec<(String, Vec<u64>)> = vec![];
+        for (key, shape) in real.as_object().unwrap() {
+            let layer = key
+                .strip_prefix("model.diffusion_model.")
+                .and_then(|key| key.strip_suffix(".weight"));
+            let shape: Vec<u64> = shape
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|d| d.as_u64().unwrap())
+                .collect();
+            layers.extend(
+                layer
+                    .filter(|_| shape.len() > 1)
+                    .map(|layer| (format!("lora_unet_{}", layer.replace('.', "_")), shape)),
+            );
+        }
+        for (start, count, width) in encoders {
+            for i in 0..*count {
+                for name in [
+                    "self_attn_q_proj",
+                    "self_attn_k_proj",
+                    "self_attn_v_proj",
+                    "self_attn_out_proj",
+                    "mlp_fc1",
+                    "mlp_fc2",
+                ] {
+                    let wide = |by: &str| if name == by { 4 * width } else { *width };
+                    layers.push((
+                        format!("{start}text_model_encoder_layers_{i}_{name}"),
+                        vec![wide("mlp_fc1"), wide("mlp_fc2")],
+                    ));
+                }
+            }
+        }
+        let mut shapes = serde_json::Map::new();
+        for (layer, shape) in &layers {
+            let ones = vec![1; shape.len() - 2];
+            shapes.insert(
+                format!("{layer}.lora_down.weight"),
+                json!([&[4], &shape[1..]].concat()),
+            );
+            shapes.insert(
+                format!("{layer}.lora_up.weight"),
+                json!([&[shape[0], 4], &*ones].concat()),
+            );
+            shapes.insert(format!("{layer}.alpha"), json!([]));
+        }
+        sparse(&real, &dir.path().join("real.safetensors"));
+        sparse(&shapes.into(), &dir.path().join("all.safetensors"));
+        let mut checkpoint =
+            Checkpoint::open(Origin::Path(&dir.path().join("real.safetensors"))).unwrap();
+        checkpoint
+            .use_loras([Lora::open(&dir.path().join("all.safetensors"), 1.0)], true)
+            .unwrap();
+        let total = 3 * layers.len();
+        let said = format!(
+            "{total} of {total} tensors fit, they change {} weights of text_encoder, ",
+            layers.len()
+        );
+        assert!(
+            checkpoint.loras[0].coverage().contains(&said),
+            "{recipe}: {}",
+            checkpoint.loras[0].coverage()
+        );
+        let family = if encoders.len() == 2 {
+            "Stable Diffusion XL"
+        } else {
+            &format!("Stable Diffusion {}.x", &recipe[2..])
+        };
+        assert_eq!(checkpoint.loras[0].family(), Some(family));
+    }
+}
+
+#[test]
+fn files_that_are_no_lora_or_not_there_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |file: &str| command(dir.path(), &fixture("sd1"), &["--lora", file], "x.png");
+    fail(
+        &mut run("nothing.safetensors:0.5"),
+        3,
+        &["cannot open `nothing.safetensors`"],
+    );
+    fail(
+        &mut run("nothing.safetensors:nan"),
+        3,
+        &["cannot open `nothing.safetensors:nan`"],
+    );
+    let unet = fixture("sd1/unet/diffusion_pytorch_model.safetensors");
+    fail(
+        &mut run(unet.to_str().unwrap()),
+        3,
+        &["is no LoRA", "`--model`"],
+    );
+    // a file's own colon is no strength
+    std::fs::copy(lora("kohya"), dir.path().join("a:2")).unwrap();
+    succeed(&mut run("a:2"));
+    let name = read_metadata(&std::fs::read(dir.path().join("x.png")).unwrap())
+        .unwrap()
+        .unwrap()
+        .sdgen["loras"][0]
+        .clone();
+    assert_eq!(
+        (&name["name"], &name["strength"]),
+        (&json!("a:2"), &json!(1.0))
+    );
+    let hint = format!("and this with `--lora {}`", lora("kohya"));
+    fail(
+        sdgen(dir.path()).args(["x", "-m", &lora("kohya")]),
+        3,
+        &["is a LoRA, no model", &hint],
+    );
+}
+
+#[test]
+fn tags_in_a_prompt_stand_for_options_and_are_taken_out_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = fixture("lora");
+    let folder = folder.to_str().unwrap();
+    let run = |prompt: &str, options: &[&str], output: &str| {
+        let mut command = sdgen(dir.path());
+        command.args([
+            prompt, "-s", "7", "--steps", "2", "-W", "16", "-H", "16", "--force", "-q", "-o",
+            output, "-m",
+        ]);
+        command.arg(fixture("sd1")).args(options);
+        command
+    };
+    let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+    succeed(&mut run(
+        "a frog",
+        &[
+            "--lora",
+            &format!("{}:0.5", lora("kohya")),
+            "--lora",
+            &lora("old"),
+        ],
+        "options.png",
+    ));
+    succeed(&mut run(
+        "<lora:kohya:0.5>a frog <lora:old>",
+        &["--lora-dir", folder],
+        "tags.png",
+    ));
+    assert!(read("options.png") == read("tags.png"));
+    fail(
+        &mut run("a frog <lora:kohya:1>", &[], "x.png"),
+        2,
+        &[
+            "the prompt names the LoRA `kohya`",
+            "hint: `--lora-dir DIR`",
+        ],
+    );
+    fail(
+        &mut run("a frog <lora:kohia:1>", &["--lora-dir", folder], "x.png"),
+        2,
+        &["has no LoRA `kohia`", "did you mean `kohya`?"],
+    );
+    fail(
+        &mut run("a frog <lora:kohya:much>", &["--lora-dir", folder], "x.png"),
+        2,
+        &["`<lora:kohya:much>` has no number"],
+    );
+    std::fs::write(
+        dir.path().join("list.txt"),
+        "a <lora:kohya:1>\nb <lora:kohya:0.5>\n",
+    )
+    .unwrap();
+    let mut list = sdgen(dir.path());
+    let list = list
+        .args([
+            "--from",
+            "list.txt",
+            "-s",
+            "1",
+            "-o",
+            "x/",
+            "--lora-dir",
+            folder,
+            "-m",
+        ])
+        .arg(fixture("sd1"));
+    fail(list, 2, &["prompts name different LoRAs"]);
+    // nothing is a tag there
+    succeed(&mut run(
+        "a frog <lora:kohya:1>",
+        &["--prompt-syntax", "plain"],
+        "plain.png",
+    ));
+    let said = read_metadata(&read("plain.png")).unwrap().unwrap().sdgen;
+    assert_eq!(
+        (&said["prompt"], said.get("loras")),
+        (&json!("a frog <lora:kohya:1>"), None)
+    );
+}
+
+#[test]
+fn inspect_tells_what_a_lora_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |name: &str| -> Value {
+        serde_json::from_str(&stdout(&succeed(sdgen(dir.path()).args([
+            "inspect",
+            "--json",
+            &lora(name),
+        ]))))
+        .unwrap()
+    };
+    for (name, format, methods, ranks, alphas, parts) in [
+        (
+            "kohya",
+            "kohya",
+            json!(["LoCon", "LoRA"]),
+            json!([2, 3, 4]),
+            json!([1.5]),
+            json!({ "text_encoder": 3, "unet": 6 }),
+        ),
+        (
+            "dora",
+            "kohya",
+            json!(["DoRA", "LoRA"]),
+            json!([2]),
+            json!([2.0]),
+            json!({ "unet": 3 }),
+        ),
+        (
+            "peft_rank",
+            "diffusers, PEFT",
+            json!(["LoRA"]),
+            json!([3]),
+            json!([]),
+            json!({ "text_encoder": 3, "unet": 4 }),
+        ),
+        (
+            "peft_alpha",
+            "diffusers, PEFT",
+            json!(["LoRA"]),
+            json!([3]),
+            json!([1.5, 2.0]),
+            json!({ "text_encoder": 3, "unet": 4 }),
+        ),
+        (
+            "old",
+            "diffusers, old",
+            json!(["LoRA"]),
+            json!([4]),
+            json!([]),
+            json!({ "text_encoder": 2, "unet": 3 }),
+        ),
+        (
+            "loha",
+            "kohya",
+            json!(["LoHa"]),
+            json!([2]),
+            json!([1.0]),
+            json!({ "unet": 3 }),
+        ),
+        (
+            "differences",
+            "kohya",
+            json!(["differences"]),
+            json!([]),
+            json!([]),
+            json!({ "unet": 3 }),
+        ),
+    ] {
+        let said = said(name);
+        let told =
+            ["kind", "format", "methods", "ranks", "alphas", "parts"].map(|key| said[key].clone());
+        assert_eq!(
+            json!(told),
+            json!(["LoRA", format, methods, ranks, alphas, parts]),
+            "{name}"
+        );
+    }
+    assert_eq!(
+        said("original_names")["format"],
+        "kohya, original block names"
+    );
+    let text = stdout(&succeed(
+        sdgen(dir.path()).args(["inspect", &lora("peft_rank")]),
+    ));
+    for line in [
+        "peft_rank: LoRA for a model that",
+        "  rank          3\n",
+        "  alpha         the rank\n",
+        "  unet          4 layers\n",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+}
+
+#[test]
+fn pictures_remember_their_loras_and_resume_and_check_know_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kohya, lokr) = (lora("kohya"), lora("lokr"));
+    draw(dir.path(), &[], "plain.png");
+    draw(
+        dir.path(),
+        &["--lora", &format!("{kohya}:0.7"), "--lora", &lokr],
+        "with.png",
+    );
+    let metadata = read_metadata(&std::fs::read(dir.path().join("with.png")).unwrap())
+        .unwrap()
+        .unwrap();
+    let hash = |file: &str| Lora::open(Path::new(file), 1.0).unwrap().hash().unwrap();
+    let (first, second) = (hash(&kohya), hash(&lokr));
+    let said = json!([{ "name": "kohya", "hash": first, "strength": 0.7 }, { "name": "lokr", "hash": second, "strength": 1.0 }]);
+    assert_eq!(metadata.sdgen["loras"], said);
+    let hashes = format!(
+        "Lora hashes: \"kohya: {}, lokr: {}\"",
+        &first[..12],
+        &second[..12]
+    );
+    assert!(
+        metadata.parameters.contains(&hashes),
+        "{}",
+        metadata.parameters
+    );
+    let plain = read_metadata(&std::fs::read(dir.path().join("plain.png")).unwrap())
+        .unwrap()
+        .unwrap();
+    assert!(plain.sdgen.get("loras").is_none() && !plain.parameters.contains("Lora"));
+
+    let check = |loras: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["check", "plain.png", "with.png", "-m"])
+            .arg(fixture("sd1"));
+        let output = command
+            .args(loras.iter().flat_map(|lora| ["--lora", lora]))
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap(),
+            stdout(&output),
+            stderr(&output),
+        )
+    };
+    // its file may have another name by now
+    std::fs::copy(&kohya, dir.path().join("renamed-lcm.safetensors")).unwrap();
+    let (code, said, errors) = check(&[&lokr, "renamed-lcm.safetensors", &lora("old")]);
+    assert_eq!(
+        (code, &*said),
+        (0, "plain.png: identical\nwith.png: identical\n"),
+        "{errors}"
+    );
+    let (code, said, errors) = check(&[&lokr, &lora("old")]);
+    assert_eq!(
+        (
+            code,
+            said.contains("plain.png: identical\n"),
+            said.contains("with.png: failed\n")
+        ),
+        (1, true, true),
+        "{said}{errors}"
+    );
+    let asked = format!(
+        "`with.png`: it was drawn with the LoRA `kohya`, SHA-256 {}\n\nhint: pass its file with `--lora`",
+        &first[..12]
+    );
+    assert!(errors.contains(&asked), "{errors}");
+
+    let resumed = |options: &[&str]| {
+        let run = [
+            "a frog", "-s", "7", "--steps", "2", "-g", "5", "-W", "16", "-H", "16", "-o",
+            "with.png", "--resume", "-m",
+        ];
+        let said = stderr(&succeed(
+            sdgen(dir.path())
+                .args(run)
+                .arg(fixture("sd1"))
+                .args(options),
+        ));
+        said.contains("1 of 1 pictures are there already")
+    };
+    assert!(resumed(&[
+        "--lora",
+        &format!("{kohya}:0.7"),
+        "--lora",
+        &lokr
+    ]));
+    assert!(!resumed(&[
+        "--lora",
+        &format!("{kohya}:0.8"),
+        "--lora",
+        &lokr
+    ]));
+    assert!(!resumed(&[]));
+    assert!(resumed(&[]));
+}
+
+#[test]
+fn a_lora_that_was_distilled_sets_steps_guidance_and_sampler_by_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let dry_run = |file: &str, options: &[&str]| -> Value {
+        let name = file.split(':').next().unwrap();
+        std::fs::copy(lora("peft_rank"), dir.path().join(name)).unwrap();
+        let args = ["x", "-s", "1", "--dry-run", "--json", "--lora", file, "-m"];
+        let output = succeed(
+            sdgen(dir.path())
+                .args(args)
+                .arg(fixture("sd1"))
+                .args(options),
+        );
+        let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        json!([
+            said["sampler"],
+            said["steps"],
+            said["guidance"],
+            said["eta"]
+        ])
+    };
+    assert_eq!(
+        dry_run("lcm-lora-sdv1-5.safetensors", &[]),
+        json!(["lcm", 4, 1.0, null])
+    );
+    assert_eq!(
+        dry_run("lcm-lora-sdv1-5.safetensors:0", &[]),
+        json!(["pndm", 50, 7.5, null])
+    );
+    assert_eq!(
+        dry_run("sd15_lightning_8step_lora.safetensors", &[]),
+        json!(["euler", 8, 1.0, null])
+    );
+    assert_eq!(
+        dry_run("Hyper-SD15-4steps-lora.safetensors:0.9", &[]),
+        json!(["ddim", 4, 1.0, null])
+    );
+    assert_eq!(
+        dry_run("tcd-lora.safetensors", &[]),
+        json!(["tcd", 4, 1.0, 0.3])
+    );
+    assert_eq!(
+        dry_run("style.safetensors", &[]),
+        json!(["pndm", 50, 7.5, null])
+    );
+    assert_eq!(
+        dry_run(
+            "lcm.safetensors",
+            &["--steps", "6", "-g", "2", "--sampler", "ddim"]
+        ),
+        json!(["ddim", 6, 2.0, null])
+    );
+    let text = stdout(&succeed(
+        sdgen(dir.path()).args(["inspect", "lcm-lora-sdv1-5.safetensors"]),
+    ));
+    assert!(
+        text.contains("  distilled     latent consistency, by its name: 4 steps\n"),
+        "{text}"
+    );
+}

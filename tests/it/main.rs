@@ -1,0 +1,30 @@
+//! All integration tests, one program: it is linked once.
+
+mod common;
+
+mod batch;
+mod between;
+mod check;
+mod checkpoints;
+mod cli;
+mod distilled;
+mod dynamic;
+mod embeddings;
+mod from_picture;
+mod hub;
+mod input;
+mod lora;
+mod memory;
+mod merge;
+mod mini;
+mod noise;
+mod output;
+mod parity;
+mod prompts;
+mod samplers;
+mod shard;
+mod sheet;
+mod tile;
+mod traps;
+mod upscale;
+mod vae;

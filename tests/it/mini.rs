@@ -1,0 +1,117 @@
+//! The embedded model: sentence in, picture out, with nothing but the program.
+//!
+//! The goldens are pictures of this program. Platforms differ in the last bits of their sums, so
+//! they are compared by PSNR.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use crate::common::{fixture, sdgen, succeed};
+use image::RgbImage;
+use std::path::Path;
+
+fn draw(folder: &Path, prompt: &str, options: &[&str]) -> RgbImage {
+    let path = folder.join("drawn.png");
+    succeed(
+        sdgen(folder)
+            .arg(prompt)
+            .args(["--force", "-q", "-o"])
+            .arg(&path)
+            .args(options),
+    );
+    image::open(path).unwrap().to_rgb8()
+}
+
+/// Peak signal-to-noise ratio, dB.
+fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
+    assert_eq!(a.dimensions(), b.dimensions());
+    let square: f64 = a
+        .as_raw()
+        .iter()
+        .zip(b.as_raw())
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
+        .sum();
+    10.0 * (255f64.powi(2) * a.as_raw().len() as f64 / square).log10()
+}
+
+/// Mean step between neighbouring pixels of a row, in levels: small in drawings, about 85 in noise.
+fn roughness(picture: &RgbImage) -> f64 {
+    let (w, h) = picture.dimensions();
+    let step = |(x, y): (u32, u32)| {
+        f64::from(picture.get_pixel(x, y)[0].abs_diff(picture.get_pixel(x + 1, y)[0]))
+    };
+    (0..h)
+        .flat_map(|y| (0..w - 1).map(move |x| (x, y)))
+        .map(step)
+        .sum::<f64>()
+        / f64::from((w - 1) * h)
+}
+
+#[test]
+fn known_sentences_give_the_golden_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    for (prompt, golden) in [
+        ("a frog in a top hat", "frog.png"),
+        ("three apples on a yellow background, flat", "apples.png"),
+    ] {
+        let golden = image::open(fixture("mini").join(golden)).unwrap().to_rgb8();
+        let close = psnr(&draw(dir.path(), prompt, &["--seed", "1"]), &golden);
+        assert!(close > 35.0, "{prompt}: {close} dB");
+    }
+}
+
+#[test]
+fn other_seeds_and_other_words_give_other_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, again, other] =
+        ["1", "1", "2"].map(|seed| draw(dir.path(), "a rocket", &["--seed", seed]));
+    assert_eq!(first, again);
+    assert!(psnr(&first, &other) < 30.0);
+    assert!(psnr(&first, &draw(dir.path(), "a pineapple", &["--seed", "1"])) < 20.0);
+}
+
+#[test]
+fn guidance_changes_the_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let [without, with] = ["1", "4"].map(|g| {
+        draw(
+            dir.path(),
+            "a cat wearing a crown",
+            &["--seed", "1", "-g", g],
+        )
+    });
+    assert!(psnr(&without, &with) < 30.0);
+}
+
+#[test]
+fn words_that_it_does_not_know_give_a_picture_and_no_noise() {
+    let dir = tempfile::tempdir().unwrap();
+    for prompt in [
+        "",
+        "qwertz jklö",
+        "the mortgage crisis of 2008",
+        "🐸",
+        "a frog a frog a frog a frog a frog a frog a frog a frog a frog a frog",
+    ] {
+        let picture = draw(dir.path(), prompt, &["--seed", "3"]);
+        assert!(
+            roughness(&picture) < 12.0,
+            "`{prompt}`: {}",
+            roughness(&picture)
+        );
+    }
+}
+
+#[test]
+fn narrower_weights_draw_nearly_the_same_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let [f32, bf16, f16] = ["f32", "bf16", "f16"].map(|dtype| {
+        draw(
+            dir.path(),
+            "a frog in a top hat",
+            &["--seed", "1", "--dtype", dtype],
+        )
+    });
+    for (name, narrow, least) in [("bf16", &bf16, 30.0), ("f16", &f16, 45.0)] {
+        let close = psnr(&f32, narrow);
+        assert!(close > least && close.is_finite(), "{name}: {close} dB");
+    }
+}

@@ -1,0 +1,742 @@
+//! The same numbers as diffusers, stage by stage, on tiny random checkpoints of four kinds
+//! (tests/fixtures/README.md). Every comparison names the first tensor that differs, by how much,
+//! and what was allowed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use crate::common::with_base;
+use candle_core::{DType, Device, Tensor};
+use sdgen::image::Picture;
+use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
+use sdgen::model::{Autoencoder, Decoder, tiles};
+use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
+use sdgen::pipeline::guidance::{Guidance, Guided, Reuse};
+use sdgen::sampling::noise::Generator;
+use sdgen::sampling::sampler::{self, Sampler};
+use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
+use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
+use sdgen::text::prompt::Syntax;
+use sdgen::text::tokenizer::Tokenizer;
+use sdgen::weights::{Checkpoint, ENCODERS, Origin};
+use serde_json::Value;
+use std::collections::HashMap;
+
+const MODELS: [&str; 4] = ["sd1", "sd2", "odd", "sdxl"];
+const REFINER: &str = "sdxl_refiner";
+/// those that share parts with one of the others
+const VARIANTS: [&str; 7] = ["turbo", "lcm", "ztsnr", "bksdm", "ssd", "vega", "taesd"];
+/// f32 sums in another order than torch's
+const NETWORK: f32 = 1e-4;
+/// several guided steps multiply those differences
+const LATENTS: f32 = 1e-3;
+
+struct Fixture {
+    checkpoint: Checkpoint,
+    tensors: HashMap<String, Tensor>,
+    json: Value,
+}
+
+fn fixture(name: &str) -> Fixture {
+    let folder = crate::common::fixture(name);
+    let whole = tempfile::tempdir().unwrap();
+    with_base(name, whole.path());
+    Fixture {
+        checkpoint: Checkpoint::open(Origin::Path(whole.path())).unwrap(),
+        tensors: fixture_tensors(name),
+        json: serde_json::from_str(
+            &std::fs::read_to_string(folder.join("goldens.json"))
+                .unwrap()
+                .replace("-Infinity", "null"),
+        )
+        .unwrap(),
+    }
+}
+
+/// Where the networks run: the CPU, or what SDGEN_TEST_DEVICE names, as `--device` does.
+/// `tests/bench/gpu.sh` sets it.
+fn device() -> Device {
+    let choice =
+        std::env::var("SDGEN_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap());
+    Compute::choose(choice, DTypeChoice::F32).unwrap().device
+}
+
+fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(
+        crate::common::fixture(name).join("goldens.safetensors"),
+        &device(),
+    )
+    .unwrap()
+}
+
+impl Fixture {
+    fn golden(&self, name: &str) -> &Tensor {
+        self.tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("no golden `{name}`"))
+    }
+
+    fn encoder(&self) -> Encoder {
+        let compute = Compute {
+            device: device(),
+            dtype: DType::F32,
+        };
+        Encoder::new(
+            &self.checkpoint,
+            &EncoderConfig::of(&self.checkpoint).unwrap(),
+            &compute,
+        )
+        .unwrap()
+    }
+
+    /// What the pictures of the U-Net's goldens are told, or one of them.
+    fn told(&self, one: Option<usize>) -> Conditioning {
+        let rows = |name: &str| {
+            let all = self.golden(name);
+            one.map_or(all.clone(), |i| all.narrow(0, i, 1).unwrap())
+        };
+        let added = self.tensors.contains_key("unet.ids").then(|| Added {
+            pooled: rows("unet.pooled"),
+            ids: rows("unet.ids")
+                .to_dtype(DType::F64)
+                .unwrap()
+                .to_vec2()
+                .unwrap(),
+        });
+        Conditioning {
+            context: rows("unet.context"),
+            added,
+            guidance: None,
+        }
+    }
+
+    fn unet(&self) -> UNet {
+        let config = UNetConfig::from_json(self.checkpoint.config("unet").unwrap()).unwrap();
+        UNet::new(
+            &self.checkpoint.weights("unet", &device(), DType::F32),
+            &config,
+        )
+        .unwrap()
+    }
+
+    fn decoder(&self) -> Decoder {
+        let config = Autoencoder::from_json(self.checkpoint.config("vae").unwrap()).unwrap();
+        config
+            .decoder(&self.checkpoint.weights("vae", &device(), DType::F32))
+            .unwrap()
+    }
+}
+
+/// The largest difference, relative to the largest golden value.
+fn compare(name: &str, got: &Tensor, golden: &Tensor, tolerance: f32) {
+    assert_eq!(got.dims(), golden.dims(), "{name}: shape");
+    let golden = golden.to_dtype(DType::F32).unwrap();
+    let max = |t: Tensor| {
+        t.abs()
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .max(0)
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+    };
+    let difference = max((got - &golden).unwrap()) / max(golden.clone()).max(1e-6);
+    assert!(
+        difference <= tolerance,
+        "{name} is the first that differs: {difference:e} relative, {tolerance:e} allowed\n got {:?}\nwant {:?}",
+        head(got),
+        head(&golden)
+    );
+}
+
+fn head(t: &Tensor) -> Vec<f32> {
+    t.flatten_all()
+        .unwrap()
+        .to_vec1::<f32>()
+        .unwrap()
+        .into_iter()
+        .take(6)
+        .collect()
+}
+
+#[test]
+fn prompts_become_the_same_ids_and_embeddings() {
+    for model in MODELS.into_iter().chain([REFINER]) {
+        let f = fixture(model);
+        let encoder = f.encoder();
+        for (i, case) in f.json["text"].as_array().unwrap().iter().enumerate() {
+            let prompt = case["prompt"].as_str().unwrap();
+            let ids = |key: &str| -> Vec<u32> {
+                case[key]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|v| v.as_u64().unwrap() as u32)
+                    .collect()
+            };
+            let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+            for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
+                let Some(source) = f.checkpoint.tokenizers.get(part) else {
+                    continue;
+                };
+                let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
+                let tokens = tokenizer.encode(prompt, ids(key).len()).unwrap();
+                let uncut = ids(&format!("{key}_uncut"));
+                assert_eq!(tokens.ids, ids(key), "{model}: {key} of `{prompt}`");
+                assert_eq!(
+                    tokenizer.ids(prompt).unwrap(),
+                    uncut,
+                    "{model}: uncut {key} of `{prompt}`"
+                );
+                assert_eq!(
+                    tokens.cut.is_some(),
+                    uncut.len() > tokens.ids.len(),
+                    "{model}: cut of `{prompt}`"
+                );
+                assert_eq!(cut, tokens.cut, "{model}: cut of `{prompt}`");
+            }
+            compare(
+                &format!("{model} text.{i}.embeds"),
+                &embedded.context,
+                f.golden(&format!("text.{i}.embeds")),
+                NETWORK,
+            );
+            if let Some(pooled) = embedded.pooled {
+                compare(
+                    &format!("{model} text.{i}.pooled"),
+                    &pooled,
+                    f.golden(&format!("text.{i}.pooled")),
+                    NETWORK,
+                );
+            }
+            for skip in [1, 2] {
+                let name = format!("text.{i}.embeds_clip_skip_{skip}");
+                if f.tensors.contains_key(&name) {
+                    compare(
+                        &format!("{model} {name}"),
+                        &encoder
+                            .encode(prompt, skip, Syntax::Plain)
+                            .unwrap()
+                            .0
+                            .context,
+                        f.golden(&name),
+                        NETWORK,
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_unet_predicts_the_same_after_every_block() {
+    for model in MODELS.into_iter().chain([REFINER]).chain(VARIANTS) {
+        let f = fixture(model);
+        let unet = f.unet();
+        for case in f.json["unet"].as_array().into_iter().flatten() {
+            let name = case["name"].as_str().unwrap();
+            let latents = f.golden(&format!("unet.{name}.latents"));
+            let timesteps = f
+                .golden(&format!("unet.{name}.timesteps"))
+                .to_vec1::<f32>()
+                .unwrap();
+            for (i, timestep) in timesteps.into_iter().enumerate() {
+                let one = |t: &Tensor| t.narrow(0, i, 1).unwrap();
+                let mut show = |block: &str, got: &Tensor| {
+                    let golden = format!("unet.{name}.{block}");
+                    if let Some(want) = f.tensors.get(&golden) {
+                        compare(&format!("{model} {golden}[{i}]"), got, &one(want), NETWORK);
+                    }
+                };
+                let told = Conditioning {
+                    guidance: case["guidance"].as_f64(),
+                    ..f.told(Some(i))
+                };
+                let out = unet
+                    .told(&told)
+                    .unwrap()
+                    .traced(&one(latents), f64::from(timestep), &mut show)
+                    .unwrap();
+                compare(
+                    &format!("{model} unet.{name}.out[{i}]"),
+                    &out,
+                    &one(f.golden(&format!("unet.{name}.out"))),
+                    NETWORK,
+                );
+            }
+        }
+    }
+}
+
+/// Groups of one channel would take out all that the timestep adds, and the test above would not
+/// see it missing.
+#[test]
+fn what_is_compared_depends_on_the_timestep() {
+    for model in MODELS.into_iter().chain([REFINER]).chain(VARIANTS) {
+        let f = fixture(model);
+        if let Some(latents) = f.tensors.get("unet.square.latents") {
+            let (unet, told) = (
+                f.unet(),
+                Conditioning {
+                    guidance: f.json["unet"][0]["guidance"].as_f64(),
+                    ..f.told(None)
+                },
+            );
+            let at = |timestep: f64| {
+                unet.told(&told)
+                    .unwrap()
+                    .forward(latents, timestep)
+                    .unwrap()
+            };
+            let (early, late) = (at(400.0), at(20.0));
+            let largest = |t: &Tensor| {
+                t.abs()
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .max(0)
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap()
+            };
+            assert!(
+                largest(&(&early - &late).unwrap()) > 0.01 * largest(&early),
+                "{model}: the timestep changes nothing"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_vae_decodes_the_same_in_tiles() {
+    let f = fixture("sd1");
+    let (decoder, config) = (
+        f.decoder(),
+        Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap(),
+    );
+    let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
+    let decoded = tiles::apply(&latents, config.tile(), decoder.wrap(), |tile| {
+        decoder.decode(tile)
+    })
+    .unwrap();
+    compare(
+        "vae.tiled.decoded",
+        &((decoded * 2.0).unwrap() - 1.0).unwrap(),
+        f.golden("vae.tiled.decoded"),
+        NETWORK,
+    );
+}
+
+#[test]
+fn the_vae_decodes_the_same() {
+    for model in MODELS.into_iter().chain(["taesd"]) {
+        let f = fixture(model);
+        let decoder = f.decoder();
+        for shape in ["square", "odd"] {
+            let latents = f.golden(&format!("vae.{shape}.latents"));
+            let decoded = match &decoder {
+                Decoder::Kl(decoder) => decoder.forward(latents),
+                // its scale is 1, and what diffusers' gives is in -1..=1
+                Decoder::Tiny(decoder) => (decoder.decode(latents).unwrap() * 2.0).unwrap() - 1.0,
+            };
+            compare(
+                &format!("{model} vae.{shape}.decoded"),
+                &decoded.unwrap(),
+                f.golden(&format!("vae.{shape}.decoded")),
+                NETWORK,
+            );
+        }
+    }
+}
+
+#[test]
+fn the_vae_encodes_the_same() {
+    let pictures = fixture_tensors("from_picture");
+    for model in MODELS.into_iter().chain(["taesd"]) {
+        let f = fixture(model);
+        let config = Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap();
+        let encoder = config
+            .encoder(&f.checkpoint.weights("vae", &device(), DType::F32))
+            .unwrap();
+        for shape in ["square", "wide"] {
+            // those of later models are beside the runs that begin with a picture
+            let later = format!("encode.{model}.{shape}");
+            let golden = |name: &str| match pictures.get(&format!("{later}.{name}")) {
+                Some(golden) => golden,
+                None => f.golden(&format!("vae.{shape}.{name}")),
+            };
+            let picture = golden("picture");
+            let rgb = match picture.dtype() {
+                DType::U8 => {
+                    (picture.to_dtype(DType::F32).unwrap().unsqueeze(0).unwrap() / 255.0).unwrap()
+                }
+                _ => ((picture / 2.0).unwrap() + 0.5).unwrap(),
+            };
+            let posterior = encoder.encode(&rgb, None).unwrap();
+            let unscaled = |x: Tensor| match &config {
+                Autoencoder::Kl(config) => (x / config.scaling_factor).unwrap(),
+                Autoencoder::Tiny(_) => x,
+            };
+            compare(
+                &format!("{model} vae.{shape}.mean"),
+                &unscaled(posterior.mean),
+                golden("mean"),
+                NETWORK,
+            );
+            assert_eq!(
+                posterior.deviation.is_some(),
+                matches!(config, Autoencoder::Kl(_)),
+                "{model}"
+            );
+            if let Some(deviation) = posterior.deviation {
+                let logvar = (unscaled(deviation).log().unwrap() * 2.0).unwrap();
+                compare(
+                    &format!("{model} vae.{shape}.logvar"),
+                    &logvar,
+                    golden("logvar"),
+                    NETWORK,
+                );
+            }
+        }
+    }
+}
+
+/// The sampler and schedule of our names for one of diffusers' schedulers.
+fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
+    let Some(class) = run["scheduler"].as_str() else {
+        return (default, None);
+    };
+    let sampler = match class {
+        "DDIMScheduler" => "ddim",
+        "PNDMScheduler" => "pndm",
+        "EulerDiscreteScheduler" => "euler",
+        "EulerAncestralDiscreteScheduler" => "euler-a",
+        "DPMSolverMultistepScheduler" => "dpmpp-2m",
+        "HeunDiscreteScheduler" => "heun",
+        "LMSDiscreteScheduler" => "lms",
+        "UniPCMultistepScheduler" => "unipc",
+        "DEISMultistepScheduler" => "deis",
+        "DDPMScheduler" => "ddpm",
+        "LCMScheduler" => "lcm",
+        "TCDScheduler" => "tcd",
+        other => panic!("no name for {other}, default {default}"),
+    };
+    let karras = run["scheduler_kwargs"]["use_karras_sigmas"].as_bool() == Some(true);
+    (
+        sampler.parse().unwrap(),
+        karras.then(|| "karras".parse().unwrap()),
+    )
+}
+
+/// What all pictures of a run are told, a refiner's with a score.
+fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
+    let count = run["count"].as_u64().unwrap() as usize;
+    // (height, width), then (top, left), then (height, width)
+    let own = [run["height"].clone(), run["width"].clone()];
+    let pair = |key: &str| run[key].as_array().cloned().unwrap_or(own.to_vec());
+    let mut ids: Vec<f64> = ["original_size", "crop", "target_size"]
+        .into_iter()
+        .flat_map(pair)
+        .map(|n| n.as_f64().unwrap())
+        .collect();
+    if let Some(score) = score {
+        ids.splice(4.., [score]);
+    }
+    let added = embedded.pooled.as_ref().map(|pooled| Added {
+        pooled: pooled.repeat((count, 1)).unwrap(),
+        ids: vec![ids; count],
+    });
+    Conditioning {
+        context: embedded.context.repeat((count, 1, 1)).unwrap(),
+        added,
+        guidance: run["guidance"].as_f64(),
+    }
+}
+
+/// DeepCache has no counterpart in diffusers; for the same input what is reused is what would be
+/// computed.
+#[test]
+fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_another() {
+    for model in MODELS {
+        let f = fixture(model);
+        let unet = f.unet();
+        let shape = f.json["unet"][0]["name"].as_str().unwrap();
+        let (latents, unet) = (
+            f.golden(&format!("unet.{shape}.latents")),
+            unet.told(&f.told(None)).unwrap(),
+        );
+        let full = unet.forward(latents, 500.0).unwrap();
+        let mut inner = None;
+        for _ in 0..2 {
+            compare(
+                &format!("{model} reused"),
+                &unet.forward_reusing(latents, 500.0, &mut inner).unwrap(),
+                &full,
+                0.0,
+            );
+        }
+        let other = (latents * 0.5).unwrap();
+        let (reused, exact) = (
+            unet.forward_reusing(&other, 100.0, &mut inner),
+            unet.forward(&other, 100.0).unwrap(),
+        );
+        let difference = (reused.unwrap() - exact)
+            .unwrap()
+            .abs()
+            .unwrap()
+            .mean_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        assert!(
+            difference > 1e-6,
+            "{model}: the inner levels were not reused"
+        );
+    }
+}
+
+#[test]
+fn latents_after_every_step_and_pictures_are_the_same() {
+    for model in MODELS.into_iter().chain(VARIANTS) {
+        let f = fixture(model);
+        let (encoder, unet, decoder) = (f.encoder(), f.unet(), f.decoder());
+        let embeds_guidance = f.checkpoint.config("unet").unwrap()["time_cond_proj_dim"].is_u64();
+        let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap())
+            .unwrap()
+            .for_pipeline();
+        for run in f.json["runs"].as_array().unwrap() {
+            let name = run["name"].as_str().unwrap();
+            let count = run["count"].as_u64().unwrap() as usize;
+            let (sampler, schedule) = our_names(run, config.sampler());
+            let steps = run["steps"].as_u64().unwrap() as usize;
+            let eta = run["eta"].as_f64().filter(|e| *e > 0.0);
+            let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
+            let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
+            let guidance = run["guidance"].as_f64().unwrap();
+            let prompt = encoder
+                .encode(run["prompt"].as_str().unwrap(), skip, Syntax::Plain)
+                .unwrap()
+                .0;
+            let negative =
+                (guidance > 1.0 && !embeds_guidance).then(|| {
+                    match run["negative_prompt"].as_str() {
+                        Some(text) => encoder.encode(text, 0, Syntax::Plain).unwrap().0,
+                        None => prompt.zeros_like().unwrap(),
+                    }
+                });
+            let (conditioning, negative) = (
+                told(&prompt, run, None),
+                negative.map(|negative| told(&negative, run, None)),
+            );
+            let reuse = Reuse::every(1);
+            let (scale, rescale, prediction) = (
+                guidance,
+                run["guidance_rescale"].as_f64().unwrap_or(0.0),
+                config.prediction,
+            );
+            let kind = if negative.is_some() {
+                Guidance::Text(1)
+            } else {
+                Guidance::Off
+            };
+            let unet = unet
+                .told(
+                    &negative
+                        .map_or(Ok(conditioning.clone()), |negative| {
+                            conditioning.after(&negative)
+                        })
+                        .unwrap(),
+                )
+                .unwrap();
+            let mut guided = Guided {
+                unet,
+                guidance: kind,
+                weights: vec![1.0],
+                beside: None,
+                scale,
+                rescale,
+                prediction,
+                reuse,
+            };
+            let first = f.golden(&format!("run.{name}.noise"));
+            let (_, h, w, c) = first.dims4().unwrap();
+            // picture i has seed + i, or its own seed where the run lists them
+            let seed = |i: usize| {
+                run["seeds"]
+                    .get(i)
+                    .and_then(Value::as_u64)
+                    .unwrap_or(run["seed"].as_u64().unwrap() + i as u64)
+            };
+            let mut generators: Vec<Generator> =
+                (0..count).map(|i| Generator::new(seed(i))).collect();
+            let mut noise = || {
+                Tensor::cat(
+                    &generators
+                        .iter_mut()
+                        .map(|g| g.latents(h, w, c).unwrap())
+                        .collect::<Vec<_>>(),
+                    0,
+                )?
+                .to_device(&device())
+            };
+            let unit = noise().unwrap();
+            compare(&format!("{model} run.{name}.noise"), &unit, first, 1e-6);
+            let golden = f.golden(&format!("run.{name}.latents"));
+            let mut compared = 0;
+            let result = sampler::sample(
+                &plan,
+                (unit * plan.init_noise_sigma()).unwrap(),
+                &mut |x, sigma, timestep| guided.denoise(x, sigma, timestep),
+                &mut noise,
+                &mut |step| {
+                    compare(
+                        &format!("{model} run.{name}.latents[{}]", step.index),
+                        step.latents,
+                        &golden.get(step.index)?,
+                        LATENTS,
+                    );
+                    compared += 1;
+                    Ok(None)
+                },
+            )
+            .unwrap();
+            assert_eq!(
+                compared,
+                golden.dim(0).unwrap(),
+                "{model} run.{name}: steps"
+            );
+            let image = f.golden(&format!("run.{name}.image"));
+            for (i, picture) in Picture::from_tensor(&decoder.decode(&result).unwrap())
+                .unwrap()
+                .iter()
+                .enumerate()
+            {
+                let want = image
+                    .get(i)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1::<u8>()
+                    .unwrap();
+                let off: Vec<u8> = picture
+                    .rgb
+                    .iter()
+                    .zip(&want)
+                    .map(|(a, b)| a.abs_diff(*b))
+                    .collect();
+                let mean = off.iter().map(|d| f64::from(*d)).sum::<f64>() / off.len() as f64;
+                let worst = off.iter().max().copied().unwrap();
+                assert!(
+                    worst <= 1 && mean < 0.02,
+                    "{model} run.{name}: picture {i} differs by up to {worst} levels, {mean} on average"
+                );
+            }
+        }
+    }
+}
+
+/// Step by step; the pictures themselves are compared in traps.rs:
+/// `the_program_draws_diffusers_pictures`.
+#[test]
+fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
+    let (base, refiner) = (fixture("sdxl"), fixture(REFINER));
+    let stages = [
+        (&base, base.encoder(), base.unet()),
+        (&refiner, refiner.encoder(), refiner.unet()),
+    ];
+    for run in refiner.json["runs"].as_array().unwrap() {
+        let name = run["name"].as_str().unwrap();
+        let count = run["count"].as_u64().unwrap() as usize;
+        let guidance = run["guidance"].as_f64().unwrap();
+        let golden = refiner.golden(&format!("run.{name}.latents"));
+        let (mut latents, mut compared) = (None::<Tensor>, 0);
+        for (i, (f, encoder, unet)) in stages.iter().enumerate() {
+            let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap())
+                .unwrap()
+                .for_pipeline();
+            let (sampler, schedule) = our_names(run, Sampler::Euler);
+            let whole = plan(
+                &config,
+                sampler,
+                schedule,
+                run["steps"].as_u64().unwrap() as usize,
+                None,
+            )
+            .unwrap();
+            let plan = whole.split(run["refine_at"].as_f64().unwrap()).unwrap()[i].clone();
+            if i == 0 {
+                assert_eq!(
+                    plan.evaluations() as u64,
+                    run["base_steps"].as_u64().unwrap(),
+                    "{name}: steps of the base"
+                );
+            }
+            let scores = [[None, None], [Some(6.0), Some(2.5)]][i];
+            let prompt = encoder
+                .encode(run["prompt"].as_str().unwrap(), 0, Syntax::Plain)
+                .unwrap()
+                .0;
+            // zeros for the base, the embedding of no text for the refiner
+            let negative = match (run["negative_prompt"].as_str(), i) {
+                (None, 0) => prompt.zeros_like().unwrap(),
+                (text, _) => {
+                    encoder
+                        .encode(text.unwrap_or(""), 0, Syntax::Plain)
+                        .unwrap()
+                        .0
+                }
+            };
+            let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
+            let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
+            let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
+            let kind = if negative.is_some() {
+                Guidance::Text(1)
+            } else {
+                Guidance::Off
+            };
+            let unet = unet
+                .told(
+                    &negative
+                        .map_or(Ok(conditioning.clone()), |negative| {
+                            conditioning.after(&negative)
+                        })
+                        .unwrap(),
+                )
+                .unwrap();
+            let mut guided = Guided {
+                unet,
+                guidance: kind,
+                weights: vec![1.0],
+                beside: None,
+                scale,
+                rescale,
+                prediction,
+                reuse,
+            };
+            let first = match latents.take() {
+                None => {
+                    let noise = refiner.golden(&format!("run.{name}.noise"));
+                    assert_eq!(noise.dim(0).unwrap(), count);
+                    (noise * plan.init_noise_sigma()).unwrap()
+                }
+                Some(begun) => (begun * plan.handover_scale()).unwrap(),
+            };
+            let mut denoise =
+                |x: &Tensor, sigma: f64, timestep: f64| guided.denoise(x, sigma, timestep);
+            let mut on_step = |step: &sampler::Step| {
+                compare(
+                    &format!("run.{name}.latents[{compared}]"),
+                    step.latents,
+                    &golden.get(compared)?,
+                    LATENTS,
+                );
+                compared += 1;
+                Ok(None)
+            };
+            let mut no_noise = || candle_core::bail!("none of these draws noise");
+            latents = Some(
+                sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap(),
+            );
+        }
+        assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");
+    }
+}

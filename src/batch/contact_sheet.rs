@@ -4,12 +4,16 @@
 //! is a [`Picture`] like any other.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use ab_glyph::{Font, FontRef, ScaleFont, point};
-use anyhow::bail;
+use anyhow::{Result, bail};
 use epaint_default_fonts::{NOTO_EMOJI_REGULAR, UBUNTU_LIGHT};
 
-use crate::image::Picture;
+use crate::batch::jobs::JobList;
+use crate::batch::output_path;
+use crate::image::{Format, Picture};
+use crate::pipeline::resolve::Job;
 
 /// The most that WebP and many viewers take.
 const MAX_SIDE_PX: usize = 16_384;
@@ -33,12 +37,37 @@ pub struct Cell {
     pub picture: Picture,
 }
 
+/// Saves a sheet of the images of a list that are there: a row for each prompt and columns for
+/// seeds, or columns for the last sweep and rows for all else. There is none if none of them is.
+pub fn save_sheet(path: &Path, list: &JobList, jobs: &[Job], overwrite: bool) -> Result<()> {
+    let cell = |job: &Job| {
+        let spec = list.jobs.get(job.index)?;
+        let picture = Picture::decode(&std::fs::read(job.path.as_ref()?).ok()?).ok()?;
+        let (prompt, seed) = (spec.prompt.to_string(), format!("seed {}", spec.seed));
+        let (row, column) = match spec.sweep.labels.split_last() {
+            None => (prompt, seed),
+            Some((last, others)) => ([&[prompt, seed], others].concat().join(", "), last.clone()),
+        };
+        Some(Cell {
+            row,
+            column,
+            picture,
+        })
+    };
+    let cells: Vec<Cell> = jobs.iter().filter_map(cell).collect();
+    if cells.is_empty() {
+        return Ok(());
+    }
+    let format = Format::of_path(path)?.unwrap_or(Format::Png);
+    output_path::save(path, &sheet(&cells)?.encode(format, None)?, overwrite)
+}
+
 /// Lays pictures out on white, rows and columns in the order in which their labels first appear.
 /// Pictures with the same two labels take further columns of that label. Labels that are all equal
 /// are left out. A single row of more than 8 columns goes on below, near a square. Errors if there
 /// is no picture, if a picture's values do not make its size, or if the sheet would be larger than
 /// 16384 pixels on a side or 256 megapixels.
-pub fn sheet(cells: &[Cell]) -> anyhow::Result<Picture> {
+pub fn sheet(cells: &[Cell]) -> Result<Picture> {
     for Cell {
         picture: Picture { width, height, rgb },
         ..

@@ -8,7 +8,6 @@
 
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::ValueEnum;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +22,8 @@ const MAX_WEIGHT: f64 = 1e9;
 const ESCAPED: &str = "{}|_$";
 
 /// `--dynamic`: what becomes of a template.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Dynamic {
     /// one text for each seed
     Random,

@@ -1,248 +1,139 @@
-//! The work list: which pictures are asked for, before any model is looked at.
+//! The work list: which images are asked for, before any model is looked at.
 //!
-//! A pure function of the arguments, the list that `--from` names and those that `--wildcards`
-//! holds, so that every machine that reads them sees the same pictures in the same order. Hides how
-//! lines and sweeps become options: each value is given to the command line's own parser, so that
-//! names, aliases and checks are the same everywhere. Read next: [`crate::pipeline::resolve`], which fills in
-//! what the model brings.
+//! A pure function of the options, the list that `--from` names and the files that `--wildcards`
+//! holds, so that every machine that reads them sees the same images in the same order. Hides how
+//! lines, sweeps, templates and frames multiply. Read next: [`crate::pipeline::resolve`], which
+//! fills in what the model brings.
 
 use crate::batch::dynamic_prompts::{Dynamic, Template, Wildcards};
 use crate::batch::output_path::{self, Destination};
-use crate::cli::{DrawArgs, PictureArgs};
 use crate::image::Format;
-use crate::pipeline::params::Toward;
-use crate::sampling::noise::Variation;
-use crate::weights::nearest;
+use crate::pipeline::options::{FrameIndex, JobOptions, JobSpec, MAX_JOBS, Seeds, SweepPoint};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::{Args, FromArgMatches};
 use image::ImageFormat;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
-use std::error::Error;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, stdin};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Pictures a run may ask for.
-const MAX_JOBS: usize = 1_000_000;
-/// Options whose values are texts; of all others they are numbers.
-const TEXTS: &str = "negative prompt-syntax variation to tile sampler schedule original-size crop target-size output image mask fit";
+/// Options whose values contain commas, or that say how many images there are.
+const NOT_SWEPT: [&str; 6] = ["batch-count", "count", "crop", "extend", "frames", "output"];
 
-/// Every picture that is asked for, in order: line by line, there seed by seed, there through the
-/// sweeps.
-pub struct List {
-    /// what lines are counted in, for errors: the file, or stdin
+/// Where prompts come from, and what is made of each of them.
+#[derive(Debug, Clone, Copy)]
+pub struct JobSource<'a> {
+    /// One prompt; `-` for a prompt a line on stdin.
+    pub prompt: Option<&'a str>,
+    /// A list; `-` for stdin.
+    pub from: Option<&'a Path>,
+    /// The options of every image whose line has none of its own.
+    pub options: &'a JobOptions,
+    /// `KEY=V1,V2,...`
+    pub sweeps: &'a [String],
+    /// Whether prompts are templates, and what becomes of them.
+    pub dynamic: Option<Dynamic>,
+    /// The folder of the lists that templates name.
+    pub wildcards: &'a Path,
+    /// The file format of every image; `None`: as its name says.
+    pub format: Option<Format>,
+}
+
+/// All images that are asked for, in order: line by line, within a line seed by seed, within a
+/// seed by the sweeps.
+pub struct JobList {
+    /// What lines are counted in, for errors: the file, or stdin.
     pub name: String,
-    pub items: Vec<Item>,
-    /// where pictures go, referred to by the items
+    pub jobs: Vec<JobSpec>,
+    /// Where images go; [`JobSpec::output`] is an index into these.
     pub outputs: Vec<(Destination, Format)>,
-    /// the first seed of each prompt that has none of its own
+    /// The first seed of every prompt that names none.
     pub random_seed: Option<u64>,
-}
-
-/// One picture that is asked for.
-pub struct Item {
-    /// its line in the list, from 1; none for a prompt on the command line
-    pub line: Option<usize>,
-    pub prompt: Arc<str>,
-    pub seed: u64,
-    /// as given for it; what is left open is the model's
-    pub options: Arc<PictureArgs>,
-    pub sweep: Arc<Swept>,
-    /// its place in [`List::outputs`]
-    pub output: usize,
-}
-
-/// What sweeps have set for a picture.
-#[derive(Default, Clone)]
-pub struct Swept {
-    /// for file names: `guidance-3-steps-10`, or nothing
-    pub name: String,
-    /// for people, one a sweep: `guidance 3`, `steps 10`
-    pub labels: Vec<String>,
-    /// of the frames of an animation, as if they were a sweep
-    pub frame: Option<Frame>,
-}
-
-/// A picture on the way to another prompt or seed.
-#[derive(Clone, Copy)]
-pub struct Frame {
-    /// from 0
-    pub number: usize,
-    /// of the way, 0 to 1
-    pub share: f64,
-}
-
-impl Item {
-    /// How far the first noise goes to that of another seed.
-    pub fn variation(&self) -> Option<Variation> {
-        let of_frame =
-            self.options
-                .to_seed
-                .zip(self.sweep.frame)
-                .map(|(seed, Frame { share, .. })| Variation {
-                    seed,
-                    strength: share,
-                });
-        of_frame.or(self.options.variation)
-    }
-
-    /// How far it is to another prompt, and to which.
-    pub fn to(&self) -> Option<Toward> {
-        let Frame { share, .. } = self.sweep.frame?;
-        Some(Toward {
-            prompt: self.options.to.clone()?,
-            share,
-        })
-    }
 }
 
 /// A prompt with what its line says beside it.
 struct Prompt {
     line: Option<usize>,
     text: Arc<str>,
-    /// options of its own, by name
+    /// Options of its own, by name; `None` for a line of plain text.
     keys: Option<Map<String, Value>>,
 }
 
-impl List {
-    /// Reads the prompt, or the list, that the arguments name. Errors name the line of the list.
-    pub fn read(args: &DrawArgs) -> Result<Self> {
-        let missing = || anyhow!("no prompt\n\nhint: sdgen \"a frog in a top hat\"");
-        let ending = |wanted: &str| {
-            args.from
-                .as_deref()
-                .and_then(Path::extension)
-                .is_some_and(|e| e == wanted)
-        };
-        // a list whose name does not tell is one of objects if its first line is
-        let mut is_json = if ending("txt") || args.from.is_none() {
-            Some(false)
-        } else {
-            ending("jsonl").then_some(true)
-        };
-        let (name, source): (_, Box<dyn BufRead>) = match (&args.from, args.prompt.as_deref()) {
+/// Options, and the point of the sweeps that they are of.
+type Variant = (Arc<JobOptions>, Arc<SweepPoint>);
+
+impl JobList {
+    /// Reads the prompt, or the list. Errors name the line of the list.
+    pub fn read(source: &JobSource) -> Result<Self> {
+        let missing = "no prompt\n\nhint: sdgen \"a frog in a top hat\"";
+        let (name, reader): (_, Box<dyn BufRead>) = match (source.from, source.prompt) {
             (Some(_), Some(_)) => bail!(
                 "a prompt and `--from` cannot be used together\n\nhint: put the prompt into the list"
             ),
             (None, Some(prompt)) if prompt != "-" => {
-                return Self::of(
-                    args,
-                    String::new(),
-                    [Ok(Prompt {
-                        line: None,
-                        text: prompt.into(),
-                        keys: None,
-                    })],
-                );
+                let prompt = Prompt::plain(None, prompt);
+                return Self::of(source, String::new(), [Ok(prompt)]);
             }
-            (None, None) if stdin().is_terminal() => return Err(missing()),
+            (None, None) if stdin().is_terminal() => bail!(missing),
             (Some(path), None) if path != "-" => {
                 let file = File::open(path)
                     .with_context(|| format!("cannot read the list `{}`", path.display()))?;
-                (
-                    format!("`{}`", path.display()),
-                    Box::new(BufReader::new(file)),
-                )
+                let name = format!("`{}`", path.display());
+                (name, Box::new(BufReader::new(file)))
             }
             _ => ("stdin".into(), Box::new(stdin().lock())),
         };
-        let prompts = (1..).zip(source.lines()).filter_map(|(number, line)| {
-            let line = line.map_err(|error| match error.kind() {
-                ErrorKind::InvalidData => anyhow!("it cannot be read as UTF-8 text"),
-                _ => error.into(),
-            });
-            let prompt = line.and_then(|line| {
-                let line = line.trim_start_matches('\u{feff}');
-                if line.trim().is_empty() {
-                    return Ok(None);
-                }
-                // templates may begin with braces, too
-                let object = line.trim_start().strip_prefix('{').is_some_and(|rest| {
-                    args.dynamic.is_none() || rest.trim_start().starts_with('"')
-                });
-                if *is_json.get_or_insert(object) {
-                    return Prompt::parse(number, line).map(Some);
-                }
-                Ok(Some(Prompt {
-                    line: Some(number),
-                    text: line.into(),
-                    keys: None,
-                }))
-            });
-            prompt
-                .with_context(|| format!("line {number} of {name}"))
-                .transpose()
-        });
-        let list = Self::of(args, name.clone(), prompts)?;
-        match &args.from {
-            _ if !list.items.is_empty() => Ok(list),
+        let list = Self::of(source, name.clone(), prompts(source, &name, reader))?;
+        match source.from {
+            _ if !list.jobs.is_empty() => Ok(list),
             Some(_) => bail!("{name} has no prompts"),
-            None => Err(missing()),
+            None => bail!(missing),
         }
     }
 
-    /// The pictures of some prompts.
+    /// Multiplies prompts by their seeds, templates, sweeps and frames.
     fn of(
-        args: &DrawArgs,
+        source: &JobSource,
         name: String,
         prompts: impl IntoIterator<Item = Result<Prompt>>,
     ) -> Result<Self> {
-        let mut options = Options::new();
-        let sweeps = args
-            .sweep
-            .iter()
-            .map(|text| options.sweep(text))
-            .collect::<Result<Vec<_>>>()?;
-        if let Some((key, _)) = sweeps
-            .iter()
-            .enumerate()
-            .find_map(|(i, sweep)| sweeps.iter().take(i).find(|other| other.0 == sweep.0))
-        {
-            bail!(
-                "`--sweep {key}` is given twice\n\nhint: one sweep takes all its values: `--sweep {key}=A,B,C`"
-            );
-        }
-        // lines without options of their own share those of the command line, which alone may be
-        // none that can be drawn
-        let mut plain = vec![];
+        let sweeps = Sweep::parse_all(source.sweeps)?;
         let mut list = Self {
             name,
-            items: vec![],
+            jobs: vec![],
             outputs: vec![],
             random_seed: None,
         };
         let mut outputs = HashMap::new();
-        let folder = args.wildcards.as_deref().unwrap_or(Path::new("wildcards"));
-        let mut dynamic = args.dynamic.map(|how| (how, Wildcards::new(folder)));
+        let mut dynamic = source
+            .dynamic
+            .map(|how| (how, Wildcards::new(source.wildcards)));
+        // lines without options of their own share those of the command line; these are looked at
+        // only if there is such a line, as alone they may be contradictory
+        let mut shared = vec![];
         for prompt in prompts {
             let Prompt { line, text, keys } = prompt?;
-            if keys.is_none() && plain.is_empty() {
-                plain = options.swept(&args.picture, &sweeps)?;
+            if keys.is_none() && shared.is_empty() {
+                shared = variants(source.options, &sweeps)?;
             }
             let own = keys
-                .map(|keys| {
-                    options
-                        .of_line(&args.picture, keys)
-                        .and_then(|own| options.swept(&own, &sweeps))
-                })
+                .map(|keys| variants(&options_of_line(keys)?.over(source.options), &sweeps))
                 .transpose();
             let added = own.and_then(|own| {
-                let variants = own.as_ref().unwrap_or(&plain);
+                let variants = own.as_ref().unwrap_or(&shared);
                 let texts = variants
                     .iter()
                     .map(|(options, _)| Texts::of(&text, options, &mut dynamic))
                     .collect::<Result<Vec<_>>>()?;
-                list.add(line, variants, &texts, args.format, &mut outputs)
+                list.add(line, variants, &texts, source.format, &mut outputs)
             });
             list.of_line(line, added)?;
         }
         Ok(list)
     }
 
-    /// A result whose error names the line that it comes from, if it is one of a list.
+    /// Adds the line of the list to an error, for a result that comes from a list.
     pub fn of_line<T>(&self, line: Option<usize>, result: Result<T>) -> Result<T> {
         match line {
             Some(line) => result.with_context(|| format!("line {line} of {}", self.name)),
@@ -250,15 +141,15 @@ impl List {
         }
     }
 
-    /// Adds the pictures of one prompt: seed by seed, there text by text, there every variant of
-    /// its options.
+    /// Adds the images of one prompt: seed by seed, within a seed text by text, within a text every
+    /// variant of its options.
     fn add(
         &mut self,
         line: Option<usize>,
         variants: &[Variant],
         texts: &[Texts],
         format: Option<Format>,
-        outputs: &mut HashMap<Option<OsString>, usize>,
+        outputs: &mut HashMap<Option<PathBuf>, usize>,
     ) -> Result<()> {
         let seeds = variants
             .iter()
@@ -273,23 +164,14 @@ impl List {
             .map(Texts::count)
             .fold(0, usize::saturating_add);
         let total = self
-            .items
+            .jobs
             .len()
             .saturating_add(count.saturating_mul(of_seed));
         ensure!(
             total <= MAX_JOBS,
             "this asks for more than {MAX_JOBS} pictures\n\nhint: check `--seed`, `--count` and `--sweep`"
         );
-        let output = match outputs.get(&first.output) {
-            Some(known) => *known,
-            None => {
-                self.outputs
-                    .push(Destination::parse(first.output.as_deref(), format)?);
-                *outputs
-                    .entry(first.output.clone())
-                    .or_insert(self.outputs.len() - 1)
-            }
-        };
+        let output = self.output(first, format, outputs)?;
         for i in 0..count {
             let seeds: Vec<u64> = seeds
                 .iter()
@@ -302,8 +184,7 @@ impl List {
                 .collect();
             for nth in 0..texts.iter().map(Vec::len).max().unwrap_or(0) {
                 for (((_, sweep), texts), &seed) in variants.iter().zip(&texts).zip(&seeds) {
-                    let text = texts.get(nth).cloned();
-                    let item = |(prompt, options)| Item {
+                    let job = |(prompt, options)| JobSpec {
                         line,
                         prompt,
                         seed,
@@ -311,14 +192,31 @@ impl List {
                         sweep: sweep.clone(),
                         output,
                     };
-                    self.items.extend(text.map(item));
+                    self.jobs.extend(texts.get(nth).cloned().map(job));
                 }
             }
         }
         Ok(())
     }
 
-    fn seeds(&mut self, options: &PictureArgs) -> Result<Vec<u64>> {
+    /// The index of the options' destination, which is added if it is new.
+    fn output(
+        &mut self,
+        options: &JobOptions,
+        format: Option<Format>,
+        outputs: &mut HashMap<Option<PathBuf>, usize>,
+    ) -> Result<usize> {
+        if let Some(index) = outputs.get(&options.output) {
+            return Ok(*index);
+        }
+        let typed = options.output.as_deref().map(Path::as_os_str);
+        let index = self.outputs.len();
+        self.outputs.push(Destination::parse(typed, format)?);
+        outputs.insert(options.output.clone(), index);
+        Ok(index)
+    }
+
+    fn seeds(&mut self, options: &JobOptions) -> Result<Vec<u64>> {
         let count = options.count.unwrap_or(1);
         match &options.seed {
             Some(seeds) => seeds.values(count),
@@ -330,12 +228,58 @@ impl List {
     }
 }
 
+/// The prompts of a list, which is one of objects if its name or else its first line says so.
+fn prompts<'a>(
+    source: &'a JobSource,
+    name: &'a str,
+    reader: impl BufRead + 'a,
+) -> impl Iterator<Item = Result<Prompt>> + 'a {
+    let extension = source.from.and_then(Path::extension);
+    let mut is_json = match extension.and_then(|extension| extension.to_str()) {
+        Some("jsonl") => Some(true),
+        Some("txt") => Some(false),
+        _ => source.from.is_none().then_some(false),
+    };
+    (1..).zip(reader.lines()).filter_map(move |(number, line)| {
+        let line = line.map_err(|error| match error.kind() {
+            ErrorKind::InvalidData => anyhow!("it cannot be read as UTF-8 text"),
+            _ => error.into(),
+        });
+        let prompt = line.and_then(|line| {
+            let line = line.trim_start_matches('\u{feff}');
+            if line.trim().is_empty() {
+                return Ok(None);
+            }
+            // templates may begin with braces, too
+            let looks_like_json = line
+                .trim_start()
+                .strip_prefix('{')
+                .is_some_and(|rest| source.dynamic.is_none() || rest.trim_start().starts_with('"'));
+            if *is_json.get_or_insert(looks_like_json) {
+                return Prompt::parse(number, line).map(Some);
+            }
+            Ok(Some(Prompt::plain(Some(number), line)))
+        });
+        prompt
+            .with_context(|| format!("line {number} of {name}"))
+            .transpose()
+    })
+}
+
 impl Prompt {
+    fn plain(line: Option<usize>, text: &str) -> Self {
+        Self {
+            line,
+            text: text.into(),
+            keys: None,
+        }
+    }
+
     /// Reads a line of a `.jsonl` list.
     fn parse(line: usize, text: &str) -> Result<Self> {
         let error = |error: serde_json::Error| {
             anyhow!(
-                "it is no JSON object: {}",
+                "it is not a JSON object: {}",
                 error.to_string().replace(" at line 1 column", ", column")
             )
         };
@@ -353,22 +297,23 @@ impl Prompt {
     }
 }
 
-/// What templates come to, with the options that say the other texts.
+/// What templates come to, with the options that hold the other texts.
 enum Texts {
-    /// for every seed
-    Fixed(Vec<(Arc<str>, Arc<PictureArgs>)>),
-    /// by the seed: of the prompt, the negative one and the one that it goes to
+    /// The same texts for every seed.
+    Fixed(Vec<(Arc<str>, Arc<JobOptions>)>),
+    /// One text for each seed; the templates are those of the prompt, the negative prompt and the
+    /// prompt that an animation goes to.
     Drawn {
         templates: [Option<Template>; 3],
-        options: Arc<PictureArgs>,
+        options: Arc<JobOptions>,
     },
 }
 
 impl Texts {
-    /// Reads the templates of a prompt and its options, if these are any.
+    /// Reads the templates of a prompt and its options, if these are templates.
     fn of(
         prompt: &Arc<str>,
-        options: &Arc<PictureArgs>,
+        options: &Arc<JobOptions>,
         dynamic: &mut Option<(Dynamic, Wildcards)>,
     ) -> Result<Self> {
         let Some((how, wildcards)) = dynamic else {
@@ -384,21 +329,25 @@ impl Texts {
             template("negative prompt", options.negative.as_ref())?,
             template("prompt of `--to`", options.to.as_ref())?,
         ];
-        if *how == Dynamic::Random {
-            return Ok(Self::Drawn {
+        match how {
+            Dynamic::Random => Ok(Self::Drawn {
                 templates,
                 options: options.clone(),
-            });
+            }),
+            Dynamic::All => Self::all(templates, options),
         }
+    }
+
+    /// Every text that the templates can come to. Errors if these are too many.
+    fn all(templates: [Option<Template>; 3], options: &Arc<JobOptions>) -> Result<Self> {
         let count = templates
             .iter()
             .flatten()
             .map(Template::count)
             .fold(1, u64::saturating_mul);
-        let hint = "`--dynamic` alone draws one of them for each seed";
         ensure!(
             count <= MAX_JOBS as u64,
-            "this template comes to more than {MAX_JOBS} texts\n\nhint: {hint}"
+            "this template comes to more than {MAX_JOBS} texts\n\nhint: `--dynamic` alone draws one of them for each seed"
         );
         let [prompts, negatives, tos] = templates.map(|template| match template {
             Some(template) => template
@@ -408,23 +357,21 @@ impl Texts {
                 .collect(),
             None => vec![None],
         });
+        let mut others = vec![];
+        for negative in &negatives {
+            for to in &tos {
+                others.push(with_texts(options, negative.clone(), to.clone()));
+            }
+        }
         let mut all = vec![];
-        let others = negatives.iter().flat_map(|negative| {
-            tos.iter()
-                .map(move |to| with_texts(options, negative.clone(), to.clone()))
-        });
-        let others: Vec<_> = others.collect();
         for prompt in prompts.into_iter().flatten() {
-            all.extend(
-                others
-                    .iter()
-                    .map(|options| (Arc::clone(&prompt), options.clone())),
-            );
+            let with_prompt = |options: &Arc<JobOptions>| (Arc::clone(&prompt), options.clone());
+            all.extend(others.iter().map(with_prompt));
         }
         Ok(Self::Fixed(all))
     }
 
-    /// How many there are for a seed.
+    /// The number of texts for each seed.
     fn count(&self) -> usize {
         match self {
             Self::Fixed(all) => all.len(),
@@ -432,7 +379,8 @@ impl Texts {
         }
     }
 
-    fn at(&self, seed: u64) -> Vec<(Arc<str>, Arc<PictureArgs>)> {
+    /// The texts for a seed.
+    fn at(&self, seed: u64) -> Vec<(Arc<str>, Arc<JobOptions>)> {
         match self {
             Self::Fixed(all) => all.clone(),
             Self::Drawn { templates, options } => {
@@ -447,196 +395,160 @@ impl Texts {
 
 /// The options with these texts; the same ones where nothing changes.
 fn with_texts(
-    options: &Arc<PictureArgs>,
+    options: &Arc<JobOptions>,
     negative: Option<Arc<str>>,
     to: Option<Arc<str>>,
-) -> Arc<PictureArgs> {
+) -> Arc<JobOptions> {
     if options.negative == negative && options.to == to {
         return options.clone();
     }
-    Arc::new(PictureArgs {
+    Arc::new(JobOptions {
         negative,
         to,
         ..(**options).clone()
     })
 }
 
-/// Options by their long names, read as the command line reads them.
-struct Options(clap::Command);
-
-/// `--sweep`: a key and its values.
-type Sweep = (String, Vec<String>);
-/// Options, and what sweeps have set there.
-type Variant = (Arc<PictureArgs>, Arc<Swept>);
-
-impl Options {
-    fn new() -> Self {
-        Self(PictureArgs::augment_args_for_update(
-            clap::Command::new("sdgen")
-                .no_binary_name(true)
-                .disable_help_flag(true),
-        ))
+/// The options that a line brings. Null, which programs write for an option that is not given,
+/// leaves it out.
+fn options_of_line(keys: Map<String, Value>) -> Result<JobOptions> {
+    let mut options = JobOptions::default();
+    for (key, value) in keys {
+        options = JobOptions::of_key(&key, &value)?.over(&options);
     }
+    Ok(options)
+}
 
-    /// The long name of an option that may be called by an alias, with `_` for `-` too. Errors name
-    /// the nearest.
-    fn long_name(&self, key: &str) -> Result<String> {
-        let wanted = key.replace('_', "-");
-        let names = |option: &clap::Arg| {
-            option
-                .get_all_aliases()
-                .unwrap_or_default()
-                .into_iter()
-                .chain(option.get_long())
-                .map(String::from)
-                .collect::<Vec<_>>()
-        };
-        if let Some(option) = self
-            .0
-            .get_arguments()
-            .find(|option| names(option).contains(&wanted))
-        {
-            return Ok(option.get_long().unwrap_or_default().into());
+/// `--sweep`: an option and its values.
+struct Sweep {
+    /// The option's own name, whatever alias it was called by.
+    name: String,
+    /// Each value as typed and as read.
+    values: Vec<(String, JobOptions)>,
+}
+
+impl Sweep {
+    /// Reads all sweeps of a run. Errors if two are of one option.
+    fn parse_all(texts: &[String]) -> Result<Vec<Self>> {
+        let mut sweeps: Vec<Self> = vec![];
+        for text in texts {
+            let sweep = Self::parse(text)?;
+            let Self { name, .. } = &sweep;
+            ensure!(
+                sweeps.iter().all(|other| other.name != *name),
+                "`--sweep {name}` is given twice\n\nhint: one sweep takes all its values: `--sweep {name}=A,B,C`"
+            );
+            sweeps.push(sweep);
         }
-        let all: Vec<String> = ["prompt".into()]
-            .into_iter()
-            .chain(self.0.get_arguments().flat_map(names))
-            .collect();
-        let hint = match nearest(&wanted, all.iter().map(String::as_str)) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("keys are {}", all.join(", ")),
-        };
-        bail!("unknown key `{key}`\n\nhint: {hint}")
-    }
-
-    /// Sets the option of this long name. Errors say what it may be.
-    fn set(&mut self, options: &mut PictureArgs, long: &str, value: &str) -> Result<()> {
-        let matches = self
-            .0
-            .try_get_matches_from_mut([format!("--{long}={value}")]);
-        let set = matches.and_then(|matches| options.update_from_arg_matches(&matches));
-        set.map_err(|error| {
-            let cause = error
-                .source()
-                .map(|cause| format!(": {cause}"))
-                .unwrap_or_default();
-            anyhow!("`{long}` cannot be `{value}`{cause}")
-        })
-    }
-
-    /// The options of a line that brings its own.
-    fn of_line(&mut self, base: &PictureArgs, keys: Map<String, Value>) -> Result<PictureArgs> {
-        let mut options = base.clone();
-        for (key, value) in keys {
-            let long = self.long_name(&key)?;
-            let is_text = TEXTS.split(' ').any(|name| name == long);
-            let value = match value {
-                // what programs write for an option that is not given
-                Value::Null => continue,
-                Value::String(text) if is_text || matches!(&*long, "seed" | "extend" | "hires") => {
-                    text
-                }
-                Value::Number(number) if !is_text => number.to_string(),
-                other => bail!(
-                    "`{key}` wants a {}, not {other}",
-                    if is_text { "text" } else { "number" }
-                ),
-            };
-            self.set(&mut options, &long, &value)?;
-        }
-        Ok(options)
+        Ok(sweeps)
     }
 
     /// Reads `KEY=V1,V2,...`.
-    fn sweep(&mut self, text: &str) -> Result<Sweep> {
-        let Some((key, values)) = text
-            .split_once('=')
-            .filter(|(_, values)| !values.is_empty())
-        else {
+    fn parse(text: &str) -> Result<Self> {
+        let split = text.split_once('=');
+        let Some((key, values)) = split.filter(|(_, values)| !values.is_empty()) else {
             bail!("`--sweep {text}` has no values\n\nhint: write them as `--sweep guidance=3,5,7`");
         };
-        let long = self
-            .long_name(key)
-            .with_context(|| format!("`--sweep {text}`"))?;
-        let values = match &*long {
-            "count" | "crop" | "extend" | "frames" | "output" => {
-                bail!("`--sweep` cannot vary `{long}`")
+        let dashed = key.replace('_', "-");
+        ensure!(
+            !NOT_SWEPT.contains(&&*dashed),
+            "`--sweep` cannot vary `{dashed}`"
+        );
+        let values: Vec<String> = match key {
+            "seed" => {
+                let seeds = values.parse::<Seeds>()?.values(1)?;
+                seeds.iter().map(u64::to_string).collect()
             }
-            "seed" => values
-                .parse::<Seeds>()?
-                .values(1)?
-                .iter()
-                .map(u64::to_string)
-                .collect(),
             _ => values.split(',').map(String::from).collect(),
         };
-        Ok((long, values))
-    }
-
-    /// Every combination of the sweeps' values over some options, the last sweep innermost.
-    fn swept(&mut self, base: &PictureArgs, sweeps: &[Sweep]) -> Result<Vec<Variant>> {
-        let mut variants = match base.image.as_deref().filter(|image| image.is_dir()) {
-            Some(folder) => pictures_in(folder, base)?,
-            None => vec![(base.clone(), Swept::default())],
+        let read = |value: String| {
+            let options = JobOptions::of_key(key, &Value::String(value.clone()))?;
+            Ok((value, options))
         };
-        for (long, values) in sweeps {
-            let mut next = vec![];
-            for (options, Swept { name, labels, .. }) in &variants {
-                for value in values {
-                    let mut options = options.clone();
-                    self.set(&mut options, long, value)
-                        .with_context(|| format!("`--sweep {long}`"))?;
-                    let labels = labels
-                        .iter()
-                        .cloned()
-                        .chain([format!("{long} {value}")])
-                        .collect();
-                    let value = if value.parse::<f64>().is_ok() {
-                        value.clone()
-                    } else {
-                        output_path::slug(value, "none")
-                    };
-                    let joint = if name.is_empty() { "" } else { "-" };
-                    next.push((
-                        options,
-                        Swept {
-                            name: format!("{name}{joint}{long}-{value}"),
-                            labels,
-                            frame: None,
-                        },
-                    ));
-                }
-            }
-            variants = next;
-        }
-        let mut all = vec![];
-        for (options, swept) in variants {
-            let (frames, options) = (frames(&options, swept)?, Arc::new(options));
-            all.extend(
-                frames
-                    .into_iter()
-                    .map(|swept| (options.clone(), Arc::new(swept))),
-            );
-        }
-        Ok(all)
+        let values: Vec<(String, JobOptions)> = values
+            .into_iter()
+            .map(read)
+            .collect::<Result<_>>()
+            .with_context(|| format!("`--sweep {dashed}`"))?;
+        let mut given = match values.first() {
+            Some((_, options)) => options.given()?,
+            None => vec![],
+        };
+        Ok(Self {
+            name: given.pop().unwrap_or(dashed),
+            values,
+        })
     }
 }
 
-/// What is swept, once for each frame of an animation, or alone where there is none.
-fn frames(options: &PictureArgs, swept: Swept) -> Result<Vec<Swept>> {
-    let PictureArgs {
+impl SweepPoint {
+    /// This point with one more value.
+    fn with(&self, name: &str, value: &str) -> Self {
+        let labels = self.labels.iter().cloned();
+        let in_name = if value.parse::<f64>().is_ok() {
+            value.into()
+        } else {
+            output_path::slug(value, "none")
+        };
+        let joint = if self.name.is_empty() { "" } else { "-" };
+        Self {
+            name: format!("{}{joint}{name}-{in_name}", self.name),
+            labels: labels.chain([format!("{name} {value}")]).collect(),
+            frame: None,
+        }
+    }
+
+    /// This point as a frame of an animation.
+    fn with_frame(&self, frame: FrameIndex) -> Self {
+        let FrameIndex { number, .. } = frame;
+        let labels = self.labels.iter().cloned();
+        let joint = if self.name.is_empty() { "" } else { "-" };
+        Self {
+            name: format!("{}{joint}{number:04}", self.name),
+            labels: labels.chain([format!("frame {number}")]).collect(),
+            frame: Some(frame),
+        }
+    }
+}
+
+/// Every combination of the sweeps' values over some options, the last sweep innermost, and within
+/// it the frames.
+fn variants(base: &JobOptions, sweeps: &[Sweep]) -> Result<Vec<Variant>> {
+    let mut points = match base.image.as_deref().filter(|image| image.is_dir()) {
+        Some(folder) => images_of_folder(folder, base)?,
+        None => vec![(base.clone(), SweepPoint::default())],
+    };
+    for Sweep { name, values } in sweeps {
+        let mut next = vec![];
+        for (options, point) in &points {
+            for (value, swept) in values {
+                next.push((swept.clone().over(options), point.with(name, value)));
+            }
+        }
+        points = next;
+    }
+    let mut variants = vec![];
+    for (options, point) in points {
+        let frames = frames(&options, point)?;
+        let options = Arc::new(options);
+        let variant = |point| (options.clone(), Arc::new(point));
+        variants.extend(frames.into_iter().map(variant));
+    }
+    Ok(variants)
+}
+
+/// A point of the sweeps once for each frame of an animation, or alone where there is none.
+fn frames(options: &JobOptions, point: SweepPoint) -> Result<Vec<SweepPoint>> {
+    let JobOptions {
         to,
         to_seed,
         frames,
         variation,
         ..
     } = options;
-    let to = [to.as_ref().map(|_| "--to"), to_seed.map(|_| "--to-seed")]
-        .into_iter()
-        .flatten()
-        .next();
-    let frames = match (to, frames) {
-        (None, None) => return Ok(vec![swept]),
+    let to_seed = to_seed.map(|_| "--to-seed");
+    let frames = match (to.as_ref().map(|_| "--to").or(to_seed), frames) {
+        (None, None) => return Ok(vec![point]),
         (Some(_), Some(frames)) => *frames,
         (Some(option), None) => {
             bail!(
@@ -652,28 +564,16 @@ fn frames(options: &PictureArgs, swept: Swept) -> Result<Vec<Swept>> {
         "`--variation` and `--to-seed` both change the noise\n\nhint: leave one of them out"
     );
     let frame = |number: usize| {
-        let joint = if swept.name.is_empty() { "" } else { "-" };
-        let labels = swept
-            .labels
-            .iter()
-            .cloned()
-            .chain([format!("frame {number}")])
-            .collect();
-        let frame = Frame {
+        point.with_frame(FrameIndex {
             number,
-            share: number as f64 / (frames - 1) as f64,
-        };
-        Swept {
-            name: format!("{}{joint}{number:04}", swept.name),
-            labels,
-            frame: Some(frame),
-        }
+            fraction: number as f64 / (frames - 1) as f64,
+        })
     };
     Ok((0..frames).map(frame).collect())
 }
 
-/// The options with each picture of a folder for a source, by name.
-fn pictures_in(folder: &Path, base: &PictureArgs) -> Result<Vec<(PictureArgs, Swept)>> {
+/// The options once for each image of a folder, as their source, in the order of the names.
+fn images_of_folder(folder: &Path, base: &JobOptions) -> Result<Vec<(JobOptions, SweepPoint)>> {
     let read = || -> std::io::Result<Vec<PathBuf>> {
         std::fs::read_dir(folder)?
             .map(|entry| Ok(entry?.path()))
@@ -690,18 +590,16 @@ fn pictures_in(folder: &Path, base: &PictureArgs) -> Result<Vec<(PictureArgs, Sw
     );
     let variant = |path: PathBuf| {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let swept = Swept {
+        let point = SweepPoint {
             name: output_path::slug(&name, "picture"),
             labels: vec![format!("image {name}")],
             frame: None,
         };
-        (
-            PictureArgs {
-                image: Some(path),
-                ..base.clone()
-            },
-            swept,
-        )
+        let options = JobOptions {
+            image: Some(path),
+            ..base.clone()
+        };
+        (options, point)
     };
     Ok(paths.into_iter().map(variant).collect())
 }
@@ -712,58 +610,4 @@ fn random_seed() -> u64 {
     // the standard library keys every RandomState from the system's generator
     let hasher = std::collections::hash_map::RandomState::new().build_hasher();
     hasher.finish() & 0xffff_ffff
-}
-
-/// `--seed`: numbers and ranges, separated by commas.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seeds(Vec<std::ops::Range<u64>>);
-
-impl Seeds {
-    /// The seeds; with a count of n, each single number N stands for N, N+1, ... N+n-1.
-    fn values(&self, count: usize) -> Result<Vec<u64>> {
-        let several = self.0.len() > 1 || self.0.iter().any(|r| r.end - r.start > 1);
-        if several && count > 1 {
-            bail!(
-                "`--count` needs a single `--seed`\n\nhint: write the seeds as a range, for example `--seed 0..{count}`"
-            );
-        }
-        let total = self
-            .0
-            .iter()
-            .map(|r| r.end - r.start)
-            .fold(0u64, u64::saturating_add);
-        if total > MAX_JOBS as u64 {
-            bail!("`--seed` names {total} seeds, more than {MAX_JOBS}");
-        }
-        let values = self.0.iter().cloned().flatten();
-        Ok(values
-            .flat_map(|seed| (0..count as u64).map(move |i| seed.wrapping_add(i)))
-            .collect())
-    }
-}
-
-impl std::str::FromStr for Seeds {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let number = |s: &str| {
-            s.trim()
-                .parse::<u64>()
-                .with_context(|| format!("`{s}` is no seed: a number from 0 to {}", u64::MAX - 1))
-        };
-        let range = |part: &str| match part.split_once("..") {
-            Some((from, to)) => {
-                let (from, to) = (number(from)?, number(to)?);
-                if from >= to {
-                    bail!("the range `{part}` is empty");
-                }
-                Ok(from..to)
-            }
-            None => {
-                let seed = number(part)?;
-                Ok(seed..seed.checked_add(1).context("this seed is too large")?)
-            }
-        };
-        Ok(Self(text.split(',').map(range).collect::<Result<_>>()?))
-    }
 }

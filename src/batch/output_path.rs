@@ -10,6 +10,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf, is_separator};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
 
@@ -25,6 +26,9 @@ const SLUG_BYTES: usize = 150;
 const MOST_DIGITS: usize = 20;
 /// How the names of temporary files start and end.
 const TEMPORARY: (&str, &str) = (".sdgen-", ".tmp");
+
+/// Held while a file is saved. The process has one set of signal handlers, so there is one lock.
+static SAVING: Mutex<()> = Mutex::new(());
 
 /// Where the pictures of a run go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -575,6 +579,7 @@ fn exists(path: &Path) -> anyhow::Result<bool> {
 /// Without `force` a file that is there by then stays, and that is an error, as is a full disk or
 /// a folder that cannot be written; nothing of the picture is left then.
 pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
+    let _saving = hold_saves();
     // Again: what is there may have changed while the picture was drawn.
     exists(path)?;
     let write = || -> io::Result<fs::File> {
@@ -597,6 +602,21 @@ pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(exists_error(path, "")),
         Err(error) => Err(write_error(path, error)),
     }
+}
+
+/// Waits until no file is being saved. While the result is held none is saved, so that the process
+/// can end without leaving a temporary file.
+pub fn hold_saves() -> MutexGuard<'static, ()> {
+    SAVING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes the bytes of an image to stdout. Errors if they are not all taken.
+pub fn write_to_stdout(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .context("cannot write the picture to stdout")
 }
 
 /// A file next to its final place, so that the rename stays on one file system; gone when dropped,

@@ -1,72 +1,54 @@
 //! `sdgen check`: draws pictures again from what their files say of them, and compares. A
 //! regression test in one line.
 
+use crate::batch::resume::{UNREADABLE, settings_of};
 use crate::cli::exit_code::{Code, Failure};
+use crate::cli::model_args::{LoraArg, ModelArgs};
 use crate::cli::progress::{Progress, ProgressMode};
-use crate::cli::upscale::{Upscaler, require_drawn};
-use crate::cli::{merge, open_both, say, use_vae};
+use crate::cli::stdout::say;
+use crate::cli::upscale::Upscaler;
 use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
-use crate::pipeline;
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::params::{Merged, Settings, UsedEmbedding, UsedLora};
 use crate::pipeline::resolve::{Job, Request};
+use crate::pipeline::{self, Drawn};
 use crate::weights::Checkpoint;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
-use anyhow::{Context, Result, bail};
-use clap::{Args, ValueEnum};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Arg, Args, ValueEnum};
 use serde_json::json;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What to compare, and how closely.
 #[derive(Debug, Args)]
+#[command(mut_arg("model", |arg| of_check(arg, MODEL_HELP)))]
+#[command(mut_arg("lora", |arg| of_check(arg, LORA_HELP).value_name("FILE")))]
+#[command(mut_arg("embedding", |arg| of_check(arg, EMBEDDING_HELP).value_name("FILE")))]
+#[command(mut_arg("vae", |arg| of_check(arg, VAE_HELP)))]
+#[command(mut_arg("merge", |arg| of_check(arg, MERGE_HELP)))]
+#[command(mut_arg("minus", |arg| of_check(arg, MINUS_HELP)))]
+#[command(mut_arg("refiner", |arg| of_check(arg, REFINER_HELP)))]
+#[command(mut_arg("offline", |arg| arg.help_heading(None::<&'static str>)))]
 pub struct CheckArgs {
     /// Pictures that sdgen has drawn
     #[arg(required = true)]
     pictures: Vec<PathBuf>,
-    /// The model that they were drawn with [default: the one that each names]
-    #[arg(
-        short,
-        long,
-        env = "SDGEN_MODEL",
-        hide_env_values = true,
-        value_name = "REF"
-    )]
-    model: Option<OsString>,
-    /// The refiner that they were drawn with [default: the one that each names]
-    #[arg(long, value_name = "REF")]
-    refiner: Option<OsString>,
-    /// The VAE that they were drawn with, for those drawn with another than the model's own
-    /// [default: that of the hub that each names]
-    #[arg(long, value_name = "REF")]
-    vae: Option<OsString>,
-    /// What was merged into the model that they were drawn with
-    #[arg(long, value_name = "REF:X")]
-    merge: Vec<OsString>,
-    /// The model that was taken away from that
-    #[arg(long, requires = "merge", value_name = "REF")]
-    minus: Option<OsString>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// The network that they were upscaled with
     #[arg(long, value_name = "FILE")]
     upscaler: Option<OsString>,
-    /// The LoRAs that they were drawn with; how much of each, they say themselves
-    #[arg(long, value_name = "FILE")]
-    lora: Vec<PathBuf>,
-    /// The embeddings that their prompts use; for which word, they say themselves
-    #[arg(long, value_name = "FILE")]
-    embedding: Vec<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
     #[arg(long, value_name = "DB")]
     min_psnr: Option<f64>,
     /// Compare what is drawn with this picture, not with the one that says how
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
-    /// Never touch the network; also HF_HUB_OFFLINE=1
-    #[arg(long)]
-    offline: bool,
     /// auto, cpu, cuda[:N] or metal
     #[arg(
         long,
@@ -86,285 +68,388 @@ pub struct CheckArgs {
     quiet: bool,
 }
 
-/// A picture, and what its file says of it.
-struct Known {
+const MODEL_HELP: &str = "The model that they were drawn with [default: the one that each names]";
+const LORA_HELP: &str =
+    "The LoRAs that they were drawn with; how much of each, they say themselves";
+const EMBEDDING_HELP: &str =
+    "The embeddings that their prompts use; for which word, they say themselves";
+const VAE_HELP: &str = "The VAE that they were drawn with, for those drawn with another than the \
+    model's own [default: that of the hub that each names]";
+const MERGE_HELP: &str = "What was merged into the model that they were drawn with";
+const MINUS_HELP: &str = "The model that was taken away from that";
+const REFINER_HELP: &str =
+    "The refiner that they were drawn with [default: the one that each names]";
+
+/// An option of [`ModelArgs`] with the words of this command.
+fn of_check(arg: Arg, help: &'static str) -> Arg {
+    arg.help(help)
+        .help_heading(None::<&'static str>)
+        .hide_short_help(false)
+}
+
+/// An image, and what its file says of it.
+struct Drawing {
     path: PathBuf,
     settings: Settings,
     trace: Option<Trace>,
     format: Format,
-    /// what the drawn one should look like
+    /// What it should look like when it is drawn again.
     expected: Picture,
 }
 
-/// How a picture that was drawn again compares.
-struct Compared {
+/// How an image that was drawn again compares.
+struct Comparison {
     difference: Difference,
-    /// the first stage that is not as traced, if any; none without a trace
+    /// The first stage that differs from the trace; `None` without a trace, `Some(None)` if no
+    /// stage does.
     first_difference: Option<Option<String>>,
 }
 
-/// Takes what came of a picture.
-type Tell<'a> = dyn FnMut(&Path, Result<Compared>) -> Result<(), Failure> + 'a;
-
-/// Compares every picture and prints a line for each. Errors if any differs or cannot be drawn
-/// again.
+/// Compares every image and prints a line for each. Errors if any differs or cannot be drawn again.
 pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
-    let (mut bad, mut hint) = (0, "");
-    let mut tell = |path: &Path, outcome: Result<Compared>| -> Result<(), Failure> {
-        let same = outcome
-            .as_ref()
-            .is_ok_and(|Compared { difference, .. }| match args.min_psnr {
-                Some(least) => difference.psnr_db >= least,
-                None => difference.pixels == 0,
-            });
-        bad += usize::from(!same);
-        let compared = match outcome {
-            Ok(compared) => {
-                match &compared.first_difference {
-                    Some(Some(stage)) => {
-                        progress.note(format!("`{}`: first differs at {stage}", path.display()))
-                    }
-                    Some(None) if compared.difference.pixels > 0 => {
-                        progress
-                            .note(format!("`{}`: no stage differs: the pixels it is compared with come from elsewhere", path.display()));
-                    }
-                    None if !same => {
-                        hint = "\n\nhint: of pictures drawn with `--trace` this tells the first stage that differs"
-                    }
-                    _ => {}
-                }
-                Some(compared)
-            }
-            Err(error) => {
-                progress.say(
-                    &Failure {
-                        code: 1,
-                        error: error.context(format!("`{}`", path.display())),
-                    }
-                    .text(),
-                );
-                None
-            }
-        };
-        say(&line(path, same, compared.as_ref(), args.json)).code(1)
+    let mut report = Report {
+        args,
+        progress: &progress,
+        differing: 0,
+        hint: "",
     };
-    let mut known: Vec<Known> = vec![];
+    let mut drawings = vec![];
     for path in &args.pictures {
-        match read(path, args.expect.as_deref()) {
-            Ok(picture) => known.push(picture),
-            Err(error) => tell(path, Err(error))?,
+        match Drawing::read(path, args.expect.as_deref()) {
+            Ok(drawing) => drawings.push(drawing),
+            Err(error) => report.add(path, Err(error))?,
         }
     }
-    let hashed = |path: &PathBuf| Ok((path.clone(), Lora::open(path, 1.0)?.hash()?));
-    let loras: HashMap<String, PathBuf> = args
-        .lora
-        .iter()
-        .map(|path| hashed(path).map(|(path, hash)| (hash, path)))
-        .collect::<Result<_>>()
-        .code(3)?;
-    let embeddings = args
-        .embedding
-        .iter()
-        .map(|asked| Embedding::asked(asked))
-        .collect::<Result<Vec<_>>>()
-        .code(3)?;
-    // pictures of one model and type are drawn together
-    while let Some(first) = known.first() {
+    let adapters = Adapters::read(&args.model).code(3)?;
+    // images of one model and type are drawn together
+    while let Some(first) = drawings.first() {
         let first = first.settings.clone();
-        let (group, rest): (Vec<Known>, Vec<Known>) =
-            known.into_iter().partition(|Known { settings: s, .. }| {
-                let same_model = args.model.is_some() || s.model == first.model;
-                let same_vae = s.vae == first.vae
-                    || args.vae.is_some() && s.vae.is_some() && first.vae.is_some();
-                let same_changes = s.loras == first.loras && s.embeddings == first.embeddings;
-                let same_upscaler = s.upscaler == first.upscaler && s.upscale == first.upscale;
-                same_model
-                    && same_vae
-                    && same_changes
-                    && same_upscaler
-                    && s.dtype == first.dtype
-                    && s.refiner == first.refiner
-            });
-        known = rest;
-        if let Some(UsedLora { name, hash, .. }) = first
-            .loras
-            .iter()
-            .find(|lora| !loras.contains_key(&*lora.hash))
-        {
-            for known in &group {
-                let hint = "pass its file with `--lora`";
-                tell(
-                    &known.path,
-                    Err(anyhow::anyhow!(
-                        "it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: {hint}"
-                    )),
-                )?;
-            }
-            continue;
-        }
-        let dtype = DTypeChoice::from_str(&first.dtype, true)
-            .map_err(anyhow::Error::msg)
-            .context("unknown type of weights")
-            .code(1)?;
-        let compute = Compute::choose(args.device, dtype).code(2)?;
-        let reference = args.model.as_deref().unwrap_or(OsStr::new(&*first.model));
-        let refiner = first
-            .refiner
-            .as_deref()
-            .map(|refiner| args.refiner.as_deref().unwrap_or(OsStr::new(refiner)));
-        let mut checkpoint = open_both(Some(reference), refiner, args.offline, !args.quiet)
-            .with_context(|| {
-                format!(
-                    "the model of `{}` cannot be opened",
-                    group[0].path.display()
-                )
-            })
-            .code(3)?;
-        let named = first.vae.as_deref().map(|vae| {
-            args.vae
-                .clone()
-                .or_else(|| vae.contains('/').then(|| OsString::from(vae)))
+        let (group, rest) = drawings
+            .into_iter()
+            .partition(|drawing: &Drawing| args.are_drawn_together(&drawing.settings, &first));
+        drawings = rest;
+        check_group(args, &adapters, group, &first, &mut report)?;
+    }
+    report.end()
+}
+
+impl CheckArgs {
+    /// Whether two images are drawn by the same model.
+    fn are_drawn_together(&self, a: &Settings, b: &Settings) -> bool {
+        let same_model = self.model.model.is_some() || a.model == b.model;
+        let same_vae =
+            a.vae == b.vae || self.model.vae.is_some() && a.vae.is_some() && b.vae.is_some();
+        same_model
+            && same_vae
+            && (&a.loras, &a.embeddings) == (&b.loras, &b.embeddings)
+            && (&a.upscaler, a.upscale) == (&b.upscaler, b.upscale)
+            && (&a.dtype, &a.refiner) == (&b.dtype, &b.refiner)
+    }
+
+    /// The model of an image: what its settings name, or what stands in for that.
+    fn model_of(&self, settings: &Settings) -> ModelArgs {
+        let asked = &self.model;
+        let or_named = |asked: &Option<OsString>, named: &Arc<str>| {
+            asked.clone().unwrap_or_else(|| OsString::from(&**named))
+        };
+        let vae = settings.vae.as_deref().and_then(|named| {
+            let of_hub = named.contains('/').then(|| OsString::from(named));
+            asked.vae.clone().or(of_hub)
         });
-        if let Some(vae) = named.flatten() {
-            use_vae(&mut checkpoint, &vae, args.offline, !args.quiet).code(3)?;
+        let refiner = settings.refiner.as_ref();
+        ModelArgs {
+            model: Some(or_named(&asked.model, &settings.model)),
+            refiner: refiner.map(|named| or_named(&asked.refiner, named)),
+            vae,
+            ..asked.clone()
         }
-        merge(
-            &mut checkpoint,
-            &args.merge,
-            args.minus.as_deref(),
-            args.offline,
-            !args.quiet,
-        )
-        .code(3)?;
-        // a name tells of a distillation too, so it is that of the drawing
-        let again = first.loras.iter().filter_map(|used| {
-            let lora = Lora::open(loras.get(&*used.hash)?, used.strength);
+    }
+
+    /// What made an image larger. Without a hash it has no weights, and its name is enough.
+    fn upscaler_of(&self, settings: &Settings, compute: &Compute) -> Result<Option<Upscaler>> {
+        let Some(name) = settings.upscaler.as_deref() else {
+            return Ok(None);
+        };
+        let reference = match settings.upscaler_hash {
+            None => Some(OsStr::new(name)),
+            Some(_) => self.upscaler.as_deref(),
+        };
+        reference
+            .map(|reference| Upscaler::open(reference, settings.upscale, compute))
+            .transpose()
+    }
+}
+
+/// The LoRAs and embeddings of the arguments, to be found by their hashes.
+struct Adapters {
+    loras: HashMap<String, PathBuf>,
+    embeddings: Vec<Embedding>,
+}
+
+impl Adapters {
+    fn read(args: &ModelArgs) -> Result<Self> {
+        let hashed =
+            |LoraArg { path, .. }: &LoraArg| Ok((Lora::open(path, 1.0)?.hash()?, path.clone()));
+        Ok(Self {
+            loras: args.lora.iter().map(hashed).collect::<Result<_>>()?,
+            embeddings: args.embeddings()?,
+        })
+    }
+
+    /// A LoRA that an image was drawn with and that is not among these.
+    fn missing<'a>(&self, settings: &'a Settings) -> Option<&'a UsedLora> {
+        let mut used = settings.loras.iter();
+        used.find(|lora| !self.loras.contains_key(&*lora.hash))
+    }
+
+    /// The LoRAs of an image. A name tells of a distillation too, so it is that of the drawing.
+    fn loras_of(&self, settings: &Settings) -> impl Iterator<Item = Result<Lora>> {
+        settings.loras.iter().filter_map(|used| {
+            let lora = Lora::open(self.loras.get(&*used.hash)?, used.strength);
             Some(lora.map(|mut lora| {
                 lora.name = used.name.to_string();
                 lora
             }))
-        });
-        checkpoint.use_loras(again, false).code(3)?;
-        // no others: a prompt may have a word that meant nothing when it was drawn
-        let again = first.embeddings.iter().filter_map(|used| {
-            let embedding = embeddings
-                .iter()
-                .find(|embedding| embedding.hash == used.hash)?;
+        })
+    }
+
+    /// The embeddings of an image, and no others: its prompt may have a word that meant nothing
+    /// when it was drawn.
+    fn embeddings_of(&self, settings: &Settings) -> Vec<Embedding> {
+        let of_use = |used: &UsedEmbedding| {
+            let mut embeddings = self.embeddings.iter();
+            let embedding = embeddings.find(|embedding| embedding.hash == used.hash)?;
             Some(Embedding {
                 token: used.name.clone(),
                 ..embedding.clone()
             })
-        });
-        checkpoint.use_embeddings(again.collect()).code(3)?;
-        // without a hash it has no weights, and its name is enough
-        let reference = first
-            .upscaler
-            .as_deref()
-            .map(OsStr::new)
-            .filter(|_| first.upscaler_hash.is_none());
-        let reference = reference.or(args
-            .upscaler
-            .as_deref()
-            .filter(|_| first.upscaler.is_some()));
-        let upscaler = reference
-            .map(|reference| Upscaler::open(reference, first.upscale, &compute))
-            .transpose()
-            .code(3)?;
-        compare(
-            group,
-            &checkpoint,
-            upscaler.as_ref(),
-            &compute,
-            &progress,
-            &mut tell,
-        )?;
+        };
+        settings.embeddings.iter().filter_map(of_use).collect()
     }
-    if bad == 0 {
-        Ok(())
-    } else {
-        Err(anyhow::anyhow!(
-            "{bad} of {} pictures are not the same{hint}",
-            args.pictures.len()
+}
+
+/// Checks images of one model, that of the first one's settings.
+fn check_group(
+    args: &CheckArgs,
+    adapters: &Adapters,
+    group: Vec<Drawing>,
+    first: &Settings,
+    report: &mut Report,
+) -> Result<(), Failure> {
+    if let Some(UsedLora { name, hash, .. }) = adapters.missing(first) {
+        let error = || {
+            anyhow!(
+                "it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: pass its file with `--lora`"
+            )
+        };
+        return group
+            .iter()
+            .try_for_each(|drawing| report.add(&drawing.path, Err(error())));
+    }
+    let dtype = DTypeChoice::from_str(&first.dtype, true)
+        .map_err(anyhow::Error::msg)
+        .context("unknown type of weights")
+        .code(1)?;
+    let compute = Compute::choose(args.device, dtype).code(2)?;
+    let place = || match group.first() {
+        Some(drawing) => format!("the model of `{}` cannot be opened", drawing.path.display()),
+        None => String::new(),
+    };
+    let (loras, embeddings) = (adapters.loras_of(first), adapters.embeddings_of(first));
+    let checkpoint = args
+        .model_of(first)
+        .open_with(loras, embeddings, false, !args.quiet)
+        .with_context(place)
+        .code(3)?;
+    let upscaler = args.upscaler_of(first, &compute).code(3)?;
+    compare(group, &checkpoint, upscaler.as_ref(), &compute, report)
+}
+
+impl Drawing {
+    /// Reads an image, and the one that it should look like if that is another.
+    fn read(path: &Path, expect: Option<&Path>) -> Result<Self> {
+        let bytes = std::fs::read(path).context("it cannot be read")?;
+        let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
+        let trace = Trace::of(&metadata.sdgen).context(UNREADABLE)?;
+        let settings = settings_of(metadata.sdgen)?;
+        let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
+        let expected = match expect {
+            Some(path) => {
+                let bytes = std::fs::read(path)
+                    .with_context(|| format!("`{}` cannot be read", path.display()))?;
+                Picture::decode(&bytes)
+                    .with_context(|| format!("`{}` is damaged", path.display()))?
+            }
+            None => Picture::decode(&bytes).context("it is damaged")?,
+        };
+        Ok(Self {
+            path: path.into(),
+            settings,
+            trace,
+            format,
+            expected,
+        })
+    }
+}
+
+/// Prints how images compare, and counts those that differ.
+struct Report<'a> {
+    args: &'a CheckArgs,
+    progress: &'a Progress,
+    differing: usize,
+    hint: &'static str,
+}
+
+impl Report<'_> {
+    fn add(&mut self, path: &Path, outcome: Result<Comparison>) -> Result<(), Failure> {
+        let is_same =
+            outcome
+                .as_ref()
+                .is_ok_and(|Comparison { difference, .. }| match self.args.min_psnr {
+                    Some(least) => difference.psnr_db >= least,
+                    None => difference.pixels == 0,
+                });
+        self.differing += usize::from(!is_same);
+        let comparison = match outcome {
+            Ok(comparison) => {
+                self.explain(path, &comparison, is_same);
+                Some(comparison)
+            }
+            Err(error) => {
+                let error = error.context(format!("`{}`", path.display()));
+                self.progress.say(&Failure { code: 1, error }.text());
+                None
+            }
+        };
+        say(&line(path, is_same, comparison.as_ref(), self.args.json)).code(1)
+    }
+
+    /// Says where an image begins to differ, as far as its trace tells.
+    fn explain(&mut self, path: &Path, comparison: &Comparison, is_same: bool) {
+        let path = path.display();
+        match &comparison.first_difference {
+            Some(Some(stage)) => self
+                .progress
+                .note(format!("`{path}`: first differs at {stage}")),
+            Some(None) if comparison.difference.pixels > 0 => self.progress.note(format!(
+                "`{path}`: no stage differs: the pixels it is compared with come from elsewhere"
+            )),
+            None if !is_same => {
+                self.hint = "\n\nhint: of pictures drawn with `--trace` this tells the first stage that differs";
+            }
+            _ => {}
+        }
+    }
+
+    fn end(self) -> Result<(), Failure> {
+        let (differing, hint) = (self.differing, self.hint);
+        if differing == 0 {
+            return Ok(());
+        }
+        let total = self.args.pictures.len();
+        Err(anyhow!(
+            "{differing} of {total} pictures are not the same{hint}"
         ))
         .code(1)
     }
 }
 
-/// Reads a picture, and the one that it should look like if that is another.
-fn read(path: &Path, expect: Option<&Path>) -> Result<Known> {
-    let bytes = std::fs::read(path).context("it cannot be read")?;
-    let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
-    let unreadable = "what it says of its drawing cannot be read";
-    require_drawn(&metadata.sdgen)?;
-    let trace = Trace::of(&metadata.sdgen).context(unreadable)?;
-    let settings = serde_json::from_value(metadata.sdgen).context(unreadable)?;
-    let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
-    let expected = match expect {
-        Some(path) => {
-            let bytes = std::fs::read(path)
-                .with_context(|| format!("`{}` cannot be read", path.display()))?;
-            Picture::decode(&bytes).with_context(|| format!("`{}` is damaged", path.display()))?
-        }
-        None => Picture::decode(&bytes).context("it is damaged")?,
-    };
-    Ok(Known {
-        path: path.into(),
-        settings,
-        trace,
-        format,
-        expected,
-    })
-}
-
-/// Draws the pictures of one model again and tells how each differs.
+/// Draws the images of one model again and reports how each differs.
 fn compare(
-    group: Vec<Known>,
+    group: Vec<Drawing>,
     checkpoint: &Checkpoint,
     upscaler: Option<&Upscaler>,
     compute: &Compute,
-    progress: &Progress,
-    tell: &mut Tell,
+    report: &mut Report,
 ) -> Result<(), Failure> {
-    let hash = checkpoint.hash().code(3)?;
-    let vae_hash = checkpoint
-        .vae
-        .as_ref()
-        .map(|vae| vae.hash())
-        .transpose()
-        .code(3)?;
-    let refiner_hash = checkpoint
-        .refiner
-        .as_ref()
-        .map(|refiner| refiner.hash())
-        .transpose()
-        .code(3)?;
-    let merges = Merged::all(checkpoint).code(3)?;
+    let identity = ModelIdentity::of(checkpoint, upscaler).code(3)?;
     let mut request = Request::new(checkpoint).code(3)?;
-    request.trace = group.iter().any(|known| known.trace.is_some());
-    let has = |used: &UsedEmbedding| {
-        checkpoint
-            .embeddings
-            .iter()
-            .any(|embedding| embedding.token == used.name)
+    request.trace = group.iter().any(|drawing| drawing.trace.is_some());
+    let mut drawn_again: Vec<&Drawing> = vec![];
+    for drawing in &group {
+        let settings = &drawing.settings;
+        let added = identity
+            .require(settings)
+            .and_then(|()| request.add(settings.clone(), None, drawing.format));
+        match added {
+            Ok(()) => drawn_again.push(drawing),
+            Err(error) => report.add(&drawing.path, Err(error))?,
+        }
+    }
+    if compute.device.is_cpu() {
+        require_memory(request.memory_bytes(checkpoint, 1)).code(4)?;
+    }
+    let jobs: Vec<&Job> = request.jobs.iter().collect();
+    let progress = report.progress;
+    let mut reported = Ok(());
+    let mut sink = |job: &Job, drawn: Result<Drawn>| {
+        let Some(drawing) = drawn_again.get(job.index) else {
+            return;
+        };
+        let comparison = drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
+        if reported.is_ok() {
+            reported = report.add(&drawing.path, comparison);
+        }
     };
-    let mut drawn_again: Vec<&Known> = vec![];
-    for known in &group {
-        let of = &known.settings;
-        let added = if *of.model_hash != *hash
-            || of.refiner_hash.as_deref() != refiner_hash.as_deref()
+    pipeline::generate(
+        checkpoint,
+        &request,
+        &jobs,
+        compute,
+        progress,
+        &|| false,
+        &mut sink,
+    )
+    .code(1)?;
+    reported
+}
+
+/// The hashes of a model and of all that is added to it.
+struct ModelIdentity<'a> {
+    checkpoint: &'a Checkpoint,
+    hash: String,
+    vae_hash: Option<String>,
+    refiner_hash: Option<String>,
+    merges: Vec<Merged>,
+    upscaler_hash: Option<Arc<str>>,
+}
+
+impl<'a> ModelIdentity<'a> {
+    fn of(checkpoint: &'a Checkpoint, upscaler: Option<&Upscaler>) -> Result<Self> {
+        let vae = checkpoint.vae.as_ref();
+        let refiner = checkpoint.refiner.as_ref();
+        Ok(Self {
+            checkpoint,
+            hash: checkpoint.hash()?,
+            vae_hash: vae.map(|vae| vae.hash()).transpose()?,
+            refiner_hash: refiner.map(|refiner| refiner.hash()).transpose()?,
+            merges: Merged::all(checkpoint)?,
+            upscaler_hash: upscaler.and_then(|upscaler| upscaler.hash.clone()),
+        })
+    }
+
+    /// Errors if an image was drawn with something else, and says what to pass.
+    fn require(&self, of: &Settings) -> Result<()> {
+        let tokens = |used: &UsedEmbedding| {
+            let mut embeddings = self.checkpoint.embeddings.iter();
+            embeddings.any(|embedding| embedding.token == used.name)
+        };
+        if *of.model_hash != *self.hash
+            || of.refiner_hash.as_deref() != self.refiner_hash.as_deref()
         {
-            let hint = "pass the model that drew it with `--model`";
-            Err(anyhow::anyhow!(
-                "it was drawn with other weights than those of `{}`\n\nhint: {hint}",
-                checkpoint.name
-            ))
-        } else if of.vae_hash.as_deref() != vae_hash.as_deref() {
-            let vae = of.vae.as_deref().unwrap_or_default();
-            Err(anyhow::anyhow!(
-                "it was drawn with the VAE `{vae}`\n\nhint: pass that with `--vae`"
-            ))
-        } else if of.merges != merges {
+            bail!(
+                "it was drawn with other weights than those of `{}`\n\nhint: pass the model that drew it with `--model`",
+                self.checkpoint.name
+            );
+        }
+        if of.vae_hash.as_deref() != self.vae_hash.as_deref() {
+            bail!(
+                "it was drawn with the VAE `{}`\n\nhint: pass that with `--vae`",
+                of.vae.as_deref().unwrap_or_default()
+            );
+        }
+        if of.merges != self.merges {
             let named: Vec<String> = of
                 .merges
                 .iter()
@@ -375,79 +460,55 @@ fn compare(
             } else {
                 named.join(", ")
             };
-            Err(anyhow::anyhow!(
+            bail!(
                 "it was drawn with {named} merged into the model\n\nhint: pass the same with `--merge` and `--minus`"
-            ))
-        } else if let Some(UsedEmbedding { name, hash }) =
-            of.embeddings.iter().find(|used| !has(used))
-        {
-            let hint = "pass its file with `--embedding`";
-            Err(anyhow::anyhow!(
-                "its prompt uses the embedding `{name}`, SHA-256 {hash:.10}\n\nhint: {hint}"
-            ))
-        } else if of.upscaler_hash.as_deref()
-            != upscaler.and_then(|upscaler| upscaler.hash.as_deref())
-        {
-            let name = of.upscaler.as_deref().unwrap_or_default();
-            Err(anyhow::anyhow!(
-                "it was made larger by the network `{name}`\n\nhint: pass that with `--upscaler`"
-            ))
-        } else {
-            request.add(known.settings.clone(), None, known.format)
-        };
-        match added {
-            Ok(()) => drawn_again.push(known),
-            Err(error) => tell(&known.path, Err(error))?,
+            );
         }
+        if let Some(UsedEmbedding { name, hash }) = of.embeddings.iter().find(|used| !tokens(used))
+        {
+            bail!(
+                "its prompt uses the embedding `{name}`, SHA-256 {hash:.10}\n\nhint: pass its file with `--embedding`"
+            );
+        }
+        if of.upscaler_hash != self.upscaler_hash {
+            bail!(
+                "it was made larger by the network `{}`\n\nhint: pass that with `--upscaler`",
+                of.upscaler.as_deref().unwrap_or_default()
+            );
+        }
+        Ok(())
     }
-    if compute.device.is_cpu() {
-        require_memory(request.memory_bytes(checkpoint, 1)).code(4)?;
-    }
-    let jobs: Vec<&Job> = request.jobs.iter().collect();
-    let mut told = Ok(());
-    pipeline::generate(
-        checkpoint,
-        &request,
-        &jobs,
-        compute,
-        progress,
-        &|| false,
-        &mut |job, drawn| {
-            let Some(known) = drawn_again.get(job.index) else {
-                return;
-            };
-            let outcome = drawn.and_then(|drawn| {
-                let larger = upscaler
-                    .map(|upscaler| upscaler.upscale(&drawn.picture, progress))
-                    .transpose()?;
-                let difference = difference(larger.as_ref().unwrap_or(&drawn.picture), known)?;
-                let traces = known.trace.as_ref().zip(drawn.trace.as_ref());
-                Ok(Compared {
-                    difference,
-                    first_difference: traces.map(|(known, drawn)| known.first_difference(drawn)),
-                })
-            });
-            if told.is_ok() {
-                told = tell(&known.path, outcome);
-            }
-        },
-    )
-    .code(1)?;
-    told
 }
 
-/// How a drawn picture differs from the expected one, after the same trip through a file.
-fn difference(drawn: &Picture, known: &Known) -> Result<Difference> {
-    let drawn = Picture::decode(&drawn.encode(known.format, None)?)?;
-    let sizes = [&drawn, &known.expected].map(|p| (p.width, p.height));
-    if sizes[0] != sizes[1] {
-        let [(w, h), (expected_w, expected_h)] = sizes;
-        bail!("it is drawn in {w}x{h}, {expected_w}x{expected_h} is expected");
+impl Drawing {
+    /// Compares with what was drawn again, after the same trip through a file.
+    fn compare(
+        &self,
+        drawn: Drawn,
+        upscaler: Option<&Upscaler>,
+        progress: &Progress,
+    ) -> Result<Comparison> {
+        let larger = upscaler
+            .map(|upscaler| upscaler.upscale(&drawn.picture, progress))
+            .transpose()?;
+        let picture = larger.as_ref().unwrap_or(&drawn.picture);
+        let picture = Picture::decode(&picture.encode(self.format, None)?)?;
+        let [(w, h), (expected_w, expected_h)] =
+            [&picture, &self.expected].map(|picture| (picture.width, picture.height));
+        ensure!(
+            (w, h) == (expected_w, expected_h),
+            "it is drawn in {w}x{h}, {expected_w}x{expected_h} is expected"
+        );
+        let traces = self.trace.as_ref().zip(drawn.trace.as_ref());
+        Ok(Comparison {
+            difference: picture.difference(&self.expected),
+            first_difference: traces.map(|(known, drawn)| known.first_difference(drawn)),
+        })
     }
-    Ok(drawn.difference(&known.expected))
 }
 
-fn line(path: &Path, same: bool, compared: Option<&Compared>, json: bool) -> String {
+/// One line of the report.
+fn line(path: &Path, same: bool, compared: Option<&Comparison>, json: bool) -> String {
     let difference = compared.map(|compared| &compared.difference);
     if json {
         let number = |value: fn(&Difference) -> serde_json::Value| difference.map(value);

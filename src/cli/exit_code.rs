@@ -13,22 +13,41 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// `error: cause`, and where there is a remedy a blank line and `hint: remedy`.
-    pub fn text(&self) -> String {
-        let parts: Vec<String> = self.error.chain().map(|e| e.to_string()).collect();
-        let (mut causes, mut hint) = (vec![], None);
-        for part in &parts {
-            let (cause, remedy) = part
-                .split_once("\n\nhint: ")
-                .map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
-            causes.push(cause);
-            hint = hint.or(remedy);
-        }
-        let hint = hint
-            .map(|hint| format!("\n\nhint: {hint}"))
-            .unwrap_or_default();
-        format!("error: {}{hint}", causes.join(": "))
+    /// An error with this code, unless the error itself says what kind it is.
+    pub fn new(error: Error, code: u8) -> Self {
+        let code = if error.is::<NotFinite>() {
+            5
+        } else if error.is::<OutOfMemory>() {
+            4
+        } else if error.is::<ModelError>() {
+            3
+        } else {
+            code
+        };
+        Self { code, error }
     }
+
+    /// The error as it is printed.
+    pub fn text(&self) -> String {
+        text(&self.error)
+    }
+}
+
+/// `error: cause`, and where there is a remedy a blank line and `hint: remedy`.
+pub fn text(error: &Error) -> String {
+    let parts: Vec<String> = error.chain().map(|e| e.to_string()).collect();
+    let (mut causes, mut hint) = (vec![], None);
+    for part in &parts {
+        let (cause, remedy) = part
+            .split_once("\n\nhint: ")
+            .map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
+        causes.push(cause);
+        hint = hint.or(remedy);
+    }
+    let hint = hint
+        .map(|hint| format!("\n\nhint: {hint}"))
+        .unwrap_or_default();
+    format!("error: {}{hint}", causes.join(": "))
 }
 
 /// Gives an error its exit code.
@@ -39,14 +58,6 @@ pub trait Code<T> {
 
 impl<T> Code<T> for Result<T> {
     fn code(self, code: u8) -> Result<T, Failure> {
-        self.map_err(|error| {
-            let code = match () {
-                () if error.is::<NotFinite>() => 5,
-                () if error.is::<OutOfMemory>() => 4,
-                () if error.is::<ModelError>() => 3,
-                () => code,
-            };
-            Failure { code, error }
-        })
+        self.map_err(|error| Failure::new(error, code))
     }
 }

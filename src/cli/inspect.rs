@@ -1,5 +1,8 @@
 //! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
 
+use crate::cli::exit_code::{Code, Failure};
+use crate::cli::model_args::ModelFinder;
+use crate::cli::stdout::say;
 use crate::model::Autoencoder;
 use crate::model::unet::{Beside, UNetConfig};
 use crate::pipeline::family::Family;
@@ -8,16 +11,62 @@ use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, PARTS};
 use anyhow::Result;
+use clap::Args;
 use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::Path;
 
 /// Pixels a latent of all known models, for one without a VAE.
 const USUAL_FACTOR: usize = 8;
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Folder, .safetensors file, hub id or short name
+    model: OsString,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+    /// Never touch the network
+    #[arg(long)]
+    offline: bool,
+}
+
+/// Prints what a checkpoint, a LoRA or an embedding is.
+pub fn run(args: &InspectArgs) -> Result<(), Failure> {
+    say(&described(args).code(3)?).code(1)
+}
+
+fn described(args: &InspectArgs) -> Result<String> {
+    let path = Path::new(&args.model);
+    if Embedding::is_in(path) {
+        return Ok(embedding(&Embedding::asked(&args.model)?, args.json));
+    }
+    if Lora::is_at(path) {
+        let lora = Lora::open(path, 1.0)?;
+        return if args.json {
+            Ok(format!("{}\n", lora_as_json(&lora)?))
+        } else {
+            lora_as_text(&lora)
+        };
+    }
+    let finder = ModelFinder {
+        offline: args.offline,
+        shows_progress: true,
+    };
+    let checkpoint = finder.open(Some(&args.model))?;
+    if args.json {
+        Ok(format!("{}\n", as_json(&checkpoint)?))
+    } else {
+        as_text(&checkpoint)
+    }
+}
 
 fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = &'static str> {
     PARTS.into_iter().filter(|part| checkpoint.has(part))
 }
 
-/// One object: name, family, prediction, sampler, size, parts with parameters and stored types.
+/// Describes a checkpoint as one object: name, family, prediction, sampler, size, parts with parameters and stored types.
 pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let family = Family::detect(checkpoint)?;
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
@@ -52,7 +101,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     }))
 }
 
-/// The same for a person.
+/// Describes a checkpoint for a person.
 pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     let json = as_json(checkpoint)?;
     let text = |key: &str| {
@@ -107,8 +156,8 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     Ok(out)
 }
 
-/// What a LoRA is: name, family that it seems to be for, names' format, methods, ranks, alphas,
-/// parts with their layers.
+/// Describes a LoRA as one object: name, family that it seems to be for, format of its names,
+/// methods, ranks, alphas, parts with their layers.
 pub fn lora_as_json(lora: &Lora) -> Result<Value> {
     let defaults = lora.distillation().map(|named| named.defaults);
     Ok(json!({
@@ -119,7 +168,7 @@ pub fn lora_as_json(lora: &Lora) -> Result<Value> {
     }))
 }
 
-/// The same for a person.
+/// Describes a LoRA for a person.
 pub fn lora_as_text(lora: &Lora) -> Result<String> {
     let all =
         |numbers: &mut dyn Iterator<Item = String>| match numbers.collect::<Vec<_>>().as_slice() {
@@ -167,7 +216,7 @@ pub fn lora_as_text(lora: &Lora) -> Result<String> {
     Ok(out + &format!("  file size     {:.1} MB\n", lora.bytes() as f64 / 1e6))
 }
 
-/// What an embedding is: its vectors, their widths, and the models that those are usual of.
+/// Describes an embedding: its vectors, their widths, and the model families with those widths.
 pub fn embedding(embedding: &Embedding, as_json: bool) -> String {
     let Embedding {
         token,

@@ -4,9 +4,10 @@
 //! go, and what they remember.
 
 use crate::batch::output_path::{self, Destination, DiskFull};
+use crate::batch::resume::UPSCALED_FROM;
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::progress::{Progress, ProgressMode};
-use crate::cli::say;
+use crate::cli::stdout::say;
 use crate::image::load::{Fit, Input};
 use crate::image::{Format, Metadata, Picture, read_metadata};
 use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
@@ -22,7 +23,6 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,10 +35,6 @@ const LANCZOS_SCALE: f64 = 2.0;
 const DEFAULT_NAME: &str = "{name}-{scale}x";
 /// What a result's name may be made of.
 const PLACEHOLDERS: [&str; 3] = ["{name}", "{scale}", "{index}"];
-/// Metadata key: the pixels that the picture was made from, where they are no drawing that can be
-/// repeated.
-const FROM_KEY: &str = "upscaled_from";
-
 /// What to enlarge, and how.
 #[derive(Debug, Args)]
 pub struct UpscaleArgs {
@@ -221,7 +217,9 @@ impl Upscaler {
         });
         let drawn = serde_json::from_value::<Settings>(known.sdgen.clone()).ok();
         if let Some(settings) = drawn.filter(|drawn| {
-            source.is_lossless && drawn.upscaler.is_none() && known.sdgen.get(FROM_KEY).is_none()
+            source.is_lossless
+                && drawn.upscaler.is_none()
+                && known.sdgen.get(UPSCALED_FROM).is_none()
         }) {
             return self
                 .told(settings)
@@ -232,7 +230,7 @@ impl Upscaler {
             ("upscaler".into(), json!(self.name)),
             ("upscaler_hash".into(), json!(self.hash)),
             ("upscale".into(), json!(self.scale)),
-            (FROM_KEY.into(), json!(source.input.sha256())),
+            (UPSCALED_FROM.into(), json!(source.input.sha256())),
         ]);
         let pairs = format!(
             "Postprocess upscale by: {}, Postprocess upscaler: {}",
@@ -247,16 +245,6 @@ impl Upscaler {
             parameters,
             sdgen: Value::Object(sdgen),
         }
-    }
-}
-
-/// Errors if what a picture says of itself does not lead to its pixels.
-pub fn require_drawn(sdgen: &Value) -> Result<()> {
-    match sdgen.get(FROM_KEY) {
-        None => Ok(()),
-        Some(_) => bail!(
-            "it was upscaled from a file, which cannot be drawn again\n\nhint: check the picture that it was made from"
-        ),
     }
 }
 
@@ -437,11 +425,7 @@ fn save(
         .encode(format, metadata.as_ref())
         .with_context(place)?;
     let Some(to) = file(destination) else {
-        let mut stdout = std::io::stdout();
-        return stdout
-            .write_all(&bytes)
-            .and_then(|()| stdout.flush())
-            .context("cannot write the picture to stdout");
+        return output_path::write_to_stdout(&bytes);
     };
     output_path::save(to, &bytes, args.force)?;
     let record = json!({

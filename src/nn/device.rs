@@ -3,7 +3,6 @@
 use crate::nn::gpu::{Engine, engine};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
-use clap::ValueEnum;
 use std::str::FromStr;
 
 /// `--device`.
@@ -34,7 +33,8 @@ impl FromStr for DeviceChoice {
 }
 
 /// `--dtype`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum DTypeChoice {
     Auto,
     F32,

@@ -5,9 +5,9 @@
 //! pixels of settings. Hides the geometry: borders, the box around what is repainted, and how a
 //! repainted part fades in.
 
-use crate::cli::PictureArgs;
 use crate::image::Picture;
 use crate::image::load::{Fit, Input, resized_levels};
+use crate::pipeline::options::JobOptions;
 use crate::pipeline::params::{Border, Source};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor};
@@ -29,8 +29,8 @@ pub struct Sources<'a> {
     files: HashMap<PathBuf, Known>,
     /// by the address of the options, which are borrowed as long: pictures that differ by their
     /// seeds share them
-    found: HashMap<*const PictureArgs, Option<Found>>,
-    options: PhantomData<&'a PictureArgs>,
+    found: HashMap<*const JobOptions, Option<Found>>,
+    options: PhantomData<&'a JobOptions>,
 }
 
 /// A source picture, and its width and height.
@@ -45,7 +45,7 @@ struct Known {
 
 impl<'a> Sources<'a> {
     /// What the options say of a source picture. Errors if there is none and they say more.
-    pub fn find(&mut self, options: &'a PictureArgs) -> Result<Option<Found>> {
+    pub fn find(&mut self, options: &'a JobOptions) -> Result<Option<Found>> {
         if let Some(found) = self.found.get(&std::ptr::from_ref(options)) {
             return Ok(found.clone());
         }
@@ -54,7 +54,7 @@ impl<'a> Sources<'a> {
         Ok(found)
     }
 
-    fn look(&mut self, options: &PictureArgs) -> Result<Option<Found>> {
+    fn look(&mut self, options: &JobOptions) -> Result<Option<Found>> {
         let Some(image) = &options.image else {
             let given = [
                 ("strength", options.strength.is_some()),

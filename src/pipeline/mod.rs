@@ -9,6 +9,7 @@ pub mod fingerprint;
 pub mod guidance;
 pub mod init_latents;
 pub mod inpaint;
+pub mod options;
 pub mod params;
 pub mod preview;
 pub mod prompt_cache;

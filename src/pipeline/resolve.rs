@@ -1,9 +1,8 @@
 //! A work list + what a checkpoint brings -> what will be drawn. Every contradiction dies here,
 //! before a weight is read.
 
-use crate::batch::jobs::{List, Swept};
+use crate::batch::jobs::JobList;
 use crate::batch::output_path::{Naming, plan_paths};
-use crate::cli::{DrawArgs, PictureArgs, VaeTiling};
 use crate::image::Format;
 use crate::model::Autoencoder;
 use crate::model::unet::{Beside, UNetConfig};
@@ -11,6 +10,7 @@ use crate::nn::device::{Compute, available_memory, require_memory};
 use crate::pipeline::family::{Family, REFINE_AT};
 use crate::pipeline::guidance::Guidance;
 use crate::pipeline::inpaint::Sources;
+use crate::pipeline::options::{JobOptions, RunOptions, SweepPoint, VaeTiling};
 use crate::pipeline::params::{Hires, Merged, Settings, UsedEmbedding, UsedLora};
 use crate::pipeline::preview::Preview;
 use crate::sampling::sampler::Sampler;
@@ -306,23 +306,21 @@ impl Request {
     /// Resolves a work list for this checkpoint. Errors name the option and what it may be, and the
     /// line of the list.
     pub fn resolve(
-        args: &DrawArgs,
-        list: &List,
+        run: &RunOptions,
+        list: &JobList,
         checkpoint: &Checkpoint,
         compute: &Compute,
     ) -> Result<Self> {
         let mut request = Self {
             list: list.name.clone(),
-            trace: args.trace,
+            trace: run.trace,
             ..Self::new(checkpoint)?
         };
         let mut sources = Sources::default();
         let defaults = Family::detect(checkpoint)
             .context(ModelError)?
             .defaults(checkpoint);
-        let prediction = args
-            .prediction
-            .map_or(request.model.scheduler.prediction, Into::into);
+        let prediction = run.prediction.unwrap_or(request.model.scheduler.prediction);
         let (height, width) = request.model.unet.sample_size()?;
         let (height, width) = (height * request.vae.factor(), width * request.vae.factor());
         let sampler = request.model.scheduler.sampler();
@@ -341,7 +339,7 @@ impl Request {
             .vae
             .as_ref()
             .map(|vae| Arc::<str>::from(&*vae.name));
-        for item in &list.items {
+        for item in &list.jobs {
             let options = &item.options;
             let source = list.of_line(item.line, sources.find(options))?;
             let (width, height) = match &source {
@@ -446,7 +444,7 @@ impl Request {
         let mut jobs = std::mem::take(&mut request.jobs);
         for job in &mut jobs {
             job.settings.vae_tiling = request.has_tiles(&job.settings)
-                && match args.vae_tiling {
+                && match run.vae_tiling {
                     VaeTiling::Auto => available.is_some_and(|available| {
                         request.vae_bytes(checkpoint, &job.settings) > available
                     }),
@@ -462,7 +460,7 @@ impl Request {
         let fits = |n: &usize| {
             !compute.device.is_cpu() || require_memory(request.memory_bytes(checkpoint, *n)).is_ok()
         };
-        request.batch_size = args
+        request.batch_size = run
             .batch_size
             .unwrap_or_else(|| (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1));
         Ok(request)
@@ -473,7 +471,7 @@ impl Request {
     /// that.
     fn size_over(
         &self,
-        options: &PictureArgs,
+        options: &JobOptions,
         of: (usize, usize),
         own: (usize, usize),
     ) -> (usize, usize) {
@@ -500,7 +498,7 @@ impl Request {
     }
 
     /// The second, larger picture of one of this size.
-    fn hires(&self, options: &PictureArgs, width: usize, height: usize) -> Result<Option<Hires>> {
+    fn hires(&self, options: &JobOptions, width: usize, height: usize) -> Result<Option<Hires>> {
         let Some(factor) = options.hires else {
             return match options.hires_strength {
                 Some(_) => bail!(
@@ -722,9 +720,9 @@ impl Request {
     }
 
     /// Gives every picture its path. Errors if two would have one.
-    fn name(&mut self, list: &List) -> Result<()> {
+    fn name(&mut self, list: &JobList) -> Result<()> {
         let mut by_output = vec![vec![]; list.outputs.len()];
-        for (index, item) in list.items.iter().enumerate() {
+        for (index, item) in list.jobs.iter().enumerate() {
             if let Some(indices) = by_output.get_mut(item.output) {
                 indices.push(index);
             }
@@ -733,7 +731,7 @@ impl Request {
         for ((destination, format), indices) in list.outputs.iter().zip(by_output) {
             let pairs = indices
                 .iter()
-                .filter_map(|&i| Some((self.jobs.get(i)?, list.items.get(i)?)));
+                .filter_map(|&i| Some((self.jobs.get(i)?, list.jobs.get(i)?)));
             let namings: Vec<Naming> = pairs.map(|(job, item)| naming(job, &item.sweep)).collect();
             for (index, path) in indices
                 .iter()
@@ -846,7 +844,7 @@ impl Request {
     }
 }
 
-fn naming<'a>(job: &'a Job, sweep: &'a Swept) -> Naming<'a> {
+fn naming<'a>(job: &'a Job, sweep: &'a SweepPoint) -> Naming<'a> {
     let Settings {
         prompt,
         negative,
@@ -860,7 +858,7 @@ fn naming<'a>(job: &'a Job, sweep: &'a Swept) -> Naming<'a> {
         source,
         ..
     } = &job.settings;
-    let Swept { name, frame, .. } = sweep;
+    let SweepPoint { name, frame, .. } = sweep;
     Naming {
         prompt,
         negative,

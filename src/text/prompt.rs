@@ -6,7 +6,6 @@
 //! that are none, and they name the place.
 
 use anyhow::{Result, bail, ensure};
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -17,7 +16,8 @@ const SQUARE: f32 = 1.0 / 1.1;
 const MAX_DEPTH: usize = 64;
 
 /// How a prompt is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Syntax {
     /// with weights and the rest, in as many chunks of tokens as it needs

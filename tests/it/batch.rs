@@ -250,11 +250,11 @@ fn a_wrong_line_is_named_with_its_file_its_number_and_what_was_meant() {
         (r#"{"prompt": 5}"#, &["`prompt`"]),
         (
             r#"{"prompt": "x", "steps": "many"}"#,
-            &["`steps` wants a number, not \"many\""],
+            &["`steps` cannot be `many`", "1 to 1000 steps"],
         ),
         (
             r#"{"prompt": "x", "negative": 3}"#,
-            &["`negative` wants a text, not 3"],
+            &["`negative` cannot be `3`", "expected a string"],
         ),
         (
             r#"{"prompt": "x", "steps": 0}"#,
@@ -267,7 +267,7 @@ fn a_wrong_line_is_named_with_its_file_its_number_and_what_was_meant() {
         (r#"{"prompt": "x", "seed": "9..3"}"#, &["`9..3` is empty"]),
         (
             r#"{"prompt": "x", "seed": [1, 2]}"#,
-            &["`seed` wants a number, not [1,2]"],
+            &["`seed` cannot be `[1,2]`", "expected a number"],
         ),
         (
             r#"{"prompt": "x", "width": 13}"#,
@@ -279,9 +279,9 @@ fn a_wrong_line_is_named_with_its_file_its_number_and_what_was_meant() {
         ),
         (
             r#"{"prompt": "x""#,
-            &["line 2 of `list.jsonl`", "no JSON object", "column"],
+            &["line 2 of `list.jsonl`", "not a JSON object", "column"],
         ),
-        (r#"["x"]"#, &["line 2 of `list.jsonl`", "no JSON object"]),
+        (r#"["x"]"#, &["line 2 of `list.jsonl`", "not a JSON object"]),
     ];
     for (line, texts) in cases {
         fs::write(

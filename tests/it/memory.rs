@@ -6,8 +6,8 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, FromArgMatches};
-use sdgen::batch::jobs::List;
-use sdgen::cli::DrawArgs;
+use sdgen::batch::jobs::JobList;
+use sdgen::cli::args::DrawArgs;
 use sdgen::cli::progress::{Progress, ProgressMode};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
 use sdgen::pipeline::generate;
@@ -68,8 +68,13 @@ fn the_bases_weights_are_freed_before_the_refiners_are_read_unless_another_pictu
         checkpoint.refiner =
             with_refiner.then(|| Box::new(Checkpoint::open(Origin::Path(&refiner)).unwrap()));
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
-        let request =
-            Request::resolve(&args, &List::read(&args).unwrap(), &checkpoint, &compute).unwrap();
+        let request = Request::resolve(
+            &args.run_options(),
+            &JobList::read(&args.source()).unwrap(),
+            &checkpoint,
+            &compute,
+        )
+        .unwrap();
         let jobs: Vec<&Job> = request.jobs.iter().collect();
         let progress = Progress::new(ProgressMode::None, true, false);
         // forgets the peak until now

@@ -28,8 +28,8 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, FromArgMatches};
-use sdgen::batch::jobs::List;
-use sdgen::cli::DrawArgs;
+use sdgen::batch::jobs::JobList;
+use sdgen::cli::args::DrawArgs;
 use sdgen::cli::progress::{Progress, ProgressMode};
 use sdgen::model::unet::{UNet, UNetConfig};
 use sdgen::model::vae::{Decoder, VaeConfig};
@@ -1030,8 +1030,13 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
     let draw = |unreadable: bool| {
         let checkpoint = Checkpoint::open(Origin::Path(dir.path())).unwrap();
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
-        let request =
-            Request::resolve(&args, &List::read(&args).unwrap(), &checkpoint, &compute).unwrap();
+        let request = Request::resolve(
+            &args.run_options(),
+            &JobList::read(&args.source()).unwrap(),
+            &checkpoint,
+            &compute,
+        )
+        .unwrap();
         let jobs: Vec<&Job> = request.jobs.iter().collect();
         let progress = Progress::new(ProgressMode::None, true, false);
         let mut pictures = vec![];

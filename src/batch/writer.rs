@@ -1,0 +1,107 @@
+//! Writes files beside the drawing of the next images.
+
+use crate::batch::output_path::{self, DiskFull};
+use crate::batch::report::{OrderedReport, Outcome, Timings};
+use crate::pipeline::Drawn;
+use crate::pipeline::resolve::{Job, Request};
+use anyhow::{Error, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+
+/// Images that may wait to be written; the drawing waits then.
+pub const QUEUE_LENGTH: usize = 4;
+
+/// What became of the images of a run.
+#[derive(Default)]
+pub struct Summary {
+    pub saved: usize,
+    pub failed: usize,
+    pub skipped: usize,
+    pub first_failure: Option<Error>,
+}
+
+/// How images are written.
+#[derive(Debug, Clone, Copy)]
+pub struct WriteOptions {
+    /// Whether a file remembers how it was drawn.
+    pub metadata: bool,
+    /// Whether files that are there may be replaced.
+    pub overwrite: bool,
+}
+
+/// What an [`ImageWriter`] tells while it works.
+pub enum WriteEvent<'a> {
+    /// The image has one colour everywhere.
+    IsFlat(&'a Job),
+    Saved(&'a Job, &'a Drawn),
+    Failed(&'a Job, &'a Error),
+}
+
+/// Encodes and saves images, and reports them in the order of the list.
+pub struct ImageWriter<'a> {
+    pub options: WriteOptions,
+    pub request: &'a Request,
+    pub report: OrderedReport<'a>,
+    pub summary: &'a mut Summary,
+    /// Set when nothing more can be written.
+    pub is_full: &'a AtomicBool,
+    pub on_event: &'a (dyn Fn(WriteEvent) + Sync),
+}
+
+impl<'a> ImageWriter<'a> {
+    /// Takes images until no more come. Errors are those after which no other image can be written
+    /// either.
+    pub fn run(&mut self, images: Receiver<(&'a Job, Result<Drawn>)>) -> Result<()> {
+        let mut ended = Ok(());
+        for (job, drawn) in images {
+            if !self.is_full.load(Ordering::Relaxed) {
+                ended = self.take(job, drawn);
+                self.is_full.store(ended.is_err(), Ordering::Relaxed);
+            }
+        }
+        ended.and(self.report.finish())
+    }
+
+    fn take(&mut self, job: &'a Job, drawn: Result<Drawn>) -> Result<()> {
+        match drawn.and_then(|drawn| self.save(job, drawn)) {
+            Ok(outcome) => {
+                self.summary.saved += 1;
+                self.report.add(job, Some(outcome))
+            }
+            Err(error) if error.is::<DiskFull>() => Err(error),
+            Err(mut error) => {
+                self.summary.failed += 1;
+                if self.request.jobs.len() > 1 {
+                    error = error.context(self.request.place(job));
+                }
+                (self.on_event)(WriteEvent::Failed(job, &error));
+                self.summary.first_failure.get_or_insert(error);
+                self.report.add(job, None)
+            }
+        }
+    }
+
+    fn save(&self, job: &Job, drawn: Drawn) -> Result<Outcome> {
+        if drawn.picture.is_flat() {
+            (self.on_event)(WriteEvent::IsFlat(job));
+        }
+        let remembers = self.options.metadata;
+        let metadata = remembers.then(|| job.settings.metadata(drawn.trace.as_ref()));
+        let bytes = drawn.picture.encode(job.format, metadata.as_ref())?;
+        match &job.path {
+            Some(path) => output_path::save(path, &bytes, self.options.overwrite)?,
+            None => output_path::write_to_stdout(&bytes)?,
+        }
+        (self.on_event)(WriteEvent::Saved(job, &drawn));
+        let wants_hash = self.report.wants_details();
+        Ok(Outcome {
+            sha256: wants_hash.then(|| drawn.picture.sha256()),
+            timings: Some(Timings {
+                sampling_s: drawn.sampling_s,
+                decoding_s: drawn.decoding_s,
+            }),
+            trace: drawn.trace,
+            skipped: false,
+        })
+    }
+}

@@ -1,0 +1,130 @@
+//! What a run says to the person before it draws: what was chosen, what is skipped, and what looks
+//! like a mistake.
+
+use crate::batch::jobs::JobList;
+use crate::cli::args::DrawArgs;
+use crate::cli::progress::Progress;
+use crate::pipeline::family::Family;
+use crate::pipeline::guidance::Guidance;
+use crate::pipeline::options::VaeTiling;
+use crate::pipeline::params::Settings;
+use crate::pipeline::resolve::{Job, Request};
+use crate::weights::Checkpoint;
+use crate::weights::embedding::Embedding;
+
+/// Says the seed if it is random, how many images are skipped, what has no effect, and with `-v`
+/// what the model is and how it draws.
+pub fn announce(
+    args: &DrawArgs,
+    list: &JobList,
+    request: &Request,
+    checkpoint: &Checkpoint,
+    skipped: usize,
+    progress: &Progress,
+) {
+    if let Some(seed) = list.random_seed {
+        progress.note(format!("seed {seed}"));
+    }
+    if args.resume {
+        let total = request.jobs.len();
+        progress.note(format!("{skipped} of {total} pictures are there already"));
+    }
+    warn_of_no_effect(request, checkpoint, progress);
+    if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
+        progress.note(format!("warning: {doubt}"));
+    }
+    if args.vae_tiling == VaeTiling::Auto {
+        tell_of_tiles(request, checkpoint, progress);
+    }
+    tell_of_model(checkpoint, progress);
+    if let Some(Job { settings, .. }) = request.jobs.first() {
+        let guidance = if settings.guidance > 1.0 {
+            format!("guidance {}", settings.guidance)
+        } else {
+            "no guidance".into()
+        };
+        let Settings {
+            model,
+            width,
+            height,
+            steps,
+            sampler,
+            ..
+        } = settings;
+        progress.detail(format!(
+            "{model}: {width}x{height}, {steps} steps of {sampler}, {guidance}"
+        ));
+    }
+}
+
+/// Warns of options that change nothing.
+fn warn_of_no_effect(request: &Request, checkpoint: &Checkpoint, progress: &Progress) {
+    let unguided = |has: fn(&Settings) -> bool| {
+        let mut jobs = request.jobs.iter();
+        jobs.any(|job| job.guidance == Guidance::Off && has(&job.settings))
+    };
+    let negative = unguided(|settings| !settings.negative.is_empty());
+    let rescale = unguided(|settings| settings.guidance_rescale > 0.0);
+    for (is_given, what) in [
+        (negative, "the negative prompt"),
+        (rescale, "`--guidance-rescale`"),
+    ] {
+        if is_given {
+            progress.note(format!(
+                "warning: {what} has no effect without classifier-free guidance"
+            ));
+        }
+    }
+    for Embedding { token, file, .. } in &checkpoint.embeddings {
+        let uses = |job: &Job| {
+            let mut used = job.settings.embeddings.iter();
+            used.any(|used| used.name == *token)
+        };
+        if !request.jobs.iter().any(uses) {
+            progress.note(format!(
+                "warning: no prompt has the word `{token}`, so the embedding `{file}` has no effect"
+            ));
+        }
+    }
+}
+
+/// Says that images are decoded in tiles, if any is.
+fn tell_of_tiles(request: &Request, checkpoint: &Checkpoint, progress: &Progress) {
+    let mut jobs = request.jobs.iter();
+    let Some(Job { settings, .. }) = jobs.find(|job| job.settings.vae_tiling) else {
+        return;
+    };
+    let untiled = Settings {
+        vae_tiling: false,
+        ..settings.clone()
+    };
+    let gigabytes = request.vae_bytes(checkpoint, &untiled) as f64 / 1e9;
+    let Settings { width, height, .. } = settings;
+    progress.note(format!(
+        "{width}x{height} is decoded in tiles: the whole would need about {gigabytes:.1} GB of memory"
+    ));
+}
+
+/// Says how LoRAs fit, how the model was distilled, and what was assumed of it.
+fn tell_of_model(checkpoint: &Checkpoint, progress: &Progress) {
+    for lora in &checkpoint.loras {
+        progress.detail(lora.coverage());
+        if let Some(misfit) = lora.misfit() {
+            progress.note(format!("warning: {misfit}"));
+        }
+    }
+    let family = Family::detect(checkpoint).ok();
+    if let Some(distilled) = family.and_then(|family| family.defaults(checkpoint).distilled) {
+        progress.detail(format!("distilled: {distilled}"));
+    }
+    for assumed in &checkpoint.assumed {
+        progress.detail(format!("assumed: {assumed}"));
+    }
+    if !checkpoint.ignored.is_empty() {
+        progress.detail(format!(
+            "{} tensors are not needed: {}",
+            checkpoint.ignored.len(),
+            checkpoint.ignored.join(", ")
+        ));
+    }
+}

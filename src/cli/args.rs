@@ -1,0 +1,291 @@
+//! The command line as typed: subcommands, options and their help.
+//!
+//! What may differ from image to image is declared in [`JobOptions`], what makes a model in
+//! [`ModelArgs`]; the options of other subcommands stand with these.
+
+use crate::batch::dynamic_prompts::Dynamic;
+use crate::batch::jobs::JobSource;
+use crate::batch::shard::Shard;
+use crate::cli::bench::BenchArgs;
+use crate::cli::check::CheckArgs;
+use crate::cli::inspect::InspectArgs;
+use crate::cli::model_args::ModelArgs;
+use crate::cli::progress::ProgressMode;
+use crate::cli::terminal::ShowChoice;
+use crate::cli::upscale::UpscaleArgs;
+use crate::image::Format;
+use crate::nn::device::{DTypeChoice, DeviceChoice};
+use crate::pipeline::options::{JobOptions, RunOptions, VaeTiling, at_least_one};
+use crate::sampling::schedule::Prediction;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+const EXAMPLES: &str = "\
+Examples:
+  sdgen \"a frog in a top hat\"                       the embedded model: no download
+  sdgen -m sd15 \"a castle at dusk\" --seed 7 -c 4    Stable Diffusion 1.5 from the hub, seeds 7 to 10
+  sdgen -m model.safetensors \"a fox\" -o fox.jpg     any SD1.x, 2.x or XL checkpoint
+  sdgen \"a cat\" -o - | display                      the picture's bytes on stdout
+  sdgen \"a red fish\" --json | jq -r .path           one JSON object a picture
+  sdgen --from prompts.txt -s 1..5 -o x/ --resume   once more, and it goes on where it ended
+  sdgen \"a cat\" -s 1 --sweep steps=10,20 --sweep guidance=3,5,7";
+
+/// Turns a sentence into a picture.
+#[derive(Debug, Parser)]
+#[command(name = "sdgen", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, args_override_self = true, disable_help_flag = true, max_term_width = 120)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub draw: DrawArgs,
+    /// Print this help; --help tells of all options
+    #[arg(short, long, global = true, action = clap::ArgAction::HelpShort, help_heading = "Machine")]
+    help: Option<bool>,
+}
+
+impl Cli {
+    /// Reads the process's arguments; ends it with help or an error if they say so. `--help` has
+    /// the lines of `-h`, and those that it hides.
+    pub fn from_env() -> Self {
+        let mut command = Self::command();
+        if std::env::args_os().any(|arg| arg == "--help") {
+            command = command.mut_args(|arg| arg.hide_short_help(false));
+        }
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// CPU threads to use, if the command has such an option and it is given.
+    pub fn threads(&self) -> Option<usize> {
+        match &self.command {
+            None => self.draw.threads,
+            Some(Command::Bench(args)) => args.threads,
+            Some(Command::Check(args)) => args.threads,
+            Some(Command::Upscale(args)) => args.threads,
+            Some(_) => None,
+        }
+    }
+}
+
+/// All commands but the plain one.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tell what a checkpoint is, from its headers alone
+    Inspect(InspectArgs),
+    /// Draw pictures again from their own metadata and compare; exit 0 only if all are the same
+    Check(CheckArgs),
+    /// Make pictures larger by a network (ESRGAN, Real-ESRGAN), or by Lanczos' formula
+    Upscale(UpscaleArgs),
+    /// Time the steps of this machine on real layer sizes, with random weights
+    Bench(BenchArgs),
+    /// Fetch a model from the hub into its cache
+    Pull {
+        /// Hub id (owner/name) or short name
+        model: String,
+    },
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+}
+
+/// What to draw, and how.
+#[derive(Debug, Args)]
+pub struct DrawArgs {
+    /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
+    pub prompt: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The folder of the LoRAs that prompts name as A1111's do: <lora:NAME:X>
+    #[arg(
+        hide_short_help = true,
+        long,
+        value_name = "DIR",
+        help_heading = "Model"
+    )]
+    pub lora_dir: Option<PathBuf>,
+    /// Take a LoRA that fits the model only in part for an error
+    #[arg(hide_short_help = true, long, help_heading = "Model")]
+    pub strict: bool,
+    /// What the network predicts if the checkpoint does not say: epsilon or v
+    #[arg(
+        hide_short_help = true,
+        long,
+        hide_possible_values = true,
+        value_name = "TYPE",
+        help_heading = "Model"
+    )]
+    pub prediction: Option<PredictionChoice>,
+    /// Decode in tiles: on, off or auto, where the whole does not fit in memory
+    #[arg(
+        hide_short_help = true,
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "WHEN",
+        help_heading = "Model"
+    )]
+    pub vae_tiling: VaeTiling,
+
+    #[command(flatten)]
+    pub job: JobOptions,
+
+    /// A list: .txt of prompts, .jsonl of objects with options; `-`: stdin
+    #[arg(long, value_name = "FILE", help_heading = "Many pictures")]
+    pub from: Option<PathBuf>,
+    /// Each value of an option; if given again, each combination
+    #[arg(long, value_name = "KEY=A,B,...", help_heading = "Many pictures")]
+    pub sweep: Vec<String>,
+    /// Prompts are templates: {red|green} frog, {2$$a|b|c}, __list__; random for each seed, or =all
+    #[arg(hide_short_help = true, long, num_args = 0..=1, require_equals = true, default_missing_value = "random", hide_possible_values = true, value_name = "HOW", help_heading = "Many pictures")]
+    pub dynamic: Option<Dynamic>,
+    /// Where __list__ finds list.txt, a line for each alternative [default: wildcards]
+    #[arg(
+        hide_short_help = true,
+        long,
+        requires = "dynamic",
+        value_name = "FOLDER",
+        help_heading = "Many pictures"
+    )]
+    pub wildcards: Option<PathBuf>,
+    /// Skip pictures that are there with the same settings; overwrite those with others
+    #[arg(long, conflicts_with_all = ["no_metadata", "force"], help_heading = "Many pictures")]
+    pub resume: bool,
+    /// Draw only part I of N of the list, from 0; auto: as Slurm, Kubernetes and others say
+    #[arg(long, value_name = "I/N|auto", help_heading = "Many pictures")]
+    pub shard: Option<Shard>,
+    /// Draw nothing; print which pictures are missing or have other settings
+    #[arg(long, conflicts_with_all = ["resume", "dry_run", "no_metadata"], help_heading = "Many pictures")]
+    pub verify: bool,
+    /// Print the work list and the memory it needs; read no weights, draw nothing
+    #[arg(long, help_heading = "Many pictures")]
+    pub dry_run: bool,
+    /// A contact sheet of all pictures as well
+    #[arg(long, value_name = "FILE", help_heading = "Many pictures")]
+    pub grid: Option<PathBuf>,
+    /// Write what --json prints into a file
+    #[arg(
+        hide_short_help = true,
+        long,
+        value_name = "FILE",
+        help_heading = "Many pictures"
+    )]
+    pub manifest: Option<PathBuf>,
+    /// Pictures a forward pass; never changes a picture [default: up to 4]
+    #[arg(short, long, value_parser = at_least_one, value_name = "N", help_heading = "Many pictures")]
+    pub batch_size: Option<usize>,
+
+    /// png, jpg or webp [default: from the name, else png]
+    #[arg(long, value_name = "FORMAT", help_heading = "Output")]
+    pub format: Option<Format>,
+    /// Overwrite what is there
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+    /// Make each picture larger: an upscaler's .safetensors file or lanczos, and perhaps how many
+    /// times
+    #[arg(
+        hide_short_help = true,
+        long,
+        value_name = "FILE[:X]",
+        help_heading = "Output"
+    )]
+    pub upscale: Option<OsString>,
+    /// Draw in the terminal too: auto, kitty, iterm, sixel, blocks, blocks256
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "auto", hide_possible_values = true, value_name = "HOW", help_heading = "Output")]
+    pub show: Option<ShowChoice>,
+    /// Leave prompt and settings out of the file
+    #[arg(long, help_heading = "Output")]
+    pub no_metadata: bool,
+    /// One JSON object a picture on stdout
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    /// Keep a hash of every stage, for `sdgen check` to compare
+    #[arg(hide_short_help = true, long, help_heading = "Output")]
+    pub trace: bool,
+
+    /// auto, cpu, cuda[:N] or metal
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        value_name = "NAME",
+        help_heading = "Machine"
+    )]
+    pub device: DeviceChoice,
+    /// Type of weights and activations: auto, f32, bf16 or f16
+    #[arg(
+        hide_short_help = true,
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "TYPE",
+        help_heading = "Machine"
+    )]
+    pub dtype: DTypeChoice,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Machine")]
+    pub threads: Option<usize>,
+    /// What to show while drawing: auto, bar, json (events, one a line) or none
+    #[arg(
+        long,
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true,
+        value_name = "MODE",
+        help_heading = "Machine"
+    )]
+    pub progress: ProgressMode,
+    /// Say nothing but errors
+    #[arg(short, long, conflicts_with = "verbose", help_heading = "Machine")]
+    pub quiet: bool,
+    /// Say what takes how long
+    #[arg(short, long, help_heading = "Machine")]
+    pub verbose: bool,
+}
+
+impl DrawArgs {
+    /// Where the prompts come from.
+    pub fn source(&self) -> JobSource<'_> {
+        JobSource {
+            prompt: self.prompt.as_deref(),
+            from: self.from.as_deref(),
+            options: &self.job,
+            sweeps: &self.sweep,
+            dynamic: self.dynamic,
+            wildcards: self.wildcards.as_deref().unwrap_or(Path::new("wildcards")),
+            format: self.format,
+        }
+    }
+
+    /// Whether files that are there may be replaced.
+    pub fn overwrites(&self) -> bool {
+        self.force || self.resume
+    }
+
+    /// What is asked of the whole run.
+    pub fn run_options(&self) -> RunOptions {
+        RunOptions {
+            prediction: self.prediction.map(Into::into),
+            vae_tiling: self.vae_tiling,
+            batch_size: self.batch_size,
+            trace: self.trace,
+        }
+    }
+}
+
+/// `--prediction`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum PredictionChoice {
+    Epsilon,
+    #[value(alias = "v-prediction", alias = "v_prediction")]
+    V,
+}
+
+impl From<PredictionChoice> for Prediction {
+    fn from(choice: PredictionChoice) -> Self {
+        match choice {
+            PredictionChoice::Epsilon => Self::Epsilon,
+            PredictionChoice::V => Self::V,
+        }
+    }
+}

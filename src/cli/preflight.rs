@@ -1,0 +1,156 @@
+//! What is found out before anything is drawn: contradictions, files that cannot be written, LoRAs
+//! that prompts name.
+
+use crate::batch::jobs::JobList;
+use crate::batch::output_path::{self, Destination};
+use crate::cli::args::DrawArgs;
+use crate::cli::model_args::LoraArg;
+use crate::cli::progress::ProgressMode;
+use crate::cli::upscale::Upscaler;
+use crate::image::Format;
+use crate::pipeline::fingerprint::Trace;
+use crate::pipeline::guidance::Guidance;
+use crate::pipeline::resolve::{Job, Request};
+use crate::text::prompt::Syntax;
+use crate::weights::lora;
+use anyhow::{Context, Result, anyhow, bail};
+use std::path::Path;
+
+/// Errors if options contradict each other, before a model is looked at.
+pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
+    let mut outputs = list.outputs.iter();
+    let to_stdout = outputs.any(|(destination, _)| matches!(destination, Destination::Stdout));
+    if to_stdout && args.json {
+        bail!("`-o -` and `--json` both want stdout");
+    }
+    if args.trace && args.no_metadata && !args.json && args.manifest.is_none() {
+        bail!(
+            "with `--no-metadata` nothing keeps what `--trace` finds\n\nhint: `--json` or `--manifest FILE` does"
+        );
+    }
+    if args.show.is_some() && args.progress == ProgressMode::Json {
+        bail!("`--show` and `--progress json` both want stderr");
+    }
+    if to_stdout && args.grid.is_some() {
+        bail!("`--grid` is made of files, but `-o -` writes none");
+    }
+    if let Some(path) = &args.grid {
+        Format::of_path(path)?;
+        output_path::check_writable(&[path], true, args.overwrites())?;
+    }
+    let looks_for_files = [("--verify", args.verify), ("--resume", args.resume)];
+    let mut given = looks_for_files
+        .into_iter()
+        .filter(|(_, is_given)| *is_given);
+    if let (true, Some((option, _))) = (to_stdout, given.next()) {
+        bail!("`{option}` looks for files, but `-o -` writes none");
+    }
+    let by_others = [
+        ("--resume", args.resume),
+        ("--verify", args.verify),
+        ("--shard", args.shard.is_some()),
+    ];
+    let mut given = by_others.into_iter().filter(|(_, is_given)| *is_given);
+    if let (Some(seed), Some((option, _))) = (list.random_seed, given.next()) {
+        bail!(
+            "`{option}` cannot know the random seeds of another run\n\nhint: `--seed {seed}`, or the seed that was printed"
+        );
+    }
+    Ok(())
+}
+
+/// The LoRAs of the run: those of `--lora`, then those of A1111's tags, which are taken out of the
+/// prompts. Errors if prompts differ in their tags, or a tag's file is not found.
+pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraArg>> {
+    let mut of_all = None;
+    for item in list
+        .jobs
+        .iter_mut()
+        .filter(|item| item.options.prompt_syntax != Some(Syntax::Plain))
+    {
+        let (text, tags) = lora::take_tags(&item.prompt)?;
+        if !tags.is_empty() {
+            item.prompt = text.into();
+        }
+        if *of_all.get_or_insert_with(|| tags.clone()) != tags {
+            return Err(anyhow!(
+                "prompts name different LoRAs\n\nhint: LoRAs are of a whole run; make one of each, `--lora` is for all"
+            ));
+        }
+    }
+    let find = |(name, strength): (String, f64)| {
+        let hint = "`--lora-dir DIR` says where its file is; `--prompt-syntax plain` takes every character for itself";
+        let folder = args
+            .lora_dir
+            .as_ref()
+            .with_context(|| format!("the prompt names the LoRA `{name}`\n\nhint: {hint}"))?;
+        Ok(LoraArg {
+            path: lora::find_named(folder, &name)?,
+            strength,
+        })
+    };
+    let named = of_all
+        .unwrap_or_default()
+        .into_iter()
+        .map(find)
+        .collect::<Result<Vec<_>>>()?;
+    Ok(args.model.lora.iter().cloned().chain(named).collect())
+}
+
+/// Notes in the settings that images are made larger, and returns about how many bytes of memory
+/// that takes. Errors if one would be too large.
+pub fn plan_upscaling(request: &mut Request, upscaler: Option<&Upscaler>) -> Result<u64> {
+    let Some(upscaler) = upscaler else {
+        return Ok(0);
+    };
+    let mut bytes = 0;
+    for job in &request.jobs {
+        let (width, height) = job.settings.final_size();
+        upscaler
+            .size(width, height)
+            .with_context(|| request.place(job))?;
+        bytes = bytes.max(upscaler.bytes(width, height));
+    }
+    for job in &mut request.jobs {
+        job.settings = upscaler.told(job.settings.clone());
+    }
+    Ok(bytes)
+}
+
+/// Errors if an image cannot be stored: its file exists or cannot be written, or its metadata is too
+/// large for its format.
+pub fn check_files(args: &DrawArgs, list: &JobList, request: &Request) -> Result<()> {
+    let is_template = |job: &Job| {
+        let output = list
+            .jobs
+            .get(job.index)
+            .and_then(|spec| list.outputs.get(spec.output));
+        output.is_some_and(|(destination, _)| matches!(destination, Destination::Template(_)))
+    };
+    for make_folders in [false, true] {
+        let jobs = request
+            .jobs
+            .iter()
+            .filter(|job| is_template(job) == make_folders);
+        let paths: Vec<&Path> = jobs.filter_map(|job| job.path.as_deref()).collect();
+        output_path::check_writable(&paths, make_folders, args.overwrites())?;
+    }
+    for job in request
+        .jobs
+        .iter()
+        .filter(|job| job.format == Format::Jpg && !args.no_metadata)
+    {
+        let trace = args.trace.then(|| {
+            Trace::blank(
+                1 + usize::from(job.guidance != Guidance::Off),
+                job.refine.is_some(),
+                job.evaluations(),
+            )
+        });
+        job.settings
+            .metadata(trace.as_ref())
+            .check(job.format)
+            .with_context(|| request.place(job))?;
+    }
+    Ok(())
+}

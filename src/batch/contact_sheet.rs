@@ -12,11 +12,9 @@ use epaint_default_fonts::{NOTO_EMOJI_REGULAR, UBUNTU_LIGHT};
 
 use crate::batch::jobs::JobList;
 use crate::batch::output_path;
-use crate::image::{Format, Picture};
+use crate::image::{Format, MAX_SIDE_PX, Picture};
 use crate::pipeline::resolve::Job;
 
-/// The most that WebP and many viewers take.
-const MAX_SIDE_PX: usize = 16_384;
 /// 256 megapixels, 768 MiB of RGB.
 const MAX_AREA_PX: usize = 256 << 20;
 /// A single row with more columns than this goes on below.

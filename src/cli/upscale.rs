@@ -15,7 +15,7 @@ use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::OutOfMemory;
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::params::Settings;
-use crate::pipeline::resolve::MAX_SIDE_PX;
+use crate::image::MAX_SIDE_PX;
 use crate::weights::{Checkpoint, ModelError, UPSCALERS};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::DType;

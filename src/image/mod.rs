@@ -21,6 +21,8 @@ use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat};
 use sha2::{Digest, Sha256};
 
+/// The longest side of an image in pixels; more are mistakes.
+pub const MAX_SIDE_PX: usize = 16384;
 /// Close to the eye's limit; the encoder keeps the colour at full resolution (4:4:4).
 const JPEG_QUALITY: u8 = 95;
 /// The text that A1111 writes and that prompt readers look for.

@@ -7,7 +7,7 @@ use crate::sampling::schedule::Prediction;
 use candle_core::{D, Result, Tensor};
 
 /// A U-Net with its conditioning, seen as a denoiser.
-pub struct Guided<'a> {
+pub struct CfgDenoiser<'a> {
     /// told of what the guidance says, one block of pictures after the other
     pub unet: Told<'a>,
     pub guidance: Guidance,
@@ -20,7 +20,7 @@ pub struct Guided<'a> {
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
     pub prediction: Prediction,
-    pub reuse: Reuse,
+    pub deep_cache: DeepCache,
 }
 
 /// What the network is told of in every step, and what is steered away from.
@@ -48,7 +48,7 @@ impl Guidance {
 }
 
 /// How the U-Net's inner levels are reused from step to step (DeepCache).
-pub struct Reuse {
+pub struct DeepCache {
     /// they run in every `interval`th step only
     interval: usize,
     /// calls so far
@@ -56,7 +56,7 @@ pub struct Reuse {
     inner: Option<Tensor>,
 }
 
-impl Reuse {
+impl DeepCache {
     /// The inner levels run in the first of every `interval` steps; 1 reuses nothing.
     pub fn every(interval: usize) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl Reuse {
     }
 }
 
-impl Guided<'_> {
+impl CfgDenoiser<'_> {
     /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in
     /// f32.
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {

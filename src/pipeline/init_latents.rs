@@ -1,202 +1,120 @@
-//! Source pictures in latents: what [`crate::pipeline::inpaint`] reads, encoded.
-//!
-//! Hides when the encoder's weights are there, and that a picture is encoded once for all that is
-//! drawn over it.
+//! The latents of init images, encoded once for all images that are drawn over them.
 
-use crate::cli::progress::Progress;
+use super::Run;
+use super::inpaint::InitImage;
+use super::job::Job;
+use super::settings::{Settings, Source};
 use crate::image::Picture;
-use crate::model::{Autoencoder, Encoder, Posterior};
-use crate::nn::device::Compute;
+use crate::model::Posterior;
 use crate::nn::padding::Tile;
-use crate::pipeline::inpaint::Canvas;
-use crate::pipeline::params::{Settings, Source};
-use crate::pipeline::resolve::Job;
-use crate::weights::{Checkpoint, ModelError};
-use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
+use anyhow::Result;
+use candle_core::Tensor;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Sources that are kept for later pictures at most, and the pixels of those that drawings are put
-/// back into.
-const KEPT: usize = 64;
-const KEPT_PIXELS: usize = 1 << 26;
+/// Init images that are kept for later images at most.
+const MAX_CACHED: usize = 64;
+/// Pixels of those that are kept for compositing, in all.
+const MAX_CACHED_PIXELS: usize = 1 << 26;
 
-/// One source picture.
-pub struct Ground {
+/// The latents of one init image.
+pub struct InitLatents {
     pub image: Posterior,
     /// what of it is repainted, if not all
-    pub repainted: Option<Repainted>,
-    /// where that is put back
-    canvas: Option<Canvas>,
+    pub inpaint: Option<InpaintLatents>,
+    /// what the drawing is composited into
+    composite: Option<InitImage>,
 }
 
-/// A part of a picture.
-pub struct Repainted {
+/// The part of an image that is repainted.
+pub struct InpaintLatents {
     /// [1, h, w, 1], 1 where it is repainted
     pub mask: Tensor,
-    /// of the picture with grey there
-    pub rest: Posterior,
+    /// of the image with grey where it is repainted
+    pub masked_image: Posterior,
 }
 
+/// The source, the size that it is brought to, and the axes on which it is seamless.
 type Key = (Arc<Source>, usize, usize, Option<Tile>);
 
-/// The source, the size that it is brought to, and whether it is seamless; none for a picture from
-/// noise alone.
+/// The key of an image's init image; none for an image from noise alone.
 fn key(settings: &Settings) -> Option<Key> {
-    Some((
-        settings.source.clone()?,
-        settings.width,
-        settings.height,
-        settings.tile,
-    ))
+    Some((settings.source.clone()?, settings.width, settings.height, settings.tile))
 }
 
-/// The sources of a run.
-pub struct Grounds<'a> {
-    checkpoint: &'a Checkpoint,
-    vae: &'a Autoencoder,
-    known: HashMap<Key, Arc<Ground>>,
-    encoder: Option<Encoder>,
-}
+/// The init latents of a run.
+#[derive(Default)]
+pub struct InitLatentsCache(HashMap<Key, Arc<InitLatents>>);
 
-impl<'a> Grounds<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, vae: &'a Autoencoder) -> Self {
-        Self {
-            checkpoint,
-            vae,
-            known: HashMap::new(),
-            encoder: None,
-        }
-    }
-
-    /// Those of a batch, in its order; empty if it is drawn from noise alone. `next` are the jobs
-    /// after it.
-    pub fn of<'j>(
-        &mut self,
-        batch: &[&Job],
-        mut next: impl Iterator<Item = &'j Job>,
-        compute: &Compute,
-        progress: &Progress,
-    ) -> Result<Vec<Arc<Ground>>> {
-        let mut grounds = vec![];
+impl InitLatentsCache {
+    /// Returns the init latents of a batch, in its order; empty if it starts from noise alone.
+    pub fn get(&mut self, batch: &[&Job], run: &Run) -> Result<Vec<Arc<InitLatents>>> {
+        let mut all = vec![];
         for job in batch {
-            let Some(key) = key(&job.settings) else {
-                continue;
-            };
-            let ground = match self.known.get(&key) {
-                Some(known) => known.clone(),
+            let Some(key) = key(&job.settings) else { continue };
+            let latents = match self.0.get(&key) {
+                Some(cached) => cached.clone(),
                 None => {
-                    let ground = Arc::new(self.ground(&job.settings, &key.0, compute, progress)?);
-                    let pixels =
-                        |ground: &Arc<Ground>| ground.canvas.as_ref().map_or(0, Canvas::pixels);
-                    if self.known.len() >= KEPT
-                        || self.known.values().map(pixels).sum::<usize>() + pixels(&ground)
-                            > KEPT_PIXELS
-                    {
-                        self.known.clear();
-                    }
-                    self.known.insert(key, ground.clone());
-                    ground
+                    let latents = Arc::new(InitLatents::encode(&job.settings, &key.0, run)?);
+                    self.insert(key, latents.clone());
+                    latents
                 }
             };
-            grounds.push(ground);
+            all.push(latents);
         }
-        if !next.any(|job| {
-            job.enlarge.is_some()
-                || key(&job.settings).is_some_and(|key| !self.known.contains_key(&key))
-        }) {
-            self.encoder = None;
-        }
-        Ok(grounds)
+        Ok(all)
     }
 
-    /// A picture that was just drawn and is drawn over at once.
-    pub fn of_drawn(
-        &mut self,
-        drawn: &Picture,
-        settings: &Settings,
-        compute: &Compute,
-        progress: &Progress,
-    ) -> Result<Arc<Ground>> {
-        let image = self.encode(
-            &drawn.to_tensor(&compute.device)?,
-            settings,
-            compute,
-            progress,
-        )?;
-        Ok(Arc::new(Ground {
-            image,
-            repainted: None,
-            canvas: None,
-        }))
+    /// Whether one of these jobs needs an encoder that has not run for it yet.
+    pub fn needs_encoder<'j>(&self, mut jobs: impl Iterator<Item = &'j Job>) -> bool {
+        jobs.any(|job| {
+            let is_cached = |key| self.0.contains_key(&key);
+            job.hires_plan.is_some() || !key(&job.settings).is_none_or(is_cached)
+        })
     }
 
-    /// A drawn picture, put back into its source if it is a part of that.
-    pub fn put_back(&self, job: &Job, drawn: Picture) -> Result<Picture> {
-        let Settings {
-            source,
-            width,
-            height,
-            ..
-        } = &job.settings;
+    fn insert(&mut self, key: Key, latents: Arc<InitLatents>) {
+        let pixels = |latents: &Arc<InitLatents>| {
+            latents.composite.as_ref().map_or(0, InitImage::composite_pixels)
+        };
+        let total = self.0.values().map(pixels).sum::<usize>() + pixels(&latents);
+        if self.0.len() >= MAX_CACHED || total > MAX_CACHED_PIXELS {
+            self.0.clear();
+        }
+        self.0.insert(key, latents);
+    }
+
+    /// Composites a drawn image into its init image, if only a part of that is repainted.
+    pub fn composite(&self, job: &Job, drawn: Picture) -> Result<Picture> {
+        let Settings { source, width, height, .. } = &job.settings;
         let Some(source) = source.as_ref().filter(|source| source.repaints()) else {
             return Ok(drawn);
         };
-        Ok(
-            match key(&job.settings).and_then(|key| self.known.get(&key)?.canvas.as_ref()) {
-                Some(canvas) => canvas.put_back(drawn),
-                // forgotten, as there were too many
-                None => Canvas::read(source, *width, *height)?.put_back(drawn),
-            },
-        )
-    }
-
-    fn encoder(&mut self, compute: &Compute, progress: &Progress) -> Result<&Encoder> {
-        Ok(match &mut self.encoder {
-            Some(encoder) => encoder,
-            none => {
-                progress.stage("encoding the picture");
-                let weights = self.checkpoint.weights("vae", &compute.device, DType::F32);
-                none.insert(self.vae.encoder(&weights).context(ModelError)?)
-            }
+        let cached = key(&job.settings).and_then(|key| self.0.get(&key)?.composite.as_ref());
+        Ok(match cached {
+            Some(init) => init.composite(drawn),
+            // forgotten, as there were too many
+            None => InitImage::read(source, *width, *height)?.composite(drawn),
         })
     }
+}
 
-    /// RGB [1, h, w, 3] of a picture with these settings.
-    fn encode(
-        &mut self,
-        rgb: &Tensor,
-        settings: &Settings,
-        compute: &Compute,
-        progress: &Progress,
-    ) -> Result<Posterior> {
-        let tile = settings.vae_tiling.then(|| self.vae.tile());
-        let encoder = self.encoder(compute, progress)?;
-        encoder.wrap().set(settings.tile);
-        Ok(encoder.encode(rgb, tile)?)
+impl InitLatents {
+    /// Encodes an image that was just drawn, for the second pass over it.
+    pub fn of_drawn(drawn: &Picture, settings: &Settings, run: &Run) -> Result<Self> {
+        let image = run.encode(&drawn.to_tensor(run.device())?, settings)?;
+        Ok(Self { image, inpaint: None, composite: None })
     }
 
-    fn ground(
-        &mut self,
-        settings: &Settings,
-        source: &Source,
-        compute: &Compute,
-        progress: &Progress,
-    ) -> Result<Ground> {
-        let mut encode = |rgb: &Tensor| self.encode(rgb, settings, compute, progress);
-        let canvas = Canvas::read(source, settings.width, settings.height)?;
-        let image = encode(&canvas.picture.to_tensor(&compute.device)?)?;
-        let rest = canvas
-            .kept_rgb(&compute.device)?
-            .map(|kept| encode(&kept))
-            .transpose()?;
-        let mask = canvas.mask(self.vae.factor(), &compute.device)?;
-        let repainted = mask.zip(rest).map(|(mask, rest)| Repainted { mask, rest });
-        Ok(Ground {
-            image,
-            canvas: repainted.is_some().then_some(canvas),
-            repainted,
-        })
+    fn encode(settings: &Settings, source: &Source, run: &Run) -> Result<Self> {
+        let init = InitImage::read(source, settings.width, settings.height)?;
+        let image = run.encode(&init.picture.to_tensor(run.device())?, settings)?;
+        let masked = init.masked_rgb(run.device())?;
+        let masked = masked.map(|rgb| run.encode(&rgb, settings)).transpose()?;
+        let mask = init.mask(run.vae_factor(), run.device())?;
+        let inpaint = mask
+            .zip(masked)
+            .map(|(mask, masked_image)| InpaintLatents { mask, masked_image });
+        Ok(Self { image, composite: inpaint.is_some().then_some(init), inpaint })
     }
 }

@@ -1,18 +1,17 @@
-//! What a picture is drawn over: a source picture brought to its size, which part of it is
-//! repainted, and how what was drawn is put back.
+//! Init images: brought to the size of the drawing, with the mask of what is repainted, and the
+//! composition of what was drawn with what stays.
 //!
-//! [`Sources`] makes settings of arguments and reads no more of a file than once; [`Canvas`] makes
+//! [`InitImageFinder`] makes settings of options and reads each file once; [`InitImage`] makes
 //! pixels of settings. Hides the geometry: borders, the box around what is repainted, and how a
 //! repainted part fades in.
 
 use crate::image::Picture;
 use crate::image::load::{Fit, Input, resized_levels};
-use crate::pipeline::options::JobOptions;
-use crate::pipeline::params::{Border, Source};
+use super::options::JobOptions;
+use super::settings::{Border, Source};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor};
-use std::collections::HashMap;
-use std::marker::PhantomData;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,38 +22,28 @@ const WHITE: u8 = 128;
 /// How far the noise of a new border goes from the colour of the edge, in levels.
 const BORDER_NOISE: i32 = 24;
 
-/// What is known of the files that a list names.
+/// Finds the init images that options name.
 #[derive(Default)]
-pub struct Sources<'a> {
-    files: HashMap<PathBuf, Known>,
-    /// by the address of the options, which are borrowed as long: pictures that differ by their
-    /// seeds share them
-    found: HashMap<*const JobOptions, Option<Found>>,
-    options: PhantomData<&'a JobOptions>,
+pub struct InitImageFinder {
+    files: HashMap<PathBuf, FileInfo>,
+    /// one for all images of a run that weight it
+    sources: HashSet<Arc<Source>>,
 }
 
-/// A source picture, and its width and height.
+/// An init image, and its width and height.
 pub type Found = (Arc<Source>, (usize, usize));
 
 #[derive(Clone)]
-struct Known {
+struct FileInfo {
     size: (usize, usize),
     hash: Arc<str>,
     is_partly_transparent: bool,
 }
 
-impl<'a> Sources<'a> {
-    /// What the options say of a source picture. Errors if there is none and they say more.
-    pub fn find(&mut self, options: &'a JobOptions) -> Result<Option<Found>> {
-        if let Some(found) = self.found.get(&std::ptr::from_ref(options)) {
-            return Ok(found.clone());
-        }
-        let found = self.look(options)?;
-        self.found.insert(options, found.clone());
-        Ok(found)
-    }
-
-    fn look(&mut self, options: &JobOptions) -> Result<Option<Found>> {
+impl InitImageFinder {
+    /// Returns the init image that the options name, if they do. Errors if they name none and say
+    /// more about it, or if a file cannot be read.
+    pub fn find(&mut self, options: &JobOptions) -> Result<Option<Found>> {
         let Some(image) = &options.image else {
             let given = [
                 ("strength", options.strength.is_some()),
@@ -72,7 +61,7 @@ impl<'a> Sources<'a> {
                 None => Ok(None),
             };
         };
-        let known = self.read(image)?;
+        let info = self.read(image)?;
         let mask = options
             .mask
             .as_deref()
@@ -81,16 +70,16 @@ impl<'a> Sources<'a> {
         let text = |path: &Path| -> Result<Arc<str>> {
             let text = path
                 .to_str()
-                .with_context(|| format!("the name `{}` is no UTF-8 text", path.display()))?;
+                .with_context(|| format!("the name `{}` is not UTF-8 text", path.display()))?;
             Ok(text.into())
         };
         let source = Source {
             image: text(image)?,
-            image_hash: known.hash,
+            image_hash: info.hash,
             fit: options.fit.unwrap_or(Fit::Crop),
             mask: mask.as_ref().map(|(path, _)| text(path)).transpose()?,
-            mask_hash: mask.map(|(_, known)| known.hash),
-            alpha: known.is_partly_transparent
+            mask_hash: mask.map(|(_, info)| info.hash),
+            alpha: info.is_partly_transparent
                 && options.mask.is_none()
                 && options.extend.is_none(),
             feather: options.feather.unwrap_or(FEATHER),
@@ -127,10 +116,18 @@ impl<'a> Sources<'a> {
                 source.image
             );
         }
-        let (width, height) = known.size;
+        let (width, height) = info.size;
         let border = source.extend.unwrap_or_default();
+        let source = match self.sources.get(&source) {
+            Some(shared) => shared.clone(),
+            None => {
+                let source = Arc::new(source);
+                self.sources.insert(source.clone());
+                source
+            }
+        };
         Ok(Some((
-            Arc::new(source),
+            source,
             (
                 width + border.left + border.right,
                 height + border.top + border.bottom,
@@ -138,22 +135,22 @@ impl<'a> Sources<'a> {
         )))
     }
 
-    fn read(&mut self, path: &Path) -> Result<Known> {
-        if let Some(known) = self.files.get(path) {
-            return Ok(known.clone());
+    fn read(&mut self, path: &Path) -> Result<FileInfo> {
+        if let Some(info) = self.files.get(path) {
+            return Ok(info.clone());
         }
         let input = Input::read(path)?;
         let is_partly_transparent = input
             .alpha
             .as_ref()
             .is_some_and(|alpha| alpha.iter().any(|level| u8::MAX - level >= WHITE));
-        let known = Known {
+        let info = FileInfo {
             size: (input.picture.width, input.picture.height),
             hash: input.sha256().into(),
             is_partly_transparent,
         };
-        self.files.insert(path.into(), known.clone());
-        Ok(known)
+        self.files.insert(path.into(), info.clone());
+        Ok(info)
     }
 }
 
@@ -164,32 +161,32 @@ impl Source {
     }
 }
 
-/// A source picture of the drawing's size.
-pub struct Canvas {
+/// An init image of the drawing's size.
+pub struct InitImage {
     pub picture: Picture,
     /// [height * width], whether a pixel is repainted; none if all are
     mask: Option<Vec<bool>>,
-    back: Option<Back>,
+    composite: Option<Composite>,
 }
 
-/// Where a repainted part goes.
-struct Back {
+/// What the drawing is composited into.
+struct Composite {
     whole: Picture,
-    /// [height * width] of the whole: how much of it comes from what is drawn, of 255
-    share: Vec<u8>,
-    place: Area,
+    /// [height * width] of the whole: the weight of what is drawn, of 255
+    weights: Vec<u8>,
+    region: Region,
 }
 
-/// Pixels of a picture.
+/// A rectangle of an image, in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Area {
+struct Region {
     left: usize,
     top: usize,
     width: usize,
     height: usize,
 }
 
-impl Canvas {
+impl InitImage {
     /// Reads the files for a drawing of this size. Errors if they have changed since their hashes
     /// were taken, or if nothing would be repainted.
     pub fn read(source: &Source, width: usize, height: usize) -> Result<Self> {
@@ -221,7 +218,7 @@ impl Canvas {
             return Ok(Self {
                 picture: whole,
                 mask: None,
-                back: None,
+                composite: None,
             });
         };
         let Some(bounds) = bounds(&mask, whole.width) else {
@@ -230,9 +227,9 @@ impl Canvas {
                 "`{name}` leaves nothing to repaint\n\nhint: what is white in a mask is repainted, or what is transparent without one"
             );
         };
-        let place = match source.only_masked {
+        let region = match source.only_masked {
             Some(padding) => bounds.grown(padding, (width, height), (whole.width, whole.height)),
-            None => Area {
+            None => Region {
                 left: 0,
                 top: 0,
                 width: whole.width,
@@ -241,29 +238,29 @@ impl Canvas {
         };
         let levels: Vec<u8> = mask.iter().map(|is| if *is { 255 } else { 0 }).collect();
         let part = Picture {
-            width: place.width,
-            height: place.height,
-            rgb: place.of(&whole.rgb, whole.width, 3),
+            width: region.width,
+            height: region.height,
+            rgb: region.of(&whole.rgb, whole.width, 3),
         };
         let levels = resized_levels(
-            &place.of(&levels, whole.width, 1),
-            [place.width, place.height],
+            &region.of(&levels, whole.width, 1),
+            [region.width, region.height],
             [width, height],
         );
-        let share = shares(&mask, whole.width, source.feather);
+        let weights = feathered(&mask, whole.width, source.feather);
         Ok(Self {
             picture: part.fit(width, height, Fit::Stretch),
             mask: Some(is_white(levels)),
-            back: Some(Back {
+            composite: Some(Composite {
                 whole,
-                share,
-                place,
+                weights,
+                region,
             }),
         })
     }
 
     /// RGB [1, h, w, 3] in 0..=1 with grey where it is repainted; none if all of it is.
-    pub fn kept_rgb(&self, device: &Device) -> TensorResult<Option<Tensor>> {
+    pub fn masked_rgb(&self, device: &Device) -> TensorResult<Option<Tensor>> {
         let Some(mask) = &self.mask else {
             return Ok(None);
         };
@@ -299,32 +296,32 @@ impl Canvas {
         Tensor::from_vec(values, (1, h, w, 1), device).map(Some)
     }
 
-    /// Those of the source that drawings are put back into: 4 bytes each.
-    pub fn pixels(&self) -> usize {
-        self.back.as_ref().map_or(0, |back| back.share.len())
+    /// Counts the pixels that are retained for compositing, 4 bytes each.
+    pub fn composite_pixels(&self) -> usize {
+        self.composite.as_ref().map_or(0, |composite| composite.weights.len())
     }
 
-    /// The picture with what was drawn in its place. Pixels that are not repainted are those of the
+    /// The picture with what was drawn in its region. Pixels that are not repainted are those of the
     /// source.
-    pub fn put_back(&self, drawn: Picture) -> Picture {
-        let Some(Back {
+    pub fn composite(&self, drawn: Picture) -> Picture {
+        let Some(Composite {
             whole,
-            share,
-            place,
-        }) = &self.back
+            weights,
+            region,
+        }) = &self.composite
         else {
             return drawn;
         };
         let mut whole = whole.clone();
-        let drawn = drawn.fit(place.width, place.height, Fit::Stretch);
-        for (y, row) in drawn.rgb.chunks_exact(place.width * 3).enumerate() {
-            let start = (place.top + y) * whole.width + place.left;
-            let shares = share.iter().skip(start);
+        let drawn = drawn.fit(region.width, region.height, Fit::Stretch);
+        for (y, row) in drawn.rgb.chunks_exact(region.width * 3).enumerate() {
+            let start = (region.top + y) * whole.width + region.left;
+            let weights = weights.iter().skip(start);
             let pixels = whole.rgb.chunks_exact_mut(3).skip(start);
-            for ((old, new), share) in pixels.zip(row.chunks_exact(3)).zip(shares) {
+            for ((old, new), weight) in pixels.zip(row.chunks_exact(3)).zip(weights) {
                 for (old, new) in old.iter_mut().zip(new) {
-                    let (a, b, share) = (u32::from(*old), u32::from(*new), u32::from(*share));
-                    *old = ((a * (255 - share) + b * share + 127) / 255) as u8;
+                    let (a, b, weight) = (u32::from(*old), u32::from(*new), u32::from(*weight));
+                    *old = ((a * (255 - weight) + b * weight + 127) / 255) as u8;
                 }
             }
         }
@@ -332,7 +329,7 @@ impl Canvas {
     }
 }
 
-/// Reads a file that is known by its hash.
+/// Reads a file that is info by its hash.
 fn read(path: &str, hash: &str) -> Result<Input> {
     let input = Input::read(Path::new(path))?;
     ensure!(
@@ -347,7 +344,7 @@ fn is_white(levels: Vec<u8>) -> Vec<bool> {
 }
 
 /// The smallest area with all that is repainted; none if nothing is.
-fn bounds(mask: &[bool], width: usize) -> Option<Area> {
+fn bounds(mask: &[bool], width: usize) -> Option<Region> {
     let rows = || mask.chunks_exact(width);
     let any = |row: &[bool]| row.contains(&true);
     let (top, bottom) = (rows().position(any)?, rows().rposition(any)?);
@@ -357,7 +354,7 @@ fn bounds(mask: &[bool], width: usize) -> Option<Area> {
     let right = rows()
         .filter_map(|row| row.iter().rposition(|is| *is))
         .max()?;
-    Some(Area {
+    Some(Region {
         left,
         top,
         width: right - left + 1,
@@ -365,7 +362,7 @@ fn bounds(mask: &[bool], width: usize) -> Option<Area> {
     })
 }
 
-impl Area {
+impl Region {
     /// With `padding` around it and the proportions of `drawing`, as far as the `whole` picture
     /// reaches.
     fn grown(self, padding: usize, drawing: (usize, usize), whole: (usize, usize)) -> Self {
@@ -409,7 +406,7 @@ impl Area {
 
 /// How much of each pixel is drawn, of 255: all from `feather` pixels inside the mask on, nothing
 /// outside.
-fn shares(mask: &[bool], width: usize, feather: usize) -> Vec<u8> {
+fn feathered(mask: &[bool], width: usize, feather: usize) -> Vec<u8> {
     // distances from what is kept, by the two passes of a chamfer
     let height = mask.len() / width.max(1);
     let far = (feather + 1) as f32;
@@ -507,25 +504,25 @@ mod tests {
         let mask: Vec<bool> = (0..width * 30)
             .map(|i| (10..40).contains(&(i % width)))
             .collect();
-        let share = shares(&mask, width, 3);
-        let row = &share[15 * width..16 * width];
+        let weights = feathered(&mask, width, 3);
+        let row = &weight[15 * width..16 * width];
         assert_eq!(row[..10], [0; 10]);
         assert_eq!(row[10..14], [64, 128, 191, 255]);
         assert!(
-            row[14..].iter().all(|share| *share == 255),
+            row[14..].iter().all(|weight| *weight == 255),
             "the picture's edge is none of the mask's: {row:?}"
         );
         assert!(
-            shares(&mask, width, 0)
+            weights(&mask, width, 0)
                 .iter()
                 .zip(&mask)
-                .all(|(share, is)| *share == if *is { 255 } else { 0 })
+                .all(|(weight, is)| *weight == if *is { 255 } else { 0 })
         );
     }
 
     #[test]
     fn the_area_around_a_mask_has_the_drawings_proportions_and_stays_inside() {
-        let area = Area {
+        let area = Region {
             left: 90,
             top: 10,
             width: 10,
@@ -533,7 +530,7 @@ mod tests {
         };
         assert_eq!(
             area.grown(3, (64, 64), (200, 100)),
-            Area {
+            Region {
                 left: 87,
                 top: 4,
                 width: 16,
@@ -542,7 +539,7 @@ mod tests {
         );
         assert_eq!(
             area.grown(3, (64, 64), (100, 100)),
-            Area {
+            Region {
                 left: 84,
                 top: 4,
                 width: 16,
@@ -551,7 +548,7 @@ mod tests {
         );
         assert_eq!(
             area.grown(60, (64, 64), (100, 50)),
-            Area {
+            Region {
                 left: 0,
                 top: 0,
                 width: 100,
@@ -560,7 +557,7 @@ mod tests {
         );
         assert_eq!(
             area.grown(0, (64, 128), (100, 100)),
-            Area {
+            Region {
                 left: 90,
                 top: 2,
                 width: 10,

@@ -32,13 +32,13 @@ const MINI: (usize, f64) = (32, 0.7492);
 const MINI_ROWS: &str = include_str!("../../assets/mini/preview.json");
 
 /// A map from the channels of a latent to `side` x `side` pixels of RGB.
-pub struct Preview {
+pub struct PreviewMap {
     side: usize,
     /// [side * side * 3][channels + 1]: the channels' shares and a constant, for values in 0..=1
     rows: Vec<Vec<f32>>,
 }
 
-impl Preview {
+impl PreviewMap {
     /// The map of a VAE's latents, if one is known. TAESD's own scale does not tell whose latents
     /// it decodes: those of its model, which may be of SDXL's family.
     pub fn of(vae: &Autoencoder, is_sdxl: bool) -> Option<Self> {
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_black_and_pictures_stand_side_by_side() -> Result<()> {
-        let Some(preview) = Preview::of(&Autoencoder::Kl(VaeConfig::default()), false) else {
+        let Some(preview) = PreviewMap::of(&Autoencoder::Kl(VaeConfig::default()), false) else {
             candle_core::bail!("no preview of Stable Diffusion")
         };
         let latents = [
@@ -145,7 +145,7 @@ mod tests {
 
     /// The picture of one pixel, if there is a map.
     fn pixel(vae: &str, is_sdxl: bool, latent: [f32; 4]) -> anyhow::Result<Option<Vec<u8>>> {
-        let preview = Preview::of(
+        let preview = PreviewMap::of(
             &Autoencoder::from_json(&serde_json::from_str(vae)?)?,
             is_sdxl,
         );
@@ -184,7 +184,7 @@ mod tests {
     -> anyhow::Result<()> {
         let checkpoint = Checkpoint::open(Origin::Embedded)?;
         let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
-        let preview = Preview::of(&Autoencoder::Kl(vae.clone()), false)
+        let preview = PreviewMap::of(&Autoencoder::Kl(vae.clone()), false)
             .context("no preview of the embedded model")?;
         let decoder = Decoder::new(&checkpoint.weights("vae", &Device::Cpu, DType::F32), &vae)?;
         let latents = Generator::new(1).latents(8, 8, 32)?;

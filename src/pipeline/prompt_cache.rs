@@ -1,14 +1,15 @@
-//! What the U-Net is told of prompts: each text is embedded once for all pictures that need it.
+//! Prompt embeddings: each text is encoded once for all images that need it.
 //!
 //! Hides how many texts a picture has: the negative prompt, what `AND` joins, and what each of them
 //! is at a step.
 
-use crate::cli::progress::Progress;
 use crate::model::unet::{Added, Conditioning};
-use crate::pipeline::family::{AESTHETIC_SCORES, REFINER_IDS};
-use crate::pipeline::fingerprint::Trace;
-use crate::pipeline::guidance::Guidance;
-use crate::pipeline::resolve::{Job, ModelConfig};
+use super::family::{AESTHETIC_SCORES, REFINER_IDS};
+use super::fingerprint::Trace;
+use super::guidance::Guidance;
+use super::config::ModelConfig;
+use super::event::Events;
+use super::job::Job;
 use crate::text::encoder::{Embedded, Encoder};
 use crate::text::prompt::{Changing, Syntax};
 use anyhow::{Context, Error, Result};
@@ -20,29 +21,29 @@ use std::sync::Arc;
 /// is zeros.
 type Key = Option<(Arc<str>, usize, Syntax)>;
 
-/// The texts of a batch at a step, one block of pictures after the other.
+/// The texts of a batch at a step: for each pass of the network one row an image, pass after pass.
 #[derive(PartialEq)]
-pub struct Texts(Vec<Text>);
+pub struct BatchPrompts(Vec<Text>);
 
 #[derive(PartialEq)]
 struct Text {
     key: Key,
-    /// the text that it goes to, and how far
+    /// the text that is mixed in, and its weight
     to: Option<(Key, f64)>,
     is_negative: bool,
 }
 
-/// Embedded texts.
-pub struct Contexts<'a> {
+/// The embeddings of the texts that a model reads in a run.
+pub struct PromptCache<'a> {
     pub config: &'a ModelConfig,
-    known: HashMap<Key, Embedded>,
+    embeds: HashMap<Key, Embedded>,
 }
 
-impl<'a> Contexts<'a> {
+impl<'a> PromptCache<'a> {
     pub fn new(config: &'a ModelConfig) -> Self {
         Self {
             config,
-            known: HashMap::new(),
+            embeds: HashMap::new(),
         }
     }
 
@@ -83,7 +84,7 @@ impl<'a> Contexts<'a> {
     pub fn has(&self, job: &Job) -> bool {
         self.keys(job)
             .iter()
-            .all(|key| self.known.contains_key(key))
+            .all(|key| self.embeds.contains_key(key))
     }
 
     /// Embeds each text of these jobs once; what is known already is kept, what they do not need is
@@ -92,11 +93,11 @@ impl<'a> Contexts<'a> {
         &mut self,
         jobs: impl Iterator<Item = &'j Job>,
         encoder: &Encoder,
-        progress: &Progress,
+        events: &Events,
     ) -> Result<()> {
-        let mut before = std::mem::take(&mut self.known);
+        let mut before = std::mem::take(&mut self.embeds);
         for key in jobs.flat_map(|job| self.keys(job)).collect::<Vec<_>>() {
-            if self.known.contains_key(&key) {
+            if self.embeds.contains_key(&key) {
                 continue;
             }
             let embedded = match (before.remove(&key), &key) {
@@ -106,48 +107,48 @@ impl<'a> Contexts<'a> {
                     let (embedded, cut) = encoder.encode(text, *skip, *syntax)?;
                     if let Some(cut) = cut {
                         let tokens = embedded.context.dim(1)?;
-                        progress.note(format!("warning: the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
+                        events.warn(format!("the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
                     }
                     embedded
                 }
             };
-            self.known.insert(key, embedded);
+            self.embeds.insert(key, embedded);
         }
         Ok(())
     }
 
-    fn known(&self, key: &Key) -> Result<&Embedded> {
-        self.known.get(key).context("a prompt was not encoded")
+    fn embedded(&self, key: &Key) -> Result<&Embedded> {
+        self.embeds.get(key).context("a prompt was not encoded")
     }
 
-    /// What a text is, repeated to so many tokens: keys and values that are there twice change no
-    /// attention.
+    /// A text's embedding padded to `tokens` by repetition: keys and values that are there twice
+    /// change no attention.
     fn get(&self, text: &Text, tokens: usize) -> Result<Embedded> {
         let repeated = |key: &Key| -> Result<Embedded> {
-            let known = self.known(key)?;
-            let own = known.context.dim(1)?;
+            let embeds = self.embedded(key)?;
+            let own = embeds.context.dim(1)?;
             let context = if own == tokens {
-                known.context.clone()
+                embeds.context.clone()
             } else {
-                known.context.repeat((1, tokens / own, 1))?
+                embeds.context.repeat((1, tokens / own, 1))?
             };
             Ok(Embedded {
                 context,
-                ..known.clone()
+                ..embeds.clone()
             })
         };
         let embedded = repeated(&text.key)?;
         match &text.to {
-            Some((to, share)) => Ok(embedded.toward(&repeated(to)?, *share)?),
+            Some((to, weight)) => Ok(embedded.toward(&repeated(to)?, *weight)?),
             None => Ok(embedded),
         }
     }
 
-    /// How many tokens the network is told of for a job, which all its texts are repeated to.
+    /// Returns the context length of a job in tokens, to which all its texts are repeated.
     pub fn tokens(&self, job: &Job) -> Result<usize> {
         let mut all = 1;
         for key in self.keys(job) {
-            let tokens = self.known(&key)?.context.dim(1)?;
+            let tokens = self.embedded(&key)?.context.dim(1)?;
             all = all / greatest_common_divisor(all, tokens) * tokens;
         }
         Ok(all)
@@ -168,7 +169,7 @@ impl<'a> Contexts<'a> {
             if let Some(text) = text {
                 let tokens = match &text.to {
                     Some(_) => self.tokens(job)?,
-                    None => self.known(&text.key)?.context.dim(1)?,
+                    None => self.embedded(&text.key)?.context.dim(1)?,
                 };
                 trace.text(nth, by_refiner, &self.get(text, tokens)?)?;
             }
@@ -177,9 +178,9 @@ impl<'a> Contexts<'a> {
     }
 
     /// The texts of a batch at a step, from 0.
-    pub fn at(&self, batch: &[&Job], step: usize) -> Texts {
+    pub fn at(&self, batch: &[&Job], step: usize) -> BatchPrompts {
         let Some(first) = batch.first() else {
-            return Texts(vec![]);
+            return BatchPrompts(vec![]);
         };
         let parts = first.prompts.parts.len();
         let negatives = first.guidance.passes().saturating_sub(parts);
@@ -194,7 +195,7 @@ impl<'a> Contexts<'a> {
                         .prompts
                         .to
                         .as_ref()
-                        .map(|(to, share)| (self.positive(job, &at(to)), *share));
+                        .map(|(to, weight)| (self.positive(job, &at(to)), *weight));
                     Text {
                         key: self.positive(job, &at(&part.prompt)),
                         to,
@@ -208,15 +209,15 @@ impl<'a> Contexts<'a> {
                 },
             }
         };
-        Texts(
+        BatchPrompts(
             (0..negatives + parts)
                 .flat_map(|i| batch.iter().map(move |job| row(job, i)))
                 .collect(),
         )
     }
 
-    /// What the network is told of a batch with these texts.
-    pub fn of(&self, batch: &[&Job], texts: &Texts) -> Result<Conditioning> {
+    /// Returns the conditioning of a batch with these texts.
+    pub fn of(&self, batch: &[&Job], texts: &BatchPrompts) -> Result<Conditioning> {
         // a batch's jobs are alike in the texts of its model, but those of its refiner may be
         // longer in some
         let tokens = batch

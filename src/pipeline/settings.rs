@@ -1,10 +1,9 @@
 //! What one picture is: everything that determines its pixels, as the metadata in its file says it.
 
 use crate::image::load::Fit;
-use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
+use crate::image::{MAX_SIDE_PX, Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
 use crate::nn::padding::Tile;
-use crate::pipeline::fingerprint::Trace;
-use crate::pipeline::resolve::MAX_SIDE_PX;
+use super::fingerprint::Trace;
 use crate::sampling::noise::Variation;
 use crate::sampling::sampler::Sampler;
 use crate::sampling::schedule::{Prediction, Schedule};
@@ -23,15 +22,15 @@ pub struct Settings {
     /// of the program
     pub version: Arc<str>,
     pub prompt: Arc<str>,
-    /// of a picture between two prompts
+    /// the prompt that an animation goes to, and how far it is
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<Toward>,
+    pub to: Option<PromptBlend>,
     /// empty for none
     pub negative: Arc<str>,
     #[serde(default)]
     pub prompt_syntax: Syntax,
     pub seed: u64,
-    /// of the first noise
+    /// the noise of another seed that is mixed in
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variation: Option<Variation>,
     /// pixels
@@ -74,7 +73,7 @@ pub struct Settings {
     pub refine_at: Option<f64>,
     /// 1: the last layer of the text encoder, 2: the one before, ...
     pub clip_skip: usize,
-    /// the U-Net's inner levels run in every so manyth step
+    /// the U-Net's inner levels run in every `deep_cache`th step only
     pub deep_cache: usize,
     pub prediction: Prediction,
     /// of the U-Net's and the text encoder's weights: f32, bf16 or f16
@@ -174,12 +173,13 @@ pub struct Hires {
     pub height: usize,
 }
 
-/// Another prompt, and how far the first one's embedding goes to it along the straight line.
+/// Another prompt, whose embedding is mixed into the first one's along the straight line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Toward {
+pub struct PromptBlend {
     pub prompt: Arc<str>,
-    /// 0 to 1: all the way
-    pub share: f64,
+    /// 0: none of it, to 1: the other prompt alone
+    #[serde(rename = "share")]
+    pub weight: f64,
 }
 
 /// What a picture is drawn over, and where.
@@ -350,8 +350,8 @@ impl Settings {
             .filter(|(_, n)| *n > 1)
             .map(|(name, n)| (name, n.to_string()))
             .collect();
-        if let Some(Toward { prompt, share }) = &self.to {
-            extra.extend([("To", prompt.to_string()), ("To share", share.to_string())]);
+        if let Some(PromptBlend { prompt, weight }) = &self.to {
+            extra.extend([("To", prompt.to_string()), ("To share", weight.to_string())]);
         }
         if let Some(Variation { seed, strength }) = self.variation {
             extra.extend([

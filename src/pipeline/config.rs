@@ -1,0 +1,163 @@
+//! The configuration of everything a pipeline is made of, parsed before a weight is read.
+
+use super::family::Family;
+use super::preview::PreviewMap;
+use super::settings::Settings;
+use crate::model::Autoencoder;
+use crate::model::unet::{Beside, UNetConfig};
+use crate::sampling::schedule::SchedulerConfig;
+use crate::text::encoder::{EncoderConfig, Finder};
+use crate::weights::{Checkpoint, ModelError};
+use anyhow::{Context, Result, bail};
+
+/// How much of an init image is noise at first (`strength`) where nobody says.
+const STRENGTH: f64 = 0.75;
+/// How closely InstructPix2Pix follows its input image where nobody says; its authors' own.
+const IMAGE_GUIDANCE: f64 = 1.5;
+
+/// The parsed configuration of a checkpoint with its refiner and VAE.
+pub struct PipelineConfig {
+    /// the model that every image begins with
+    pub base: ModelConfig,
+    /// the model that finishes them
+    pub refiner: Option<ModelConfig>,
+    pub vae: Autoencoder,
+    /// a linear map from latents to small images, if one is known for this VAE
+    pub preview: Option<PreviewMap>,
+    /// what finds the checkpoint's learned words in prompts
+    pub learned_words: Option<Finder>,
+}
+
+impl PipelineConfig {
+    /// Parses the configuration of a checkpoint. Errors if no image can be begun with it.
+    pub fn new(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::parse(checkpoint).context(ModelError)
+    }
+
+    fn parse(checkpoint: &Checkpoint) -> Result<Self> {
+        let name = &checkpoint.name;
+        if Family::detect(checkpoint)? == Family::SdxlRefiner {
+            bail!(
+                "`{name}` is a refiner, which finishes pictures and cannot begin any\n\nhint: \
+                 pass it with `--refiner`, for example beside `--model sdxl`"
+            );
+        }
+        checkpoint.require_vae()?;
+        let base = ModelConfig::new(checkpoint)?;
+        let refiner = checkpoint.refiner.as_deref();
+        let refiner = refiner.map(|refiner| base.refined_by(refiner)).transpose()?;
+        let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
+        let (latent, out) = (vae.latent_channels(), base.unet.out_channels);
+        if latent != out {
+            bail!("the U-Net of `{name}` draws in {out} channels, its VAE has {latent}");
+        }
+        Ok(Self {
+            preview: PreviewMap::of(&vae, base.added_ids > 0),
+            learned_words: base.encoder.finder(checkpoint)?,
+            base,
+            refiner,
+            vae,
+        })
+    }
+
+    /// Returns height, width and channels of the latents of an image.
+    pub fn latent_shape(&self, settings: &Settings) -> (usize, usize, usize) {
+        let factor = self.vae.factor();
+        (settings.height / factor, settings.width / factor, self.base.unet.out_channels)
+    }
+
+    /// Returns the side of the tiles in which an image is decoded, in latents, if it is.
+    pub fn tile(&self, settings: &Settings) -> Option<usize> {
+        settings.vae_tiling.then(|| self.vae.tile())
+    }
+}
+
+/// The parsed configuration of a denoising network with its text encoders and its scheduler.
+pub struct ModelConfig {
+    pub unet: UNetConfig,
+    pub encoder: EncoderConfig,
+    pub scheduler: SchedulerConfig,
+    /// how many time ids the network takes (SDXL: sizes and crop); 0 for none
+    pub added_ids: usize,
+    /// whether an empty negative prompt is embedded as zeros, not as the embedding of no text
+    pub empty_is_zeros: bool,
+    /// what the network takes beside the latents
+    pub beside: Beside,
+}
+
+impl ModelConfig {
+    fn new(checkpoint: &Checkpoint) -> Result<Self> {
+        let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+        let encoder = EncoderConfig::of(checkpoint)?;
+        let added_ids = encoder.pooled().map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+        let pipeline = checkpoint.configs.get("pipeline");
+        let force_zeros =
+            pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
+        Ok(Self {
+            scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
+            // diffusers' default in the pipelines that know this key
+            empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
+            beside: unet.beside()?,
+            unet,
+            encoder,
+            added_ids,
+        })
+    }
+
+    /// Returns the strength of img2img; none where the network takes the source as an input and
+    /// starts from pure noise.
+    pub fn strength(&self, asked: Option<f64>) -> Option<f64> {
+        match self.beside {
+            Beside::Nothing => Some(asked.unwrap_or(STRENGTH)),
+            Beside::Masked => Some(asked.unwrap_or(1.0)),
+            Beside::Picture => asked,
+        }
+    }
+
+    /// Returns the image guidance scale of a network that edits images.
+    pub fn image_guidance(&self, asked: Option<f64>) -> Option<f64> {
+        asked.or((self.beside == Beside::Picture).then_some(IMAGE_GUIDANCE))
+    }
+
+    /// Errors if the network needs a source image and there is none, or if it cannot do what is
+    /// asked with it.
+    pub fn check_source(&self, settings: &Settings) -> Result<()> {
+        let Settings { source, strength, image_guidance, model, .. } = settings;
+        match (self.beside, source) {
+            (Beside::Masked, None) => bail!(
+                "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"
+            ),
+            (Beside::Masked, Some(source)) if !source.repaints() => bail!(
+                "`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is \
+                 repainted"
+            ),
+            (Beside::Picture, None) => bail!(
+                "`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt \
+                 what to change"
+            ),
+            (Beside::Picture, Some(_)) if strength.is_some() => bail!(
+                "`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how \
+                 closely it follows the picture"
+            ),
+            (Beside::Nothing | Beside::Masked, _) if image_guidance.is_some() => bail!(
+                "`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for \
+                 models such as InstructPix2Pix"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Parses the configuration of a refiner of this model. Errors if their latents differ.
+    fn refined_by(&self, refiner: &Checkpoint) -> Result<Self> {
+        let other = Self::new(refiner)?;
+        let same_latents = self.unet.out_channels == other.unet.in_channels;
+        if self.added_ids == 0 || other.added_ids == 0 || !same_latents {
+            bail!(
+                "`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models \
+                 of SDXL's family",
+                refiner.name
+            );
+        }
+        Ok(other)
+    }
+}

@@ -1,0 +1,318 @@
+//! The denoising of one batch: from noise, or from init latents, to finished latents.
+//!
+//! [`Denoising::run`] walks a sampling plan. Hides the order in which diffusers draws random
+//! numbers: every image has its own generator, so neighbours in a batch never matter.
+
+use super::config::ModelConfig;
+use super::event::{Event, Preview};
+use super::fingerprint::Trace;
+use super::guidance::{CfgDenoiser, DeepCache, Guidance};
+use super::init_latents::InitLatents;
+use super::job::Job;
+use super::prompt_cache::PromptCache;
+use super::settings::Settings;
+use super::{Run, is_finite};
+use crate::error::{Cancelled, NotFinite};
+use crate::model::Posterior;
+use crate::model::unet::{Beside, UNet};
+use crate::sampling::noise::Generator;
+use crate::sampling::sampler::{self, Step};
+use crate::sampling::schedule::Plan;
+use anyhow::Result;
+use candle_core::{Result as TensorResult, Tensor};
+use std::sync::Arc;
+
+/// How far the denoising of a batch is, through all its passes.
+pub struct Denoising {
+    generators: Vec<Generator>,
+    /// a hash of every stage of each image, where they are asked for
+    pub traces: Vec<Trace>,
+    /// height, width and channels of the latents of the present pass
+    pub latent_shape: (usize, usize, usize),
+    /// evaluations of networks so far
+    done: usize,
+    /// evaluations of networks in all passes
+    total: usize,
+}
+
+/// Where a pass begins.
+#[derive(Clone, Copy)]
+pub enum Init<'a> {
+    /// from noise, and from init images where there are any
+    Images(&'a [Arc<InitLatents>]),
+    /// from the latents of another model, [b, h, w, c]
+    Handover(&'a Tensor),
+}
+
+/// What a pass begins with.
+struct InitState {
+    /// noisy latents, [b, h, w, c]
+    latents: Tensor,
+    /// what the network takes beside the latents, [passes*b, h, w, k]
+    concat: Option<Tensor>,
+    /// what is put back after every step
+    inpaint: Option<InpaintState>,
+}
+
+impl Denoising {
+    /// The beginning of a batch. Errors if it is empty.
+    pub fn new(batch: &[&Job], run: &Run) -> Result<Self> {
+        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
+        let traces = batch.iter().filter(|_| run.options.trace).map(|_| Trace::default());
+        Ok(Self {
+            generators: batch.iter().map(|job| Generator::new(job.settings.seed)).collect(),
+            traces: traces.collect(),
+            latent_shape: run.pipeline.config.latent_shape(&first.settings),
+            done: 0,
+            total: first.evaluations(),
+        })
+    }
+
+    /// Denoises a batch with one model and returns its latents, [b, h, w, c]. Errors if the latents
+    /// are not finite any more, or if the caller cancels.
+    pub fn run(
+        &mut self,
+        unet: &UNet,
+        prompts: &PromptCache,
+        batch: &[&Job],
+        init: Init,
+        run: &Run,
+    ) -> Result<Tensor> {
+        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
+        let Job { settings, guidance, .. } = first;
+        let (plan, prediction) = match (&first.refiner_plan, init) {
+            (Some(plan), Init::Handover(_)) => (plan, prompts.config.scheduler.prediction),
+            _ => (&first.plan, settings.prediction),
+        };
+        unet.wrap.set(settings.tile);
+        let mut texts = prompts.at(batch, plan.before());
+        let conditioned = unet.told(&prompts.of(batch, &texts)?)?;
+        let state = self.init(init, plan, batch, prompts, run)?;
+        let beside = state.concat.map(|concat| concat.to_dtype(conditioned.dtype())).transpose()?;
+        let mut denoiser = CfgDenoiser {
+            unet: conditioned,
+            guidance: *guidance,
+            weights: first.prompt_weights().collect(),
+            beside,
+            scale: settings.guidance,
+            rescale: settings.guidance_rescale,
+            prediction,
+            deep_cache: DeepCache::every(settings.deep_cache),
+        };
+        let Self { generators, traces, latent_shape, done, total } = self;
+        let (before, total) = (*done, *total);
+        let mut failure: Option<anyhow::Error> = None;
+        let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
+            let now = prompts.at(batch, plan.step_of(*done - before));
+            if now != texts {
+                let conditioning = prompts.of(batch, &now).map_err(candle_core::Error::wrap)?;
+                denoiser.unet = unet.told(&conditioning)?;
+                texts = now;
+            }
+            let denoised = denoiser.denoise(x, sigma, timestep)?;
+            *done += 1;
+            let step = Event::Step { done: *done, total };
+            if run.events.emit(step).is_break() {
+                failure = Some(Cancelled.into());
+            } else if !is_finite(&denoised)? {
+                let place = format!("after {done} of {total} denoising steps");
+                failure = Some(NotFinite { place }.into());
+            }
+            match failure {
+                Some(_) => candle_core::bail!("the denoising was ended"),
+                None => Ok(denoised),
+            }
+        };
+        let mut on_step = |step: &Step| {
+            preview(step, settings, batch.len(), run);
+            for (i, trace) in traces.iter_mut().enumerate() {
+                let own = |x: &Tensor| x.narrow(0, i, 1);
+                let number = before + step.index + 1;
+                trace.step(number, total, &own(step.denoised)?, &own(step.latents)?)?;
+            }
+            state.inpaint.as_ref().map(|inpaint| inpaint.restore(step, plan)).transpose()
+        };
+        let mut noise = || draw_noise(generators, *latent_shape, run);
+        let result =
+            sampler::sample(plan, state.latents, &mut denoise, &mut noise, &mut on_step);
+        match failure {
+            Some(failure) => Err(failure),
+            None => Ok(result?),
+        }
+    }
+
+    /// What a pass begins with.
+    fn init(
+        &mut self,
+        init: Init,
+        plan: &Plan,
+        batch: &[&Job],
+        prompts: &PromptCache,
+        run: &Run,
+    ) -> Result<InitState> {
+        match init {
+            Init::Handover(latents) => {
+                for (trace, job) in self.traces.iter_mut().zip(batch) {
+                    prompts.trace(job, true, trace)?;
+                }
+                let latents = (latents * plan.handover_scale())?;
+                Ok(InitState { latents, concat: None, inpaint: None })
+            }
+            Init::Images(images) => self.init_from_images(images, plan, batch, prompts, run),
+        }
+    }
+
+    /// What a pass from noise begins with, in diffusers' order of drawing random numbers.
+    fn init_from_images(
+        &mut self,
+        images: &[Arc<InitLatents>],
+        plan: &Plan,
+        batch: &[&Job],
+        prompts: &PromptCache,
+        run: &Run,
+    ) -> Result<InitState> {
+        let Some(Job { settings, guidance, .. }) = batch.first() else {
+            anyhow::bail!("the batch is empty")
+        };
+        let Self { generators, latent_shape, .. } = self;
+        let mut draw = || draw_noise(generators, *latent_shape, run);
+        let config = prompts.config;
+        let image = init_image(images, config, settings.strength, &mut draw)?;
+        let noise = with_variations(draw()?, batch)?;
+        let mask = inpaint_mask(images)?;
+        let scaling_factor = run.pipeline.config.vae.scaling_factor();
+        let concat = Concat { images, config, guidance: *guidance, scaling_factor };
+        let concat = concat.make(mask.as_ref(), &mut draw)?;
+        if self.done == 0 {
+            // of an image that is drawn twice the first pass alone is traced
+            for (i, (trace, job)) in self.traces.iter_mut().zip(batch).enumerate() {
+                prompts.trace(job, false, trace)?;
+                trace.noise(&noise.narrow(0, i, 1)?)?;
+            }
+        }
+        let latents = match &image {
+            // diffusers' inpainting forgets an image of which all is repainted
+            Some(image) if mask.is_none() || settings.strength < Some(1.0) => {
+                (image + (&noise * plan.first_sigma())?)?
+            }
+            _ => (&noise * plan.init_noise_sigma())?,
+        };
+        let inpaint = image
+            .zip(mask)
+            .filter(|_| concat.is_none())
+            .map(|(image, mask)| InpaintState { image, noise, mask });
+        Ok(InitState { latents, concat, inpaint })
+    }
+}
+
+/// Shows the caller what the images of a batch will be.
+fn preview(step: &Step, settings: &Settings, images: usize, run: &Run) {
+    let Some(map) = &run.pipeline.config.preview else { return };
+    let make = || map.picture(step.denoised);
+    let (width, height) = (settings.width * images, settings.height);
+    let _ = run.events.emit(Event::Preview(&Preview { make: &make, width, height }));
+}
+
+/// The latents of the init images, [b, h, w, c], where the network starts from them.
+fn init_image(
+    images: &[Arc<InitLatents>],
+    config: &ModelConfig,
+    strength: Option<f64>,
+    noise: &mut dyn FnMut() -> TensorResult<Tensor>,
+) -> TensorResult<Option<Tensor>> {
+    let is_needed = match config.beside {
+        Beside::Nothing => true,
+        Beside::Masked => strength < Some(1.0),
+        Beside::Picture => false,
+    };
+    if !is_needed || images.is_empty() {
+        return Ok(None);
+    }
+    Posterior::cat(images.iter().map(|init| &init.image))?.sample(noise).map(Some)
+}
+
+/// The masks of a batch, [b, h, w, 1], 1 where it is repainted; none if all of it is.
+fn inpaint_mask(images: &[Arc<InitLatents>]) -> TensorResult<Option<Tensor>> {
+    let masks = images.iter().filter_map(|init| Some(&init.inpaint.as_ref()?.mask));
+    let masks: Vec<&Tensor> = masks.collect();
+    if masks.is_empty() { Ok(None) } else { Tensor::cat(&masks, 0).map(Some) }
+}
+
+/// What some networks take beside the latents: inpainting models the mask and the masked image,
+/// InstructPix2Pix the image.
+struct Concat<'a> {
+    images: &'a [Arc<InitLatents>],
+    config: &'a ModelConfig,
+    guidance: Guidance,
+    scaling_factor: f64,
+}
+
+impl Concat<'_> {
+    /// [passes*b, h, w, k], or none for a network that takes nothing.
+    fn make(
+        &self,
+        mask: Option<&Tensor>,
+        noise: &mut dyn FnMut() -> TensorResult<Tensor>,
+    ) -> TensorResult<Option<Tensor>> {
+        let passes = self.guidance.passes();
+        if let Some(mask) = mask {
+            let masked =
+                self.images.iter().filter_map(|init| Some(&init.inpaint.as_ref()?.masked_image));
+            // diffusers draws noise for it, whether the network takes it or not
+            let masked = Posterior::cat(masked)?.sample(noise)?;
+            if self.config.beside == Beside::Masked {
+                let concat = Tensor::cat(&[mask, &masked], 3)?;
+                return Tensor::cat(&vec![&concat; passes], 0).map(Some);
+            }
+        }
+        if self.config.beside != Beside::Picture {
+            return Ok(None);
+        }
+        let image = Posterior::cat(self.images.iter().map(|init| &init.image))?;
+        let image = (image.mean / self.scaling_factor)?;
+        let unconditional = image.zeros_like()?;
+        let row = |pass| if pass == 0 && passes > 1 { &unconditional } else { &image };
+        Tensor::cat(&(0..passes).map(row).collect::<Vec<_>>(), 0).map(Some)
+    }
+}
+
+/// The unmasked latents of a batch, put back after every step with the noise of that step.
+struct InpaintState {
+    /// latents [b, h, w, c]
+    image: Tensor,
+    noise: Tensor,
+    /// [b, h, w, 1], 1 where it is repainted
+    mask: Tensor,
+}
+
+impl InpaintState {
+    /// A step's latents with the unmasked ones put back.
+    fn restore(&self, step: &Step, plan: &Plan) -> TensorResult<Tensor> {
+        let noisy = (&self.image + (&self.noise * step.sigma)?)?;
+        let noisy = (noisy / plan.latents_scale(step.sigma))?;
+        &noisy + (step.latents - &noisy)?.broadcast_mul(&self.mask)?
+    }
+}
+
+/// Unit noise of a batch, [b, h, w, c], from each image's own generator.
+fn draw_noise(
+    generators: &mut [Generator],
+    (h, w, c): (usize, usize, usize),
+    run: &Run,
+) -> TensorResult<Tensor> {
+    let draw = |generator: &mut Generator| generator.latents(h, w, c)?.to_device(run.device());
+    Tensor::cat(&generators.iter_mut().map(draw).collect::<TensorResult<Vec<_>>>()?, 0)
+}
+
+/// The first noise of a batch, [b, h, w, c], each image's mixed with the noise of another seed
+/// where it asks for that.
+fn with_variations(noise: Tensor, batch: &[&Job]) -> TensorResult<Tensor> {
+    if batch.iter().all(|job| job.settings.variation.is_none()) {
+        return Ok(noise);
+    }
+    let own = |(i, job): (usize, &&Job)| {
+        let own = noise.narrow(0, i, 1)?;
+        job.settings.variation.map_or(Ok(own.clone()), |variation| variation.of(&own))
+    };
+    Tensor::cat(&batch.iter().enumerate().map(own).collect::<TensorResult<Vec<_>>>()?, 0)
+}

@@ -1,0 +1,59 @@
+//! One image that is fully decided: what it is, and how its latents are denoised.
+
+use super::guidance::Guidance;
+use super::settings::{Hires, Settings};
+use crate::sampling::schedule::Plan;
+use crate::text::prompt::Prompts;
+use std::sync::Arc;
+
+/// An image to generate. Nothing about it is open, and nothing contradicts.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// everything that determines its pixels
+    pub settings: Settings,
+    /// how often the network runs in a step, and on what
+    pub guidance: Guidance,
+    /// its prompts, parsed
+    pub prompts: Arc<Prompts>,
+    /// the noise levels of the base model
+    pub plan: Arc<Plan>,
+    /// those of the refiner that takes over
+    pub refiner_plan: Option<Arc<Plan>>,
+    /// those of the second, larger pass
+    pub hires_plan: Option<Arc<Plan>>,
+}
+
+impl Job {
+    /// How often networks run for it; a guided pair counts once.
+    pub fn evaluations(&self) -> usize {
+        let plans = [Some(&self.plan), self.refiner_plan.as_ref(), self.hires_plan.as_ref()];
+        plans.into_iter().flatten().map(|plan| plan.evaluations()).sum()
+    }
+
+    /// The second, larger pass of an image that is drawn twice.
+    pub fn hires_pass(&self) -> Option<Self> {
+        let (plan, hires) = (self.hires_plan.clone()?, self.settings.hires?);
+        let Hires { width, height, strength, .. } = hires;
+        let strength = Some(strength);
+        let settings =
+            Settings { width, height, strength, hires: None, ..self.settings.clone() };
+        Some(Self { settings, plan, hires_plan: None, ..self.clone() })
+    }
+
+    /// The weights of the prompts that `AND` joins.
+    pub fn prompt_weights(&self) -> impl Iterator<Item = f64> {
+        self.prompts.parts.iter().map(|part| part.weight)
+    }
+
+    /// Whether both can be denoised in one batch: they share all that one forward pass shares.
+    pub fn packs_with(&self, other: &Self) -> bool {
+        let (a, b) = (&self.settings, &other.settings);
+        let repaints = |settings: &Settings| Some(settings.source.as_ref()?.repaints());
+        Arc::ptr_eq(&self.plan, &other.plan)
+            && (a.width, a.height, a.hires, a.tile) == (b.width, b.height, b.hires, b.tile)
+            && self.prompt_weights().eq(other.prompt_weights())
+            && (a.guidance, a.guidance_rescale, a.image_guidance, a.deep_cache)
+                == (b.guidance, b.guidance_rescale, b.image_guidance, b.deep_cache)
+            && repaints(a) == repaints(b)
+    }
+}

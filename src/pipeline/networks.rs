@@ -1,0 +1,120 @@
+//! The networks of a pipeline: read when they are needed first, shared by all that need them.
+
+use super::config::{ModelConfig, PipelineConfig};
+use super::event::Events;
+use crate::model::unet::UNet;
+use crate::model::{Decoder, Encoder};
+use crate::nn::device::Compute;
+use crate::text::encoder::Encoder as TextEncoder;
+use crate::weights::{Checkpoint, ModelError};
+use anyhow::{Context, Result};
+use candle_core::DType;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A network that may be in memory.
+pub struct Slot<T>(Mutex<Option<Arc<T>>>);
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Slot<T> {
+    /// Returns the network, which is read first if it is not there. While one thread reads it,
+    /// others wait. Errors if it cannot be read.
+    fn get_or_read(&self, read: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*slot {
+            Some(network) => Ok(network.clone()),
+            None => {
+                let network = Arc::new(read().context(ModelError)?);
+                *slot = Some(network.clone());
+                Ok(network)
+            }
+        }
+    }
+
+    /// Frees the network as soon as nobody uses it any more.
+    pub fn free(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A denoising network with its text encoders.
+#[derive(Default)]
+pub struct ModelNetworks {
+    pub text_encoder: Slot<TextEncoder>,
+    pub unet: Slot<UNet>,
+}
+
+impl ModelNetworks {
+    /// Returns the text encoders.
+    pub fn text_encoder(
+        &self,
+        model: &Model,
+        compute: &Compute,
+        events: &Events,
+    ) -> Result<Arc<TextEncoder>> {
+        self.text_encoder.get_or_read(|| {
+            events.stage("encoding the prompt");
+            TextEncoder::new(model.checkpoint, &model.config.encoder, compute)
+        })
+    }
+
+    /// Returns the denoising network.
+    pub fn unet(&self, model: &Model, compute: &Compute, events: &Events) -> Result<Arc<UNet>> {
+        self.unet.get_or_read(|| {
+            events.stage("reading the U-Net");
+            let weights = model.checkpoint.weights("unet", &compute.device, compute.dtype);
+            UNet::new(&weights, &model.config.unet)
+        })
+    }
+}
+
+/// A checkpoint that holds a denoising network, its configuration, and its networks.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub config: &'a ModelConfig,
+    pub networks: &'a ModelNetworks,
+}
+
+/// All networks of a pipeline.
+#[derive(Default)]
+pub struct Networks {
+    pub base: ModelNetworks,
+    pub refiner: ModelNetworks,
+    pub vae_encoder: Slot<Encoder>,
+    pub vae_decoder: Slot<Decoder>,
+}
+
+impl Networks {
+    /// Returns the encoder of the VAE.
+    pub fn vae_encoder(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &PipelineConfig,
+        compute: &Compute,
+        events: &Events,
+    ) -> Result<Arc<Encoder>> {
+        self.vae_encoder.get_or_read(|| {
+            events.stage("encoding the picture");
+            config.vae.encoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+        })
+    }
+
+    /// Returns the decoder of the VAE.
+    pub fn vae_decoder(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &PipelineConfig,
+        compute: &Compute,
+        events: &Events,
+    ) -> Result<Arc<Decoder>> {
+        self.vae_decoder.get_or_read(|| {
+            events.stage("reading the VAE");
+            config.vae.decoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+        })
+    }
+}

@@ -33,14 +33,7 @@ pub struct Error {
 impl Error {
     /// An error of this kind, unless the cause itself tells another one.
     pub(crate) fn new(kind: ErrorKind, cause: anyhow::Error) -> Self {
-        let kind = match cause.downcast_ref::<Self>() {
-            Some(error) => error.kind,
-            None if cause.is::<NotFinite>() => ErrorKind::NotFinite,
-            None if cause.is::<OutOfMemory>() => ErrorKind::OutOfMemory,
-            None if cause.is::<Cancelled>() => ErrorKind::Cancelled,
-            None if cause.is::<crate::weights::ModelError>() => ErrorKind::Model,
-            None => kind,
-        };
+        let kind = kind_of(&cause).unwrap_or(kind);
         Self { kind, cause }
     }
 
@@ -73,6 +66,21 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// The kind of an error that has a mark of its own anywhere in its chain of causes.
+pub(crate) fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+    if error.is::<NotFinite>() {
+        Some(ErrorKind::NotFinite)
+    } else if error.is::<OutOfMemory>() {
+        Some(ErrorKind::OutOfMemory)
+    } else if error.is::<Cancelled>() {
+        Some(ErrorKind::Cancelled)
+    } else if error.is::<crate::weights::ModelError>() {
+        Some(ErrorKind::Model)
+    } else {
+        None
+    }
+}
 
 /// Splits a chain of causes into what went wrong and what to do about it.
 pub(crate) fn split(error: &anyhow::Error) -> (String, Option<String>) {
@@ -180,7 +188,10 @@ mod tests {
             inner.context(crate::weights::ModelError).context("outer"),
         );
         assert_eq!(error.kind(), ErrorKind::Model);
-        assert_eq!(error.message(), "outer: this model cannot be used: no tensor `a`");
+        assert_eq!(
+            error.message(),
+            "outer: this model cannot be used: no tensor `a`"
+        );
         assert_eq!(error.remedy().as_deref(), Some("look at `b`"));
     }
 }

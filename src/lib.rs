@@ -9,6 +9,7 @@
 pub mod alloc;
 pub mod batch;
 pub mod cli;
+pub mod error;
 pub mod hex;
 pub mod hub;
 pub mod image;

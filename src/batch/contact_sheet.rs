@@ -12,8 +12,8 @@ use epaint_default_fonts::{NOTO_EMOJI_REGULAR, UBUNTU_LIGHT};
 
 use crate::batch::jobs::JobList;
 use crate::batch::output_path;
+use crate::batch::work_list::Task;
 use crate::image::{Format, MAX_SIDE_PX, Picture};
-use crate::pipeline::resolve::Job;
 
 /// 256 megapixels, 768 MiB of RGB.
 const MAX_AREA_PX: usize = 256 << 20;
@@ -37,10 +37,10 @@ pub struct Cell {
 
 /// Saves a sheet of the images of a list that are there: a row for each prompt and columns for
 /// seeds, or columns for the last sweep and rows for all else. There is none if none of them is.
-pub fn save_sheet(path: &Path, list: &JobList, jobs: &[Job], overwrite: bool) -> Result<()> {
-    let cell = |job: &Job| {
-        let spec = list.jobs.get(job.index)?;
-        let picture = Picture::decode(&std::fs::read(job.path.as_ref()?).ok()?).ok()?;
+pub fn save_sheet(path: &Path, list: &JobList, tasks: &[Task], overwrite: bool) -> Result<()> {
+    let cell = |task: &Task| {
+        let spec = list.jobs.get(task.index)?;
+        let picture = Picture::decode(&std::fs::read(task.path.as_ref()?).ok()?).ok()?;
         let (prompt, seed) = (spec.prompt.to_string(), format!("seed {}", spec.seed));
         let (row, column) = match spec.sweep.labels.split_last() {
             None => (prompt, seed),
@@ -52,7 +52,7 @@ pub fn save_sheet(path: &Path, list: &JobList, jobs: &[Job], overwrite: bool) ->
             picture,
         })
     };
-    let cells: Vec<Cell> = jobs.iter().filter_map(cell).collect();
+    let cells: Vec<Cell> = tasks.iter().filter_map(cell).collect();
     if cells.is_empty() {
         return Ok(());
     }

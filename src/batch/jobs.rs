@@ -8,7 +8,9 @@
 use crate::batch::dynamic_prompts::{Dynamic, Template, Wildcards};
 use crate::batch::output_path::{self, Destination};
 use crate::image::Format;
-use crate::pipeline::options::{FrameIndex, JobOptions, JobSpec, MAX_JOBS, Seeds, SweepPoint};
+use crate::pipeline::options::{JobOptions, MAX_JOBS, Seeds};
+use crate::pipeline::settings::PromptBlend;
+use crate::sampling::noise::Variation;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::ImageFormat;
 use serde_json::{Map, Value};
@@ -50,6 +52,64 @@ pub struct JobList {
     pub outputs: Vec<(Destination, Format)>,
     /// The first seed of every prompt that names none.
     pub random_seed: Option<u64>,
+}
+
+/// One image that is asked for.
+#[derive(Debug, Clone)]
+pub struct JobSpec {
+    /// Its line in the list, from 1; `None` for a prompt on the command line.
+    pub line: Option<usize>,
+    pub prompt: Arc<str>,
+    pub seed: u64,
+    /// What is asked of it; shared by all images that differ only in seed or prompt.
+    pub options: Arc<JobOptions>,
+    pub sweep: Arc<SweepPoint>,
+    /// Index of its destination in the list's outputs.
+    pub output: usize,
+}
+
+impl JobSpec {
+    /// How far the initial noise moves to that of another seed.
+    pub fn variation(&self) -> Option<Variation> {
+        let of_frame = self
+            .options
+            .to_seed
+            .zip(self.sweep.frame)
+            .map(|(seed, frame)| Variation {
+                seed,
+                strength: frame.fraction,
+            });
+        of_frame.or(self.options.variation)
+    }
+
+    /// The other prompt whose embedding is mixed in, and its weight.
+    pub fn blend(&self) -> Option<PromptBlend> {
+        let FrameIndex { fraction, .. } = self.sweep.frame?;
+        Some(PromptBlend {
+            prompt: self.options.to.clone()?,
+            weight: fraction,
+        })
+    }
+}
+
+/// One combination of the values of all sweeps.
+#[derive(Debug, Clone, Default)]
+pub struct SweepPoint {
+    /// For file names: `guidance-3-steps-10`; empty without a sweep.
+    pub name: String,
+    /// For people, one for each sweep: `guidance 3`, `steps 10`.
+    pub labels: Vec<String>,
+    /// The frame of an animation, which is the innermost sweep.
+    pub frame: Option<FrameIndex>,
+}
+
+/// An image on the way to another prompt or seed.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameIndex {
+    /// From 0.
+    pub number: usize,
+    /// How far along the way, 0 to 1.
+    pub fraction: f64,
 }
 
 /// A prompt with what its line says beside it.

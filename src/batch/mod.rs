@@ -7,4 +7,5 @@ pub mod output_path;
 pub mod report;
 pub mod resume;
 pub mod shard;
+pub mod work_list;
 pub mod writer;

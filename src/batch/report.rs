@@ -1,9 +1,9 @@
 //! What is said of each image on stdout and in the manifest, in the order of the list, whatever the
 //! order in which images are finished.
 
+use crate::batch::work_list::Task;
 use crate::pipeline::fingerprint::Trace;
-use crate::pipeline::params::Settings;
-use crate::pipeline::resolve::Job;
+use crate::pipeline::settings::Settings;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -37,14 +37,14 @@ pub type Outcomes = HashMap<usize, Option<Outcome>>;
 /// Where lines of text go.
 pub type Print<'a> = dyn Fn(&str) -> Result<()> + Sync + 'a;
 
-/// Reports outcomes in the order of the jobs.
+/// Reports outcomes in the order of the list.
 pub struct OrderedReport<'a> {
     print: &'a Print<'a>,
     /// Whether stdout gets objects instead of paths.
     json: bool,
     /// Whether more than the path is reported.
     wants_details: bool,
-    next: std::slice::Iter<'a, Job>,
+    next: std::slice::Iter<'a, Task>,
     /// Outcomes of jobs whose turn has not come.
     outcomes: Outcomes,
     manifest: Option<File>,
@@ -53,7 +53,7 @@ pub struct OrderedReport<'a> {
 impl<'a> OrderedReport<'a> {
     /// A report on these jobs, some of which may be finished.
     pub fn new(
-        jobs: &'a [Job],
+        tasks: &'a [Task],
         outcomes: Outcomes,
         json: bool,
         wants_details: bool,
@@ -63,7 +63,7 @@ impl<'a> OrderedReport<'a> {
             print,
             json,
             wants_details,
-            next: jobs.iter(),
+            next: tasks.iter(),
             outcomes,
             manifest: None,
         }
@@ -91,47 +91,48 @@ impl<'a> OrderedReport<'a> {
     }
 
     /// The jobs that have no outcome yet.
-    pub fn left(&self) -> Vec<&'a Job> {
-        let jobs = self.next.as_slice().iter();
-        jobs.filter(|job| !self.outcomes.contains_key(&job.index))
+    pub fn left(&self) -> Vec<&'a Task> {
+        let tasks = self.next.as_slice().iter();
+        tasks
+            .filter(|task| !self.outcomes.contains_key(&task.index))
             .collect()
     }
 
     /// Takes the outcome of a job and reports all whose turn has come.
-    pub fn add(&mut self, job: &Job, outcome: Option<Outcome>) -> Result<()> {
-        self.outcomes.entry(job.index).or_insert(outcome);
+    pub fn add(&mut self, task: &Task, outcome: Option<Outcome>) -> Result<()> {
+        self.outcomes.entry(task.index).or_insert(outcome);
         self.flush()
     }
 
     /// Reports all whose turn has come.
     pub fn flush(&mut self) -> Result<()> {
-        while let Some(job) = self.next.as_slice().first() {
-            let Some(outcome) = self.outcomes.remove(&job.index) else {
+        while let Some(task) = self.next.as_slice().first() {
+            let Some(outcome) = self.outcomes.remove(&task.index) else {
                 break;
             };
             self.next.next();
-            self.report(job, outcome)?;
+            self.report(task, outcome)?;
         }
         Ok(())
     }
 
     /// Reports what is left, for a run that ends early.
     pub fn finish(&mut self) -> Result<()> {
-        while let Some(job) = self.next.next() {
-            if let Some(outcome) = self.outcomes.remove(&job.index) {
-                self.report(job, outcome)?;
+        while let Some(task) = self.next.next() {
+            if let Some(outcome) = self.outcomes.remove(&task.index) {
+                self.report(task, outcome)?;
             }
         }
         Ok(())
     }
 
-    fn report(&mut self, job: &Job, outcome: Option<Outcome>) -> Result<()> {
-        let (Some(path), Some(outcome)) = (&job.path, outcome) else {
+    fn report(&mut self, task: &Task, outcome: Option<Outcome>) -> Result<()> {
+        let (Some(path), Some(outcome)) = (&task.path, outcome) else {
             return Ok(());
         };
         let mut record = format!("{}\n", path.display());
         if self.wants_details {
-            let json = format!("{}\n", as_json(path, &job.settings, outcome));
+            let json = format!("{}\n", as_json(path, &task.job.settings, outcome));
             if let Some(manifest) = &mut self.manifest {
                 manifest
                     .write_all(json.as_bytes())

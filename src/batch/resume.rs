@@ -1,11 +1,11 @@
 //! Which images of a run are there already, by what their files say of themselves.
 
 use crate::batch::report::{Outcome, Outcomes};
+use crate::batch::work_list::Task;
 use crate::image::{Format, Picture, read_metadata};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::options::VaeTiling;
-use crate::pipeline::params::Settings;
-use crate::pipeline::resolve::Job;
+use crate::pipeline::settings::Settings;
 use anyhow::{Context, Result, bail};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::Value;
@@ -37,24 +37,25 @@ pub fn settings_of(sdgen: Value) -> Result<Settings> {
 }
 
 /// The jobs whose files are complete and have exactly their settings.
-pub fn finished(jobs: &mut [Job], options: ResumeOptions) -> Outcomes {
-    jobs.par_iter_mut()
-        .filter_map(|job| Some((job.index, Some(outcome(job, options)?))))
+pub fn finished(tasks: &mut [Task], options: ResumeOptions) -> Outcomes {
+    tasks
+        .par_iter_mut()
+        .filter_map(|task| Some((task.index, Some(outcome(task, options)?))))
         .collect()
 }
 
 /// The outcome of a job that an earlier run has finished. Where nobody asks for tiles or for none,
 /// the job takes over what the file has: the free memory of another moment is not a reason to draw
 /// again.
-fn outcome(job: &mut Job, options: ResumeOptions) -> Option<Outcome> {
-    let bytes = std::fs::read(job.path.as_ref()?).ok()?;
+fn outcome(task: &mut Task, options: ResumeOptions) -> Option<Outcome> {
+    let bytes = std::fs::read(task.path.as_ref()?).ok()?;
     let sdgen = read_metadata(&bytes).ok()??.sdgen;
     let trace = options
         .needs_trace
         .then(|| Trace::of(&sdgen).ok()?)
         .flatten();
     let settings = settings_of(sdgen).ok()?;
-    let mut asked = job.settings.clone();
+    let mut asked = task.job.settings.clone();
     if options.vae_tiling == VaeTiling::Auto {
         asked.vae_tiling = settings.vae_tiling;
     }
@@ -62,9 +63,9 @@ fn outcome(job: &mut Job, options: ResumeOptions) -> Option<Outcome> {
         return None;
     }
     let picture = Picture::decode(&bytes).ok()?;
-    job.settings = asked;
+    task.job.settings = asked;
     Some(Outcome {
-        sha256: (options.wants_hash && job.format != Format::Jpg).then(|| picture.sha256()),
+        sha256: (options.wants_hash && task.format != Format::Jpg).then(|| picture.sha256()),
         trace,
         skipped: true,
         ..Outcome::default()

@@ -1,6 +1,7 @@
 //! `--shard`: a part of the work list, known to every machine without asking another.
 
-use crate::pipeline::resolve::Job;
+use crate::batch::work_list::Task;
+use crate::pipeline::job::Job;
 use anyhow::{Context, Result, bail};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -101,20 +102,23 @@ impl Shard {
 
     /// Leaves only its jobs. Costly ones are dealt out first, each to the part with the least to
     /// do, so that all parts take about as long; where all cost the same, it is every N-th.
-    pub fn take(self, jobs: &mut Vec<Job>) -> Result<()> {
+    pub fn take(self, tasks: &mut Vec<Task>) -> Result<()> {
         let (number, of) = self.numbers(|name| std::env::var(name).ok())?;
-        let owners = deal(&jobs.iter().map(cost).collect::<Vec<_>>(), of);
+        let owners = deal(&tasks.iter().map(cost).collect::<Vec<_>>(), of);
         let mut owners = owners.into_iter();
-        jobs.retain(|_| owners.next() == Some(number));
+        tasks.retain(|_| owners.next() == Some(number));
         Ok(())
     }
 }
 
 /// About how much work a picture is: the network's runs, and the decoding as five more, times
 /// pixels.
-fn cost(job: &Job) -> u64 {
-    let runs = job.evaluations() * job.guidance.passes();
-    ((runs + 5) * job.settings.width * job.settings.height) as u64
+fn cost(task: &Task) -> u64 {
+    let Job {
+        settings, guidance, ..
+    } = &task.job;
+    let runs = task.job.evaluations() * guidance.passes();
+    ((runs + 5) * settings.width * settings.height) as u64
 }
 
 /// Who does each job.

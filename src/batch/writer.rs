@@ -2,8 +2,8 @@
 
 use crate::batch::output_path::{self, DiskFull};
 use crate::batch::report::{OrderedReport, Outcome, Timings};
-use crate::pipeline::Drawn;
-use crate::pipeline::resolve::{Job, Request};
+use crate::batch::work_list::{Task, WorkList};
+use crate::pipeline::event::Generated;
 use anyhow::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
@@ -32,15 +32,15 @@ pub struct WriteOptions {
 /// What an [`ImageWriter`] tells while it works.
 pub enum WriteEvent<'a> {
     /// The image has one colour everywhere.
-    IsFlat(&'a Job),
-    Saved(&'a Job, &'a Drawn),
-    Failed(&'a Job, &'a Error),
+    IsFlat(&'a Task),
+    Saved(&'a Task, &'a Generated),
+    Failed(&'a Task, &'a Error),
 }
 
 /// Encodes and saves images, and reports them in the order of the list.
 pub struct ImageWriter<'a> {
     pub options: WriteOptions,
-    pub request: &'a Request,
+    pub work: &'a WorkList,
     pub report: OrderedReport<'a>,
     pub summary: &'a mut Summary,
     /// Set when nothing more can be written.
@@ -51,51 +51,51 @@ pub struct ImageWriter<'a> {
 impl<'a> ImageWriter<'a> {
     /// Takes images until no more come. Errors are those after which no other image can be written
     /// either.
-    pub fn run(&mut self, images: Receiver<(&'a Job, Result<Drawn>)>) -> Result<()> {
+    pub fn run(&mut self, images: Receiver<(&'a Task, Result<Generated>)>) -> Result<()> {
         let mut ended = Ok(());
-        for (job, drawn) in images {
+        for (task, drawn) in images {
             if !self.is_full.load(Ordering::Relaxed) {
-                ended = self.take(job, drawn);
+                ended = self.take(task, drawn);
                 self.is_full.store(ended.is_err(), Ordering::Relaxed);
             }
         }
         ended.and(self.report.finish())
     }
 
-    fn take(&mut self, job: &'a Job, drawn: Result<Drawn>) -> Result<()> {
-        match drawn.and_then(|drawn| self.save(job, drawn)) {
+    fn take(&mut self, task: &'a Task, drawn: Result<Generated>) -> Result<()> {
+        match drawn.and_then(|drawn| self.save(task, drawn)) {
             Ok(outcome) => {
                 self.summary.saved += 1;
-                self.report.add(job, Some(outcome))
+                self.report.add(task, Some(outcome))
             }
             Err(error) if error.is::<DiskFull>() => Err(error),
             Err(mut error) => {
                 self.summary.failed += 1;
-                if self.request.jobs.len() > 1 {
-                    error = error.context(self.request.place(job));
+                if self.work.tasks.len() > 1 {
+                    error = error.context(self.work.place(task));
                 }
-                (self.on_event)(WriteEvent::Failed(job, &error));
+                (self.on_event)(WriteEvent::Failed(task, &error));
                 self.summary.first_failure.get_or_insert(error);
-                self.report.add(job, None)
+                self.report.add(task, None)
             }
         }
     }
 
-    fn save(&self, job: &Job, drawn: Drawn) -> Result<Outcome> {
-        if drawn.picture.is_flat() {
-            (self.on_event)(WriteEvent::IsFlat(job));
+    fn save(&self, task: &Task, drawn: Generated) -> Result<Outcome> {
+        if drawn.image.is_flat() {
+            (self.on_event)(WriteEvent::IsFlat(task));
         }
         let remembers = self.options.metadata;
-        let metadata = remembers.then(|| job.settings.metadata(drawn.trace.as_ref()));
-        let bytes = drawn.picture.encode(job.format, metadata.as_ref())?;
-        match &job.path {
+        let metadata = remembers.then(|| task.job.settings.metadata(drawn.trace.as_ref()));
+        let bytes = drawn.image.encode(task.format, metadata.as_ref())?;
+        match &task.path {
             Some(path) => output_path::save(path, &bytes, self.options.overwrite)?,
             None => output_path::write_to_stdout(&bytes)?,
         }
-        (self.on_event)(WriteEvent::Saved(job, &drawn));
+        (self.on_event)(WriteEvent::Saved(task, &drawn));
         let wants_hash = self.report.wants_details();
         Ok(Outcome {
-            sha256: wants_hash.then(|| drawn.picture.sha256()),
+            sha256: wants_hash.then(|| drawn.image.sha256()),
             timings: Some(Timings {
                 sampling_s: drawn.sampling_s,
                 decoding_s: drawn.decoding_s,

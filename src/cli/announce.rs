@@ -2,13 +2,14 @@
 //! like a mistake.
 
 use crate::batch::jobs::JobList;
+use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
 use crate::cli::progress::Progress;
+use crate::pipeline::Pipeline;
 use crate::pipeline::family::Family;
 use crate::pipeline::guidance::Guidance;
 use crate::pipeline::options::VaeTiling;
-use crate::pipeline::params::Settings;
-use crate::pipeline::resolve::{Job, Request};
+use crate::pipeline::settings::Settings;
 use crate::weights::Checkpoint;
 use crate::weights::embedding::Embedding;
 
@@ -17,27 +18,29 @@ use crate::weights::embedding::Embedding;
 pub fn announce(
     args: &DrawArgs,
     list: &JobList,
-    request: &Request,
-    checkpoint: &Checkpoint,
+    work: &WorkList,
+    pipeline: &Pipeline,
     skipped: usize,
     progress: &Progress,
 ) {
+    let checkpoint = &pipeline.checkpoint;
     if let Some(seed) = list.random_seed {
         progress.note(format!("seed {seed}"));
     }
     if args.resume {
-        let total = request.jobs.len();
+        let total = work.tasks.len();
         progress.note(format!("{skipped} of {total} pictures are there already"));
     }
-    warn_of_no_effect(request, checkpoint, progress);
+    warn_of_no_effect(work, checkpoint, progress);
     if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
         progress.note(format!("warning: {doubt}"));
     }
     if args.vae_tiling == VaeTiling::Auto {
-        tell_of_tiles(request, checkpoint, progress);
+        tell_of_tiles(work, pipeline, progress);
     }
     tell_of_model(checkpoint, progress);
-    if let Some(Job { settings, .. }) = request.jobs.first() {
+    if let Some(task) = work.tasks.first() {
+        let settings = &task.job.settings;
         let guidance = if settings.guidance > 1.0 {
             format!("guidance {}", settings.guidance)
         } else {
@@ -58,9 +61,9 @@ pub fn announce(
 }
 
 /// Warns of options that change nothing.
-fn warn_of_no_effect(request: &Request, checkpoint: &Checkpoint, progress: &Progress) {
+fn warn_of_no_effect(work: &WorkList, checkpoint: &Checkpoint, progress: &Progress) {
     let unguided = |has: fn(&Settings) -> bool| {
-        let mut jobs = request.jobs.iter();
+        let mut jobs = work.tasks.iter().map(|task| &task.job);
         jobs.any(|job| job.guidance == Guidance::Off && has(&job.settings))
     };
     let negative = unguided(|settings| !settings.negative.is_empty());
@@ -76,11 +79,11 @@ fn warn_of_no_effect(request: &Request, checkpoint: &Checkpoint, progress: &Prog
         }
     }
     for Embedding { token, file, .. } in &checkpoint.embeddings {
-        let uses = |job: &Job| {
-            let mut used = job.settings.embeddings.iter();
+        let uses = |task: &Task| {
+            let mut used = task.job.settings.embeddings.iter();
             used.any(|used| used.name == *token)
         };
-        if !request.jobs.iter().any(uses) {
+        if !work.tasks.iter().any(uses) {
             progress.note(format!(
                 "warning: no prompt has the word `{token}`, so the embedding `{file}` has no effect"
             ));
@@ -89,16 +92,16 @@ fn warn_of_no_effect(request: &Request, checkpoint: &Checkpoint, progress: &Prog
 }
 
 /// Says that images are decoded in tiles, if any is.
-fn tell_of_tiles(request: &Request, checkpoint: &Checkpoint, progress: &Progress) {
-    let mut jobs = request.jobs.iter();
-    let Some(Job { settings, .. }) = jobs.find(|job| job.settings.vae_tiling) else {
+fn tell_of_tiles(work: &WorkList, pipeline: &Pipeline, progress: &Progress) {
+    let mut all = work.tasks.iter().map(|task| &task.job.settings);
+    let Some(settings) = all.find(|settings| settings.vae_tiling) else {
         return;
     };
     let untiled = Settings {
         vae_tiling: false,
         ..settings.clone()
     };
-    let gigabytes = request.vae_bytes(checkpoint, &untiled) as f64 / 1e9;
+    let gigabytes = pipeline.vae_bytes(&untiled) as f64 / 1e9;
     let Settings { width, height, .. } = settings;
     progress.note(format!(
         "{width}x{height} is decoded in tiles: the whole would need about {gigabytes:.1} GB of memory"

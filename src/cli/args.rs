@@ -15,7 +15,8 @@ use crate::cli::terminal::ShowChoice;
 use crate::cli::upscale::UpscaleArgs;
 use crate::image::Format;
 use crate::nn::device::{DTypeChoice, DeviceChoice};
-use crate::pipeline::options::{JobOptions, RunOptions, VaeTiling, at_least_one};
+use crate::pipeline::PipelineOptions;
+use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one};
 use crate::sampling::schedule::Prediction;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -262,13 +263,11 @@ impl DrawArgs {
         self.force || self.resume
     }
 
-    /// What is asked of the whole run.
-    pub fn run_options(&self) -> RunOptions {
-        RunOptions {
+    /// What holds for all images, beside the model.
+    pub fn pipeline_options(&self) -> PipelineOptions {
+        PipelineOptions {
             prediction: self.prediction.map(Into::into),
             vae_tiling: self.vae_tiling,
-            batch_size: self.batch_size,
-            trace: self.trace,
         }
     }
 }

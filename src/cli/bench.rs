@@ -5,7 +5,7 @@ use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
 use crate::nn::{cpu, profile};
-use crate::pipeline::guidance::{Guidance, Guided, Reuse};
+use crate::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use crate::sampling::schedule::Prediction;
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin, Weights};
@@ -269,8 +269,8 @@ fn time_unet(
         guidance: None,
     };
     let told = unet.told(&conditioning.after(&conditioning)?)?;
-    let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
-    let mut guided = Guided {
+    let (prediction, deep_cache) = (Prediction::Epsilon, DeepCache::every(1));
+    let mut guided = CfgDenoiser {
         unet: told,
         guidance: Guidance::Text(1),
         weights: vec![1.0],
@@ -278,7 +278,7 @@ fn time_unet(
         scale: 7.5,
         rescale: 0.0,
         prediction,
-        reuse,
+        deep_cache,
     };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     timed(device, args.repeat, load_s, || {

@@ -7,13 +7,16 @@ use crate::cli::model_args::{LoraArg, ModelArgs};
 use crate::cli::progress::{Progress, ProgressMode};
 use crate::cli::stdout::say;
 use crate::cli::upscale::Upscaler;
+use crate::error::Error;
 use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
+use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::fingerprint::Trace;
-use crate::pipeline::params::{Merged, Settings, UsedEmbedding, UsedLora};
-use crate::pipeline::resolve::{Job, Request};
-use crate::pipeline::{self, Drawn};
-use crate::weights::Checkpoint;
+use crate::pipeline::job::Job;
+use crate::pipeline::options::VaeTiling;
+use crate::pipeline::resolve::Resolver;
+use crate::pipeline::settings::{Settings, UsedEmbedding, UsedLora};
+use crate::pipeline::{Pipeline, PipelineOptions, RunOptions};
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -21,6 +24,7 @@ use clap::{Arg, Args, ValueEnum};
 use serde_json::json;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -263,7 +267,12 @@ fn check_group(
         .with_context(place)
         .code(3)?;
     let upscaler = args.upscaler_of(first, &compute).code(3)?;
-    compare(group, &checkpoint, upscaler.as_ref(), &compute, report)
+    let options = PipelineOptions {
+        prediction: None,
+        vae_tiling: VaeTiling::Off,
+    };
+    let pipeline = Pipeline::new(checkpoint, compute, options).code(3)?;
+    compare(group, &pipeline, upscaler.as_ref(), report)
 }
 
 impl Drawing {
@@ -358,140 +367,117 @@ impl Report<'_> {
 /// Draws the images of one model again and reports how each differs.
 fn compare(
     group: Vec<Drawing>,
-    checkpoint: &Checkpoint,
+    pipeline: &Pipeline,
     upscaler: Option<&Upscaler>,
-    compute: &Compute,
     report: &mut Report,
 ) -> Result<(), Failure> {
-    let identity = ModelIdentity::of(checkpoint, upscaler).code(3)?;
-    let mut request = Request::new(checkpoint).code(3)?;
-    request.trace = group.iter().any(|drawing| drawing.trace.is_some());
-    let mut drawn_again: Vec<&Drawing> = vec![];
+    pipeline.identity().code(3)?;
+    let mut resolver = Resolver::new(pipeline).code(3)?;
+    let (mut jobs, mut drawn_again) = (vec![], vec![]);
     for drawing in &group {
         let settings = &drawing.settings;
-        let added = identity
-            .require(settings)
-            .and_then(|()| request.add(settings.clone(), None, drawing.format));
-        match added {
-            Ok(()) => drawn_again.push(drawing),
+        let job = require_same(pipeline, upscaler, settings)
+            .and_then(|()| resolver.decide(settings.clone()));
+        match job {
+            Ok(job) => {
+                jobs.push(job);
+                drawn_again.push(drawing);
+            }
             Err(error) => report.add(&drawing.path, Err(error))?,
         }
     }
-    if compute.device.is_cpu() {
-        require_memory(request.memory_bytes(checkpoint, 1)).code(4)?;
+    let jobs: Vec<&Job> = jobs.iter().collect();
+    if pipeline.compute.device.is_cpu() {
+        require_memory(pipeline.memory_bytes(&jobs, 1)).code(4)?;
     }
-    let jobs: Vec<&Job> = request.jobs.iter().collect();
+    let options = RunOptions {
+        batch_size: 1,
+        trace: group.iter().any(|drawing| drawing.trace.is_some()),
+        keep_networks: false,
+    };
     let progress = report.progress;
     let mut reported = Ok(());
-    let mut sink = |job: &Job, drawn: Result<Drawn>| {
-        let Some(drawing) = drawn_again.get(job.index) else {
-            return;
-        };
-        let comparison = drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
-        if reported.is_ok() {
-            reported = report.add(&drawing.path, comparison);
+    let mut on_event = |event: Event| {
+        match event {
+            Event::Image { index, result } => {
+                if let (Some(drawing), true) = (drawn_again.get(index), reported.is_ok()) {
+                    let drawn = result.map_err(Error::into_cause);
+                    let comparison =
+                        drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
+                    reported = report.add(&drawing.path, comparison);
+                }
+            }
+            event => progress.show_event(&event, |image| image),
         }
+        ControlFlow::Continue(())
     };
-    pipeline::generate(
-        checkpoint,
-        &request,
-        &jobs,
-        compute,
-        progress,
-        &|| false,
-        &mut sink,
-    )
-    .code(1)?;
+    pipeline
+        .generate_all(&jobs, options, &mut on_event)
+        .code(1)?;
+    progress.finish();
     reported
 }
 
-/// The hashes of a model and of all that is added to it.
-struct ModelIdentity<'a> {
-    checkpoint: &'a Checkpoint,
-    hash: String,
-    vae_hash: Option<String>,
-    refiner_hash: Option<String>,
-    merges: Vec<Merged>,
-    upscaler_hash: Option<Arc<str>>,
-}
-
-impl<'a> ModelIdentity<'a> {
-    fn of(checkpoint: &'a Checkpoint, upscaler: Option<&Upscaler>) -> Result<Self> {
-        let vae = checkpoint.vae.as_ref();
-        let refiner = checkpoint.refiner.as_ref();
-        Ok(Self {
-            checkpoint,
-            hash: checkpoint.hash()?,
-            vae_hash: vae.map(|vae| vae.hash()).transpose()?,
-            refiner_hash: refiner.map(|refiner| refiner.hash()).transpose()?,
-            merges: Merged::all(checkpoint)?,
-            upscaler_hash: upscaler.and_then(|upscaler| upscaler.hash.clone()),
-        })
+/// Errors if an image was drawn with something else than this pipeline, and says what to pass.
+fn require_same(pipeline: &Pipeline, upscaler: Option<&Upscaler>, of: &Settings) -> Result<()> {
+    let identity = pipeline.identity()?;
+    let tokens = |used: &UsedEmbedding| {
+        let mut embeddings = pipeline.checkpoint.embeddings.iter();
+        embeddings.any(|embedding| embedding.token == used.name)
+    };
+    if (&of.model_hash, &of.refiner_hash) != (&identity.model_hash, &identity.refiner_hash) {
+        bail!(
+            "it was drawn with other weights than those of `{}`\n\nhint: pass the model that drew it with `--model`",
+            pipeline.checkpoint.name
+        );
     }
-
-    /// Errors if an image was drawn with something else, and says what to pass.
-    fn require(&self, of: &Settings) -> Result<()> {
-        let tokens = |used: &UsedEmbedding| {
-            let mut embeddings = self.checkpoint.embeddings.iter();
-            embeddings.any(|embedding| embedding.token == used.name)
+    if of.vae_hash != identity.vae_hash {
+        bail!(
+            "it was drawn with the VAE `{}`\n\nhint: pass that with `--vae`",
+            of.vae.as_deref().unwrap_or_default()
+        );
+    }
+    if of.merges != identity.merges {
+        let named: Vec<String> = of
+            .merges
+            .iter()
+            .map(|merged| format!("`{}:{}`", merged.model, merged.share))
+            .collect();
+        let named = if named.is_empty() {
+            "nothing".into()
+        } else {
+            named.join(", ")
         };
-        if *of.model_hash != *self.hash
-            || of.refiner_hash.as_deref() != self.refiner_hash.as_deref()
-        {
-            bail!(
-                "it was drawn with other weights than those of `{}`\n\nhint: pass the model that drew it with `--model`",
-                self.checkpoint.name
-            );
-        }
-        if of.vae_hash.as_deref() != self.vae_hash.as_deref() {
-            bail!(
-                "it was drawn with the VAE `{}`\n\nhint: pass that with `--vae`",
-                of.vae.as_deref().unwrap_or_default()
-            );
-        }
-        if of.merges != self.merges {
-            let named: Vec<String> = of
-                .merges
-                .iter()
-                .map(|merged| format!("`{}:{}`", merged.model, merged.share))
-                .collect();
-            let named = if named.is_empty() {
-                "nothing".into()
-            } else {
-                named.join(", ")
-            };
-            bail!(
-                "it was drawn with {named} merged into the model\n\nhint: pass the same with `--merge` and `--minus`"
-            );
-        }
-        if let Some(UsedEmbedding { name, hash }) = of.embeddings.iter().find(|used| !tokens(used))
-        {
-            bail!(
-                "its prompt uses the embedding `{name}`, SHA-256 {hash:.10}\n\nhint: pass its file with `--embedding`"
-            );
-        }
-        if of.upscaler_hash != self.upscaler_hash {
-            bail!(
-                "it was made larger by the network `{}`\n\nhint: pass that with `--upscaler`",
-                of.upscaler.as_deref().unwrap_or_default()
-            );
-        }
-        Ok(())
+        bail!(
+            "it was drawn with {named} merged into the model\n\nhint: pass the same with `--merge` and `--minus`"
+        );
     }
+    if let Some(UsedEmbedding { name, hash }) = of.embeddings.iter().find(|used| !tokens(used)) {
+        bail!(
+            "its prompt uses the embedding `{name}`, SHA-256 {hash:.10}\n\nhint: pass its file with `--embedding`"
+        );
+    }
+    if of.upscaler_hash.as_ref() != upscaler.and_then(|upscaler| upscaler.hash.as_ref()) {
+        bail!(
+            "it was made larger by the network `{}`\n\nhint: pass that with `--upscaler`",
+            of.upscaler.as_deref().unwrap_or_default()
+        );
+    }
+    Ok(())
 }
 
 impl Drawing {
     /// Compares with what was drawn again, after the same trip through a file.
     fn compare(
         &self,
-        drawn: Drawn,
+        drawn: Generated,
         upscaler: Option<&Upscaler>,
         progress: &Progress,
     ) -> Result<Comparison> {
         let larger = upscaler
-            .map(|upscaler| upscaler.upscale(&drawn.picture, progress))
+            .map(|upscaler| upscaler.upscale(&drawn.image, progress))
             .transpose()?;
-        let picture = larger.as_ref().unwrap_or(&drawn.picture);
+        let picture = larger.as_ref().unwrap_or(&drawn.image);
         let picture = Picture::decode(&picture.encode(self.format, None)?)?;
         let [(w, h), (expected_w, expected_h)] =
             [&picture, &self.expected].map(|picture| (picture.width, picture.height));

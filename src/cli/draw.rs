@@ -8,6 +8,7 @@ use crate::batch::contact_sheet::save_sheet;
 use crate::batch::jobs::JobList;
 use crate::batch::report::{OrderedReport, Outcome, Outcomes};
 use crate::batch::resume::{self, ResumeOptions};
+use crate::batch::work_list::{Task, WorkList};
 use crate::batch::writer::{ImageWriter, QUEUE_LENGTH, Summary, WriteEvent, WriteOptions};
 use crate::cli::announce::announce;
 use crate::cli::args::DrawArgs;
@@ -19,13 +20,15 @@ use crate::cli::signals;
 use crate::cli::stdout::say;
 use crate::cli::terminal::Terminal;
 use crate::cli::upscale::Upscaler;
+use crate::error::Error;
 use crate::nn::device::{Compute, require_memory};
-use crate::pipeline::resolve::{Job, Request};
-use crate::pipeline::{self, Drawn};
-use crate::weights::Checkpoint;
+use crate::pipeline::event::{Event, Generated};
+use crate::pipeline::job::Job;
+use crate::pipeline::{Pipeline, RunOptions};
 use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -79,48 +82,37 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         .map(|asked| Upscaler::asked(asked, &compute))
         .transpose()
         .code(3)?;
-    let options = args.run_options();
-    let mut request = Request::resolve(&options, &list, &checkpoint, &compute).code(2)?;
+    let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).code(2)?;
+    let mut work = WorkList::resolve(&list, &pipeline).code(2)?;
     if let Some(shard) = args.shard {
-        shard.take(&mut request.jobs).code(2)?;
+        shard.take(&mut work.tasks).code(2)?;
     }
-    let upscaling_bytes = preflight::plan_upscaling(&mut request, upscaler.as_ref()).code(2)?;
-    let memory_bytes = request
-        .memory_bytes(&checkpoint, request.batch_size)
+    let upscaling_bytes = preflight::plan_upscaling(&mut work, upscaler.as_ref()).code(2)?;
+    let batch_size = args
+        .batch_size
+        .unwrap_or_else(|| pipeline.auto_batch_size(&work.jobs()));
+    let memory_bytes = pipeline
+        .memory_bytes(&work.jobs(), batch_size)
         .max(upscaling_bytes);
-    let finished = finished(args, &mut request);
+    let finished = finished(args, &mut work);
     let print = |line: &str| progress.aside(|| say(line));
     if args.verify {
-        return verify(args, &request, &finished, &print);
+        return verify(args, &work, &finished, &print);
     }
     summary.skipped = finished.len();
-    let mut report = args.report(&request.jobs, finished, &print);
+    let mut report = args.report(&work.tasks, finished, &print);
     if args.dry_run {
-        announce(
-            args,
-            &list,
-            &request,
-            &checkpoint,
-            summary.skipped,
-            progress,
-        );
-        return dry_run(&request, &mut report, memory_bytes, progress);
+        announce(args, &list, &work, &pipeline, summary.skipped, progress);
+        return dry_run(&work, &mut report, memory_bytes, progress);
     }
-    preflight::check_files(args, &list, &request).code(2)?;
-    if compute.device.is_cpu() {
+    preflight::check_files(args, &list, &work).code(2)?;
+    if pipeline.compute.device.is_cpu() {
         require_memory(memory_bytes).code(4)?;
     }
     if let Some(path) = &args.manifest {
         report.open_manifest(path, args.overwrites()).code(2)?;
     }
-    announce(
-        args,
-        &list,
-        &request,
-        &checkpoint,
-        summary.skipped,
-        progress,
-    );
+    announce(args, &list, &work, &pipeline, summary.skipped, progress);
     let left = report.left();
     report.flush().code(1)?;
     signals::listen(progress)
@@ -128,17 +120,17 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         .code(1)?;
     progress.event("start", json!({ "jobs": left.len() }));
     let drawing = Drawing {
-        checkpoint: &checkpoint,
-        request: &request,
-        compute: &compute,
+        pipeline: &pipeline,
+        work: &work,
+        batch_size,
         upscaler: upscaler.as_ref(),
         progress,
     };
     let written = drawing.run(args, &left, report, summary)?;
     if let (Some(path), Ok(())) = (&args.grid, &written) {
-        save_sheet(path, &list, &request.jobs, args.overwrites()).code(1)?;
+        save_sheet(path, &list, &work.tasks, args.overwrites()).code(1)?;
     }
-    end(&list, &request, summary, written)
+    end(&list, &work, summary, written)
 }
 
 impl DrawArgs {
@@ -149,16 +141,16 @@ impl DrawArgs {
 
     fn report<'a>(
         &self,
-        jobs: &'a [Job],
+        tasks: &'a [Task],
         finished: Outcomes,
         print: &'a (dyn Fn(&str) -> Result<()> + Sync),
     ) -> OrderedReport<'a> {
-        OrderedReport::new(jobs, finished, self.json, self.wants_details(), print)
+        OrderedReport::new(tasks, finished, self.json, self.wants_details(), print)
     }
 }
 
 /// The images that are there already, if these are looked for.
-fn finished(args: &DrawArgs, request: &mut Request) -> Outcomes {
+fn finished(args: &DrawArgs, work: &mut WorkList) -> Outcomes {
     if !args.resume && !args.verify {
         return HashMap::new();
     }
@@ -167,39 +159,42 @@ fn finished(args: &DrawArgs, request: &mut Request) -> Outcomes {
         wants_hash: args.wants_details(),
         vae_tiling: args.vae_tiling,
     };
-    resume::finished(&mut request.jobs, options)
+    resume::finished(&mut work.tasks, options)
 }
 
 /// Prints the work list and the memory that it needs.
 fn dry_run(
-    request: &Request,
+    work: &WorkList,
     report: &mut OrderedReport,
     memory_bytes: u64,
     progress: &Progress,
 ) -> Result<(), Failure> {
     progress.note(format!(
         "{} pictures, about {:.1} GB of memory",
-        request.jobs.len(),
+        work.tasks.len(),
         memory_bytes as f64 / 1e9
     ));
-    let mut jobs = request.jobs.iter();
-    jobs.try_for_each(|job| report.add(job, Some(Outcome::default())))
+    let mut tasks = work.tasks.iter();
+    tasks
+        .try_for_each(|task| report.add(task, Some(Outcome::default())))
         .code(1)
 }
 
 /// Prints which images are not there. Errors if there are any.
 fn verify(
     args: &DrawArgs,
-    request: &Request,
+    work: &WorkList,
     finished: &Outcomes,
     print: &(dyn Fn(&str) -> Result<()> + Sync),
 ) -> Result<(), Failure> {
-    let mut report = args.report(&request.jobs, HashMap::new(), print);
-    for job in &request.jobs {
-        let is_missing = !finished.contains_key(&job.index);
-        report.add(job, is_missing.then(Outcome::default)).code(1)?;
+    let mut report = args.report(&work.tasks, HashMap::new(), print);
+    for task in &work.tasks {
+        let is_missing = !finished.contains_key(&task.index);
+        report
+            .add(task, is_missing.then(Outcome::default))
+            .code(1)?;
     }
-    let (missing, total) = (request.jobs.len() - finished.len(), request.jobs.len());
+    let (missing, total) = (work.tasks.len() - finished.len(), work.tasks.len());
     if missing == 0 {
         return Ok(());
     }
@@ -212,9 +207,9 @@ fn verify(
 
 /// What draws the images of a run.
 struct Drawing<'a> {
-    checkpoint: &'a Checkpoint,
-    request: &'a Request,
-    compute: &'a Compute,
+    pipeline: &'a Pipeline,
+    work: &'a WorkList,
+    batch_size: usize,
     upscaler: Option<&'a Upscaler>,
     progress: &'a Progress,
 }
@@ -225,42 +220,53 @@ impl<'a> Drawing<'a> {
     fn run(
         &self,
         args: &DrawArgs,
-        jobs: &[&'a Job],
+        tasks: &[&'a Task],
         report: OrderedReport<'a>,
         summary: &'a mut Summary,
     ) -> Result<Result<()>, Failure> {
+        let jobs: Vec<&Job> = tasks.iter().map(|task| &task.job).collect();
         let is_full = AtomicBool::new(false);
         let (sender, receiver) = sync_channel(QUEUE_LENGTH);
-        let (request, progress) = (self.request, self.progress);
-        let on_event = |event: WriteEvent| show(request, progress, event);
+        let (work, progress) = (self.work, self.progress);
+        let on_write = |event: WriteEvent| show(work, progress, event);
         let mut writer = ImageWriter {
             options: WriteOptions {
                 metadata: !args.no_metadata,
                 overwrite: args.overwrites(),
             },
-            request: self.request,
+            work,
             report,
             summary,
             is_full: &is_full,
-            on_event: &on_event,
+            on_event: &on_write,
         };
         let (drawn, written) = std::thread::scope(|scope| {
             let writer = scope.spawn(move || writer.run(receiver));
             let stop = || signals::requested() || is_full.load(Ordering::Relaxed);
-            let mut sink = |job, drawn: Result<Drawn>| {
-                let drawn = drawn.and_then(|drawn| self.upscaled(drawn));
-                // a writer that has ended says why
-                sender.send((job, drawn)).unwrap_or_default();
+            let mut on_event = |event: Event| match event {
+                Event::NextBatch { .. } if stop() => ControlFlow::Break(()),
+                Event::Image { index, result } => {
+                    let image = result.map_err(Error::into_cause);
+                    let image = image.and_then(|image| self.upscaled(image));
+                    if let Some(task) = tasks.get(index) {
+                        // a writer that has ended says why
+                        sender.send((*task, image)).unwrap_or_default();
+                    }
+                    ControlFlow::Continue(())
+                }
+                event => {
+                    let place = |image: usize| tasks.get(image).map_or(image, |task| task.index);
+                    progress.show_event(&event, place);
+                    ControlFlow::Continue(())
+                }
             };
-            let drawn = pipeline::generate(
-                self.checkpoint,
-                self.request,
-                jobs,
-                self.compute,
-                self.progress,
-                &stop,
-                &mut sink,
-            );
+            let options = RunOptions {
+                batch_size: self.batch_size,
+                trace: args.trace,
+                keep_networks: false,
+            };
+            let drawn = self.pipeline.generate_all(&jobs, options, &mut on_event);
+            progress.finish();
             drop(sender);
             let broken = |_| Err(anyhow!("the writing of files broke down"));
             (drawn, writer.join().unwrap_or_else(broken))
@@ -269,10 +275,10 @@ impl<'a> Drawing<'a> {
         Ok(written)
     }
 
-    fn upscaled(&self, drawn: Drawn) -> Result<Drawn> {
+    fn upscaled(&self, drawn: Generated) -> Result<Generated> {
         match self.upscaler {
-            Some(upscaler) => Ok(Drawn {
-                picture: upscaler.upscale(&drawn.picture, self.progress)?,
+            Some(upscaler) => Ok(Generated {
+                image: upscaler.upscale(&drawn.image, self.progress)?,
                 ..drawn
             }),
             None => Ok(drawn),
@@ -281,26 +287,26 @@ impl<'a> Drawing<'a> {
 }
 
 /// Shows what the writing of files tells.
-fn show(request: &Request, progress: &Progress, event: WriteEvent) {
+fn show(work: &WorkList, progress: &Progress, event: WriteEvent) {
     match event {
-        WriteEvent::IsFlat(job) => progress.note(format!(
+        WriteEvent::IsFlat(task) => progress.note(format!(
             "warning: {} has one colour everywhere; the checkpoint may be damaged",
-            request.place(job)
+            work.place(task)
         )),
-        WriteEvent::Saved(job, drawn) => {
-            progress.show(&drawn.picture);
+        WriteEvent::Saved(task, drawn) => {
+            progress.show(&drawn.image);
             let seconds = drawn.sampling_s + drawn.decoding_s;
             progress.event(
                 "picture",
-                json!({ "index": job.index, "path": job.path, "seconds": seconds }),
+                json!({ "index": task.index, "path": task.path, "seconds": seconds }),
             );
         }
-        WriteEvent::Failed(job, error) => {
+        WriteEvent::Failed(task, error) => {
             let text = exit_code::text(error);
-            if request.jobs.len() > 1 {
+            if work.tasks.len() > 1 {
                 progress.say(&text);
             }
-            progress.event("failed", json!({ "index": job.index, "error": text }));
+            progress.event("failed", json!({ "index": task.index, "error": text }));
         }
     }
 }
@@ -308,11 +314,11 @@ fn show(request: &Request, progress: &Progress, event: WriteEvent) {
 /// The exit code and the last word of a run.
 fn end(
     list: &JobList,
-    request: &Request,
+    work: &WorkList,
     summary: &mut Summary,
     written: Result<()>,
 ) -> Result<(), Failure> {
-    let (total, done) = (request.jobs.len(), summary.saved + summary.skipped);
+    let (total, done) = (work.tasks.len(), summary.saved + summary.skipped);
     let partly = |code| if done > 0 { 6 } else { code };
     if let Err(mut error) = written {
         if total > 1 {

@@ -1,7 +1,6 @@
 //! How the program ends when it does not succeed: an error with its exit code, said once.
 
-use crate::pipeline::{NotFinite, OutOfMemory};
-use crate::weights::ModelError;
+use crate::error::{self, ErrorKind};
 use anyhow::{Error, Result};
 
 /// An error and the exit code it ends with (README: 2 arguments, 3 model, 4 memory, 5 not finite, 6
@@ -15,14 +14,11 @@ pub struct Failure {
 impl Failure {
     /// An error with this code, unless the error itself says what kind it is.
     pub fn new(error: Error, code: u8) -> Self {
-        let code = if error.is::<NotFinite>() {
-            5
-        } else if error.is::<OutOfMemory>() {
-            4
-        } else if error.is::<ModelError>() {
-            3
-        } else {
-            code
+        let code = match error::kind_of(&error) {
+            Some(ErrorKind::NotFinite) => 5,
+            Some(ErrorKind::OutOfMemory) => 4,
+            Some(ErrorKind::Model) => 3,
+            _ => code,
         };
         Self { code, error }
     }
@@ -35,19 +31,11 @@ impl Failure {
 
 /// `error: cause`, and where there is a remedy a blank line and `hint: remedy`.
 pub fn text(error: &Error) -> String {
-    let parts: Vec<String> = error.chain().map(|e| e.to_string()).collect();
-    let (mut causes, mut hint) = (vec![], None);
-    for part in &parts {
-        let (cause, remedy) = part
-            .split_once("\n\nhint: ")
-            .map_or((part.as_str(), None), |(c, r)| (c, Some(r)));
-        causes.push(cause);
-        hint = hint.or(remedy);
-    }
-    let hint = hint
-        .map(|hint| format!("\n\nhint: {hint}"))
+    let (cause, remedy) = error::split(error);
+    let hint = remedy
+        .map(|remedy| format!("\n\nhint: {remedy}"))
         .unwrap_or_default();
-    format!("error: {}{hint}", causes.join(": "))
+    format!("error: {cause}{hint}")
 }
 
 /// Gives an error its exit code.

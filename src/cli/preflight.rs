@@ -3,6 +3,7 @@
 
 use crate::batch::jobs::JobList;
 use crate::batch::output_path::{self, Destination};
+use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
 use crate::cli::model_args::LoraArg;
 use crate::cli::progress::ProgressMode;
@@ -10,7 +11,6 @@ use crate::cli::upscale::Upscaler;
 use crate::image::Format;
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::guidance::Guidance;
-use crate::pipeline::resolve::{Job, Request};
 use crate::text::prompt::Syntax;
 use crate::weights::lora;
 use anyhow::{Context, Result, anyhow, bail};
@@ -99,19 +99,19 @@ pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraArg>> {
 
 /// Notes in the settings that images are made larger, and returns about how many bytes of memory
 /// that takes. Errors if one would be too large.
-pub fn plan_upscaling(request: &mut Request, upscaler: Option<&Upscaler>) -> Result<u64> {
+pub fn plan_upscaling(work: &mut WorkList, upscaler: Option<&Upscaler>) -> Result<u64> {
     let Some(upscaler) = upscaler else {
         return Ok(0);
     };
     let mut bytes = 0;
-    for job in &request.jobs {
-        let (width, height) = job.settings.final_size();
+    for task in &work.tasks {
+        let (width, height) = task.job.settings.final_size();
         upscaler
             .size(width, height)
-            .with_context(|| request.place(job))?;
+            .with_context(|| work.place(task))?;
         bytes = bytes.max(upscaler.bytes(width, height));
     }
-    for job in &mut request.jobs {
+    for Task { job, .. } in &mut work.tasks {
         job.settings = upscaler.told(job.settings.clone());
     }
     Ok(bytes)
@@ -119,38 +119,39 @@ pub fn plan_upscaling(request: &mut Request, upscaler: Option<&Upscaler>) -> Res
 
 /// Errors if an image cannot be stored: its file exists or cannot be written, or its metadata is too
 /// large for its format.
-pub fn check_files(args: &DrawArgs, list: &JobList, request: &Request) -> Result<()> {
-    let is_template = |job: &Job| {
+pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<()> {
+    let is_template = |task: &Task| {
         let output = list
             .jobs
-            .get(job.index)
+            .get(task.index)
             .and_then(|spec| list.outputs.get(spec.output));
         output.is_some_and(|(destination, _)| matches!(destination, Destination::Template(_)))
     };
     for make_folders in [false, true] {
-        let jobs = request
-            .jobs
+        let tasks = work
+            .tasks
             .iter()
-            .filter(|job| is_template(job) == make_folders);
-        let paths: Vec<&Path> = jobs.filter_map(|job| job.path.as_deref()).collect();
+            .filter(|task| is_template(task) == make_folders);
+        let paths: Vec<&Path> = tasks.filter_map(|task| task.path.as_deref()).collect();
         output_path::check_writable(&paths, make_folders, args.overwrites())?;
     }
-    for job in request
-        .jobs
+    for task in work
+        .tasks
         .iter()
-        .filter(|job| job.format == Format::Jpg && !args.no_metadata)
+        .filter(|task| task.format == Format::Jpg && !args.no_metadata)
     {
+        let job = &task.job;
         let trace = args.trace.then(|| {
             Trace::blank(
                 1 + usize::from(job.guidance != Guidance::Off),
-                job.refine.is_some(),
+                job.refiner_plan.is_some(),
                 job.evaluations(),
             )
         });
         job.settings
             .metadata(trace.as_ref())
-            .check(job.format)
-            .with_context(|| request.place(job))?;
+            .check(task.format)
+            .with_context(|| work.place(task))?;
     }
     Ok(())
 }

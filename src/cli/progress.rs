@@ -16,6 +16,7 @@
 
 use crate::cli::terminal::Terminal;
 use crate::image::Picture;
+use crate::pipeline::event::Event;
 use candle_core::Result as TensorResult;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -217,6 +218,31 @@ impl Progress {
         match &self.show {
             Show::Bar(bar) => bar.suspend(write),
             _ => write(),
+        }
+    }
+
+    /// Shows what a pipeline tells. `index` gives the place in the whole work list of an image of
+    /// the run.
+    pub fn show_event(&self, event: &Event, index: impl Fn(usize) -> usize) {
+        match event {
+            Event::Stage(name) => self.stage(name),
+            Event::Batch {
+                images,
+                before,
+                total,
+            } => {
+                self.batch(
+                    images.iter().map(|image| index(*image)).collect(),
+                    *before,
+                    *total,
+                );
+            }
+            Event::Step { done, total } => self.step(*done, *total),
+            Event::Preview(preview) => {
+                self.preview(preview.width, preview.height, || preview.image());
+            }
+            Event::Warning(text) => self.note(format!("warning: {text}")),
+            _ => {}
         }
     }
 

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::hex::hex;
-use crate::image::Picture;
 use crate::image::MAX_SIDE_PX;
+use crate::image::Picture;
 
 /// The largest file, and the largest decoded picture: 16384x16384 in 8-bit RGB still fits.
 const MAX_BYTES: u64 = 1 << 30;

@@ -2,9 +2,9 @@
 //! them is read from names and shapes of their tensors. [`Upscaler::upscale`] goes in tiles, so
 //! that memory does not grow with the picture.
 
+use crate::error::NotFinite;
 use crate::image::Picture;
-use crate::nn::layers::{Conv2d, concat};
-use crate::pipeline::{NotFinite, finite};
+use crate::nn::layers::{Conv2d, concat, is_finite};
 use crate::weights::{Checkpoint, UPSCALERS, Weights};
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
@@ -196,7 +196,7 @@ impl Upscaler {
                 let rgb = self
                     .network
                     .enlarge(&near(&features, unshuffle)?, &near(&seen, 1)?)?; // [1, kept * factor, .., 3]
-                if !finite(&rgb)? {
+                if !is_finite(&rgb)? {
                     return Err(NotFinite {
                         place: "after upscaling".into(),
                     }

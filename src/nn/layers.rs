@@ -900,6 +900,15 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
     )
 }
 
+/// Whether no value is NaN or infinite.
+pub fn is_finite(x: &Tensor) -> TensorResult<bool> {
+    Ok(x.to_dtype(DType::F32)?
+        .abs()?
+        .sum_all()?
+        .to_scalar::<f32>()?
+        .is_finite())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

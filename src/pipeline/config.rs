@@ -45,7 +45,9 @@ impl PipelineConfig {
         checkpoint.require_vae()?;
         let base = ModelConfig::new(checkpoint)?;
         let refiner = checkpoint.refiner.as_deref();
-        let refiner = refiner.map(|refiner| base.refined_by(refiner)).transpose()?;
+        let refiner = refiner
+            .map(|refiner| base.refined_by(refiner))
+            .transpose()?;
         let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
         let (latent, out) = (vae.latent_channels(), base.unet.out_channels);
         if latent != out {
@@ -63,7 +65,11 @@ impl PipelineConfig {
     /// Returns height, width and channels of the latents of an image.
     pub fn latent_shape(&self, settings: &Settings) -> (usize, usize, usize) {
         let factor = self.vae.factor();
-        (settings.height / factor, settings.width / factor, self.base.unet.out_channels)
+        (
+            settings.height / factor,
+            settings.width / factor,
+            self.base.unet.out_channels,
+        )
     }
 
     /// Returns the side of the tiles in which an image is decoded, in latents, if it is.
@@ -89,7 +95,9 @@ impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
         let encoder = EncoderConfig::of(checkpoint)?;
-        let added_ids = encoder.pooled().map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+        let added_ids = encoder
+            .pooled()
+            .map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
         let pipeline = checkpoint.configs.get("pipeline");
         let force_zeros =
             pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
@@ -122,7 +130,13 @@ impl ModelConfig {
     /// Errors if the network needs a source image and there is none, or if it cannot do what is
     /// asked with it.
     pub fn check_source(&self, settings: &Settings) -> Result<()> {
-        let Settings { source, strength, image_guidance, model, .. } = settings;
+        let Settings {
+            source,
+            strength,
+            image_guidance,
+            model,
+            ..
+        } = settings;
         match (self.beside, source) {
             (Beside::Masked, None) => bail!(
                 "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"

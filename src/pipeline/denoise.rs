@@ -3,6 +3,7 @@
 //! [`Denoising::run`] walks a sampling plan. Hides the order in which diffusers draws random
 //! numbers: every image has its own generator, so neighbours in a batch never matter.
 
+use super::Run;
 use super::config::ModelConfig;
 use super::event::{Event, Preview};
 use super::fingerprint::Trace;
@@ -11,10 +12,10 @@ use super::init_latents::InitLatents;
 use super::job::Job;
 use super::prompt_cache::PromptCache;
 use super::settings::Settings;
-use super::{Run, is_finite};
 use crate::error::{Cancelled, NotFinite};
 use crate::model::Posterior;
 use crate::model::unet::{Beside, UNet};
+use crate::nn::layers::is_finite;
 use crate::sampling::noise::Generator;
 use crate::sampling::sampler::{self, Step};
 use crate::sampling::schedule::Plan;
@@ -57,10 +58,18 @@ struct InitState {
 impl Denoising {
     /// The beginning of a batch. Errors if it is empty.
     pub fn new(batch: &[&Job], run: &Run) -> Result<Self> {
-        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
-        let traces = batch.iter().filter(|_| run.options.trace).map(|_| Trace::default());
+        let Some(first) = batch.first() else {
+            anyhow::bail!("the batch is empty")
+        };
+        let traces = batch
+            .iter()
+            .filter(|_| run.options.trace)
+            .map(|_| Trace::default());
         Ok(Self {
-            generators: batch.iter().map(|job| Generator::new(job.settings.seed)).collect(),
+            generators: batch
+                .iter()
+                .map(|job| Generator::new(job.settings.seed))
+                .collect(),
             traces: traces.collect(),
             latent_shape: run.pipeline.config.latent_shape(&first.settings),
             done: 0,
@@ -78,8 +87,12 @@ impl Denoising {
         init: Init,
         run: &Run,
     ) -> Result<Tensor> {
-        let Some(first) = batch.first() else { anyhow::bail!("the batch is empty") };
-        let Job { settings, guidance, .. } = first;
+        let Some(first) = batch.first() else {
+            anyhow::bail!("the batch is empty")
+        };
+        let Job {
+            settings, guidance, ..
+        } = first;
         let (plan, prediction) = match (&first.refiner_plan, init) {
             (Some(plan), Init::Handover(_)) => (plan, prompts.config.scheduler.prediction),
             _ => (&first.plan, settings.prediction),
@@ -88,7 +101,10 @@ impl Denoising {
         let mut texts = prompts.at(batch, plan.before());
         let conditioned = unet.told(&prompts.of(batch, &texts)?)?;
         let state = self.init(init, plan, batch, prompts, run)?;
-        let beside = state.concat.map(|concat| concat.to_dtype(conditioned.dtype())).transpose()?;
+        let beside = state
+            .concat
+            .map(|concat| concat.to_dtype(conditioned.dtype()))
+            .transpose()?;
         let mut denoiser = CfgDenoiser {
             unet: conditioned,
             guidance: *guidance,
@@ -99,7 +115,13 @@ impl Denoising {
             prediction,
             deep_cache: DeepCache::every(settings.deep_cache),
         };
-        let Self { generators, traces, latent_shape, done, total } = self;
+        let Self {
+            generators,
+            traces,
+            latent_shape,
+            done,
+            total,
+        } = self;
         let (before, total) = (*done, *total);
         let mut failure: Option<anyhow::Error> = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
@@ -130,11 +152,14 @@ impl Denoising {
                 let number = before + step.index + 1;
                 trace.step(number, total, &own(step.denoised)?, &own(step.latents)?)?;
             }
-            state.inpaint.as_ref().map(|inpaint| inpaint.restore(step, plan)).transpose()
+            state
+                .inpaint
+                .as_ref()
+                .map(|inpaint| inpaint.restore(step, plan))
+                .transpose()
         };
         let mut noise = || draw_noise(generators, *latent_shape, run);
-        let result =
-            sampler::sample(plan, state.latents, &mut denoise, &mut noise, &mut on_step);
+        let result = sampler::sample(plan, state.latents, &mut denoise, &mut noise, &mut on_step);
         match failure {
             Some(failure) => Err(failure),
             None => Ok(result?),
@@ -156,7 +181,11 @@ impl Denoising {
                     prompts.trace(job, true, trace)?;
                 }
                 let latents = (latents * plan.handover_scale())?;
-                Ok(InitState { latents, concat: None, inpaint: None })
+                Ok(InitState {
+                    latents,
+                    concat: None,
+                    inpaint: None,
+                })
             }
             Init::Images(images) => self.init_from_images(images, plan, batch, prompts, run),
         }
@@ -171,17 +200,29 @@ impl Denoising {
         prompts: &PromptCache,
         run: &Run,
     ) -> Result<InitState> {
-        let Some(Job { settings, guidance, .. }) = batch.first() else {
+        let Some(Job {
+            settings, guidance, ..
+        }) = batch.first()
+        else {
             anyhow::bail!("the batch is empty")
         };
-        let Self { generators, latent_shape, .. } = self;
+        let Self {
+            generators,
+            latent_shape,
+            ..
+        } = self;
         let mut draw = || draw_noise(generators, *latent_shape, run);
         let config = prompts.config;
         let image = init_image(images, config, settings.strength, &mut draw)?;
         let noise = with_variations(draw()?, batch)?;
         let mask = inpaint_mask(images)?;
         let scaling_factor = run.pipeline.config.vae.scaling_factor();
-        let concat = Concat { images, config, guidance: *guidance, scaling_factor };
+        let concat = Concat {
+            images,
+            config,
+            guidance: *guidance,
+            scaling_factor,
+        };
         let concat = concat.make(mask.as_ref(), &mut draw)?;
         if self.done == 0 {
             // of an image that is drawn twice the first pass alone is traced
@@ -201,16 +242,26 @@ impl Denoising {
             .zip(mask)
             .filter(|_| concat.is_none())
             .map(|(image, mask)| InpaintState { image, noise, mask });
-        Ok(InitState { latents, concat, inpaint })
+        Ok(InitState {
+            latents,
+            concat,
+            inpaint,
+        })
     }
 }
 
 /// Shows the caller what the images of a batch will be.
 fn preview(step: &Step, settings: &Settings, images: usize, run: &Run) {
-    let Some(map) = &run.pipeline.config.preview else { return };
+    let Some(map) = &run.pipeline.config.preview else {
+        return;
+    };
     let make = || map.picture(step.denoised);
     let (width, height) = (settings.width * images, settings.height);
-    let _ = run.events.emit(Event::Preview(&Preview { make: &make, width, height }));
+    let _ = run.events.emit(Event::Preview(&Preview {
+        make: &make,
+        width,
+        height,
+    }));
 }
 
 /// The latents of the init images, [b, h, w, c], where the network starts from them.
@@ -228,14 +279,22 @@ fn init_image(
     if !is_needed || images.is_empty() {
         return Ok(None);
     }
-    Posterior::cat(images.iter().map(|init| &init.image))?.sample(noise).map(Some)
+    Posterior::cat(images.iter().map(|init| &init.image))?
+        .sample(noise)
+        .map(Some)
 }
 
 /// The masks of a batch, [b, h, w, 1], 1 where it is repainted; none if all of it is.
 fn inpaint_mask(images: &[Arc<InitLatents>]) -> TensorResult<Option<Tensor>> {
-    let masks = images.iter().filter_map(|init| Some(&init.inpaint.as_ref()?.mask));
+    let masks = images
+        .iter()
+        .filter_map(|init| Some(&init.inpaint.as_ref()?.mask));
     let masks: Vec<&Tensor> = masks.collect();
-    if masks.is_empty() { Ok(None) } else { Tensor::cat(&masks, 0).map(Some) }
+    if masks.is_empty() {
+        Ok(None)
+    } else {
+        Tensor::cat(&masks, 0).map(Some)
+    }
 }
 
 /// What some networks take beside the latents: inpainting models the mask and the masked image,
@@ -256,8 +315,10 @@ impl Concat<'_> {
     ) -> TensorResult<Option<Tensor>> {
         let passes = self.guidance.passes();
         if let Some(mask) = mask {
-            let masked =
-                self.images.iter().filter_map(|init| Some(&init.inpaint.as_ref()?.masked_image));
+            let masked = self
+                .images
+                .iter()
+                .filter_map(|init| Some(&init.inpaint.as_ref()?.masked_image));
             // diffusers draws noise for it, whether the network takes it or not
             let masked = Posterior::cat(masked)?.sample(noise)?;
             if self.config.beside == Beside::Masked {
@@ -271,7 +332,13 @@ impl Concat<'_> {
         let image = Posterior::cat(self.images.iter().map(|init| &init.image))?;
         let image = (image.mean / self.scaling_factor)?;
         let unconditional = image.zeros_like()?;
-        let row = |pass| if pass == 0 && passes > 1 { &unconditional } else { &image };
+        let row = |pass| {
+            if pass == 0 && passes > 1 {
+                &unconditional
+            } else {
+                &image
+            }
+        };
         Tensor::cat(&(0..passes).map(row).collect::<Vec<_>>(), 0).map(Some)
     }
 }
@@ -301,7 +368,13 @@ fn draw_noise(
     run: &Run,
 ) -> TensorResult<Tensor> {
     let draw = |generator: &mut Generator| generator.latents(h, w, c)?.to_device(run.device());
-    Tensor::cat(&generators.iter_mut().map(draw).collect::<TensorResult<Vec<_>>>()?, 0)
+    Tensor::cat(
+        &generators
+            .iter_mut()
+            .map(draw)
+            .collect::<TensorResult<Vec<_>>>()?,
+        0,
+    )
 }
 
 /// The first noise of a batch, [b, h, w, c], each image's mixed with the noise of another seed
@@ -312,7 +385,16 @@ fn with_variations(noise: Tensor, batch: &[&Job]) -> TensorResult<Tensor> {
     }
     let own = |(i, job): (usize, &&Job)| {
         let own = noise.narrow(0, i, 1)?;
-        job.settings.variation.map_or(Ok(own.clone()), |variation| variation.of(&own))
+        job.settings
+            .variation
+            .map_or(Ok(own.clone()), |variation| variation.of(&own))
     };
-    Tensor::cat(&batch.iter().enumerate().map(own).collect::<TensorResult<Vec<_>>>()?, 0)
+    Tensor::cat(
+        &batch
+            .iter()
+            .enumerate()
+            .map(own)
+            .collect::<TensorResult<Vec<_>>>()?,
+        0,
+    )
 }

@@ -81,7 +81,7 @@ impl Preview<'_> {
 }
 
 /// Gives events to the caller, from wherever in a run they happen.
-pub(crate) struct Events<'a>(RefCell<&'a mut dyn FnMut(Event) -> ControlFlow<()>>);
+pub struct Events<'a>(RefCell<&'a mut dyn FnMut(Event) -> ControlFlow<()>>);
 
 impl<'a> Events<'a> {
     /// Events that go to this function.

@@ -95,7 +95,7 @@ impl CfgDenoiser<'_> {
             None => input,
         };
         let output = self
-            .reuse
+            .deep_cache
             .forward(&self.unet, &input, timestep)?
             .to_dtype(x.dtype())?;
         let parts = output.chunk(passes, 0)?;

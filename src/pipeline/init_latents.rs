@@ -39,7 +39,12 @@ type Key = (Arc<Source>, usize, usize, Option<Tile>);
 
 /// The key of an image's init image; none for an image from noise alone.
 fn key(settings: &Settings) -> Option<Key> {
-    Some((settings.source.clone()?, settings.width, settings.height, settings.tile))
+    Some((
+        settings.source.clone()?,
+        settings.width,
+        settings.height,
+        settings.tile,
+    ))
 }
 
 /// The init latents of a run.
@@ -51,7 +56,9 @@ impl InitLatentsCache {
     pub fn get(&mut self, batch: &[&Job], run: &Run) -> Result<Vec<Arc<InitLatents>>> {
         let mut all = vec![];
         for job in batch {
-            let Some(key) = key(&job.settings) else { continue };
+            let Some(key) = key(&job.settings) else {
+                continue;
+            };
             let latents = match self.0.get(&key) {
                 Some(cached) => cached.clone(),
                 None => {
@@ -75,7 +82,10 @@ impl InitLatentsCache {
 
     fn insert(&mut self, key: Key, latents: Arc<InitLatents>) {
         let pixels = |latents: &Arc<InitLatents>| {
-            latents.composite.as_ref().map_or(0, InitImage::composite_pixels)
+            latents
+                .composite
+                .as_ref()
+                .map_or(0, InitImage::composite_pixels)
         };
         let total = self.0.values().map(pixels).sum::<usize>() + pixels(&latents);
         if self.0.len() >= MAX_CACHED || total > MAX_CACHED_PIXELS {
@@ -86,7 +96,12 @@ impl InitLatentsCache {
 
     /// Composites a drawn image into its init image, if only a part of that is repainted.
     pub fn composite(&self, job: &Job, drawn: Picture) -> Result<Picture> {
-        let Settings { source, width, height, .. } = &job.settings;
+        let Settings {
+            source,
+            width,
+            height,
+            ..
+        } = &job.settings;
         let Some(source) = source.as_ref().filter(|source| source.repaints()) else {
             return Ok(drawn);
         };
@@ -103,7 +118,11 @@ impl InitLatents {
     /// Encodes an image that was just drawn, for the second pass over it.
     pub fn of_drawn(drawn: &Picture, settings: &Settings, run: &Run) -> Result<Self> {
         let image = run.encode(&drawn.to_tensor(run.device())?, settings)?;
-        Ok(Self { image, inpaint: None, composite: None })
+        Ok(Self {
+            image,
+            inpaint: None,
+            composite: None,
+        })
     }
 
     fn encode(settings: &Settings, source: &Source, run: &Run) -> Result<Self> {
@@ -115,6 +134,10 @@ impl InitLatents {
         let inpaint = mask
             .zip(masked)
             .map(|(mask, masked_image)| InpaintLatents { mask, masked_image });
-        Ok(Self { image, composite: inpaint.is_some().then_some(init), inpaint })
+        Ok(Self {
+            image,
+            composite: inpaint.is_some().then_some(init),
+            inpaint,
+        })
     }
 }

@@ -5,10 +5,10 @@
 //! pixels of settings. Hides the geometry: borders, the box around what is repainted, and how a
 //! repainted part fades in.
 
-use crate::image::Picture;
-use crate::image::load::{Fit, Input, resized_levels};
 use super::options::JobOptions;
 use super::settings::{Border, Source};
+use crate::image::Picture;
+use crate::image::load::{Fit, Input, resized_levels};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use std::collections::{HashMap, HashSet};
@@ -79,9 +79,7 @@ impl InitImageFinder {
             fit: options.fit.unwrap_or(Fit::Crop),
             mask: mask.as_ref().map(|(path, _)| text(path)).transpose()?,
             mask_hash: mask.map(|(_, info)| info.hash),
-            alpha: info.is_partly_transparent
-                && options.mask.is_none()
-                && options.extend.is_none(),
+            alpha: info.is_partly_transparent && options.mask.is_none() && options.extend.is_none(),
             feather: options.feather.unwrap_or(FEATHER),
             only_masked: options.only_masked,
             extend: options.extend,
@@ -298,7 +296,9 @@ impl InitImage {
 
     /// Counts the pixels that are retained for compositing, 4 bytes each.
     pub fn composite_pixels(&self) -> usize {
-        self.composite.as_ref().map_or(0, |composite| composite.weights.len())
+        self.composite
+            .as_ref()
+            .map_or(0, |composite| composite.weights.len())
     }
 
     /// The picture with what was drawn in its region. Pixels that are not repainted are those of the

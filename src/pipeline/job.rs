@@ -26,18 +26,41 @@ pub struct Job {
 impl Job {
     /// How often networks run for it; a guided pair counts once.
     pub fn evaluations(&self) -> usize {
-        let plans = [Some(&self.plan), self.refiner_plan.as_ref(), self.hires_plan.as_ref()];
-        plans.into_iter().flatten().map(|plan| plan.evaluations()).sum()
+        let plans = [
+            Some(&self.plan),
+            self.refiner_plan.as_ref(),
+            self.hires_plan.as_ref(),
+        ];
+        plans
+            .into_iter()
+            .flatten()
+            .map(|plan| plan.evaluations())
+            .sum()
     }
 
     /// The second, larger pass of an image that is drawn twice.
     pub fn hires_pass(&self) -> Option<Self> {
         let (plan, hires) = (self.hires_plan.clone()?, self.settings.hires?);
-        let Hires { width, height, strength, .. } = hires;
+        let Hires {
+            width,
+            height,
+            strength,
+            ..
+        } = hires;
         let strength = Some(strength);
-        let settings =
-            Settings { width, height, strength, hires: None, ..self.settings.clone() };
-        Some(Self { settings, plan, hires_plan: None, ..self.clone() })
+        let settings = Settings {
+            width,
+            height,
+            strength,
+            hires: None,
+            ..self.settings.clone()
+        };
+        Some(Self {
+            settings,
+            plan,
+            hires_plan: None,
+            ..self.clone()
+        })
     }
 
     /// The weights of the prompts that `AND` joins.
@@ -52,8 +75,17 @@ impl Job {
         Arc::ptr_eq(&self.plan, &other.plan)
             && (a.width, a.height, a.hires, a.tile) == (b.width, b.height, b.hires, b.tile)
             && self.prompt_weights().eq(other.prompt_weights())
-            && (a.guidance, a.guidance_rescale, a.image_guidance, a.deep_cache)
-                == (b.guidance, b.guidance_rescale, b.image_guidance, b.deep_cache)
+            && (
+                a.guidance,
+                a.guidance_rescale,
+                a.image_guidance,
+                a.deep_cache,
+            ) == (
+                b.guidance,
+                b.guidance_rescale,
+                b.image_guidance,
+                b.deep_cache,
+            )
             && repaints(a) == repaints(b)
     }
 }

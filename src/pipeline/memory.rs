@@ -19,9 +19,16 @@ impl Pipeline {
     pub fn memory_bytes(&self, jobs: &[&Job], batch_size: usize) -> u64 {
         let checkpoint = &self.checkpoint;
         let base = checkpoint.stored_bytes("unet");
-        let refiner = checkpoint.refiner.as_ref().map_or(0, |it| it.stored_bytes("unet"));
+        let refiner = checkpoint
+            .refiner
+            .as_ref()
+            .map_or(0, |it| it.stored_bytes("unet"));
         // the base of a single batch is freed before its refiner is read
-        let weights = if jobs.len() > batch_size { base + refiner } else { base.max(refiner) };
+        let weights = if jobs.len() > batch_size {
+            base + refiner
+        } else {
+            base.max(refiner)
+        };
         let widths = self.config.base.unet.block_out_channels.iter().take(2);
         let widest = widths.copied().max().unwrap_or(1) as u64;
         let of_job = |job: &&Job| {
@@ -57,6 +64,9 @@ impl Pipeline {
     /// Height and width of the latents that are decoded at last.
     fn final_latents(&self, settings: &Settings) -> (usize, usize) {
         let (width, height) = settings.final_size();
-        (height / self.config.vae.factor(), width / self.config.vae.factor())
+        (
+            height / self.config.vae.factor(),
+            width / self.config.vae.factor(),
+        )
     }
 }

@@ -28,11 +28,12 @@ use crate::image::load::Fit;
 use crate::model::{Posterior, tiles};
 use crate::nn::cpu::Attended;
 use crate::nn::device::Compute;
+use crate::nn::layers::is_finite;
 use crate::sampling::schedule::Prediction;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use candle_core::{Device, Tensor};
 use config::PipelineConfig;
 use denoise::{Denoising, Init};
 use event::{Event, Events, Generated};
@@ -93,7 +94,11 @@ impl Identity {
         let hash = |model: &Checkpoint| model.hash().map(Arc::<str>::from);
         let used = |lora: &Lora| {
             let (name, hash) = (lora.name.as_str().into(), lora.hash()?.into());
-            Ok(UsedLora { name, hash, strength: lora.strength })
+            Ok(UsedLora {
+                name,
+                hash,
+                strength: lora.strength,
+            })
         };
         Ok(Self {
             model_hash: hash(checkpoint)?,
@@ -108,14 +113,17 @@ impl Identity {
 impl Pipeline {
     /// A pipeline of an opened checkpoint. Reads no weights. Errors if no image can be begun with
     /// it.
-    pub fn new(
-        checkpoint: Checkpoint,
-        compute: Compute,
-        options: PipelineOptions,
-    ) -> Result<Self> {
+    pub fn new(checkpoint: Checkpoint, compute: Compute, options: PipelineOptions) -> Result<Self> {
         let config = PipelineConfig::new(&checkpoint)?;
         let networks = Networks::default();
-        Ok(Self { checkpoint, compute, config, options, networks, identity: OnceLock::new() })
+        Ok(Self {
+            checkpoint,
+            compute,
+            config,
+            options,
+            networks,
+            identity: OnceLock::new(),
+        })
     }
 
     /// Returns the hashes of everything that the weights are made of. Looks into the files the
@@ -139,7 +147,9 @@ impl Pipeline {
         let events = Events::new(on_event);
         let mut run = Run::new(self, options, &events);
         let mut queue = BatchQueue::new(jobs, options.batch_size);
-        let remaining = |queue: &BatchQueue| Event::NextBatch { remaining: queue.len() };
+        let remaining = |queue: &BatchQueue| Event::NextBatch {
+            remaining: queue.len(),
+        };
         while queue.len() > 0 && events.emit(remaining(&queue)).is_continue() {
             let Some(batch) = queue.next() else { break };
             let _awake = self.compute.device.is_cpu().then(Attended::start);
@@ -147,7 +157,10 @@ impl Pipeline {
             let batch = queue.take_matching(batch, |job| run.base_prompts.tokens(job))?;
             let before = jobs.len() - queue.len() - batch.len();
             run.announce(&batch, before, jobs.len());
-            match run.denoise_batch(&jobs_of(&batch), &queue).map_err(mark_out_of_memory) {
+            match run
+                .denoise_batch(&jobs_of(&batch), &queue)
+                .map_err(mark_out_of_memory)
+            {
                 Ok(denoised) => run.decode_batch(&batch, denoised, &queue)?,
                 Err(error) if error.is::<ModelError>() => return Err(error),
                 Err(error) => run.retry(batch, error, &mut queue),
@@ -193,14 +206,32 @@ impl<'a> Run<'a> {
     }
 
     fn base(&self) -> Model<'a> {
-        let Pipeline { checkpoint, config, networks, .. } = self.pipeline;
-        Model { checkpoint, config: &config.base, networks: &networks.base }
+        let Pipeline {
+            checkpoint,
+            config,
+            networks,
+            ..
+        } = self.pipeline;
+        Model {
+            checkpoint,
+            config: &config.base,
+            networks: &networks.base,
+        }
     }
 
     fn refiner(&self) -> Option<Model<'a>> {
-        let Pipeline { checkpoint, config, networks, .. } = self.pipeline;
+        let Pipeline {
+            checkpoint,
+            config,
+            networks,
+            ..
+        } = self.pipeline;
         let (checkpoint, config) = checkpoint.refiner.as_deref().zip(config.refiner.as_ref())?;
-        Some(Model { checkpoint, config, networks: &networks.refiner })
+        Some(Model {
+            checkpoint,
+            config,
+            networks: &networks.refiner,
+        })
     }
 
     /// The device that tensors are on.
@@ -216,14 +247,28 @@ impl<'a> Run<'a> {
     /// Encodes the prompts of a batch, and those of what comes next, and reads the base model.
     fn encode_prompts(&mut self, batch: &[&Job], queue: &BatchQueue) -> Result<()> {
         let (base, keep) = (self.base(), self.options.keep_networks);
-        encode(&mut self.base_prompts, base, batch, queue, self.pipeline, keep, self.events)?;
-        base.networks.unet(&base, &self.pipeline.compute, self.events).map(drop)
+        encode(
+            &mut self.base_prompts,
+            base,
+            batch,
+            queue,
+            self.pipeline,
+            keep,
+            self.events,
+        )?;
+        base.networks
+            .unet(&base, &self.pipeline.compute, self.events)
+            .map(drop)
     }
 
     /// Tells that a batch begins.
     fn announce(&self, batch: &[Queued], before: usize, total: usize) {
         let images: Vec<usize> = batch.iter().map(|queued| queued.index).collect();
-        let _ = self.events.emit(Event::Batch { images: &images, before, total });
+        let _ = self.events.emit(Event::Batch {
+            images: &images,
+            before,
+            total,
+        });
     }
 
     /// Denoises a batch: with the base model, with the refiner that finishes what it began, and
@@ -257,11 +302,20 @@ impl<'a> Run<'a> {
             denoising.latent_shape = self.pipeline.config.latent_shape(&passes[0].settings);
             events.stage("drawing it again, larger");
             let passes: Vec<&Job> = passes.iter().collect();
-            latents =
-                denoising.run(&unet, &self.base_prompts, &passes, Init::Images(&init), self)?;
+            latents = denoising.run(
+                &unet,
+                &self.base_prompts,
+                &passes,
+                Init::Images(&init),
+                self,
+            )?;
         }
         let sampling_s = start.elapsed().as_secs_f64() / batch.len() as f64;
-        Ok(Denoised { latents, denoising, sampling_s })
+        Ok(Denoised {
+            latents,
+            denoising,
+            sampling_s,
+        })
     }
 
     /// Has the refiner finish the latents of a batch.
@@ -311,7 +365,11 @@ impl<'a> Run<'a> {
         denoised: Denoised,
         queue: &BatchQueue,
     ) -> Result<()> {
-        let Denoised { latents, mut denoising, sampling_s } = denoised;
+        let Denoised {
+            latents,
+            mut denoising,
+            sampling_s,
+        } = denoised;
         if queue.len() == 0 && !self.options.keep_networks {
             self.pipeline.networks.base.unet.free();
             self.pipeline.networks.refiner.unet.free();
@@ -327,7 +385,12 @@ impl<'a> Run<'a> {
                 trace.picture(image);
             }
             let decoding_s = start.elapsed().as_secs_f64();
-            let result = image.map(|image| Generated { image, sampling_s, decoding_s, trace });
+            let result = image.map(|image| Generated {
+                image,
+                sampling_s,
+                decoding_s,
+                trace,
+            });
             self.hand_out(*index, result.map_err(mark_out_of_memory));
         }
         Ok(())
@@ -344,8 +407,9 @@ impl<'a> Run<'a> {
         if error.is::<OutOfMemory>() && batch.len() > 1 {
             let (before, now) = (batch.len(), batch.len().div_ceil(2));
             queue.limit(now);
-            self.events
-                .warn(format!("no memory for a batch of {before}; going on with {now}"));
+            self.events.warn(format!(
+                "no memory for a batch of {before}; going on with {now}"
+            ));
         }
         if let Some((Queued { index, .. }, error)) = queue.put_back(batch, error) {
             self.hand_out(index, Err(error));
@@ -358,7 +422,13 @@ impl<'a> Run<'a> {
     }
 
     fn decoder(&self) -> Result<Arc<crate::model::Decoder>> {
-        let Pipeline { checkpoint, config, networks, compute, .. } = self.pipeline;
+        let Pipeline {
+            checkpoint,
+            config,
+            networks,
+            compute,
+            ..
+        } = self.pipeline;
         networks.vae_decoder(checkpoint, config, compute, self.events)
     }
 
@@ -371,7 +441,13 @@ impl<'a> Run<'a> {
 
     /// Encodes RGB [1, h, w, 3] in 0..=1 to the latents of an image with these settings.
     pub fn encode(&self, rgb: &Tensor, settings: &Settings) -> Result<Posterior> {
-        let Pipeline { checkpoint, config, networks, compute, .. } = self.pipeline;
+        let Pipeline {
+            checkpoint,
+            config,
+            networks,
+            compute,
+            ..
+        } = self.pipeline;
         let encoder = networks.vae_encoder(checkpoint, config, compute, self.events)?;
         encoder.wrap().set(settings.tile);
         Ok(encoder.encode(rgb, config.tile(settings))?)
@@ -389,9 +465,14 @@ impl<'a> Run<'a> {
             None => decoder.decode(&latents)?,
         }; // [1, h, w, 3]
         if !is_finite(&rgb)? {
-            return Err(NotFinite { place: "after decoding".into() }.into());
+            return Err(NotFinite {
+                place: "after decoding".into(),
+            }
+            .into());
         }
-        Picture::from_tensor(&rgb)?.pop().context("nothing was decoded")
+        Picture::from_tensor(&rgb)?
+            .pop()
+            .context("nothing was decoded")
     }
 }
 
@@ -414,15 +495,16 @@ fn encode(
     if batch.iter().all(|job| prompts.has(job)) {
         return Ok(());
     }
-    let encoder = model.networks.text_encoder(&model, &pipeline.compute, events)?;
-    prompts.encode(batch.iter().copied().chain(queue.upcoming()), &encoder, events)?;
+    let encoder = model
+        .networks
+        .text_encoder(&model, &pipeline.compute, events)?;
+    prompts.encode(
+        batch.iter().copied().chain(queue.upcoming()),
+        &encoder,
+        events,
+    )?;
     if !keep && !queue.is_long() {
         model.networks.text_encoder.free();
     }
     Ok(())
-}
-
-/// Whether no value is NaN or infinite.
-pub(crate) fn is_finite(x: &Tensor) -> TensorResult<bool> {
-    Ok(x.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
 }

@@ -66,7 +66,9 @@ impl ModelNetworks {
     pub fn unet(&self, model: &Model, compute: &Compute, events: &Events) -> Result<Arc<UNet>> {
         self.unet.get_or_read(|| {
             events.stage("reading the U-Net");
-            let weights = model.checkpoint.weights("unet", &compute.device, compute.dtype);
+            let weights = model
+                .checkpoint
+                .weights("unet", &compute.device, compute.dtype);
             UNet::new(&weights, &model.config.unet)
         })
     }
@@ -100,7 +102,9 @@ impl Networks {
     ) -> Result<Arc<Encoder>> {
         self.vae_encoder.get_or_read(|| {
             events.stage("encoding the picture");
-            config.vae.encoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+            config
+                .vae
+                .encoder(&checkpoint.weights("vae", &compute.device, DType::F32))
         })
     }
 
@@ -114,7 +118,9 @@ impl Networks {
     ) -> Result<Arc<Decoder>> {
         self.vae_decoder.get_or_read(|| {
             events.stage("reading the VAE");
-            config.vae.decoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+            config
+                .vae
+                .decoder(&checkpoint.weights("vae", &compute.device, DType::F32))
         })
     }
 }

@@ -7,10 +7,10 @@
 
 use crate::image::load::Fit;
 use crate::nn::padding::Tile;
-use crate::pipeline::params::{Border, Point, Size, Toward};
+use crate::pipeline::settings::{Border, Point, Size};
 use crate::sampling::noise::Variation;
 use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::{Prediction, Schedule};
+use crate::sampling::schedule::Schedule;
 use crate::text::prompt::Syntax;
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail};
@@ -315,76 +315,6 @@ impl JobOptions {
             output: self.output.or_else(|| base.output.clone()),
         }
     }
-}
-
-/// One image that is asked for.
-#[derive(Debug, Clone)]
-pub struct JobSpec {
-    /// Its line in the list, from 1; `None` for a prompt on the command line.
-    pub line: Option<usize>,
-    pub prompt: Arc<str>,
-    pub seed: u64,
-    /// What is asked of it; shared by all images that differ only in seed or prompt.
-    pub options: Arc<JobOptions>,
-    pub sweep: Arc<SweepPoint>,
-    /// Index of its destination in the list's outputs.
-    pub output: usize,
-}
-
-impl JobSpec {
-    /// How far the initial noise moves to that of another seed.
-    pub fn variation(&self) -> Option<Variation> {
-        let of_frame = self
-            .options
-            .to_seed
-            .zip(self.sweep.frame)
-            .map(|(seed, frame)| Variation {
-                seed,
-                strength: frame.fraction,
-            });
-        of_frame.or(self.options.variation)
-    }
-
-    /// How far the prompt's embedding moves to that of another, and of which.
-    pub fn to(&self) -> Option<Toward> {
-        let FrameIndex { fraction, .. } = self.sweep.frame?;
-        Some(Toward {
-            prompt: self.options.to.clone()?,
-            share: fraction,
-        })
-    }
-}
-
-/// One combination of the values of all sweeps.
-#[derive(Debug, Clone, Default)]
-pub struct SweepPoint {
-    /// For file names: `guidance-3-steps-10`; empty without a sweep.
-    pub name: String,
-    /// For people, one for each sweep: `guidance 3`, `steps 10`.
-    pub labels: Vec<String>,
-    /// The frame of an animation, which is the innermost sweep.
-    pub frame: Option<FrameIndex>,
-}
-
-/// An image on the way to another prompt or seed.
-#[derive(Debug, Clone, Copy)]
-pub struct FrameIndex {
-    /// From 0.
-    pub number: usize,
-    /// How far along the way, 0 to 1.
-    pub fraction: f64,
-}
-
-/// What is asked of a whole run, beside its images.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RunOptions {
-    /// What the network predicts; `None`: as the checkpoint says.
-    pub prediction: Option<Prediction>,
-    pub vae_tiling: VaeTiling,
-    /// Images in a forward pass; `None`: as many as are worth it and fit.
-    pub batch_size: Option<usize>,
-    /// Whether every image brings a hash of each of its stages.
-    pub trace: bool,
 }
 
 /// `--vae-tiling`: whether the VAE decodes in tiles.

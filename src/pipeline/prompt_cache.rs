@@ -3,13 +3,13 @@
 //! Hides how many texts a picture has: the negative prompt, what `AND` joins, and what each of them
 //! is at a step.
 
-use crate::model::unet::{Added, Conditioning};
+use super::config::ModelConfig;
+use super::event::Events;
 use super::family::{AESTHETIC_SCORES, REFINER_IDS};
 use super::fingerprint::Trace;
 use super::guidance::Guidance;
-use super::config::ModelConfig;
-use super::event::Events;
 use super::job::Job;
+use crate::model::unet::{Added, Conditioning};
 use crate::text::encoder::{Embedded, Encoder};
 use crate::text::prompt::{Changing, Syntax};
 use anyhow::{Context, Error, Result};
@@ -107,7 +107,9 @@ impl<'a> PromptCache<'a> {
                     let (embedded, cut) = encoder.encode(text, *skip, *syntax)?;
                     if let Some(cut) = cut {
                         let tokens = embedded.context.dim(1)?;
-                        events.warn(format!("the prompt is longer than {tokens} tokens; this was cut off: {cut}"));
+                        events.warn(format!(
+                            "the prompt is longer than {tokens} tokens; this was cut off: {cut}"
+                        ));
                     }
                     embedded
                 }

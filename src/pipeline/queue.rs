@@ -41,7 +41,11 @@ impl<'a> BatchQueue<'a> {
 
     /// The jobs that are left, about in their order.
     pub fn iter(&self) -> impl Iterator<Item = &'a Job> {
-        self.again.iter().flatten().chain(&self.jobs).map(|queued| queued.job)
+        self.again
+            .iter()
+            .flatten()
+            .chain(&self.jobs)
+            .map(|queued| queued.job)
     }
 
     /// The jobs that come next, as far as batches look ahead.
@@ -88,7 +92,8 @@ impl<'a> BatchQueue<'a> {
                 others.push(queued);
             }
         }
-        self.again.extend(Some(others).filter(|others| !others.is_empty()));
+        self.again
+            .extend(Some(others).filter(|others| !others.is_empty()));
         Ok(matching)
     }
 

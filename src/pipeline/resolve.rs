@@ -6,8 +6,8 @@ use super::family::{Defaults, Family, REFINE_AT};
 use super::guidance::Guidance;
 use super::inpaint::InitImageFinder;
 use super::job::Job;
-use super::options::JobOptions;
-use super::settings::{Hires, Settings, PromptBlend, UsedEmbedding};
+use super::options::{JobOptions, VaeTiling};
+use super::settings::{Hires, PromptBlend, Settings, UsedEmbedding};
 use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
@@ -91,8 +91,15 @@ impl<'a> Resolver<'a> {
             init_images: InitImageFinder::default(),
             plans: vec![],
             last: None,
-            available: pipeline.compute.device.is_cpu().then(available_memory).flatten(),
-            defaults: Family::detect(checkpoint).context(ModelError)?.defaults(checkpoint),
+            available: pipeline
+                .compute
+                .device
+                .is_cpu()
+                .then(available_memory)
+                .flatten(),
+            defaults: Family::detect(checkpoint)
+                .context(ModelError)?
+                .defaults(checkpoint),
             own_size: (width * factor, height * factor),
             version: env!("CARGO_PKG_VERSION").into(),
             dtype: pipeline.compute.dtype.as_str().into(),
@@ -122,13 +129,22 @@ impl<'a> Resolver<'a> {
 
     /// The settings of an image, with the model's defaults.
     fn settings(&mut self, params: &Params) -> Result<Settings> {
-        let Params { prompt, seed, blend, variation, options } = params;
+        let Params {
+            prompt,
+            seed,
+            blend,
+            variation,
+            options,
+        } = params;
         let (pipeline, own, defaults) = (self.pipeline, self.own_size, self.defaults);
         let base = &pipeline.config.base;
         let source = self.init_images.find(options)?;
         let (width, height) = match &source {
             Some((source, of)) if source.only_masked.is_none() => self.size_over(options, *of, own),
-            _ => (options.width.unwrap_or(own.0), options.height.unwrap_or(own.1)),
+            _ => (
+                options.width.unwrap_or(own.0),
+                options.height.unwrap_or(own.1),
+            ),
         };
         let sampler = options.sampler.unwrap_or(base.scheduler.sampler());
         Ok(Settings {
@@ -150,20 +166,31 @@ impl<'a> Resolver<'a> {
                 Schedule::Ays if base.added_ids > 0 => Schedule::AysSdxl,
                 other => other,
             }),
-            strength: source.as_ref().and_then(|_| base.strength(options.strength)),
-            image_guidance: source.as_ref().and_then(|_| base.image_guidance(options.image_guidance)),
+            strength: source
+                .as_ref()
+                .and_then(|_| base.strength(options.strength)),
+            image_guidance: source
+                .as_ref()
+                .and_then(|_| base.image_guidance(options.image_guidance)),
             source: source.map(|(source, _)| source),
             hires: self.hires(options, width, height)?,
-            eta: options.eta.or(defaults.eta.filter(|_| sampler == Sampler::Tcd)),
+            eta: options
+                .eta
+                .or(defaults.eta.filter(|_| sampler == Sampler::Tcd)),
             original_size: options.original_size,
             crop: options.crop,
             target_size: options.target_size,
-            refine_at: options.refine_at.or(self.refiner.as_ref().map(|_| REFINE_AT)),
+            refine_at: options
+                .refine_at
+                .or(self.refiner.as_ref().map(|_| REFINE_AT)),
             refiner: self.refiner.clone(),
             refiner_hash: None,
             clip_skip: options.clip_skip.unwrap_or(1),
             deep_cache: options.deep_cache.unwrap_or(1),
-            prediction: pipeline.options.prediction.unwrap_or(base.scheduler.prediction),
+            prediction: pipeline
+                .options
+                .prediction
+                .unwrap_or(base.scheduler.prediction),
             dtype: self.dtype.clone(),
             model: self.model.clone(),
             model_hash: self.empty.clone(),
@@ -201,7 +228,11 @@ impl<'a> Resolver<'a> {
             (None, None) => {
                 let area = (own.0 * own.1) as f64;
                 let is_much_larger = w * h > MUCH_LARGER * area;
-                let scale = if is_much_larger { (area / (w * h)).sqrt() } else { 1.0 };
+                let scale = if is_much_larger {
+                    (area / (w * h)).sqrt()
+                } else {
+                    1.0
+                };
                 (whole(w * scale), whole(h * scale))
             }
         }
@@ -222,7 +253,12 @@ impl<'a> Resolver<'a> {
         let larger = |pixels: usize| (pixels as f64 * factor / step as f64).round() as usize * step;
         let strength = options.hires_strength.unwrap_or(HIRES_STRENGTH);
         let (width, height) = (larger(width), larger(height));
-        Ok(Some(Hires { factor, strength, width, height }))
+        Ok(Some(Hires {
+            factor,
+            strength,
+            width,
+            height,
+        }))
     }
 
     /// Decides everything about an image whose settings are complete but for what is told of the
@@ -230,7 +266,11 @@ impl<'a> Resolver<'a> {
     pub fn decide(&mut self, mut settings: Settings) -> Result<Job> {
         let base = &self.pipeline.config.base;
         self.check(&settings)?;
-        let Plans { base: plan, refiner: refiner_plan, hires: hires_plan } = self.plans(&settings)?;
+        let Plans {
+            base: plan,
+            refiner: refiner_plan,
+            hires: hires_plan,
+        } = self.plans(&settings)?;
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
         // input runs once
         let is_on = settings.guidance > 1.0 && base.unet.time_cond_proj_dim.is_none();
@@ -247,7 +287,14 @@ impl<'a> Resolver<'a> {
             None if is_on => Guidance::Text(prompts.parts.len()),
             _ => Guidance::Off,
         };
-        let job = Job { settings, guidance, prompts, plan, refiner_plan, hires_plan };
+        let job = Job {
+            settings,
+            guidance,
+            prompts,
+            plan,
+            refiner_plan,
+            hires_plan,
+        };
         self.last = Some(job.clone());
         Ok(job)
     }
@@ -271,7 +318,10 @@ impl<'a> Resolver<'a> {
         check_size("width", settings.width, factor)?;
         check_size("height", settings.height, factor)?;
         let given = |options: &[(&'static str, bool)]| {
-            options.iter().find(|(_, is_given)| *is_given).map(|(name, _)| *name)
+            options
+                .iter()
+                .find(|(_, is_given)| *is_given)
+                .map(|(name, _)| *name)
         };
         let sizes = given(&[
             ("original-size", settings.original_size.is_some()),
@@ -288,7 +338,10 @@ impl<'a> Resolver<'a> {
         config.base.check_source(settings)?;
         if let Some(hires) = settings.hires {
             check_size("hires", hires.width.max(hires.height), factor)?;
-            let repaints = settings.source.as_ref().is_some_and(|source| source.repaints());
+            let repaints = settings
+                .source
+                .as_ref()
+                .is_some_and(|source| source.repaints());
             let other = given(&[
                 ("refiner", config.refiner.is_some()),
                 ("mask", repaints),
@@ -330,7 +383,14 @@ impl<'a> Resolver<'a> {
 
     fn new_plans(&self, key: &PlanKey) -> Result<Plans> {
         let config = &self.pipeline.config;
-        let PlanKey { sampler, schedule, steps, eta, refine_at, .. } = *key;
+        let PlanKey {
+            sampler,
+            schedule,
+            steps,
+            eta,
+            refine_at,
+            ..
+        } = *key;
         let mut scheduler = config.base.scheduler.clone();
         scheduler.prediction = key.prediction;
         // latent consistency models, which are known by their guidance input, take all steps
@@ -344,7 +404,11 @@ impl<'a> Resolver<'a> {
             Some(strength) => from_image(strength)?,
             None => plan(&scheduler, sampler, schedule, steps, eta)?,
         };
-        let hires = key.hires_strength.map(from_image).transpose().context("`--hires-strength`")?;
+        let hires = key
+            .hires_strength
+            .map(from_image)
+            .transpose()
+            .context("`--hires-strength`")?;
         let (base, refiner) = match (&config.refiner, refine_at) {
             (None, None) => (whole, None),
             (Some(refiner), Some(at)) => {
@@ -356,18 +420,39 @@ impl<'a> Resolver<'a> {
             _ => bail!("`--refine-at` without `--refiner`\n\nhint: `--refiner sdxl-refiner`"),
         };
         let [refiner, hires] = [refiner, hires].map(|plan| plan.map(Arc::new));
-        Ok(Plans { base: Arc::new(base), refiner, hires })
+        Ok(Plans {
+            base: Arc::new(base),
+            refiner,
+            hires,
+        })
     }
 
     /// The parsed prompts of an image; all seeds of a prompt share them.
     fn prompts(&self, settings: &Settings) -> Result<Arc<Prompts>> {
         let key = |s: &Settings| {
-            (s.prompt.clone(), s.negative.clone(), s.to.clone(), s.prompt_syntax, s.steps)
+            (
+                s.prompt.clone(),
+                s.negative.clone(),
+                s.to.clone(),
+                s.prompt_syntax,
+                s.steps,
+            )
         };
-        if let Some(last) = self.last.as_ref().filter(|last| key(&last.settings) == key(settings)) {
+        if let Some(last) = self
+            .last
+            .as_ref()
+            .filter(|last| key(&last.settings) == key(settings))
+        {
             return Ok(last.prompts.clone());
         }
-        let Settings { prompt, negative, prompt_syntax, steps, to, .. } = settings;
+        let Settings {
+            prompt,
+            negative,
+            prompt_syntax,
+            steps,
+            to,
+            ..
+        } = settings;
         let to = to.as_ref().map(|blend| (&blend.prompt, blend.weight));
         Prompts::parse(prompt, negative, to, *prompt_syntax, *steps).map(Arc::new)
     }
@@ -378,16 +463,25 @@ impl<'a> Resolver<'a> {
         prompts: &Arc<Prompts>,
         syntax: Syntax,
     ) -> Result<Arc<[UsedEmbedding]>> {
-        let Some(finder) = &self.pipeline.config.learned_words else { return Ok(Arc::default()) };
-        if let Some(last) = self.last.as_ref().filter(|last| Arc::ptr_eq(&last.prompts, prompts)) {
+        let Some(finder) = &self.pipeline.config.learned_words else {
+            return Ok(Arc::default());
+        };
+        if let Some(last) = self
+            .last
+            .as_ref()
+            .filter(|last| Arc::ptr_eq(&last.prompts, prompts))
+        {
             return Ok(last.settings.embeddings.clone());
         }
         let found = prompts.texts().map(|text| finder.find(text, syntax));
         let found = found.collect::<Result<Vec<_>>>()?.concat();
         let all = self.pipeline.checkpoint.embeddings.iter();
-        let used = all.filter(|embedding| found.contains(&embedding.token)).map(|embedding| {
-            UsedEmbedding { name: embedding.token.clone(), hash: embedding.hash.clone() }
-        });
+        let used = all
+            .filter(|embedding| found.contains(&embedding.token))
+            .map(|embedding| UsedEmbedding {
+                name: embedding.token.clone(),
+                hash: embedding.hash.clone(),
+            });
         Ok(used.collect())
     }
 }

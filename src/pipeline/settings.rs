@@ -1,9 +1,9 @@
 //! What one picture is: everything that determines its pixels, as the metadata in its file says it.
 
+use super::fingerprint::Trace;
 use crate::image::load::Fit;
 use crate::image::{MAX_SIDE_PX, Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
 use crate::nn::padding::Tile;
-use super::fingerprint::Trace;
 use crate::sampling::noise::Variation;
 use crate::sampling::sampler::Sampler;
 use crate::sampling::schedule::{Prediction, Schedule};

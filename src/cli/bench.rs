@@ -4,7 +4,8 @@
 use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
-use crate::nn::{cpu, profile};
+use crate::nn::profile::{self, Profile};
+use crate::nn::{Forward, cpu};
 use crate::pipeline::guidance::{Guidance, Guided, Reuse};
 use crate::sampling::schedule::Prediction;
 use crate::text::clip::ClipConfig;
@@ -268,25 +269,37 @@ fn time_unet(
         added: added.transpose()?,
         guidance: None,
     };
-    let told = unet.told(&conditioning.after(&conditioning)?)?;
-    let (prediction, reuse) = (Prediction::Epsilon, Reuse::every(1));
-    let mut guided = Guided {
-        unet: told,
-        guidance: Guidance::Text(1),
-        weights: vec![1.0],
-        beside: None,
-        scale: 7.5,
-        rescale: 0.0,
-        prediction,
-        reuse,
+    let conditioning = conditioning.after(&conditioning)?;
+    let guided = |cx| -> Result<_> {
+        Ok(Guided {
+            unet: unet.told(cx, &conditioning)?,
+            guidance: Guidance::Text(1),
+            weights: vec![1.0],
+            beside: None,
+            scale: 7.5,
+            rescale: 0.0,
+            prediction: Prediction::Epsilon,
+            reuse: Reuse::every(1),
+        })
     };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
-    timed(device, args.repeat, load_s, || {
+    let step = |guided: &mut Guided| -> Result<f32> {
         Ok(guided
             .denoise(&latents, 1.0, 500.0)?
             .sum_all()?
             .to_scalar::<f32>()?)
-    })
+    };
+    let profile = Profile::new(device);
+    let (cx, profiled) = passes(device, &profile);
+    let (mut plain, mut profiled) = (guided(cx)?, guided(profiled)?);
+    timed(
+        device,
+        args.repeat,
+        load_s,
+        &profile,
+        || step(&mut profiled),
+        || step(&mut plain),
+    )
 }
 
 fn time_vae(
@@ -304,36 +317,66 @@ fn time_vae(
         (1, h, w, config.latent_channels),
         &compute.device,
     )?;
-    timed(&compute.device, args.repeat, load_s, || {
-        Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?)
-    })
+    let decode = |cx| -> Result<f32> {
+        Ok(decoder
+            .decode(cx, &latents)?
+            .sum_all()?
+            .to_scalar::<f32>()?)
+    };
+    let profile = Profile::new(&compute.device);
+    let (cx, profiled) = passes(&compute.device, &profile);
+    timed(
+        &compute.device,
+        args.repeat,
+        load_s,
+        &profile,
+        || decode(profiled),
+        || decode(cx),
+    )
 }
 
-/// Times `work`, whose result is read back so that a device has finished it. What layers cost is
-/// measured in the same runs on a CPU, and on a GPU in one of its own, in which each is waited for.
+/// A forward pass that is not profiled, and one that is.
+fn passes<'a>(device: &Device, profile: &'a Profile) -> (Forward<'a>, Forward<'a>) {
+    let cx = Forward::on(device);
+    (
+        cx,
+        Forward {
+            profile: Some(profile),
+            ..cx
+        },
+    )
+}
+
+/// Times work, whose result is read back so that a device has finished it. Layers are timed in the
+/// same runs on a CPU, and on a GPU in one of their own, in which each is waited for.
 fn timed(
     device: &Device,
     repeat: u64,
     load_s: f64,
-    mut work: impl FnMut() -> Result<f32>,
+    profile: &Profile,
+    mut profiled: impl FnMut() -> Result<f32>,
+    mut plain: impl FnMut() -> Result<f32>,
 ) -> Result<Value> {
     let _attended = cpu::Attended::start();
-    work()?;
     let on_cpu = device.is_cpu();
-    profile::take();
-    profile::wait_for((!on_cpu).then_some(device));
+    profiled()?;
+    profile.take();
     let start = Instant::now();
-    let awaited = if on_cpu { Ok(0.0) } else { work() };
-    profile::wait_for(None);
-    awaited?;
-    let (of_one, of_one_s) = (profile::take(), start.elapsed().as_secs_f64());
+    if !on_cpu {
+        profiled()?;
+    }
+    let (of_one, of_one_s) = (profile.take(), start.elapsed().as_secs_f64());
+    let mut work = || if on_cpu { profiled() } else { plain() };
+    if !on_cpu {
+        work()?;
+    }
     let mut seconds = vec![];
     for _ in 0..repeat {
         let start = Instant::now();
         work()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
-    let of_all = profile::take();
+    let of_all = profile.take();
     let (costs, runs, total) = match on_cpu {
         true => (of_all, repeat as f64, seconds.iter().sum::<f64>()),
         false => (of_one, 1.0, of_one_s),

@@ -10,6 +10,7 @@ use crate::cli::say;
 use crate::image::load::{Fit, Input};
 use crate::image::{Format, Metadata, Picture, read_metadata};
 use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
+use crate::nn::Forward;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::OutOfMemory;
 use crate::pipeline::fingerprint::Trace;
@@ -206,7 +207,8 @@ impl Upscaler {
             .context(OutOfMemory)
             .with_context(place)?;
         progress.task("upscaling");
-        let larger = network.upscale(picture, TILE_PX, &mut |done, total| {
+        let cx = Forward::on(network.device());
+        let larger = network.upscale(cx, picture, TILE_PX, &mut |done, total| {
             progress.step(done, total)
         })?;
         Ok(larger.fit(width, height, Fit::Stretch))

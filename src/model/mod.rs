@@ -8,7 +8,7 @@ pub mod unet;
 pub mod upscaler;
 pub mod vae;
 
-use crate::nn::padding::Wrap;
+use crate::nn::Forward;
 use crate::weights::Weights;
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
@@ -110,20 +110,17 @@ pub enum Encoder {
 }
 
 impl Encoder {
-    /// Whether its pictures are seamless.
-    pub fn wrap(&self) -> &Wrap {
-        match self {
-            Self::Kl(encoder) => &encoder.wrap,
-            Self::Tiny(encoder) => &encoder.wrap,
-        }
-    }
-
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
     /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
-    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+    pub fn encode(
+        &self,
+        cx: Forward,
+        rgb: &Tensor,
+        tile: Option<usize>,
+    ) -> TensorResult<Posterior> {
         match self {
-            Self::Kl(encoder) => encoder.encode(rgb, tile),
-            Self::Tiny(encoder) => encoder.encode(rgb, tile),
+            Self::Kl(encoder) => encoder.encode(cx, rgb, tile),
+            Self::Tiny(encoder) => encoder.encode(cx, rgb, tile),
         }
     }
 }
@@ -172,20 +169,12 @@ pub enum Decoder {
 }
 
 impl Decoder {
-    /// Whether its pictures are seamless.
-    pub fn wrap(&self) -> &Wrap {
-        match self {
-            Self::Kl(decoder) => &decoder.wrap,
-            Self::Tiny(decoder) => &decoder.wrap,
-        }
-    }
-
     /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
-    pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
+    pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
         match self {
-            Self::Kl(decoder) => decoder.decode(latents),
-            Self::Tiny(decoder) => decoder.decode(latents),
+            Self::Kl(decoder) => decoder.decode(cx, latents),
+            Self::Tiny(decoder) => decoder.decode(cx, latents),
         }
     }
 }

@@ -5,10 +5,9 @@
 //! throughout.
 
 use crate::nn::attention::attention;
-use crate::nn::embed;
 use crate::nn::gpu::Recorder;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
-use crate::nn::padding::Wrap;
+use crate::nn::{Forward, embed};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Result as TensorResult, Tensor};
@@ -382,8 +381,6 @@ pub struct UNet {
     conv_out: Conv2d,
     activation: Activation,
     center_input_sample: bool,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
 }
 
 impl UNet {
@@ -504,15 +501,18 @@ impl UNet {
             )?,
             activation,
             center_input_sample: config.center_input_sample,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// The network, told of b pictures. Errors if it wants to know more of them.
-    pub fn told(&self, conditioning: &Conditioning) -> TensorResult<Told<'_>> {
+    pub fn told<'a>(
+        &'a self,
+        cx: Forward<'a>,
+        conditioning: &Conditioning,
+    ) -> TensorResult<Told<'a>> {
         let added = match (&self.add_embedding, &conditioning.added) {
             (None, _) => None,
-            (Some(embedding), Some(added)) => Some(embedding.forward(added)?),
+            (Some(embedding), Some(added)) => Some(embedding.forward(cx, added)?),
             (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
         };
         let prompts = Prompts {
@@ -521,6 +521,7 @@ impl UNet {
         };
         Ok(Told {
             unet: self,
+            cx,
             prompts,
             added,
             guidance: conditioning.guidance,
@@ -533,6 +534,7 @@ impl UNet {
 /// in the first step.
 pub struct Told<'a> {
     unet: &'a UNet,
+    cx: Forward<'a>,
     prompts: Prompts,
     /// [b, time_dim]
     added: Option<Tensor>,
@@ -540,7 +542,12 @@ pub struct Told<'a> {
     recorder: Recorder,
 }
 
-impl Told<'_> {
+impl<'a> Told<'a> {
+    /// The arguments of its forward passes.
+    pub fn cx(&self) -> Forward<'a> {
+        self.cx
+    }
+
     /// Type of the latents that it takes.
     pub fn dtype(&self) -> DType {
         self.prompts.embedding.dtype()
@@ -549,9 +556,13 @@ impl Told<'_> {
     /// Latents [b, h, w, c], one timestep -> prediction [b, h, w, c].
     pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
         let time = self.time(latents, timestep)?;
-        self.recorder.call([latents, &time], |[latents, time]| {
-            self.run(latents, time, None, &mut |_, _| {})
-        })
+        let run = |[latents, time]: [&Tensor; 2]| self.run(latents, time, None, &mut |_, _| {});
+        if self.cx.profile.is_some() {
+            // the layers of a recorded step cannot be timed
+            run([latents, &time])
+        } else {
+            self.recorder.call([latents, &time], run)
+        }
     }
 
     /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below
@@ -586,16 +597,19 @@ impl Told<'_> {
     fn time(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
         let Self {
             unet,
+            cx,
             added,
             guidance,
             ..
         } = self;
-        let time = unet.time_embedding.forward(timestep, *guidance, latents)?;
+        let time = unet
+            .time_embedding
+            .forward(*cx, timestep, *guidance, latents)?;
         let time = added
             .as_ref()
             .map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
         unet.time_projections
-            .forward(&unet.activation.forward(&time)?)
+            .forward(*cx, &unet.activation.forward(&time)?)
     }
 
     fn run(
@@ -606,12 +620,13 @@ impl Told<'_> {
         show: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
         let Self { unet, prompts, .. } = self;
+        let cx = self.cx;
         let latents = if unet.center_input_sample {
             ((latents * 2.0)? - 1.0)?
         } else {
             latents.clone()
         };
-        let mut x = unet.conv_in.forward(&latents)?;
+        let mut x = unet.conv_in.forward(cx, &latents)?;
         show("conv_in", &x);
         let mut skips = vec![x.clone()];
         let (Some((first, lower)), Some((last, upper))) =
@@ -619,32 +634,38 @@ impl Told<'_> {
         else {
             candle_core::bail!("a U-Net without blocks");
         };
-        x = first.layers(&x, time, prompts, &mut skips)?;
+        x = first.layers(cx, &x, time, prompts, &mut skips)?;
         if let Some(Some(inner)) = &inner {
             x = inner.clone();
         } else {
-            x = first.downsample(&x, &mut skips)?;
+            x = first.downsample(cx, &x, &mut skips)?;
             show("down_blocks.0", &x);
             for (i, block) in lower.iter().enumerate() {
-                x = block.downsample(&block.layers(&x, time, prompts, &mut skips)?, &mut skips)?;
+                x = block.downsample(
+                    cx,
+                    &block.layers(cx, &x, time, prompts, &mut skips)?,
+                    &mut skips,
+                )?;
                 show(&format!("down_blocks.{}", i + 1), &x);
             }
             if let Some(mid_block) = &unet.mid_block {
-                x = mid_block.forward(&x, time, prompts)?;
+                x = mid_block.forward(cx, &x, time, prompts)?;
                 show("mid_block", &x);
             }
             for (i, block) in upper.iter().enumerate() {
-                x = block.forward(&x, time, prompts, &mut skips)?;
+                x = block.forward(cx, &x, time, prompts, &mut skips)?;
                 show(&format!("up_blocks.{i}"), &x);
             }
             if let Some(inner) = inner {
                 *inner = Some(x.clone());
             }
         }
-        x = last.forward(&x, time, prompts, &mut skips)?;
+        x = last.forward(cx, &x, time, prompts, &mut skips)?;
         show(&format!("up_blocks.{}", upper.len()), &x);
-        unet.conv_out
-            .forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
+        unet.conv_out.forward(
+            cx,
+            &unet.conv_norm_out.forward_act(cx, &x, unet.activation)?,
+        )
     }
 }
 
@@ -659,14 +680,14 @@ struct Prompts {
 
 impl Prompts {
     /// Keys and values [b, n, 2*width] of an attention of this network, if it attends to prompts.
-    fn of(&self, attention: &Attention) -> TensorResult<Option<Tensor>> {
+    fn of(&self, cx: Forward, attention: &Attention) -> TensorResult<Option<Tensor>> {
         let Some(layer) = &attention.from_context else {
             return Ok(None);
         };
         if let Some(known) = self.projected.borrow().get(&std::ptr::from_ref(attention)) {
             return Ok(Some(known.clone()));
         }
-        let projected = layer.forward(&self.embedding)?;
+        let projected = layer.forward(cx, &self.embedding)?;
         self.projected
             .borrow_mut()
             .insert(attention, projected.clone());
@@ -708,7 +729,13 @@ impl TimeEmbedding {
         })
     }
 
-    fn forward(&self, timestep: f64, guidance: Option<f64>, like: &Tensor) -> TensorResult<Tensor> {
+    fn forward(
+        &self,
+        cx: Forward,
+        timestep: f64,
+        guidance: Option<f64>,
+        like: &Tensor,
+    ) -> TensorResult<Tensor> {
         let t = embed::sinusoids(
             &[timestep],
             self.dim,
@@ -720,10 +747,10 @@ impl TimeEmbedding {
         if let (Some(cond_proj), Some(guidance)) = (&self.cond_proj, guidance) {
             let w = embed::guidance(guidance, cond_proj.inputs(), like.device())?
                 .to_dtype(like.dtype())?;
-            t = cond_proj.forward_add(&w, &t)?;
+            t = cond_proj.forward_add(cx, &w, &t)?;
         }
-        let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
-        self.linear_2.forward(&h)?.squeeze(0) // [time_dim]
+        let h = self.activation.forward(&self.linear_1.forward(cx, &t)?)?;
+        self.linear_2.forward(cx, &h)?.squeeze(0) // [time_dim]
     }
 }
 
@@ -748,7 +775,7 @@ impl AddEmbedding {
         })
     }
 
-    fn forward(&self, Added { pooled, ids }: &Added) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, Added { pooled, ids }: &Added) -> TensorResult<Tensor> {
         let sinusoids = embed::sinusoids(
             &ids.concat(),
             self.dim,
@@ -762,9 +789,9 @@ impl AddEmbedding {
         let h = Activation::Silu.forward(
             &self
                 .linear_1
-                .forward(&Tensor::cat(&[pooled, &sinusoids], 1)?)?,
+                .forward(cx, &Tensor::cat(&[pooled, &sinusoids], 1)?)?,
         )?;
-        self.linear_2.forward(&h) // [b, time_dim]
+        self.linear_2.forward(cx, &h) // [b, time_dim]
     }
 }
 
@@ -807,6 +834,7 @@ impl DownBlock {
 
     fn layers(
         &self,
+        cx: Forward,
         x: &Tensor,
         time: &Tensor,
         prompts: &Prompts,
@@ -814,9 +842,9 @@ impl DownBlock {
     ) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
-            x = resnet.forward(&x, time)?;
+            x = resnet.forward(cx, &x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, prompts)?;
+                x = transformer.forward(cx, &x, prompts)?;
             }
             skips.push(x.clone());
         }
@@ -824,11 +852,11 @@ impl DownBlock {
     }
 
     /// [b, h, w, c] -> [b, h/2, w/2, c], or what it was given where the block does not scale.
-    fn downsample(&self, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    fn downsample(&self, cx: Forward, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
         let Some(conv) = &self.downsample else {
             return Ok(x.clone());
         };
-        let x = conv.forward(x)?;
+        let x = conv.forward(cx, x)?;
         skips.push(x.clone());
         Ok(x)
     }
@@ -878,10 +906,18 @@ impl MidBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
-        let x = self.first.forward(x, time)?;
+    fn forward(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        time: &Tensor,
+        prompts: &Prompts,
+    ) -> TensorResult<Tensor> {
+        let x = self.first.forward(cx, x, time)?;
         match &self.attended {
-            Some((transformer, second)) => second.forward(&transformer.forward(&x, prompts)?, time),
+            Some((transformer, second)) => {
+                second.forward(cx, &transformer.forward(cx, &x, prompts)?, time)
+            }
             None => Ok(x),
         }
     }
@@ -917,6 +953,7 @@ impl UpBlock {
 
     fn forward(
         &self,
+        cx: Forward,
         x: &Tensor,
         time: &Tensor,
         prompts: &Prompts,
@@ -925,11 +962,11 @@ impl UpBlock {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             if let Some(skip) = skips.pop() {
-                x = concat(&x, &skip)?; // [b, h, w, c + skip]
+                x = concat(cx, &x, &skip)?; // [b, h, w, c + skip]
             }
-            x = resnet.forward(&x, time)?;
+            x = resnet.forward(cx, &x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, prompts)?;
+                x = transformer.forward(cx, &x, prompts)?;
             }
         }
         let Some(conv) = &self.upsample else {
@@ -941,7 +978,7 @@ impl UpBlock {
             Some(skip) => (skip.dim(1)?, skip.dim(2)?),
             None => (2 * h, 2 * w),
         };
-        conv.forward_scaled(&x, height, width)
+        conv.forward_scaled(cx, &x, height, width)
     }
 }
 
@@ -990,21 +1027,22 @@ impl Resnet {
         })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
         let time = time.narrow(D::Minus1, self.time.start, self.time.len())?; // [c] or [b, c]
         let h = self.conv1.forward_add(
-            &self.norm1.forward_act(x, self.activation)?,
+            cx,
+            &self.norm1.forward_act(cx, x, self.activation)?,
             Some(&time),
             None,
         )?;
-        let h = self.norm2.forward_act(&h, self.activation)?;
+        let h = self.norm2.forward_act(cx, &h, self.activation)?;
         let shortcut = self
             .conv_shortcut
             .as_ref()
-            .map(|conv| conv.forward(x))
+            .map(|conv| conv.forward(cx, x))
             .transpose()?;
         self.conv2
-            .forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
+            .forward_add(cx, &h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 
@@ -1048,15 +1086,17 @@ impl Transformer {
         })
     }
 
-    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let mut tokens = self
             .proj_in
-            .forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
+            .forward(cx, &self.norm.forward(cx, x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
         for block in &self.blocks {
-            tokens = block.forward(&tokens, prompts)?;
+            tokens = block.forward(cx, &tokens, prompts)?;
         }
-        self.proj_out.forward_add(&tokens, x)?.reshape((b, h, w, c))
+        self.proj_out
+            .forward_add(cx, &tokens, x)?
+            .reshape((b, h, w, c))
     }
 }
 
@@ -1088,14 +1128,14 @@ impl TransformerBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let x = self
             .attn1
-            .forward_add(&self.norm1.forward(x)?, prompts, x)?;
+            .forward_add(cx, &self.norm1.forward(cx, x)?, prompts, x)?;
         let x = self
             .attn2
-            .forward_add(&self.norm2.forward(&x)?, prompts, &x)?;
-        self.ff.forward_add(&self.norm3.forward(&x)?, &x)
+            .forward_add(cx, &self.norm2.forward(cx, &x)?, prompts, &x)?;
+        self.ff.forward_add(cx, &self.norm3.forward(cx, &x)?, &x)
     }
 }
 
@@ -1133,18 +1173,22 @@ impl Attention {
     /// x [b, n, width] attends; the result is added to residual [b, n, width].
     fn forward_add(
         &self,
+        cx: Forward,
         x: &Tensor,
         prompts: &Prompts,
         residual: &Tensor,
     ) -> TensorResult<Tensor> {
         let part = |x: &Tensor, i: usize| x.narrow(2, i * self.width, self.width);
-        let (x, seen) = (self.from_x.forward(x)?, prompts.of(self)?);
+        let (x, seen) = (self.from_x.forward(cx, x)?, prompts.of(cx, self)?);
         let (k, v) = match &seen {
             Some(seen) => (part(seen, 0)?, part(seen, 1)?),
             None => (part(&x, 1)?, part(&x, 2)?),
         };
-        self.to_out
-            .forward_add(&attention(&part(&x, 0)?, &k, &v, self.heads)?, residual)
+        self.to_out.forward_add(
+            cx,
+            &attention(cx, &part(&x, 0)?, &k, &v, self.heads)?,
+            residual,
+        )
     }
 }
 
@@ -1164,7 +1208,8 @@ impl GegluFeedForward {
     }
 
     /// x [b, n, width], and residual of the same shape -> their sum, x transformed.
-    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        self.out.forward_add(&self.proj.forward(x)?, residual) // [b, n, 4*width] between
+    fn forward_add(&self, cx: Forward, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.out
+            .forward_add(cx, &self.proj.forward(cx, x)?, residual) // [b, n, 4*width] between
     }
 }

@@ -1,8 +1,6 @@
 //! Scaled dot-product attention.
 
-use super::cpu;
-use super::gpu::{self, Engine, engine};
-use super::profile::measured;
+use super::{Backend, Forward, cpu, gpu};
 use candle_core::{Result, Tensor};
 
 /// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a
@@ -33,17 +31,16 @@ fn readable(x: &Tensor) -> Result<Tensor> {
 
 /// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n,
 /// heads*d].
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(cx: Forward, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
-    measured(("attention", [2 * b * n, k.dim(1)?, c]), || {
-        let engine = engine(q.device());
-        if engine == Engine::Plain {
+    cx.timed("attention", [2 * b * n, k.dim(1)?, c], || {
+        if cx.backend == Backend::Plain {
             return attention_plain(q, k, v, heads, None);
         }
         let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
-        match engine {
-            Engine::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
+        match cx.backend {
+            Backend::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
             _ if gpu::Attention::serves(&q, &k, &v, heads)? => {
                 gpu::run(gpu::Attention { q, k, v, heads })
             }
@@ -90,6 +87,10 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
+    fn cpu() -> Forward<'static> {
+        Forward::on(&Device::Cpu)
+    }
+
     fn random(b: usize, len: usize, c: usize) -> Tensor {
         Tensor::randn(0f32, 2.0, (b, len, c), &Device::Cpu).unwrap()
     }
@@ -129,7 +130,7 @@ mod tests {
                 random(b, m, heads * d),
             );
             let off = worst(
-                &attention(&q, &k, &v, heads).unwrap(),
+                &attention(cpu(), &q, &k, &v, heads).unwrap(),
                 &attention_plain(&q, &k, &v, heads, None).unwrap(),
             );
             // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both;
@@ -151,7 +152,7 @@ mod tests {
                     .collect();
                 let k = Tensor::from_vec(ones, (1, m, d), &Device::Cpu).unwrap();
                 let k = (k * (size / (d as f64).sqrt())).unwrap();
-                let y = attention(&q, &k, &v, 1).unwrap();
+                let y = attention(cpu(), &q, &k, &v, 1).unwrap();
                 let expected = v
                     .narrow(1, strongest, 1)
                     .unwrap()
@@ -162,7 +163,7 @@ mod tests {
                 let k = (k.narrow(1, (strongest + 1) % m, 1).unwrap())
                     .repeat((1, m, 1))
                     .unwrap();
-                let y = attention(&q, &k, &v, 1).unwrap();
+                let y = attention(cpu(), &q, &k, &v, 1).unwrap();
                 let expected = v.mean_keepdim(1).unwrap().repeat((1, n, 1)).unwrap();
                 assert!(worst(&y, &expected) < 1e-5, "-{size} everywhere");
             }
@@ -182,9 +183,9 @@ mod tests {
             let x = Tensor::from_vec(x, if of_k { k.shape() } else { q.shape() }, &Device::Cpu)
                 .unwrap();
             let y = if of_k {
-                attention(&q, &x, &v, 2)
+                attention(cpu(), &q, &x, &v, 2)
             } else {
-                attention(&x, &k, &v, 2)
+                attention(cpu(), &x, &k, &v, 2)
             };
             let y = y.unwrap().to_vec3::<f32>().unwrap();
             for (i, y) in y[0].iter().enumerate() {
@@ -220,13 +221,16 @@ mod tests {
                     .num_threads(threads)
                     .build()
                     .unwrap();
-                bits(pool.install(|| attention(&q, &k, &v, heads)).unwrap())
+                bits(
+                    pool.install(|| attention(cpu(), &q, &k, &v, heads))
+                        .unwrap(),
+                )
             };
             let all = on(1);
             assert!(all == on(2) && all == on(5));
             for (i, alone) in all.chunks(n * heads * d).enumerate() {
                 let of = |x: &Tensor| x.narrow(0, i, 1).unwrap();
-                assert!(alone == bits(attention(&of(&q), &of(&k), &of(&v), heads).unwrap()));
+                assert!(alone == bits(attention(cpu(), &of(&q), &of(&k), &of(&v), heads).unwrap()));
             }
         }
     }
@@ -239,8 +243,8 @@ mod tests {
         assert_eq!(row_stride(&k), Some(3 * c));
         let apart = [&q, &k, &v].map(|x| x.contiguous().unwrap());
         let [y, same] = [
-            attention(&q, &k, &v, 3),
-            attention(&apart[0], &apart[1], &apart[2], 3),
+            attention(cpu(), &q, &k, &v, 3),
+            attention(cpu(), &apart[0], &apart[1], &apart[2], 3),
         ]
         .map(|y| y.unwrap());
         assert_eq!(worst(&y, &same), 0.0);
@@ -253,16 +257,22 @@ mod tests {
             .transpose(1, 2)
             .unwrap();
         assert_eq!(row_stride(&turned), None);
-        assert_eq!(worst(&attention(&turned, &k, &v, 3).unwrap(), &same), 0.0);
+        assert_eq!(
+            worst(&attention(cpu(), &turned, &k, &v, 3).unwrap(), &same),
+            0.0
+        );
     }
 
     #[test]
     fn attention_to_nothing_is_an_error() {
         let (q, k) = (random(2, 5, 12), random(2, 4, 12));
         let none = Tensor::zeros((2, 0, 12), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(attention(&q, &none, &none, 2).is_err());
-        assert!(attention(&q, &k, &k, 5).is_err());
-        assert!(attention(&q, &k, &random(2, 5, 12), 2).is_err());
-        assert_eq!(attention(&none, &k, &k, 2).unwrap().dims(), [2, 0, 12]);
+        assert!(attention(cpu(), &q, &none, &none, 2).is_err());
+        assert!(attention(cpu(), &q, &k, &k, 5).is_err());
+        assert!(attention(cpu(), &q, &k, &random(2, 5, 12), 2).is_err());
+        assert_eq!(
+            attention(cpu(), &none, &k, &k, 2).unwrap().dims(),
+            [2, 0, 12]
+        );
     }
 }

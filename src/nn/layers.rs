@@ -1,9 +1,6 @@
 //! Linear, convolution, normalisation and activation layers.
 
-use super::cpu;
-use super::gpu::{self, Engine, engine};
-use super::padding::Wrap;
-use super::profile::measured;
+use super::{Backend, Forward, PaddingMode, cpu, gpu};
 use crate::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{D, DType, Module, Result as TensorResult, Tensor};
@@ -21,27 +18,27 @@ enum Kernel {
 
 impl Kernel {
     fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
-        Ok(Self::of(&Self::read(w, shape)?, gated)?)
+        Ok(Self::of(w.backend(), &Self::read(w, shape)?, gated)?)
     }
 
     fn read(w: &Weights, shape: &[usize]) -> Result<Tensor> {
-        if engine(w.device()) == Engine::Cpu {
+        if w.backend() == Backend::Cpu {
             w.get_stored("weight", shape)
         } else {
             w.get("weight", shape)
         }
     }
 
-    fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
-        match engine(weight.device()) {
-            Engine::Cpu => Self::pack(weight, gated),
+    fn of(backend: Backend, weight: &Tensor, gated: bool) -> TensorResult<Self> {
+        match backend {
+            Backend::Cpu => Self::pack(weight, gated),
             // candle's own, through cuDNN
-            Engine::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => {
+            Backend::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => {
                 Ok(Self::Plain(weight.clone()))
             }
-            Engine::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
-            Engine::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
-            Engine::Plain => Ok(Self::Plain(weight.clone())),
+            Backend::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
+            Backend::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
+            Backend::Plain => Ok(Self::Plain(weight.clone())),
         }
     }
 
@@ -112,7 +109,8 @@ impl Linear {
                 )?)
             })
             .transpose()?;
-        let weight = Kernel::of(&Tensor::cat(&weights, 0)?, false)?;
+        let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
+        let weight = Kernel::of(backend, &Tensor::cat(&weights, 0)?, false)?;
         Ok(Self {
             weight,
             bias,
@@ -149,25 +147,23 @@ impl Linear {
     }
 
     /// [.., in] -> [.., out].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, None)
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        self.apply(cx, x, None)
     }
 
     /// [.., in] -> [.., out], plus `residual` of that many elements.
-    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, Some(residual))
+    pub fn forward_add(&self, cx: Forward, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.apply(cx, x, Some(residual))
     }
 
-    fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    fn apply(&self, cx: Forward, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let mut shape = x.dims().to_vec();
         let flat = x.reshape(((), self.inputs))?; // [rows, in]
         let residual = residual
             .map(|r| r.reshape(((), self.outputs))?.contiguous())
             .transpose()?;
-        let y = measured(
-            ("linear", [flat.dim(0)?, self.inputs, self.outputs]),
-            || self.product(&flat, residual),
-        )?; // [rows, out]
+        let sides = [flat.dim(0)?, self.inputs, self.outputs];
+        let y = cx.timed("linear", sides, || self.product(&flat, residual))?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;
         }
@@ -252,7 +248,6 @@ pub struct Conv2d {
     stride: usize,
     /// what is added, zeros or the other end: (before, after) in both directions
     padding: (usize, usize),
-    wrap: Wrap,
 }
 
 impl Conv2d {
@@ -280,7 +275,6 @@ impl Conv2d {
             size,
             stride,
             padding,
-            wrap: w.wrap().clone(),
         })
     }
 
@@ -295,7 +289,6 @@ impl Conv2d {
             size: 3,
             stride,
             padding: (1, 1),
-            wrap: w.wrap().clone(),
         })
     }
 
@@ -321,7 +314,7 @@ impl Conv2d {
             (w.get("weight", &[outputs, inputs, size, size])? * factor)?,
             (w.get("bias", &[outputs])? * factor)?,
         );
-        let kernel = Kernel::of(&weight, false)?;
+        let kernel = Kernel::of(w.backend(), &weight, false)?;
         Ok(Self {
             kernel,
             bias,
@@ -329,24 +322,25 @@ impl Conv2d {
             size,
             stride: 1,
             padding: (size / 2, size / 2),
-            wrap: w.wrap().clone(),
         })
     }
 
     /// [b, h, w, in] -> [b, h', w', out].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.forward_add(x, None, None)
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        self.forward_add(cx, x, None, None)
     }
 
     /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere or [b, out] for each
     /// picture, plus `residual` [b, h', w', out].
     pub fn forward_add(
         &self,
+        cx: Forward,
         x: &Tensor,
         shift: Option<&Tensor>,
         residual: Option<&Tensor>,
     ) -> TensorResult<Tensor> {
         self.run(
+            cx,
             x,
             Extra {
                 shift,
@@ -357,8 +351,15 @@ impl Conv2d {
     }
 
     /// The same of x scaled to `height` x `width`, each pixel from the nearest one before it.
-    pub fn forward_scaled(&self, x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
+    pub fn forward_scaled(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        height: usize,
+        width: usize,
+    ) -> TensorResult<Tensor> {
         self.run(
+            cx,
             x,
             Extra {
                 scaled: Some((height, width)),
@@ -371,11 +372,13 @@ impl Conv2d {
     /// out].
     pub fn forward_rows(
         &self,
+        cx: Forward,
         x: &Tensor,
         rows: Range<usize>,
         residual: Option<&Tensor>,
     ) -> TensorResult<Tensor> {
         self.run(
+            cx,
             x,
             Extra {
                 rows: Some(rows),
@@ -386,9 +389,15 @@ impl Conv2d {
     }
 
     /// The same of x scaled to twice its height and width.
-    pub fn forward_rows_doubled(&self, x: &Tensor, rows: Range<usize>) -> TensorResult<Tensor> {
+    pub fn forward_rows_doubled(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        rows: Range<usize>,
+    ) -> TensorResult<Tensor> {
         let (_, h, w, _) = x.dims4()?;
         self.run(
+            cx,
             x,
             Extra {
                 rows: Some(rows),
@@ -398,12 +407,7 @@ impl Conv2d {
         )
     }
 
-    /// Whether it sees the last row above the first one.
-    pub fn wraps_rows(&self) -> bool {
-        self.wrap.get()[0]
-    }
-
-    fn run(&self, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
+    fn run(&self, cx: Forward, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let (h, w) = extra.scaled.unwrap_or((h, w));
         let out = |n: usize| {
@@ -412,19 +416,19 @@ impl Conv2d {
         };
         let rows = extra.rows.clone().unwrap_or(0..out(h));
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
-        let layer = (
-            kind,
-            [
-                b * rows.len() * out(w),
-                self.size * self.size * c,
-                self.bias.dim(0)?,
-            ],
-        );
-        measured(layer, || self.apply(x, rows, out(w), extra))
+        let sides = [
+            b * rows.len() * out(w),
+            self.size * self.size * c,
+            self.bias.dim(0)?,
+        ];
+        cx.timed(kind, sides, || {
+            self.apply(cx.padding, x, rows, out(w), extra)
+        })
     }
 
     fn apply(
         &self,
+        padding_modes: [PaddingMode; 2],
         x: &Tensor,
         rows: Range<usize>,
         out_width: usize,
@@ -435,8 +439,7 @@ impl Conv2d {
             ..
         }: Extra,
     ) -> TensorResult<Tensor> {
-        let (size, stride, padding, wraps) =
-            (self.size, self.stride, self.padding, self.wrap.get());
+        let (size, stride, padding) = (self.size, self.stride, self.padding);
         let residual = residual.map(Tensor::contiguous).transpose()?;
         let bias = || {
             shift.map_or(Ok(self.bias.clone()), |shift| {
@@ -449,7 +452,7 @@ impl Conv2d {
                     size,
                     stride,
                     padding,
-                    wraps,
+                    padding_modes,
                     rows,
                     scaled,
                     residual,
@@ -472,7 +475,7 @@ impl Conv2d {
                     scaled: scaled.unwrap_or((x.dim(1)?, x.dim(2)?)),
                     rows,
                     out_width,
-                    wraps,
+                    padding_modes,
                 };
                 gpu::run(product)
             }
@@ -481,7 +484,13 @@ impl Conv2d {
                 let scaled = scaled
                     .map(|(height, width)| scale_plain(x, height, width))
                     .transpose()?;
-                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, stride, padding, wraps)?;
+                let y = conv2d_plain(
+                    scaled.as_ref().unwrap_or(x),
+                    weight,
+                    stride,
+                    padding,
+                    padding_modes,
+                )?;
                 let bias = if bias.rank() == 2 {
                     bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))?
                 } else {
@@ -509,9 +518,9 @@ pub(super) fn conv2d_plain(
     weight: &Tensor,
     stride: usize,
     padding: (usize, usize),
-    wraps: [bool; 2],
+    padding_modes: [PaddingMode; 2],
 ) -> TensorResult<Tensor> {
-    conv2d_in_parts(x, weight, stride, padding, wraps, MAX_UNFOLDED)
+    conv2d_in_parts(x, weight, stride, padding, padding_modes, MAX_UNFOLDED)
 }
 
 /// In parts of rows that lay out at most so many numbers, if one row does.
@@ -520,17 +529,18 @@ fn conv2d_in_parts(
     weight: &Tensor,
     stride: usize,
     padding: (usize, usize),
-    wraps: [bool; 2],
+    padding_modes: [PaddingMode; 2],
     unfolded: usize,
 ) -> TensorResult<Tensor> {
     let ((b, h, w, c), size) = (x.dims4()?, weight.dim(3)?);
     let out = |n: usize| (n + padding.0 + padding.1 + stride).saturating_sub(size) / stride;
     let rows = (unfolded / (b * out(w) * c * size * size).max(1)).clamp(1, out(h).max(1));
-    let is_plain = padding.0 == padding.1 && wraps == [false; 2] && rows >= out(h);
+    let is_plain =
+        padding.0 == padding.1 && padding_modes == [PaddingMode::Zeros; 2] && rows >= out(h);
     let (x, padding) = if is_plain {
         (x.clone(), padding.0)
     } else {
-        (pad(x, padding, wraps)?, 0)
+        (pad(x, padding, padding_modes)?, 0)
     };
     let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
     let part = |top: usize| {
@@ -556,12 +566,16 @@ pub(super) fn leaky_plain(x: &Tensor, slope: &Tensor) -> TensorResult<Tensor> {
     x.relu()? + x.minimum(0.0)?.broadcast_mul(slope)?
 }
 
-/// [b, h, w, c] with zeros, or what is at its other end, around rows and columns.
-fn pad(x: &Tensor, (before, after): (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
+/// Pads rows and columns of [b, h, w, c].
+fn pad(
+    x: &Tensor,
+    (before, after): (usize, usize),
+    modes: [PaddingMode; 2],
+) -> TensorResult<Tensor> {
     let mut x = x.contiguous()?;
-    for (dim, wraps) in [1, 2].into_iter().zip(wraps) {
+    for (dim, mode) in [1, 2].into_iter().zip(modes) {
         let n = x.dim(dim)?;
-        x = if wraps {
+        x = if mode.is_circular() {
             let from = (0..before + n + after).map(|i| ((i + before * (n - 1)) % n) as u32);
             x.index_select(&Tensor::from_iter(from, x.device())?, dim)?
         } else {
@@ -595,84 +609,90 @@ impl GroupNorm {
     }
 
     /// Normalises [b, h, w, c].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, false)
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        self.apply(cx, x, false)
     }
 
     /// Normalises and applies `activation`, in one pass where the device can.
-    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> TensorResult<Tensor> {
+    pub fn forward_act(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        activation: Activation,
+    ) -> TensorResult<Tensor> {
         match activation {
-            Activation::Silu => self.apply(x, true),
-            other => other.forward(&self.apply(x, false)?),
+            Activation::Silu => self.apply(cx, x, true),
+            other => other.forward(&self.apply(cx, x, false)?),
         }
     }
 
-    fn apply(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
+    fn apply(&self, cx: Forward, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
         let x = x.contiguous()?;
-        self.of(&[&x])?.apply(&x, None, None, silu)
+        self.bind(cx, &[&x])?.apply(&x, None, None, silu)
     }
 
-    /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c]
-    /// each, contiguous.
-    pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
+    /// Computes the statistics of an image, which may be in several bands from top to bottom: [b,
+    /// rows, w, c] each, contiguous.
+    pub fn bind<'a>(
+        &'a self,
+        cx: Forward<'a>,
+        parts: &[&Tensor],
+    ) -> TensorResult<BoundGroupNorm<'a>> {
         let Some(first) = parts.first() else {
-            candle_core::bail!("a picture without parts")
+            candle_core::bail!("the image has no bands")
         };
-        let statistics = measured(
-            (
-                "group norm",
-                [parts.iter().map(|x| x.elem_count()).sum(), 0, 0],
-            ),
-            || match engine(first.device()) {
-                Engine::Cpu => {
-                    let norm = cpu::GroupNorm {
+        let sides = [parts.iter().map(|x| x.elem_count()).sum(), 0, 0];
+        let statistics = cx.timed("group norm", sides, || match cx.backend {
+            Backend::Cpu => {
+                let norm = cpu::GroupNorm {
+                    groups: self.groups,
+                    eps: self.eps,
+                };
+                norm.statistics(parts, &self.weight, &self.bias)
+                    .map(Statistics::Cpu)
+            }
+            Backend::Gpu => {
+                // a copy, as a view would keep the whole part
+                let origin = if let [whole] = parts {
+                    (*whole).clone()
+                } else {
+                    first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()?
+                };
+                let sums = |x: &&Tensor| {
+                    gpu::run(gpu::GroupSums {
+                        x: (*x).clone(),
+                        origin: origin.clone(),
                         groups: self.groups,
-                        eps: self.eps,
-                    };
-                    norm.statistics(parts, &self.weight, &self.bias)
-                        .map(Statistics::Cpu)
-                }
-                Engine::Gpu => {
-                    // a copy, as a view would keep the whole part
-                    let origin = if let [whole] = parts {
-                        (*whole).clone()
-                    } else {
-                        first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()?
-                    };
-                    let sums = |x: &&Tensor| {
-                        gpu::run(gpu::GroupSums {
-                            x: (*x).clone(),
-                            origin: origin.clone(),
-                            groups: self.groups,
-                        })
-                    };
-                    let sums = Tensor::cat(
-                        &parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?,
-                        1,
-                    )?;
-                    let pixels = parts
-                        .iter()
-                        .map(|x| Ok(x.dim(1)? * x.dim(2)?))
-                        .sum::<TensorResult<usize>>()?;
-                    Ok(Statistics::Gpu {
-                        sums,
-                        origin,
-                        pixels,
                     })
-                }
-                Engine::Plain => Ok(Statistics::Unknown),
-            },
-        )?;
-        Ok(Normal {
+                };
+                let sums = Tensor::cat(
+                    &parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?,
+                    1,
+                )?;
+                let pixels = parts
+                    .iter()
+                    .map(|x| Ok(x.dim(1)? * x.dim(2)?))
+                    .sum::<TensorResult<usize>>()?;
+                Ok(Statistics::Gpu {
+                    sums,
+                    origin,
+                    pixels,
+                })
+            }
+            Backend::Plain => Ok(Statistics::Unknown),
+        })?;
+        Ok(BoundGroupNorm {
             norm: self,
+            cx,
             statistics,
         })
     }
 }
 
-/// A group norm with the statistics of one picture.
-pub struct Normal<'a> {
+/// A group norm with the statistics of a batch of images.
+pub struct BoundGroupNorm<'a> {
     norm: &'a GroupNorm,
+    cx: Forward<'a>,
     statistics: Statistics,
 }
 
@@ -684,13 +704,13 @@ enum Statistics {
         origin: Tensor,
         pixels: usize,
     },
-    /// found when a picture is normalised, which is then a whole one
+    /// computed when the image is normalised, which is then a whole one
     Unknown,
 }
 
-impl Normal<'_> {
-    /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows,
-    /// w, c], perhaps [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
+impl BoundGroupNorm<'_> {
+    /// Normalises rows of the image with their halo, and applies `activation`: [b, rows, w, c],
+    /// perhaps [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
     pub fn forward_act(
         &self,
         x: &Tensor,
@@ -711,7 +731,7 @@ impl Normal<'_> {
         below: Option<&Tensor>,
         silu: bool,
     ) -> TensorResult<Tensor> {
-        measured(("normalise", [x.elem_count(), 0, 0]), || {
+        self.cx.timed("normalise", [x.elem_count(), 0, 0], || {
             let GroupNorm {
                 weight,
                 bias,
@@ -800,21 +820,21 @@ impl LayerNorm {
     }
 
     /// Normalises [.., width].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        measured(("layer norm", [x.elem_count(), 0, 0]), || {
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        cx.timed("layer norm", [x.elem_count(), 0, 0], || {
             let Self { weight, bias, eps } = self;
-            match engine(x.device()) {
-                Engine::Cpu => {
+            match cx.backend {
+                Backend::Cpu => {
                     x.contiguous()?
                         .apply_op3_no_bwd(weight, bias, &cpu::LayerNorm { eps: *eps })
                 }
-                Engine::Gpu => gpu::run(gpu::LayerNorm {
+                Backend::Gpu => gpu::run(gpu::LayerNorm {
                     x: x.contiguous()?,
                     weight: weight.clone(),
                     bias: bias.clone(),
                     eps: *eps,
                 }),
-                Engine::Plain => layer_norm_plain(x, weight, bias, *eps),
+                Backend::Plain => layer_norm_plain(x, weight, bias, *eps),
             }
         })
     }
@@ -888,11 +908,12 @@ pub(super) fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResu
 }
 
 /// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
-pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
-    measured(
-        ("concat", [a.elem_count() + b.elem_count(), 0, 0]),
-        || match engine(a.device()) {
-            Engine::Cpu => a
+pub fn concat(cx: Forward, a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
+    cx.timed(
+        "concat",
+        [a.elem_count() + b.elem_count(), 0, 0],
+        || match cx.backend {
+            Backend::Cpu => a
                 .contiguous()?
                 .apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat),
             _ => Tensor::cat(&[a, b], 3),
@@ -904,7 +925,6 @@ pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::nn::padding::Tile;
     use candle_core::{Device, IndexOp, Tensor};
 
     /// The largest difference; NaN where there is one, which is what a kernel did not write.
@@ -915,9 +935,14 @@ mod tests {
             .unwrap()
     }
 
-    /// A case that is not tiled and in every way that it can be.
-    fn tiled<T: Copy>(case: T) -> [(T, Option<Tile>); 4] {
-        [None, Some(Tile::X), Some(Tile::Y), Some(Tile::Xy)].map(|tile| (case, tile))
+    fn cpu() -> Forward<'static> {
+        Forward::on(&Device::Cpu)
+    }
+
+    /// A case in all padding modes.
+    fn padded<T: Copy>(case: T) -> [(T, [PaddingMode; 2]); 4] {
+        let modes = [PaddingMode::Zeros, PaddingMode::Circular];
+        [0, 1, 2, 3].map(|i| (case, [modes[i / 2], modes[i % 2]]))
     }
 
     fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
@@ -973,12 +998,15 @@ mod tests {
             let plain = group_norm_plain(&x, &norm.weight, &norm.bias, groups, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
             assert!(
-                worst(&norm.forward(&x).unwrap(), &plain) < 1e-4,
+                worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-4,
                 "{h}x{w}, {c} in {groups}"
             );
             let silu = candle_nn::ops::silu(&plain).unwrap();
             assert!(
-                worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 1e-4,
+                worst(
+                    &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
+                    &silu
+                ) < 1e-4,
                 "{h}x{w}, {c} in {groups}, silu"
             );
         }
@@ -1014,17 +1042,17 @@ mod tests {
             &norm.weight,
             &norm.bias,
         );
-        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-5);
+        assert!(worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-5);
         assert!(
             worst(
-                &norm.forward_act(&x, Activation::Silu).unwrap(),
+                &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
                 &candle_nn::ops::silu(&plain).unwrap()
             ) < 1e-5
         );
         let norm = layer_norm(c);
         let plain = exact(f64(&x), &[3], &norm.weight, &norm.bias);
         // its mean is an f32, and those near 1000 are 6e-5 apart
-        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-3);
+        assert!(worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-3);
     }
 
     #[test]
@@ -1033,17 +1061,17 @@ mod tests {
             let x = Tensor::full(value as f32, (2, h, w, 35), &Device::Cpu).unwrap();
             let norm = group_norm(35, 5);
             let bias = norm.bias.broadcast_as(x.shape()).unwrap();
-            assert!(worst(&norm.forward(&x).unwrap(), &bias) < 1e-6);
+            assert!(worst(&norm.forward(cpu(), &x).unwrap(), &bias) < 1e-6);
             assert!(
                 worst(
-                    &norm.forward_act(&x, Activation::Silu).unwrap(),
+                    &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
                     &candle_nn::ops::silu(&bias.contiguous().unwrap()).unwrap()
                 ) < 1e-6
             );
             let norm = layer_norm(35);
             assert!(
                 worst(
-                    &norm.forward(&x).unwrap(),
+                    &norm.forward(cpu(), &x).unwrap(),
                     &norm.bias.broadcast_as(x.shape()).unwrap()
                 ) < 1e-6
             );
@@ -1055,10 +1083,10 @@ mod tests {
         for (h, w, c, groups) in [(1, 1, 7, 7), (8, 8, 1280, 32), (65, 67, 50, 5)] {
             let x = Tensor::randn(1f32, 2.0, (3, h, w, c), &Device::Cpu).unwrap();
             let (group, layer) = (group_norm(c, groups), layer_norm(c));
-            let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] =
-                [&|x| group.forward_act(x, Activation::Silu).unwrap(), &|x| {
-                    layer.forward(x).unwrap()
-                }];
+            let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] = [
+                &|x| group.forward_act(cpu(), x, Activation::Silu).unwrap(),
+                &|x| layer.forward(cpu(), x).unwrap(),
+            ];
             for norm in norms {
                 let all = values(&on(1, || norm(&x)));
                 assert!(all == values(&on(2, || norm(&x))));
@@ -1077,7 +1105,10 @@ mod tests {
             let norm = layer_norm(width);
             let plain = layer_norm_plain(&x, &norm.weight, &norm.bias, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
-            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 5e-5, "{width}");
+            assert!(
+                worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 5e-5,
+                "{width}"
+            );
         }
     }
 
@@ -1091,13 +1122,11 @@ mod tests {
             (1, 1, (0, 0)),
             (5, 1, (2, 2)),
         ];
-        for (((b, (h, w)), (size, stride, padding)), tile) in (1..)
+        for (((b, (h, w)), (size, stride, padding)), modes) in (1..)
             .zip(sizes)
             .flat_map(|s| kinds.map(|k| (s, k)))
-            .flat_map(tiled)
+            .flat_map(padded)
         {
-            let wrap = Wrap::default();
-            wrap.set(tile);
             let (b, inputs, outputs) = (b % 3 + 1, if size == 3 { 35 } else { 5 }, 7);
             let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
             let weight =
@@ -1106,7 +1135,7 @@ mod tests {
             if h + padding.0 + padding.1 < size {
                 continue;
             }
-            let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get())
+            let plain = conv2d_plain(&x, &weight, stride, padding, modes)
                 .unwrap()
                 .broadcast_add(&bias)
                 .unwrap();
@@ -1117,14 +1146,15 @@ mod tests {
                 size,
                 stride,
                 padding,
-                wrap,
             };
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain]
                 .map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(
                 worst(
-                    &conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(),
+                    &conv
+                        .forward_add(cpu().padded(modes), &x, Some(&shift), Some(&residual))
+                        .unwrap(),
                     &added
                 ) < 1e-4
             );
@@ -1138,17 +1168,24 @@ mod tests {
             let added = plain
                 .broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap())
                 .unwrap();
-            assert!(worst(&conv.forward_add(&x, Some(&shifts), None).unwrap(), &added) < 1e-4);
             assert!(
-                worst(&conv.forward(&x).unwrap(), &plain) < 1e-4,
-                "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {tile:?}"
+                worst(
+                    &conv
+                        .forward_add(cpu().padded(modes), &x, Some(&shifts), None)
+                        .unwrap(),
+                    &added
+                ) < 1e-4
+            );
+            assert!(
+                worst(&conv.forward(cpu().padded(modes), &x).unwrap(), &plain) < 1e-4,
+                "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {modes:?}"
             );
             let added = leaky_plain(&(&plain + &residual).unwrap(), &shift).unwrap();
             assert!(
                 worst(
                     &conv
                         .leaky(shift)
-                        .forward_add(&x, None, Some(&residual))
+                        .forward_add(cpu().padded(modes), &x, None, Some(&residual))
                         .unwrap(),
                     &added
                 ) < 1e-4
@@ -1165,19 +1202,16 @@ mod tests {
             (5, 6, 1, 1, (0, 0)),
             (2, 9, 5, 1, (2, 2)),
         ];
-        for ((h, w, size, stride, padding), tile) in sizes.into_iter().flat_map(tiled) {
-            let wrap = Wrap::default();
-            wrap.set(tile);
+        for ((h, w, size, stride, padding), modes) in sizes.into_iter().flat_map(padded) {
             let x = Tensor::randn(0f32, 1.0, (2, h, w, 3), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (4, 3, size, size), &Device::Cpu).unwrap();
-            let whole = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap();
+            let whole = conv2d_plain(&x, &weight, stride, padding, modes).unwrap();
             let row = 2 * whole.dim(2).unwrap() * 3 * size * size;
             for unfolded in [0, row, 2 * row, 3 * row + 1, 100 * row] {
-                let parts =
-                    conv2d_in_parts(&x, &weight, stride, padding, wrap.get(), unfolded).unwrap();
+                let parts = conv2d_in_parts(&x, &weight, stride, padding, modes, unfolded).unwrap();
                 assert!(
                     worst(&parts, &whole) < 1e-5,
-                    "{h}x{w}, size {size}, stride {stride}, {tile:?}, {unfolded} at once"
+                    "{h}x{w}, size {size}, stride {stride}, {modes:?}, {unfolded} at once"
                 );
             }
         }
@@ -1190,7 +1224,7 @@ mod tests {
                 [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
             assert_eq!(
                 worst(
-                    &concat(&x, &other).unwrap(),
+                    &concat(cpu(), &x, &other).unwrap(),
                     &Tensor::cat(&[&x, &other], 3).unwrap()
                 ),
                 0.0
@@ -1212,9 +1246,7 @@ mod tests {
             .into_iter()
             .flat_map(|s| [(s, 3), (s, 1)])
             .zip((1..=3).cycle());
-        for (((((h, w), (to_h, to_w)), size), b), tile) in cases.flat_map(tiled) {
-            let wrap = Wrap::default();
-            wrap.set(tile);
+        for (((((h, w), (to_h, to_w)), size), b), modes) in cases.flat_map(padded) {
             let x = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
             let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
@@ -1224,7 +1256,7 @@ mod tests {
                 &weight,
                 1,
                 padding,
-                wrap.get(),
+                modes,
             )
             .unwrap()
             .broadcast_add(&bias)
@@ -1236,11 +1268,15 @@ mod tests {
                 size,
                 stride: 1,
                 padding,
-                wrap,
             };
             assert!(
-                worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4,
-                "{h}x{w} to {to_h}x{to_w}, {tile:?}"
+                worst(
+                    &conv
+                        .forward_scaled(cpu().padded(modes), &x, to_h, to_w)
+                        .unwrap(),
+                    &plain
+                ) < 1e-4,
+                "{h}x{w} to {to_h}x{to_w}, {modes:?}"
             );
         }
     }
@@ -1284,7 +1320,7 @@ mod tests {
                     let plain = product_plain(&x, &wide, bias, residual, gated).unwrap();
                     let largest = worst(&plain, &plain.zeros_like().unwrap());
                     assert!(
-                        worst(&layer.apply(&x, residual).unwrap(), &plain)
+                        worst(&layer.apply(cpu(), &x, residual).unwrap(), &plain)
                             < 2e-6 * largest.max(1.0),
                         "{m} {k} {n} {dtype:?}"
                     );
@@ -1309,8 +1345,8 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            let y = pool.install(|| layer.forward(&x).unwrap());
-            let y = pool.install(|| crate::nn::attention::attention(&y, &y, &y, 8).unwrap());
+            let y = pool.install(|| layer.forward(cpu(), &x).unwrap());
+            let y = pool.install(|| crate::nn::attention::attention(cpu(), &y, &y, &y, 8).unwrap());
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert!(on(1) == on(2) && on(1) == on(5));

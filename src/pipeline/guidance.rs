@@ -91,7 +91,7 @@ impl Guided<'_> {
             input
         }; // [passes*b, h, w, c]
         let input = match &self.beside {
-            Some(beside) => concat(&input, beside)?,
+            Some(beside) => concat(self.unet.cx(), &input, beside)?,
             None => input,
         };
         let output = self

@@ -6,10 +6,10 @@
 use crate::cli::progress::Progress;
 use crate::image::Picture;
 use crate::model::{Autoencoder, Encoder, Posterior};
+use crate::nn::Forward;
 use crate::nn::device::Compute;
-use crate::nn::padding::Tile;
 use crate::pipeline::inpaint::Canvas;
-use crate::pipeline::params::{Settings, Source};
+use crate::pipeline::params::{Settings, Source, Tile};
 use crate::pipeline::resolve::Job;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
@@ -173,8 +173,8 @@ impl<'a> Grounds<'a> {
     ) -> Result<Posterior> {
         let tile = settings.vae_tiling.then(|| self.vae.tile());
         let encoder = self.encoder(compute, progress)?;
-        encoder.wrap().set(settings.tile);
-        Ok(encoder.encode(rgb, tile)?)
+        let cx = Forward::on(&compute.device).padded(settings.padding());
+        Ok(encoder.encode(cx, rgb, tile)?)
     }
 
     fn ground(

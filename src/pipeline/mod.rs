@@ -19,8 +19,8 @@ use crate::image::Picture;
 use crate::image::load::Fit;
 use crate::model::unet::{Beside, UNet};
 use crate::model::{Autoencoder, Decoder, Posterior, tiles};
-use crate::nn::cpu;
 use crate::nn::device::Compute;
+use crate::nn::{Forward, cpu};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::guidance::{Guidance, Guided, Reuse};
 use crate::pipeline::init_latents::{Ground, Grounds};
@@ -388,9 +388,9 @@ impl<'a> Stage<'a> {
             (Some(refine), Start::Begun(_)) => (refine, self.contexts.config.scheduler.prediction),
             _ => (plan, settings.prediction),
         };
-        unet.wrap.set(settings.tile);
+        let cx = Forward::on(&compute.device).padded(settings.padding());
         let mut texts = self.contexts.at(batch, plan.before());
-        let told = unet.told(&self.contexts.of(batch, &texts)?)?;
+        let told = unet.told(cx, &self.contexts.of(batch, &texts)?)?;
         let Steps {
             generators,
             traces,
@@ -475,6 +475,7 @@ impl<'a> Stage<'a> {
             let now = self.contexts.at(batch, plan.step_of(*done - before));
             if now != texts {
                 guided.unet = unet.told(
+                    cx,
                     &self
                         .contexts
                         .of(batch, &now)
@@ -714,11 +715,11 @@ fn decode(
     settings: &Settings,
     request: &Request,
 ) -> Result<Picture> {
-    decoder.wrap().set(settings.tile);
+    let cx = Forward::on(latents.device()).padded(settings.padding());
     let latents = latents.narrow(0, i, 1)?;
     let rgb = match request.tile(settings) {
-        Some(side) => tiles::apply(&latents, side, decoder.wrap(), |tile| decoder.decode(tile))?,
-        None => decoder.decode(&latents)?,
+        Some(side) => tiles::apply(cx, &latents, side, |cx, tile| decoder.decode(cx, tile))?,
+        None => decoder.decode(cx, &latents)?,
     }; // [1, h, w, 3]
     if !finite(&rgb)? {
         return Err(NotFinite {

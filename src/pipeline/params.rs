@@ -2,7 +2,7 @@
 
 use crate::image::load::Fit;
 use crate::image::{Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
-use crate::nn::padding::Tile;
+use crate::nn::PaddingMode;
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::resolve::MAX_SIDE_PX;
 use crate::sampling::noise::Variation;
@@ -11,6 +11,7 @@ use crate::sampling::schedule::{Prediction, Schedule};
 use crate::text::prompt::Syntax;
 use crate::weights::{Checkpoint, Merge};
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::sync::Arc;
@@ -309,7 +310,31 @@ impl<const SEPARATOR: char> From<Pair<SEPARATOR>> for String {
     }
 }
 
+/// How copies of an image fit together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tile {
+    /// side by side
+    X,
+    /// one above the other
+    Y,
+    /// both
+    Xy,
+}
+
 impl Settings {
+    /// The padding modes of rows and of columns.
+    pub fn padding(&self) -> [PaddingMode; 2] {
+        let mode = |is_circular| {
+            if is_circular {
+                PaddingMode::Circular
+            } else {
+                PaddingMode::Zeros
+            }
+        };
+        [Tile::Y, Tile::X].map(|axis| mode(self.tile == Some(axis) || self.tile == Some(Tile::Xy)))
+    }
+
     /// What SDXL is told of the picture: original height and width, top and left of the crop,
     /// height and width.
     pub fn sizes(&self) -> [f64; 6] {

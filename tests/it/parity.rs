@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use sdgen::image::Picture;
 use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
 use sdgen::model::{Autoencoder, Decoder, tiles};
+use sdgen::nn::Forward;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::pipeline::guidance::{Guidance, Guided, Reuse};
 use sdgen::sampling::noise::Generator;
@@ -57,6 +58,10 @@ fn device() -> Device {
     let choice =
         std::env::var("SDGEN_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap());
     Compute::choose(choice, DTypeChoice::F32).unwrap().device
+}
+
+fn cx() -> Forward<'static> {
+    Forward::on(&device())
 }
 
 fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
@@ -252,7 +257,7 @@ fn the_unet_predicts_the_same_after_every_block() {
                     ..f.told(Some(i))
                 };
                 let out = unet
-                    .told(&told)
+                    .told(cx(), &told)
                     .unwrap()
                     .traced(&one(latents), f64::from(timestep), &mut show)
                     .unwrap();
@@ -282,7 +287,7 @@ fn what_is_compared_depends_on_the_timestep() {
                 },
             );
             let at = |timestep: f64| {
-                unet.told(&told)
+                unet.told(cx(), &told)
                     .unwrap()
                     .forward(latents, timestep)
                     .unwrap()
@@ -314,8 +319,8 @@ fn the_vae_decodes_the_same_in_tiles() {
         Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap(),
     );
     let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
-    let decoded = tiles::apply(&latents, config.tile(), decoder.wrap(), |tile| {
-        decoder.decode(tile)
+    let decoded = tiles::apply(cx(), &latents, config.tile(), |cx, tile| {
+        decoder.decode(cx, tile)
     })
     .unwrap();
     compare(
@@ -334,9 +339,11 @@ fn the_vae_decodes_the_same() {
         for shape in ["square", "odd"] {
             let latents = f.golden(&format!("vae.{shape}.latents"));
             let decoded = match &decoder {
-                Decoder::Kl(decoder) => decoder.forward(latents),
+                Decoder::Kl(decoder) => decoder.forward(cx(), latents),
                 // its scale is 1, and what diffusers' gives is in -1..=1
-                Decoder::Tiny(decoder) => (decoder.decode(latents).unwrap() * 2.0).unwrap() - 1.0,
+                Decoder::Tiny(decoder) => {
+                    (decoder.decode(cx(), latents).unwrap() * 2.0).unwrap() - 1.0
+                }
             };
             compare(
                 &format!("{model} vae.{shape}.decoded"),
@@ -371,7 +378,7 @@ fn the_vae_encodes_the_same() {
                 }
                 _ => ((picture / 2.0).unwrap() + 0.5).unwrap(),
             };
-            let posterior = encoder.encode(&rgb, None).unwrap();
+            let posterior = encoder.encode(cx(), &rgb, None).unwrap();
             let unscaled = |x: Tensor| match &config {
                 Autoencoder::Kl(config) => (x / config.scaling_factor).unwrap(),
                 Autoencoder::Tiny(_) => x,
@@ -462,7 +469,7 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
         let shape = f.json["unet"][0]["name"].as_str().unwrap();
         let (latents, unet) = (
             f.golden(&format!("unet.{shape}.latents")),
-            unet.told(&f.told(None)).unwrap(),
+            unet.told(cx(), &f.told(None)).unwrap(),
         );
         let full = unet.forward(latents, 500.0).unwrap();
         let mut inner = None;
@@ -540,6 +547,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             };
             let unet = unet
                 .told(
+                    cx(),
                     &negative
                         .map_or(Ok(conditioning.clone()), |negative| {
                             conditioning.after(&negative)
@@ -605,7 +613,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 "{model} run.{name}: steps"
             );
             let image = f.golden(&format!("run.{name}.image"));
-            for (i, picture) in Picture::from_tensor(&decoder.decode(&result).unwrap())
+            for (i, picture) in Picture::from_tensor(&decoder.decode(cx(), &result).unwrap())
                 .unwrap()
                 .iter()
                 .enumerate()
@@ -695,6 +703,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let unet = unet
                 .told(
+                    cx(),
                     &negative
                         .map_or(Ok(conditioning.clone()), |negative| {
                             conditioning.after(&negative)

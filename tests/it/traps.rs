@@ -34,7 +34,7 @@ use sdgen::cli::progress::{Progress, ProgressMode};
 use sdgen::model::unet::{UNet, UNetConfig};
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
-use sdgen::nn::embed;
+use sdgen::nn::{Forward, embed};
 use sdgen::pipeline::resolve::{Job, Request};
 use sdgen::pipeline::{Drawn, generate};
 use sdgen::sampling::sampler::{Sampler, sample};
@@ -299,7 +299,13 @@ fn a_text_ends_at_the_first_end_whatever_follows() {
             },
         )
         .unwrap();
-        values(&clip.penultimate(ids, 0).unwrap().1.unwrap())
+        values(
+            &clip
+                .penultimate(Forward::on(&Device::Cpu), ids, 0)
+                .unwrap()
+                .1
+                .unwrap(),
+        )
     };
     // no token sees those after it, so the state at a place is that of a text which ends there
     let text = [7, 500, 100, 100, 3];
@@ -853,13 +859,14 @@ fn every_norm_has_its_own_epsilon() {
         let config = ClipConfig::from_json(checkpoint.config("text_encoder").unwrap()).unwrap();
         let clip = Clip::new(&weights("text_encoder"), &config).unwrap();
         let latents = wave(&[1, 4, 4, c]);
+        let cx = Forward::on(&Device::Cpu);
         let outputs = [
-            unet.told(&wave(&[1, 5, width]).into())
+            unet.told(cx, &wave(&[1, 5, width]).into())
                 .unwrap()
                 .forward(&latents, 100.0)
                 .unwrap(),
-            vae.forward(&latents).unwrap(),
-            clip.forward(&[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),
+            vae.forward(cx, &latents).unwrap(),
+            clip.forward(cx, &[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),
         ];
         for ((part, output), golden) in ["U-Net", "VAE", "text encoder"]
             .into_iter()

@@ -511,7 +511,7 @@ mod tests {
             h,
             w,
             c,
-            wraps: [false; 2],
+            padding_modes: Default::default(),
         }
     }
 
@@ -646,7 +646,7 @@ mod tests {
                 size: 3,
                 stride: 1,
                 padding: (1, 1),
-                wraps: [false; 2],
+                padding_modes: Default::default(),
                 rows: 0..side,
                 scaled: None,
                 residual: None,

@@ -1,6 +1,7 @@
 //! Linear layers and convolutions: one kernel, which gathers what a convolution sees as it reads.
 
 use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
+use crate::nn::PaddingMode;
 use candle_core::{Result, Shape, Tensor};
 use std::ops::Range;
 
@@ -51,8 +52,8 @@ pub struct Product {
     /// rows of the output that are wanted
     pub rows: Range<usize>,
     pub out_width: usize,
-    /// whether rows and columns go on at the other end
-    pub wraps: [bool; 2],
+    /// of rows and of columns
+    pub padding_modes: [PaddingMode; 2],
 }
 
 impl Product {
@@ -66,7 +67,7 @@ impl Product {
     ) -> Result<Self> {
         let (m, k) = x.dims2()?;
         let x = x.reshape((m, 1, 1, k))?;
-        let (shift, slope, before, scaled, wraps) = (None, None, 0, (1, 1), [false; 2]);
+        let (shift, slope, before, scaled) = (None, None, 0, (1, 1));
         Ok(Self {
             x,
             weight,
@@ -81,7 +82,7 @@ impl Product {
             scaled,
             rows: 0..1,
             out_width: 1,
-            wraps,
+            padding_modes: Default::default(),
         })
     }
 
@@ -263,7 +264,7 @@ impl Work for Product {
             first_row: int(self.rows.start)?,
             rows: int(self.rows.len())?,
             out_width: int(self.out_width)?,
-            wraps: self.wraps.map(i32::from),
+            wraps: self.padding_modes.map(|mode| mode.is_circular().into()),
             per_shift: int(per_shift)?,
             shift_stride: int(shift_stride)?,
             splits: int(cut.splits)?,
@@ -400,7 +401,13 @@ mod tests {
             cases.into_iter().enumerate()
         {
             for dtype in [DType::F16, DType::BF16, DType::F32] {
-                let wraps = [i % 2 == 1, i % 3 == 1];
+                let padding_modes = [i % 2 == 1, i % 3 == 1].map(|is_circular| {
+                    if is_circular {
+                        PaddingMode::Circular
+                    } else {
+                        PaddingMode::Zeros
+                    }
+                });
                 let b = 2;
                 let (x, weight) = (
                     random(&[b, h, w, channels], dtype),
@@ -412,7 +419,7 @@ mod tests {
                     &wide(&weight),
                     stride,
                     padding,
-                    wraps,
+                    padding_modes,
                 )
                 .unwrap();
                 let rows = rows.clone().unwrap_or(0..plain.dim(1).unwrap());
@@ -453,7 +460,7 @@ mod tests {
                     scaled: (height, width),
                     rows,
                     out_width: plain.dim(2).unwrap(),
-                    wraps,
+                    padding_modes,
                 };
                 let cut = product.cut().unwrap();
                 same(

@@ -147,7 +147,7 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     let vae = runs(Part::Vae)
         .then(|| time_vae(args, &compute, &sizes.vae, (height, width)))
         .transpose()?;
-    let ceiling = compute.device.is_cpu().then(|| cpu::ceiling() / 1e9);
+    let ceiling = compute.device.is_cpu().then(|| cpu::peak_flops() / 1e9);
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
@@ -357,7 +357,7 @@ fn timed(
     mut profiled: impl FnMut() -> Result<f32>,
     mut plain: impl FnMut() -> Result<f32>,
 ) -> Result<Value> {
-    let _attended = cpu::Attended::start();
+    let _awake = cpu::KeepAwake::start();
     let on_cpu = device.is_cpu();
     profiled()?;
     profile.take();

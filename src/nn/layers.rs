@@ -7,7 +7,7 @@ use candle_core::{D, DType, Module, Result as TensorResult, Tensor};
 use std::ops::Range;
 
 /// The weights of a product in the layout that their device wants.
-enum Kernel {
+enum WeightLayout {
     /// CPU: in panels, by [`cpu::Pack`]
     Packed(Tensor),
     /// GPU: [out, .., in], and gated rows in turn
@@ -16,7 +16,7 @@ enum Kernel {
     Plain(Tensor),
 }
 
-impl Kernel {
+impl WeightLayout {
     fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
         Ok(Self::of(w.backend(), &Self::read(w, shape)?, gated)?)
     }
@@ -53,7 +53,7 @@ impl Kernel {
 
 /// y = x W' + b over the last dimension.
 pub struct Linear {
-    weight: Kernel,
+    weight: WeightLayout,
     bias: Option<Tensor>,
     inputs: usize,
     outputs: usize,
@@ -73,7 +73,7 @@ impl Linear {
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            weight: Kernel::new(w, &[outputs, inputs], false)?,
+            weight: WeightLayout::new(w, &[outputs, inputs], false)?,
             bias: None,
             inputs,
             outputs,
@@ -90,7 +90,7 @@ impl Linear {
                 .map(|(w, outputs)| read(w, *outputs))
                 .collect::<Result<Vec<_>>>()
         };
-        let mut weights = each(&|w, outputs| Kernel::read(w, &[outputs, inputs]))?;
+        let mut weights = each(&|w, outputs| WeightLayout::read(w, &[outputs, inputs]))?;
         // files may hold some narrower than others
         if weights
             .iter()
@@ -110,7 +110,7 @@ impl Linear {
             })
             .transpose()?;
         let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
-        let weight = Kernel::of(backend, &Tensor::cat(&weights, 0)?, false)?;
+        let weight = WeightLayout::of(backend, &Tensor::cat(&weights, 0)?, false)?;
         Ok(Self {
             weight,
             bias,
@@ -124,10 +124,10 @@ impl Linear {
     /// 2002.05202): the first half of what they give times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         let (weight, bias) = (
-            Kernel::new(w, &[2 * outputs, inputs], true)?,
+            WeightLayout::new(w, &[2 * outputs, inputs], true)?,
             w.get("bias", &[2 * outputs])?,
         );
-        let bias = if let Kernel::Rows(_) = weight {
+        let bias = if let WeightLayout::Rows(_) = weight {
             gpu::interleaved(&bias)?
         } else {
             bias
@@ -163,7 +163,7 @@ impl Linear {
             .map(|r| r.reshape(((), self.outputs))?.contiguous())
             .transpose()?;
         let sides = [flat.dim(0)?, self.inputs, self.outputs];
-        let y = cx.timed("linear", sides, || self.product(&flat, residual))?; // [rows, out]
+        let y = cx.timed("linear", sides, || self.gemm(&flat, residual))?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;
         }
@@ -171,10 +171,10 @@ impl Linear {
     }
 
     /// [rows, in], perhaps residual [rows, out] -> [rows, out].
-    fn product(&self, x: &Tensor, residual: Option<Tensor>) -> TensorResult<Tensor> {
+    fn gemm(&self, x: &Tensor, residual: Option<Tensor>) -> TensorResult<Tensor> {
         match &self.weight {
-            Kernel::Packed(weight) => {
-                let op = cpu::Product {
+            WeightLayout::Packed(weight) => {
+                let op = cpu::Gemm {
                     outputs: self.outputs,
                     bias: self.bias.clone(),
                     residual,
@@ -182,18 +182,18 @@ impl Linear {
                 };
                 x.contiguous()?.apply_op2_no_bwd(weight, &op)
             }
-            Kernel::Rows(weight) => {
-                let product = gpu::Product::linear(
+            WeightLayout::Rows(weight) => {
+                let gemm = gpu::Gemm::linear(
                     x.contiguous()?,
                     weight.clone(),
                     self.bias.clone(),
                     residual,
                     self.gated,
                 )?;
-                gpu::run(product)?.flatten_to(2)
+                gpu::run(gemm)?.flatten_to(2)
             }
-            Kernel::Plain(weight) => {
-                product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated)
+            WeightLayout::Plain(weight) => {
+                gemm_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated)
             }
         }
     }
@@ -201,7 +201,7 @@ impl Linear {
 
 /// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's
 /// operations: the path of devices without a kernel, and its oracle. With `gated`, [m, n/2].
-pub(super) fn product_plain(
+pub(super) fn gemm_plain(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -240,7 +240,7 @@ struct Extra<'a> {
 
 /// A 2D convolution over [b, h, w, c].
 pub struct Conv2d {
-    kernel: Kernel,
+    weight: WeightLayout,
     bias: Tensor,
     /// [out]: what is below 0 is multiplied by it
     slope: Option<Tensor>,
@@ -266,10 +266,10 @@ impl Conv2d {
         stride: usize,
         padding: (usize, usize),
     ) -> Result<Self> {
-        let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
+        let weight = WeightLayout::new(w, &[outputs, inputs, size, size], false)?;
         let bias = w.get("bias", &[outputs])?;
         Ok(Self {
-            kernel,
+            weight,
             bias,
             slope: None,
             size,
@@ -281,9 +281,9 @@ impl Conv2d {
     /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the
     /// stride.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
-        let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
+        let weight = WeightLayout::new(w, &[outputs, inputs, 3, 3], false)?;
         Ok(Self {
-            kernel,
+            weight,
             bias: w.zeros(&[outputs])?,
             slope: None,
             size: 3,
@@ -314,9 +314,9 @@ impl Conv2d {
             (w.get("weight", &[outputs, inputs, size, size])? * factor)?,
             (w.get("bias", &[outputs])? * factor)?,
         );
-        let kernel = Kernel::of(w.backend(), &weight, false)?;
+        let weight = WeightLayout::of(w.backend(), &weight, false)?;
         Ok(Self {
-            kernel,
+            weight,
             bias,
             slope: None,
             size,
@@ -446,8 +446,8 @@ impl Conv2d {
                 shift.broadcast_add(&self.bias)
             })
         };
-        match &self.kernel {
-            Kernel::Packed(weight) => {
+        match &self.weight {
+            WeightLayout::Packed(weight) => {
                 let op = cpu::Conv2d {
                     size,
                     stride,
@@ -460,8 +460,8 @@ impl Conv2d {
                 };
                 x.contiguous()?.apply_op3_no_bwd(weight, &bias()?, &op)
             }
-            Kernel::Rows(weight) => {
-                let product = gpu::Product {
+            WeightLayout::Rows(weight) => {
+                let gemm = gpu::Gemm {
                     x: x.contiguous()?,
                     weight: weight.clone(),
                     bias: Some(self.bias.clone()),
@@ -477,9 +477,9 @@ impl Conv2d {
                     out_width,
                     padding_modes,
                 };
-                gpu::run(product)
+                gpu::run(gemm)
             }
-            Kernel::Plain(weight) => {
+            WeightLayout::Plain(weight) => {
                 let bias = bias()?;
                 let scaled = scaled
                     .map(|(height, width)| scale_plain(x, height, width))
@@ -927,7 +927,7 @@ mod tests {
     use super::*;
     use candle_core::{Device, IndexOp, Tensor};
 
-    /// The largest difference; NaN where there is one, which is what a kernel did not write.
+    /// The largest difference; NaN where there is one, which is what a weight did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         values(&(a - b).unwrap().abs().unwrap())
             .into_iter()
@@ -1140,7 +1140,7 @@ mod tests {
                 .broadcast_add(&bias)
                 .unwrap();
             let conv = Conv2d {
-                kernel: Kernel::pack(&weight, false).unwrap(),
+                weight: WeightLayout::pack(&weight, false).unwrap(),
                 bias,
                 slope: None,
                 size,
@@ -1262,7 +1262,7 @@ mod tests {
             .broadcast_add(&bias)
             .unwrap();
             let conv = Conv2d {
-                kernel: Kernel::pack(&weight, false).unwrap(),
+                weight: WeightLayout::pack(&weight, false).unwrap(),
                 bias,
                 slope: None,
                 size,
@@ -1309,7 +1309,7 @@ mod tests {
                     (None, None, true),
                     (Some(&bias), None, true),
                 ] {
-                    let weight = Kernel::pack(&stored, gated).unwrap();
+                    let weight = WeightLayout::pack(&stored, gated).unwrap();
                     let layer = Linear {
                         weight,
                         bias: bias.cloned(),
@@ -1317,7 +1317,7 @@ mod tests {
                         outputs: n,
                         gated,
                     };
-                    let plain = product_plain(&x, &wide, bias, residual, gated).unwrap();
+                    let plain = gemm_plain(&x, &wide, bias, residual, gated).unwrap();
                     let largest = worst(&plain, &plain.zeros_like().unwrap());
                     assert!(
                         worst(&layer.apply(cpu(), &x, residual).unwrap(), &plain)
@@ -1334,7 +1334,7 @@ mod tests {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
         let (x, weight, bias) = (random(&[2, 700, 320]), random(&[640, 320]), random(&[640]));
         let layer = Linear {
-            weight: Kernel::pack(&weight, true).unwrap(),
+            weight: WeightLayout::pack(&weight, true).unwrap(),
             bias: Some(bias),
             inputs: 320,
             outputs: 640,

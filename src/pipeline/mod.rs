@@ -111,7 +111,7 @@ pub fn generate<'a>(
     };
     let mut grounds = Grounds::new(checkpoint, &request.vae);
     while let Some(batch) = (!stop()).then(|| queue.next()).flatten() {
-        let _attended = compute.device.is_cpu().then(cpu::Attended::start);
+        let _awake = compute.device.is_cpu().then(cpu::KeepAwake::start);
         base.prepare(&batch, &queue, compute, progress)?;
         let batch = queue.alike(batch, |job| base.contexts.tokens(job))?;
         let mut steps = Steps::of(&batch, request)?;

@@ -1,7 +1,7 @@
 //! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it
 //! is needed; by [`super::winograd`] where that is faster.
 
-use super::gemm::{Finish, product, slice, with_slice};
+use super::gemm::{Epilogue, gemm, slice, with_slice};
 use super::panels::{Panels, WIDTH};
 use super::winograd;
 use crate::nn::PaddingMode;
@@ -139,7 +139,7 @@ impl CustomOp3 for Conv2d {
                     pictures,
                     outputs,
                     weight,
-                    Finish {
+                    Epilogue {
                         bias: Some(bias),
                         residual,
                         slope,
@@ -175,7 +175,7 @@ impl Conv2d {
         pictures: Pictures,
         outputs: usize,
         weight: Panels,
-        finish: Finish,
+        epilogue: Epilogue,
     ) -> Vec<f32> {
         let (h, w) = (self.rows.len(), self.out(pictures.w));
         let shape = (
@@ -191,7 +191,7 @@ impl Conv2d {
                 patch,
             );
         };
-        product(shape, left, weight, finish)
+        gemm(shape, left, weight, epilogue)
     }
 
     /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with

@@ -17,7 +17,7 @@ mod launch;
 mod norm;
 
 pub use attention::Attention;
-pub use gemm::{Product, interleaved, rows};
+pub use gemm::{Gemm, interleaved, rows};
 pub use graph::Recorder;
 pub use launch::run;
 pub use norm::{GroupApply, GroupSums, LayerNorm};

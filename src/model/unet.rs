@@ -483,7 +483,7 @@ impl UNet {
                 .is_some()
                 .then(|| AddEmbedding::new(&w.at("add_embedding"), config, time_dim))
                 .transpose()?,
-            time_projections: Linear::joined(&resnet.projections.into_inner(), time_dim, true)?,
+            time_projections: Linear::fused(&resnet.projections.into_inner(), time_dim, true)?,
             down_blocks,
             mid_block,
             up_blocks,
@@ -1155,10 +1155,10 @@ impl Attention {
     fn new(w: &Weights, width: usize, context: Option<usize>, heads: usize) -> Result<Self> {
         let [q, k, v] = ["to_q", "to_k", "to_v"].map(|name| (w.at(name), width));
         let (from_x, from_context) = match context {
-            None => (Linear::joined(&[q, k, v], width, false)?, None),
+            None => (Linear::fused(&[q, k, v], width, false)?, None),
             Some(context) => (
                 Linear::without_bias(&q.0, width, width)?,
-                Some(Linear::joined(&[k, v], context, false)?),
+                Some(Linear::fused(&[k, v], context, false)?),
             ),
         };
         Ok(Self {

@@ -424,7 +424,7 @@ impl Dense {
                     .leaky(slope.clone()),
             )
         };
-        let last = Conv2d::times(
+        let last = Conv2d::scaled_by(
             &w.at(format!("conv{}", Self::CONVS + 1)),
             seen(Self::CONVS),
             width,

@@ -469,7 +469,7 @@ impl Attention {
     fn new(w: &Weights, width: usize, groups: usize) -> Result<Self> {
         Ok(Self {
             group_norm: GroupNorm::new(&w.at("group_norm"), groups, width, NORM_EPS)?,
-            to_qkv: Linear::joined(
+            to_qkv: Linear::fused(
                 &["to_q", "to_k", "to_v"].map(|name| (w.at(name), width)),
                 width,
                 true,

@@ -1,18 +1,14 @@
 //! Scaled dot-product attention.
 
-use super::{Backend, Forward, cpu, gpu};
+use super::Forward;
 use candle_core::{Result, Tensor};
 
-/// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a
-/// picture.
-const MAX_SCORES: usize = 1 << 23;
-
-/// How far the rows of x [b, n, c] stand apart, which themselves are contiguous: those of a part of
-/// a wider tensor's columns.
+/// The distance of the rows of x [b, n, c] in memory, where each row is contiguous and all are
+/// evenly spaced: true of a part of a wider tensor's columns.
 pub fn row_stride(x: &Tensor) -> Option<usize> {
     match *x.stride() {
-        [picture, row, 1]
-            if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| picture == n * row) =>
+        [image, row, 1]
+            if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| image == n * row) =>
         {
             Some(row)
         }
@@ -20,8 +16,8 @@ pub fn row_stride(x: &Tensor) -> Option<usize> {
     }
 }
 
-/// x itself where kernels can read its rows, else laid out anew.
-fn readable(x: &Tensor) -> Result<Tensor> {
+/// x itself where kernels can read its rows, else a copy.
+pub(super) fn with_rows(x: &Tensor) -> Result<Tensor> {
     if row_stride(x).is_some() {
         Ok(x.clone())
     } else {
@@ -35,56 +31,15 @@ pub fn attention(cx: Forward, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) 
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
     cx.timed("attention", [2 * b * n, k.dim(1)?, c], || {
-        if cx.backend == Backend::Plain {
-            return attention_plain(q, k, v, heads, None);
-        }
-        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
-        match cx.backend {
-            Backend::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
-            _ if gpu::Attention::serves(&q, &k, &v, heads)? => {
-                gpu::run(gpu::Attention { q, k, v, heads })
-            }
-            _ => attention_plain(&q, &k, &v, heads, None),
-        }
+        cx.backend.attention(q, k, v, heads)
     })
-}
-
-/// The same as a composition of candle's operations, in slices of queries: the path of devices
-/// without a kernel, and its oracle. `mask` [n, m] is added to the scores.
-pub fn attention_plain(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: usize,
-    mask: Option<&Tensor>,
-) -> Result<Tensor> {
-    let (b, n, c) = q.dims3()?;
-    let m = k.dim(1)?;
-    let d = c / heads;
-    let scale = 1.0 / (d as f64).sqrt();
-    let split =
-        |x: &Tensor, len: usize| x.reshape((b, len, heads, d))?.transpose(1, 2)?.contiguous(); // [b, heads, len, d]
-    let q = (split(q, n)? * scale)?;
-    let k = split(k, m)?.transpose(2, 3)?; // [b, heads, d, m]
-    let v = split(v, m)?;
-    let rows = (MAX_SCORES / (b * heads * m)).clamp(1, n);
-    let mut parts = Vec::with_capacity(n.div_ceil(rows));
-    for start in (0..n).step_by(rows) {
-        let len = rows.min(n - start);
-        let mut scores = q.narrow(2, start, len)?.contiguous()?.matmul(&k)?; // [b, heads, len, m]
-        if let Some(mask) = mask {
-            scores = scores.broadcast_add(&mask.narrow(0, start, len)?)?;
-        }
-        let weights = candle_nn::ops::softmax_last_dim(&scores)?;
-        parts.push(weights.matmul(&v)?); // [b, heads, len, d]
-    }
-    Tensor::cat(&parts, 2)?.transpose(1, 2)?.reshape((b, n, c)) // [b, n, heads*d]
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::nn::plain;
     use candle_core::Device;
 
     fn cpu() -> Forward<'static> {
@@ -131,7 +86,7 @@ mod tests {
             );
             let off = worst(
                 &attention(cpu(), &q, &k, &v, heads).unwrap(),
-                &attention_plain(&q, &k, &v, heads, None).unwrap(),
+                &plain::attention(&q, &k, &v, heads, None).unwrap(),
             );
             // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both;
             // values are around 2

@@ -16,6 +16,7 @@ pub mod forward;
 pub mod gpu;
 pub mod layers;
 pub mod padding;
+pub mod plain;
 pub mod profile;
 
 pub use backend::Backend;

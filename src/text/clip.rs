@@ -1,8 +1,7 @@
 //! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
 
-use crate::nn::Forward;
-use crate::nn::attention::attention_plain;
 use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::{Forward, plain};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
@@ -256,7 +255,7 @@ impl Layer {
         );
         let x = (x + self
             .out_proj
-            .forward(cx, &attention_plain(&q, &k, &v, self.heads, Some(mask))?)?)?;
+            .forward(cx, &plain::attention(&q, &k, &v, self.heads, Some(mask))?)?)?;
         let h = self
             .activation
             .forward(&self.fc1.forward(cx, &self.layer_norm2.forward(cx, &x)?)?)?;

@@ -304,7 +304,7 @@ impl Work for Gemm {
 mod tests {
     use super::super::emulated::{self, random, same, wide};
     use super::*;
-    use crate::nn::layers::{conv2d_plain, gemm_plain, leaky_plain, scale_plain};
+    use crate::nn::plain;
     use candle_core::DType;
 
     #[test]
@@ -345,7 +345,7 @@ mod tests {
                     (Some(&bias), None, true),
                     (None, Some(&residual), false),
                 ] {
-                    let plain = gemm_plain(
+                    let plain = plain::gemm(
                         &wide(&x),
                         &wide(&weight),
                         bias.map(wide).as_ref(),
@@ -414,8 +414,8 @@ mod tests {
                     random(&[n, channels, size, size], dtype),
                 );
                 let (height, width) = scaled.unwrap_or((h, w));
-                let plain = conv2d_plain(
-                    &scale_plain(&wide(&x), height, width).unwrap(),
+                let plain = plain::conv2d(
+                    &plain::scale_nearest(&wide(&x), height, width).unwrap(),
                     &wide(&weight),
                     stride,
                     padding,
@@ -445,7 +445,7 @@ mod tests {
                     .broadcast_add(&each)
                     .unwrap();
                 let plain =
-                    leaky_plain(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
+                    plain::leaky_relu(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
                 let gemm = Gemm {
                     x,
                     weight: super::rows(&weight).unwrap(),

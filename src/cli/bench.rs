@@ -1,8 +1,9 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with
 //! random weights.
 
-use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
+use crate::model::unet_config::UNetConfig;
 use crate::model::vae::{Decoder, VaeConfig};
+use crate::model::{AddedCond, BackboneConfig, Conditioning, ExtraInputs};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
 use crate::nn::profile::{self, Profile};
 use crate::nn::{Forward, cpu};
@@ -254,28 +255,28 @@ fn time_unet(
 ) -> Result<Value> {
     let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
     let start = Instant::now();
-    let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
+    let weights = Weights::random(device, compute.dtype);
+    let unet = BackboneConfig::UNet(config.clone()).build(&weights)?;
     let load_s = start.elapsed().as_secs_f64();
     let random =
         |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());
     let added = config.addition_embed_type.is_some().then(|| {
-        Ok::<_, anyhow::Error>(Added {
-            pooled: random(&[b, 1280])?,
-            ids: vec![vec![0.0; 6]; b],
+        Ok::<_, anyhow::Error>(AddedCond {
+            text_embeds: random(&[b, 1280])?,
+            time_ids: vec![vec![0.0; 6]; b],
         })
     });
     let conditioning = Conditioning {
         context: random(&[b, 77, sizes.context])?,
-        added: added.transpose()?,
+        added_cond: added.transpose()?,
         guidance: None,
     };
-    let conditioning = conditioning.after(&conditioning)?;
+    let conditioning = Conditioning::cat(&conditioning, &conditioning)?;
     let guided = |cx| -> Result<_> {
         Ok(Guided {
-            unet: unet.told(cx, &conditioning)?,
+            model: unet.bind(cx, &conditioning, ExtraInputs::default())?,
             guidance: Guidance::Text(1),
             weights: vec![1.0],
-            beside: None,
             scale: 7.5,
             rescale: 0.0,
             prediction: Prediction::Epsilon,

@@ -1,18 +1,25 @@
-//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns
-//! latents into pictures and back, [`taesd`] does so with less work, [`tiles`] lets both do it in
-//! parts; [`upscaler`] makes pictures larger. Here: which of the two a checkpoint has.
+//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] encodes
+//! images to latents and decodes them, [`taesd`] does so with less work, [`tiles`] lets both do it
+//! in parts; [`upscaler`] enlarges images. [`backbone`] is what the pipeline knows of the network
+//! that denoises. Here: which of the two autoencoders a checkpoint has.
 
+pub mod backbone;
 pub mod taesd;
 pub mod tiles;
 pub mod unet;
+pub mod unet_config;
 pub mod upscaler;
 pub mod vae;
 
 use crate::nn::Forward;
 use crate::weights::Weights;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
+
+pub use backbone::{
+    AddedCond, Backbone, BackboneConfig, Conditioning, Denoiser, ExtraInputs, ModelKind,
+};
 
 /// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's
 /// VAE's own.
@@ -177,4 +184,17 @@ impl Decoder {
             Self::Tiny(decoder) => decoder.decode(cx, latents),
         }
     }
+}
+
+/// Errors if one of these keys has another value than its neutral one.
+fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)]) -> Result<()> {
+    for (key, expected) in neutral {
+        let found = config.get(key).unwrap_or(expected);
+        let same_number =
+            matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
+        if found != expected && !found.is_null() && !same_number {
+            bail!("`{key}` of the {network} is {found}, which sdgen does not support");
+        }
+    }
+    Ok(())
 }

@@ -4,8 +4,7 @@
 //! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by
 //! training.
 
-use super::unet::require_neutral;
-use super::{Posterior, tiles};
+use super::{Posterior, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d};
 use crate::weights::Weights;

@@ -1,7 +1,6 @@
 //! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
-use super::unet::require_neutral;
-use super::{Posterior, TILE_PX, tiles};
+use super::{Posterior, TILE_PX, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;

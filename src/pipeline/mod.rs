@@ -17,8 +17,7 @@ pub mod resolve;
 use crate::cli::progress::Progress;
 use crate::image::Picture;
 use crate::image::load::Fit;
-use crate::model::unet::{Beside, UNet};
-use crate::model::{Autoencoder, Decoder, Posterior, tiles};
+use crate::model::{Autoencoder, Backbone, Decoder, ExtraInputs, ModelKind, Posterior, tiles};
 use crate::nn::device::Compute;
 use crate::nn::{Forward, cpu};
 use crate::pipeline::fingerprint::Trace;
@@ -318,7 +317,7 @@ struct Stage<'a> {
     checkpoint: &'a Checkpoint,
     contexts: Contexts<'a>,
     encoder: Option<Encoder>,
-    unet: Option<UNet>,
+    unet: Option<Backbone>,
 }
 
 impl<'a> Stage<'a> {
@@ -357,7 +356,7 @@ impl<'a> Stage<'a> {
             let weights = self
                 .checkpoint
                 .weights("unet", &compute.device, compute.dtype);
-            self.unet = Some(UNet::new(&weights, &config.unet).context(ModelError)?);
+            self.unet = Some(config.backbone.build(&weights).context(ModelError)?);
         }
         Ok(())
     }
@@ -390,7 +389,6 @@ impl<'a> Stage<'a> {
         };
         let cx = Forward::on(&compute.device).padded(settings.padding());
         let mut texts = self.contexts.at(batch, plan.before());
-        let told = unet.told(cx, &self.contexts.of(batch, &texts)?)?;
         let Steps {
             generators,
             traces,
@@ -405,7 +403,7 @@ impl<'a> Stage<'a> {
                 g.latents(*h, *w, *c)?.to_device(&compute.device)
             })
         };
-        let (mut beside, mut kept) = (None, None);
+        let (mut extra, mut kept) = (ExtraInputs::default(), None);
         let first = match start {
             Start::Begun(begun) => {
                 traces
@@ -434,10 +432,7 @@ impl<'a> Stage<'a> {
                     trace.noise(&first.narrow(0, i, 1)?)?;
                 }
                 let mask = over.mask()?;
-                beside = over
-                    .beside(mask.as_ref(), &mut noise)?
-                    .map(|beside| beside.to_dtype(told.dtype()))
-                    .transpose()?;
+                extra.concat = over.beside(mask.as_ref(), &mut noise)?;
                 let x = match &image {
                     // diffusers' inpainting forgets what it is to repaint all of
                     Some(image) if mask.is_none() || settings.strength < Some(1.0) => {
@@ -447,7 +442,7 @@ impl<'a> Stage<'a> {
                 };
                 kept = image
                     .zip(mask)
-                    .filter(|_| beside.is_none())
+                    .filter(|_| extra.concat.is_none())
                     .map(|(image, mask)| Kept {
                         image,
                         noise: first,
@@ -460,10 +455,9 @@ impl<'a> Stage<'a> {
         let (scale, rescale) = (settings.guidance, settings.guidance_rescale);
         let weights = batch.iter().take(1).flat_map(|job| job.weights()).collect();
         let mut guided = Guided {
-            unet: told,
+            model: unet.bind(cx, &self.contexts.of(batch, &texts)?, extra.clone())?,
             guidance: *guidance,
             weights,
-            beside,
             scale,
             rescale,
             prediction,
@@ -474,13 +468,9 @@ impl<'a> Stage<'a> {
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
             let now = self.contexts.at(batch, plan.step_of(*done - before));
             if now != texts {
-                guided.unet = unet.told(
-                    cx,
-                    &self
-                        .contexts
-                        .of(batch, &now)
-                        .map_err(candle_core::Error::wrap)?,
-                )?;
+                let conditioning = self.contexts.of(batch, &now);
+                let conditioning = conditioning.map_err(candle_core::Error::wrap)?;
+                guided.model = unet.bind(cx, &conditioning, extra.clone())?;
                 texts = now;
             }
             let denoised = guided.denoise(x, sigma, timestep)?;
@@ -549,10 +539,10 @@ impl Over<'_> {
         strength: Option<f64>,
         noise: &mut dyn FnMut() -> TensorResult<Tensor>,
     ) -> TensorResult<Option<Tensor>> {
-        let needed = match self.config.beside {
-            Beside::Nothing => true,
-            Beside::Masked => strength < Some(1.0),
-            Beside::Picture => false,
+        let needed = match self.config.kind {
+            ModelKind::TextToImage => true,
+            ModelKind::Inpaint => strength < Some(1.0),
+            ModelKind::InstructPix2Pix => false,
         };
         if !needed || self.grounds.is_empty() {
             return Ok(None);
@@ -590,12 +580,12 @@ impl Over<'_> {
                 .filter_map(|ground| Some(&ground.repainted.as_ref()?.rest));
             // diffusers draws for it, whether the network takes it or not
             let rest = Posterior::cat(rest)?.sample(noise)?;
-            if self.config.beside == Beside::Masked {
+            if self.config.kind == ModelKind::Inpaint {
                 let beside = Tensor::cat(&[mask, &rest], 3)?;
                 return Tensor::cat(&vec![&beside; passes], 0).map(Some);
             }
         }
-        if self.config.beside != Beside::Picture {
+        if self.config.kind != ModelKind::InstructPix2Pix {
             return Ok(None);
         }
         let image = (Posterior::cat(self.grounds.iter().map(|ground| &ground.image))?.mean

@@ -4,7 +4,7 @@
 //! is at a step.
 
 use crate::cli::progress::Progress;
-use crate::model::unet::{Added, Conditioning};
+use crate::model::{AddedCond, Conditioning};
 use crate::pipeline::family::{AESTHETIC_SCORES, REFINER_IDS};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::guidance::Guidance;
@@ -252,16 +252,16 @@ impl<'a> Contexts<'a> {
         let ids = || batch.iter().cycle().zip(&texts.0).map(numbers).collect();
         let added = (!pooled.is_empty())
             .then(|| {
-                Ok::<_, Error>(Added {
-                    pooled: Tensor::cat(&pooled, 0)?,
-                    ids: ids(),
+                Ok::<_, Error>(AddedCond {
+                    text_embeds: Tensor::cat(&pooled, 0)?,
+                    time_ids: ids(),
                 })
             })
             .transpose()?;
         let guidance = batch.first().map(|job| job.settings.guidance);
         Ok(Conditioning {
             context: Tensor::cat(&contexts, 0)?,
-            added,
+            added_cond: added,
             guidance,
         })
     }

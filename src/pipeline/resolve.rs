@@ -5,8 +5,7 @@ use crate::batch::jobs::{List, Swept};
 use crate::batch::output_path::{Naming, plan_paths};
 use crate::cli::{DrawArgs, PictureArgs, VaeTiling};
 use crate::image::Format;
-use crate::model::Autoencoder;
-use crate::model::unet::{Beside, UNetConfig};
+use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::nn::device::{Compute, available_memory, require_memory};
 use crate::pipeline::family::{Family, REFINE_AT};
 use crate::pipeline::guidance::Guidance;
@@ -141,23 +140,23 @@ pub struct Request {
 
 /// What of a checkpoint makes latents from prompts.
 pub struct ModelConfig {
-    pub unet: UNetConfig,
+    pub backbone: BackboneConfig,
     pub encoder: EncoderConfig,
     pub scheduler: SchedulerConfig,
     /// how many numbers the U-Net is told of a picture's sizes
     pub added_ids: usize,
     /// whether no negative prompt means zeros, not the embedding of no text
     pub empty_is_zeros: bool,
-    pub beside: Beside,
+    pub kind: ModelKind,
 }
 
 impl ModelConfig {
     fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+        let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
         let encoder = EncoderConfig::of(checkpoint)?;
         let added_ids = encoder
             .pooled()
-            .map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+            .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
         let pipeline = checkpoint.configs.get("pipeline");
         let force_zeros =
             pipeline.and_then(|pipeline| pipeline.get("force_zeros_for_empty_prompt")?.as_bool());
@@ -165,8 +164,8 @@ impl ModelConfig {
             scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
             // diffusers' default, of pipelines that know it
             empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
-            beside: unet.beside()?,
-            unet,
+            kind: backbone.kind()?,
+            backbone,
             encoder,
             added_ids,
         })
@@ -175,15 +174,15 @@ impl ModelConfig {
     /// Of a picture that is drawn over another; none where the network sees that one, and starts
     /// from noise alone.
     fn strength(&self, asked: Option<f64>) -> Option<f64> {
-        match self.beside {
-            Beside::Nothing => Some(asked.unwrap_or(STRENGTH)),
-            Beside::Masked => Some(asked.unwrap_or(1.0)),
-            Beside::Picture => asked,
+        match self.kind {
+            ModelKind::TextToImage => Some(asked.unwrap_or(STRENGTH)),
+            ModelKind::Inpaint => Some(asked.unwrap_or(1.0)),
+            ModelKind::InstructPix2Pix => asked,
         }
     }
 
     fn image_guidance(&self, asked: Option<f64>) -> Option<f64> {
-        asked.or((self.beside == Beside::Picture).then_some(IMAGE_GUIDANCE))
+        asked.or((self.kind == ModelKind::InstructPix2Pix).then_some(IMAGE_GUIDANCE))
     }
 
     /// Errors if the network needs a source picture and there is none, or cannot do what is asked
@@ -196,26 +195,26 @@ impl ModelConfig {
             model,
             ..
         } = settings;
-        match (self.beside, source) {
-            (Beside::Masked, None) => bail!(
+        match (self.kind, source) {
+            (ModelKind::Inpaint, None) => bail!(
                 "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"
             ),
-            (Beside::Masked, Some(source)) if !source.repaints() => {
+            (ModelKind::Inpaint, Some(source)) if !source.repaints() => {
                 bail!(
                     "`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is repainted"
                 )
             }
-            (Beside::Picture, None) => {
+            (ModelKind::InstructPix2Pix, None) => {
                 bail!(
                     "`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt what to change"
                 )
             }
-            (Beside::Picture, Some(_)) if strength.is_some() => {
+            (ModelKind::InstructPix2Pix, Some(_)) if strength.is_some() => {
                 bail!(
                     "`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how closely it follows the picture"
                 )
             }
-            (Beside::Nothing | Beside::Masked, _) if image_guidance.is_some() => {
+            (ModelKind::TextToImage | ModelKind::Inpaint, _) if image_guidance.is_some() => {
                 bail!(
                     "`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for models such as InstructPix2Pix"
                 )
@@ -230,7 +229,7 @@ impl ModelConfig {
         let other = Self::of(refiner)?;
         if self.added_ids == 0
             || other.added_ids == 0
-            || self.unet.out_channels != other.unet.in_channels
+            || self.backbone.latent_channels() != other.backbone.in_channels()
         {
             bail!(
                 "`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models of SDXL's family",
@@ -279,8 +278,8 @@ impl Request {
                 .map(|refiner| model.refined_by(refiner))
                 .transpose()?;
             let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
-            if vae.latent_channels() != model.unet.out_channels {
-                let (latent, out) = (vae.latent_channels(), model.unet.out_channels);
+            if vae.latent_channels() != model.backbone.latent_channels() {
+                let (latent, out) = (vae.latent_channels(), model.backbone.latent_channels());
                 bail!(
                     "the U-Net of `{}` draws in {out} channels, its VAE has {latent}",
                     checkpoint.name
@@ -323,7 +322,7 @@ impl Request {
         let prediction = args
             .prediction
             .map_or(request.model.scheduler.prediction, Into::into);
-        let (height, width) = request.model.unet.sample_size()?;
+        let (height, width) = request.model.backbone.sample_size()?;
         let (height, width) = (height * request.vae.factor(), width * request.vae.factor());
         let sampler = request.model.scheduler.sampler();
         let [version, dtype, model, no_negative] = [
@@ -599,7 +598,7 @@ impl Request {
                 scheduler.prediction = prediction;
                 // a latent consistency model's, which it knows by the guidance that its network
                 // takes
-                let in_all = self.model.unet.time_cond_proj_dim.is_some();
+                let in_all = self.model.backbone.embeds_guidance();
                 let late = |strength| {
                     plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, in_all)
                 };
@@ -635,7 +634,7 @@ impl Request {
         };
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
         // input runs once
-        let is_on = settings.guidance > 1.0 && self.model.unet.time_cond_proj_dim.is_none();
+        let is_on = settings.guidance > 1.0 && !self.model.backbone.embeds_guidance();
         let prompts = self.prompts(&settings)?;
         settings.embeddings = self.embeddings(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
@@ -792,20 +791,10 @@ impl Request {
         } else {
             base.max(refiner)
         };
-        let unet_widest = self
-            .model
-            .unet
-            .block_out_channels
-            .iter()
-            .take(2)
-            .copied()
-            .max()
-            .unwrap_or(1) as u64;
         let of_job = |job: &Job| {
             let (h, w) = self.final_latents(&job.settings);
-            let latents = (h * w) as u64;
-            let passes = job.guidance.passes() as u64;
-            let unet = unet_weights + 4 * 12 * passes * batch_size as u64 * latents * unet_widest;
+            let batch = job.guidance.passes() * batch_size;
+            let unet = unet_weights + self.model.backbone.activation_bytes(batch, h, w);
             unet.max(self.vae_bytes(checkpoint, &job.settings))
         };
         self.jobs.iter().map(of_job).max().unwrap_or(0)
@@ -841,7 +830,7 @@ impl Request {
         (
             settings.height / self.vae.factor(),
             settings.width / self.vae.factor(),
-            self.model.unet.out_channels,
+            self.model.backbone.latent_channels(),
         )
     }
 }

@@ -4,8 +4,9 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
-use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
-use sdgen::model::{Autoencoder, tiles};
+use sdgen::model::unet::{UNet, UNetInputs};
+use sdgen::model::unet_config::UNetConfig;
+use sdgen::model::{AddedCond, Autoencoder, Conditioning, tiles};
 use sdgen::nn::Forward;
 use sdgen::nn::padding::PaddingMode::{Circular, Zeros};
 use sdgen::weights::{Checkpoint, Origin};
@@ -119,16 +120,16 @@ fn no_network_knows_where_a_seamless_picture_begins() {
         let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
         let unet = UNet::new(&weights("unet"), &config).unwrap();
         let added = checkpoint.configs["unet"]["addition_embed_type"].is_string();
-        let added = added.then(|| Added {
-            pooled: random(&[1, 40]),
-            ids: vec![vec![16.0; 6]],
+        let added = added.then(|| AddedCond {
+            text_embeds: random(&[1, 40]),
+            time_ids: vec![vec![16.0; 6]],
         });
         let width = checkpoint.configs["unet"]["cross_attention_dim"]
             .as_u64()
             .unwrap() as usize;
         let conditioning = Conditioning {
             context: random(&[1, 7, width]),
-            added,
+            added_cond: added,
             guidance: None,
         };
         let cx = Forward::on(&device);
@@ -145,9 +146,11 @@ fn no_network_knows_where_a_seamless_picture_begins() {
             ([Circular; 2], 4, 8),
         ] {
             let cx = cx.padded(padding);
-            let unet = unet.told(cx, &conditioning).unwrap();
+            let unet = unet.with_conditioning(cx, &conditioning, None).unwrap();
             let networks: [(&str, &Tensor, usize, &Run); 3] = [
-                ("U-Net", &latents, 1, &|x| unet.forward(x, 500.0).unwrap()),
+                ("U-Net", &latents, 1, &|x| {
+                    unet.forward(UNetInputs::new(x, 500.0)).unwrap()
+                }),
                 ("decoder", &latents, 1, &|x| decoder.decode(cx, x).unwrap()),
                 ("encoder", &picture, factor, &|x| {
                     encoder.encode(cx, x, None).unwrap().mean
@@ -203,8 +206,10 @@ fn threads_that_share_networks_may_pad_differently() {
     };
     let run = |padding| {
         let cx = Forward::on(&device).padded(padding);
-        let unet = unet.told(cx, &context.clone().into()).unwrap();
-        let predicted = unet.forward(&latents, 500.0).unwrap();
+        let unet = unet
+            .with_conditioning(cx, &context.clone().into(), None)
+            .unwrap();
+        let predicted = unet.forward(UNetInputs::new(&latents, 500.0)).unwrap();
         let rgb = decoder.decode(cx, &predicted).unwrap();
         let mean = encoder.encode(cx, &rgb, None).unwrap().mean;
         [predicted, rgb, mean].map(bits)

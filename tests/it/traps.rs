@@ -31,7 +31,8 @@ use clap::{Args, FromArgMatches};
 use sdgen::batch::jobs::List;
 use sdgen::cli::DrawArgs;
 use sdgen::cli::progress::{Progress, ProgressMode};
-use sdgen::model::unet::{UNet, UNetConfig};
+use sdgen::model::unet::{UNet, UNetInputs};
+use sdgen::model::unet_config::UNetConfig;
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::nn::{Forward, embed};
@@ -861,9 +862,9 @@ fn every_norm_has_its_own_epsilon() {
         let latents = wave(&[1, 4, 4, c]);
         let cx = Forward::on(&Device::Cpu);
         let outputs = [
-            unet.told(cx, &wave(&[1, 5, width]).into())
+            unet.with_conditioning(cx, &wave(&[1, 5, width]).into(), None)
                 .unwrap()
-                .forward(&latents, 100.0)
+                .forward(UNetInputs::new(&latents, 100.0))
                 .unwrap(),
             vae.forward(cx, &latents).unwrap(),
             clip.forward(cx, &[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),

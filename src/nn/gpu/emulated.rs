@@ -267,8 +267,9 @@ pub fn same(y: &Tensor, plain: &Tensor, what: &str) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::model::Autoencoder;
-    use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
+    use crate::model::unet::{UNet, UNetInputs};
+    use crate::model::unet_config::UNetConfig;
+    use crate::model::{AddedCond, Autoencoder, Conditioning};
     use crate::nn::{Backend, Forward};
     use crate::weights::{Checkpoint, Origin};
 
@@ -335,18 +336,18 @@ mod tests {
                     &config,
                 )
                 .unwrap();
-                let added = pooled.as_ref().map(|pooled| Added {
-                    pooled: as_type(pooled),
-                    ids: vec![vec![64.0; 6]; 2],
+                let added = pooled.as_ref().map(|pooled| AddedCond {
+                    text_embeds: as_type(pooled),
+                    time_ids: vec![vec![64.0; 6]; 2],
                 });
-                let told = Conditioning {
+                let conditioning = Conditioning {
                     context: as_type(&context),
-                    added,
+                    added_cond: added,
                     guidance: None,
                 };
-                unet.told(cx(backend), &told)
+                unet.with_conditioning(cx(backend), &conditioning, None)
                     .unwrap()
-                    .forward(&as_type(&latents), 500.0)
+                    .forward(UNetInputs::new(&as_type(&latents), 500.0))
                     .unwrap()
             };
             let plain = predict(Backend::Cpu, DType::F32);

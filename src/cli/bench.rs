@@ -1,10 +1,12 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with
 //! random weights.
 
-use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
+use crate::model::unet_config::UNetConfig;
 use crate::model::vae::{Decoder, VaeConfig};
+use crate::model::{AddedCond, BackboneConfig, Conditioning, ExtraInputs};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
-use crate::nn::{cpu, profile};
+use crate::nn::profile::{self, Profile};
+use crate::nn::{Forward, cpu};
 use crate::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use crate::sampling::schedule::Prediction;
 use crate::text::clip::ClipConfig;
@@ -146,7 +148,7 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     let vae = runs(Part::Vae)
         .then(|| time_vae(args, &compute, &sizes.vae, (height, width)))
         .transpose()?;
-    let ceiling = compute.device.is_cpu().then(|| cpu::ceiling() / 1e9);
+    let ceiling = compute.device.is_cpu().then(|| cpu::peak_flops() / 1e9);
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
@@ -253,40 +255,52 @@ fn time_unet(
 ) -> Result<Value> {
     let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
     let start = Instant::now();
-    let unet = UNet::new(&Weights::random(device, compute.dtype), config)?;
+    let weights = Weights::random(device, compute.dtype);
+    let unet = BackboneConfig::UNet(config.clone()).build(&weights)?;
     let load_s = start.elapsed().as_secs_f64();
     let random =
         |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());
     let added = config.addition_embed_type.is_some().then(|| {
-        Ok::<_, anyhow::Error>(Added {
-            pooled: random(&[b, 1280])?,
-            ids: vec![vec![0.0; 6]; b],
+        Ok::<_, anyhow::Error>(AddedCond {
+            text_embeds: random(&[b, 1280])?,
+            time_ids: vec![vec![0.0; 6]; b],
         })
     });
     let conditioning = Conditioning {
         context: random(&[b, 77, sizes.context])?,
-        added: added.transpose()?,
+        added_cond: added.transpose()?,
         guidance: None,
     };
-    let told = unet.told(&conditioning.after(&conditioning)?)?;
-    let (prediction, deep_cache) = (Prediction::Epsilon, DeepCache::every(1));
-    let mut guided = CfgDenoiser {
-        unet: told,
-        guidance: Guidance::Text(1),
-        weights: vec![1.0],
-        beside: None,
-        scale: 7.5,
-        rescale: 0.0,
-        prediction,
-        deep_cache,
+    let conditioning = Conditioning::cat(&conditioning, &conditioning)?;
+    let guided = |cx| -> Result<_> {
+        Ok(CfgDenoiser {
+            model: unet.bind(cx, &conditioning, ExtraInputs::default())?,
+            guidance: Guidance::Text(1),
+            weights: vec![1.0],
+            scale: 7.5,
+            rescale: 0.0,
+            prediction: Prediction::Epsilon,
+            deep_cache: DeepCache::every(1),
+        })
     };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
-    timed(device, args.repeat, load_s, || {
+    let step = |guided: &mut CfgDenoiser| -> Result<f32> {
         Ok(guided
             .denoise(&latents, 1.0, 500.0)?
             .sum_all()?
             .to_scalar::<f32>()?)
-    })
+    };
+    let profile = Profile::new(device);
+    let (cx, profiled) = passes(device, &profile);
+    let (mut plain, mut profiled) = (guided(cx)?, guided(profiled)?);
+    timed(
+        device,
+        args.repeat,
+        load_s,
+        &profile,
+        || step(&mut profiled),
+        || step(&mut plain),
+    )
 }
 
 fn time_vae(
@@ -304,36 +318,66 @@ fn time_vae(
         (1, h, w, config.latent_channels),
         &compute.device,
     )?;
-    timed(&compute.device, args.repeat, load_s, || {
-        Ok(decoder.decode(&latents)?.sum_all()?.to_scalar::<f32>()?)
-    })
+    let decode = |cx| -> Result<f32> {
+        Ok(decoder
+            .decode(cx, &latents)?
+            .sum_all()?
+            .to_scalar::<f32>()?)
+    };
+    let profile = Profile::new(&compute.device);
+    let (cx, profiled) = passes(&compute.device, &profile);
+    timed(
+        &compute.device,
+        args.repeat,
+        load_s,
+        &profile,
+        || decode(profiled),
+        || decode(cx),
+    )
 }
 
-/// Times `work`, whose result is read back so that a device has finished it. What layers cost is
-/// measured in the same runs on a CPU, and on a GPU in one of its own, in which each is waited for.
+/// A forward pass that is not profiled, and one that is.
+fn passes<'a>(device: &Device, profile: &'a Profile) -> (Forward<'a>, Forward<'a>) {
+    let cx = Forward::on(device);
+    (
+        cx,
+        Forward {
+            profile: Some(profile),
+            ..cx
+        },
+    )
+}
+
+/// Times work, whose result is read back so that a device has finished it. Layers are timed in the
+/// same runs on a CPU, and on a GPU in one of their own, in which each is waited for.
 fn timed(
     device: &Device,
     repeat: u64,
     load_s: f64,
-    mut work: impl FnMut() -> Result<f32>,
+    profile: &Profile,
+    mut profiled: impl FnMut() -> Result<f32>,
+    mut plain: impl FnMut() -> Result<f32>,
 ) -> Result<Value> {
-    let _attended = cpu::Attended::start();
-    work()?;
+    let _awake = cpu::KeepAwake::start();
     let on_cpu = device.is_cpu();
-    profile::take();
-    profile::wait_for((!on_cpu).then_some(device));
+    profiled()?;
+    profile.take();
     let start = Instant::now();
-    let awaited = if on_cpu { Ok(0.0) } else { work() };
-    profile::wait_for(None);
-    awaited?;
-    let (of_one, of_one_s) = (profile::take(), start.elapsed().as_secs_f64());
+    if !on_cpu {
+        profiled()?;
+    }
+    let (of_one, of_one_s) = (profile.take(), start.elapsed().as_secs_f64());
+    let mut work = || if on_cpu { profiled() } else { plain() };
+    if !on_cpu {
+        work()?;
+    }
     let mut seconds = vec![];
     for _ in 0..repeat {
         let start = Instant::now();
         work()?;
         seconds.push(start.elapsed().as_secs_f64());
     }
-    let of_all = profile::take();
+    let of_all = profile.take();
     let (costs, runs, total) = match on_cpu {
         true => (of_all, repeat as f64, seconds.iter().sum::<f64>()),
         false => (of_one, 1.0, of_one_s),

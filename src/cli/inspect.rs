@@ -3,8 +3,7 @@
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::model_args::ModelFinder;
 use crate::cli::stdout::say;
-use crate::model::Autoencoder;
-use crate::model::unet::{Beside, UNetConfig};
+use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::pipeline::family::Family;
 use crate::sampling::schedule::SchedulerConfig;
 use crate::weights::embedding::Embedding;
@@ -70,7 +69,7 @@ fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = &'static str> {
 pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let family = Family::detect(checkpoint)?;
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
-    let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+    let unet = BackboneConfig::from_json(checkpoint.config("unet")?)?;
     let factor = checkpoint
         .configs
         .get("vae")
@@ -91,10 +90,10 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
         "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
         "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
         "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
-        "takes": match unet.beside()? {
-            Beside::Nothing => Value::Null,
-            Beside::Masked => "a picture and a mask: for inpainting".into(),
-            Beside::Picture => "a picture, which it edits".into(),
+        "takes": match unet.kind()? {
+            ModelKind::TextToImage => Value::Null,
+            ModelKind::Inpaint => "a picture and a mask: for inpainting".into(),
+            ModelKind::InstructPix2Pix => "a picture, which it edits".into(),
         },
         "parts": parts,
         "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),

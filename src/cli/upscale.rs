@@ -13,6 +13,7 @@ use crate::image::MAX_SIDE_PX;
 use crate::image::load::{Fit, Input};
 use crate::image::{Format, Metadata, Picture, read_metadata};
 use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
+use crate::nn::Forward;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::settings::Settings;
@@ -202,7 +203,8 @@ impl Upscaler {
             .context(OutOfMemory)
             .with_context(place)?;
         progress.task("upscaling");
-        let larger = network.upscale(picture, TILE_PX, &mut |done, total| {
+        let cx = Forward::on(network.device());
+        let larger = network.upscale(cx, picture, TILE_PX, &mut |done, total| {
             progress.step(done, total)
         })?;
         Ok(larger.fit(width, height, Fit::Stretch))

@@ -1,18 +1,25 @@
-//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] turns
-//! latents into pictures and back, [`taesd`] does so with less work, [`tiles`] lets both do it in
-//! parts; [`upscaler`] makes pictures larger. Here: which of the two a checkpoint has.
+//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] encodes
+//! images to latents and decodes them, [`taesd`] does so with less work, [`tiles`] lets both do it
+//! in parts; [`upscaler`] enlarges images. [`backbone`] is what the pipeline knows of the network
+//! that denoises. Here: which of the two autoencoders a checkpoint has.
 
+pub mod backbone;
 pub mod taesd;
 pub mod tiles;
 pub mod unet;
+pub mod unet_config;
 pub mod upscaler;
 pub mod vae;
 
-use crate::nn::padding::Wrap;
+use crate::nn::Forward;
 use crate::weights::Weights;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
+
+pub use backbone::{
+    AddedCond, Backbone, BackboneConfig, Conditioning, Denoiser, ExtraInputs, ModelKind,
+};
 
 /// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's
 /// VAE's own.
@@ -110,20 +117,17 @@ pub enum Encoder {
 }
 
 impl Encoder {
-    /// Whether its pictures are seamless.
-    pub fn wrap(&self) -> &Wrap {
-        match self {
-            Self::Kl(encoder) => &encoder.wrap,
-            Self::Tiny(encoder) => &encoder.wrap,
-        }
-    }
-
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
     /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
-    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+    pub fn encode(
+        &self,
+        cx: Forward,
+        rgb: &Tensor,
+        tile: Option<usize>,
+    ) -> TensorResult<Posterior> {
         match self {
-            Self::Kl(encoder) => encoder.encode(rgb, tile),
-            Self::Tiny(encoder) => encoder.encode(rgb, tile),
+            Self::Kl(encoder) => encoder.encode(cx, rgb, tile),
+            Self::Tiny(encoder) => encoder.encode(cx, rgb, tile),
         }
     }
 }
@@ -172,20 +176,25 @@ pub enum Decoder {
 }
 
 impl Decoder {
-    /// Whether its pictures are seamless.
-    pub fn wrap(&self) -> &Wrap {
-        match self {
-            Self::Kl(decoder) => &decoder.wrap,
-            Self::Tiny(decoder) => &decoder.wrap,
-        }
-    }
-
     /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
-    pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
+    pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
         match self {
-            Self::Kl(decoder) => decoder.decode(latents),
-            Self::Tiny(decoder) => decoder.decode(latents),
+            Self::Kl(decoder) => decoder.decode(cx, latents),
+            Self::Tiny(decoder) => decoder.decode(cx, latents),
         }
     }
+}
+
+/// Errors if one of these keys has another value than its neutral one.
+fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)]) -> Result<()> {
+    for (key, expected) in neutral {
+        let found = config.get(key).unwrap_or(expected);
+        let same_number =
+            matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
+        if found != expected && !found.is_null() && !same_number {
+            bail!("`{key}` of the {network} is {found}, which sdgen does not support");
+        }
+    }
+    Ok(())
 }

@@ -4,10 +4,9 @@
 //! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by
 //! training.
 
-use super::unet::require_neutral;
-use super::{Posterior, tiles};
+use super::{Posterior, require_neutral, tiles};
+use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d};
-use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -104,8 +103,6 @@ pub struct Encoder {
     stages: Vec<(Conv2d, Vec<Block>)>,
     conv_out: Conv2d,
     scaling_factor: f64,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
 }
 
 impl Encoder {
@@ -138,21 +135,25 @@ impl Encoder {
             stages,
             conv_out,
             scaling_factor: config.scaling_factor,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c],
     /// perhaps in tiles with this many latents a side.
-    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+    pub fn encode(
+        &self,
+        cx: Forward,
+        rgb: &Tensor,
+        tile: Option<usize>,
+    ) -> TensorResult<Posterior> {
         let latents = match tile {
             Some(side) => tiles::apply(
+                cx,
                 rgb,
                 side << self.stages.len().saturating_sub(1),
-                &self.wrap,
-                |tile| self.forward(tile),
+                |cx, tile| self.forward(cx, tile),
             )?,
-            None => self.forward(rgb)?,
+            None => self.forward(cx, rgb)?,
         };
         Ok(Posterior {
             mean: (latents * self.scaling_factor)?,
@@ -160,15 +161,15 @@ impl Encoder {
         })
     }
 
-    fn forward(&self, rgb: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, rgb: &Tensor) -> TensorResult<Tensor> {
         let mut x = rgb.clone();
         for (conv, blocks) in &self.stages {
-            x = conv.forward(&x)?;
+            x = conv.forward(cx, &x)?;
             for block in blocks {
-                x = block.forward(&x)?;
+                x = block.forward(cx, &x)?;
             }
         }
-        self.conv_out.forward(&x)
+        self.conv_out.forward(cx, &x)
     }
 }
 
@@ -180,8 +181,6 @@ pub struct Decoder {
     activation: Activation,
     latent_channels: usize,
     scaling_factor: f64,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
 }
 
 impl Decoder {
@@ -217,13 +216,12 @@ impl Decoder {
             activation,
             latent_channels: config.latent_channels,
             scaling_factor: config.scaling_factor,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
-    pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
+    pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
         let channels = latents.dim(3)?;
         if channels != self.latent_channels {
             candle_core::bail!(
@@ -232,16 +230,16 @@ impl Decoder {
             );
         }
         let z = ((latents / (self.scaling_factor * LATENT_MAGNITUDE))?.tanh()? * LATENT_MAGNITUDE)?;
-        let mut x = self.activation.forward(&self.conv_in.forward(&z)?)?;
+        let mut x = self.activation.forward(&self.conv_in.forward(cx, &z)?)?;
         for (i, (blocks, conv)) in self.stages.iter().enumerate() {
             for block in blocks {
-                x = block.forward(&x)?;
+                x = block.forward(cx, &x)?;
             }
             let (_, h, w, _) = x.dims4()?;
             x = if i + 1 < self.stages.len() {
-                conv.forward_scaled(&x, 2 * h, 2 * w)?
+                conv.forward_scaled(cx, &x, 2 * h, 2 * w)?
             } else {
-                conv.forward(&x)?
+                conv.forward(cx, &x)?
             };
         }
         Ok(x)
@@ -262,10 +260,10 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
         let [first, second, third] = &self.convs;
-        let h = self.activation.forward(&first.forward(x)?)?;
-        let h = self.activation.forward(&second.forward(&h)?)?;
-        third.forward_add(&h, None, Some(x))?.relu()
+        let h = self.activation.forward(&first.forward(cx, x)?)?;
+        let h = self.activation.forward(&second.forward(cx, &h)?)?;
+        third.forward_add(cx, &h, None, Some(x))?.relu()
     }
 }

@@ -2,34 +2,35 @@
 //! diffusers' `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so
 //! the picture is a slightly other one.
 
-use crate::nn::padding::Wrap;
+use crate::nn::Forward;
 use candle_core::{Result, Tensor};
 
 /// Tiles overlap by one part in this many.
 const OVERLAP: usize = 4;
 
-/// Takes x [b, h, w, c] in tiles of this `side` to what `f` makes of it whole, about: [b, r*h, r*w,
-/// d] for some ratio r. Those of a picture that is seamless by `wrap`, which is of the network in
-/// `f`, overlap beyond its edge too.
+/// Applies `f` to x [b, h, w, c] in tiles of this `side` and blends what comes out: about `f` of
+/// the whole x, [b, r*h, r*w, d] for some ratio r. Along axes that are padded circularly the tiles
+/// overlap across the edge; `f` itself is padded with zeros, as the opposite edge of a tile is not
+/// the image's.
 pub fn apply(
+    cx: Forward,
     x: &Tensor,
     side: usize,
-    wrap: &Wrap,
-    f: impl Fn(&Tensor) -> Result<Tensor>,
+    f: impl Fn(Forward, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let mut longer = x.clone();
-    for (dim, wraps) in [1, 2].into_iter().zip(wrap.get()) {
-        if wraps {
+    for (dim, mode) in [1, 2].into_iter().zip(cx.padding) {
+        if mode.is_circular() {
             let start = longer.narrow(dim, 0, (side / OVERLAP).min(longer.dim(dim)?))?;
             longer = Tensor::cat(&[&longer, &start], dim)?;
         }
     }
-    // a tile's other end is not the picture's
-    let mut y = wrap.suspended(|| each(&longer, side, f))?;
+    let zeros = cx.padded(Default::default());
+    let mut y = each(&longer, side, |tile| f(zeros, tile))?;
     for dim in [1, 2] {
         let (length, longer, made) = (x.dim(dim)?, longer.dim(dim)?, y.dim(dim)?);
         let scaled = |n: usize| n * made / longer;
-        // the start comes gradually from what follows the end
+        // the start is blended with what follows the end
         y = blend(
             &y,
             &y.narrow(dim, 0, scaled(length))?,

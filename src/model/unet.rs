@@ -4,376 +4,29 @@
 //! Every width, depth and head count comes from [`UNetConfig`]; activations are [b, h, w, c]
 //! throughout.
 
+use super::backbone::{AddedCond, Conditioning};
+use super::unet_config::{AttentionConfig, UNetConfig};
 use crate::nn::attention::attention;
-use crate::nn::embed;
 use crate::nn::gpu::Recorder;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
-use crate::nn::padding::Wrap;
+use crate::nn::{Forward, embed};
 use crate::weights::Weights;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use candle_core::{D, DType, Result as TensorResult, Tensor};
-use serde::Deserialize;
-use serde_json::{Value, json};
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Transformer2D's own norm, whatever `norm_eps` says.
 const TRANSFORMER_NORM_EPS: f64 = 1e-6;
 const LAYER_NORM_EPS: f64 = 1e-5;
 
-/// A value for all blocks, or one a block.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-pub enum PerBlock<T> {
-    One(T),
-    Each(Vec<T>),
-}
-
-impl<T: Copy> PerBlock<T> {
-    fn get(&self, block: usize, key: &str) -> Result<T> {
-        match self {
-            Self::One(value) => Ok(*value),
-            Self::Each(values) => values
-                .get(block)
-                .copied()
-                .with_context(|| format!("`{key}` of the U-Net has no value for block {block}")),
-        }
-    }
-}
-
-/// How many transformer blocks layers have: one number for all, or for each block one, or one for
-/// each of its layers.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-pub enum Depths {
-    One(usize),
-    Each(Vec<PerBlock<usize>>),
-}
-
-impl Depths {
-    /// Those of a block's layers.
-    fn get(&self, block: usize, key: &str) -> Result<PerBlock<usize>> {
-        match self {
-            Self::One(depth) => Ok(PerBlock::One(*depth)),
-            Self::Each(depths) => depths
-                .get(block)
-                .cloned()
-                .with_context(|| format!("`{key}` of the U-Net has no value for block {block}")),
-        }
-    }
-}
-
-/// `unet/config.json`, with diffusers' defaults.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default)]
-pub struct UNetConfig {
-    pub sample_size: PerBlock<usize>,
-    pub in_channels: usize,
-    pub out_channels: usize,
-    pub center_input_sample: bool,
-    pub flip_sin_to_cos: bool,
-    pub freq_shift: f64,
-    pub down_block_types: Vec<String>,
-    pub mid_block_type: Option<String>,
-    pub up_block_types: Vec<String>,
-    pub only_cross_attention: PerBlock<bool>,
-    pub block_out_channels: Vec<usize>,
-    pub layers_per_block: PerBlock<usize>,
-    pub downsample_padding: usize,
-    pub act_fn: String,
-    pub norm_num_groups: usize,
-    pub norm_eps: f64,
-    pub cross_attention_dim: PerBlock<usize>,
-    pub transformer_layers_per_block: Depths,
-    /// of the up blocks, where they do not mirror the down blocks
-    pub reverse_transformer_layers_per_block: Option<Depths>,
-    /// the number of heads, in spite of its name (diffusers' issue 2011)
-    pub attention_head_dim: PerBlock<usize>,
-    pub time_embedding_dim: Option<usize>,
-    /// width of the guidance's embedding, where the network was distilled with guidance as an input
-    pub time_cond_proj_dim: Option<usize>,
-    /// none, or `text_time`: pooled text and sinusoids of numbers are embedded beside the timestep
-    pub addition_embed_type: Option<String>,
-    /// sinusoids of each of those numbers
-    pub addition_time_embed_dim: Option<usize>,
-    /// pooled text and all sinusoids together
-    pub projection_class_embeddings_input_dim: Option<usize>,
-    pub conv_in_kernel: usize,
-    pub conv_out_kernel: usize,
-}
-
-impl Default for UNetConfig {
-    fn default() -> Self {
-        let with = |name: &str, at: &[usize]| {
-            (0..4)
-                .map(|i| {
-                    if at.contains(&i) {
-                        name.into()
-                    } else {
-                        format!("CrossAttn{name}")
-                    }
-                })
-                .collect()
-        };
-        Self {
-            sample_size: PerBlock::One(64),
-            in_channels: 4,
-            out_channels: 4,
-            center_input_sample: false,
-            flip_sin_to_cos: true,
-            freq_shift: 0.0,
-            down_block_types: with("DownBlock2D", &[3]),
-            mid_block_type: Some("UNetMidBlock2DCrossAttn".into()),
-            up_block_types: with("UpBlock2D", &[0]),
-            only_cross_attention: PerBlock::One(false),
-            block_out_channels: vec![320, 640, 1280, 1280],
-            layers_per_block: PerBlock::One(2),
-            downsample_padding: 1,
-            act_fn: "silu".into(),
-            norm_num_groups: 32,
-            norm_eps: 1e-5,
-            cross_attention_dim: PerBlock::One(1280),
-            transformer_layers_per_block: Depths::One(1),
-            reverse_transformer_layers_per_block: None,
-            attention_head_dim: PerBlock::One(8),
-            time_embedding_dim: None,
-            time_cond_proj_dim: None,
-            addition_embed_type: None,
-            addition_time_embed_dim: None,
-            projection_class_embeddings_input_dim: None,
-            conv_in_kernel: 3,
-            conv_out_kernel: 3,
-        }
-    }
-}
-
-/// What the network takes beside the latents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beside {
-    Nothing,
-    /// the mask and the latents of what is not repainted: inpainting models
-    Masked,
-    /// the latents of the source picture: InstructPix2Pix (Brooks et al. 2022, arXiv 2211.09800)
-    Picture,
-}
-
-impl UNetConfig {
-    /// By its channels. Errors if they are those of no kind of model.
-    pub fn beside(&self) -> Result<Beside> {
-        Ok(match self.in_channels.checked_sub(self.out_channels) {
-            Some(0) => Beside::Nothing,
-            Some(more) if more == self.out_channels + 1 => Beside::Masked,
-            Some(more) if more == self.out_channels => Beside::Picture,
-            _ => bail!(
-                "the U-Net takes {} channels and gives {}: a kind of model that sdgen does not draw",
-                self.in_channels,
-                self.out_channels
-            ),
-        })
-    }
-
-    /// Parses config.json. A value that would change the result and is not supported is an error
-    /// that names it.
-    pub fn from_json(value: &Value) -> Result<Self> {
-        let neutral = [
-            ("num_attention_heads", Value::Null),
-            ("encoder_hid_dim", Value::Null),
-            ("encoder_hid_dim_type", Value::Null),
-            ("dual_cross_attention", json!(false)),
-            ("class_embed_type", Value::Null),
-            ("num_class_embeds", Value::Null),
-            ("resnet_time_scale_shift", json!("default")),
-            ("resnet_skip_time_act", json!(false)),
-            ("resnet_out_scale_factor", json!(1.0)),
-            ("mid_block_scale_factor", json!(1.0)),
-            ("time_embedding_type", json!("positional")),
-            ("time_embedding_act_fn", Value::Null),
-            ("timestep_post_act", Value::Null),
-            ("attention_type", json!("default")),
-            ("class_embeddings_concat", json!(false)),
-            ("cross_attention_norm", Value::Null),
-        ];
-        require_neutral("U-Net", value, &neutral)?;
-        let config: Self = serde_json::from_value(value.clone()).context(
-            "the U-Net's config.json is damaged or uses a value that sdgen does not support",
-        )?;
-        if let Some(other) = config
-            .addition_embed_type
-            .as_deref()
-            .filter(|kind| *kind != "text_time")
-        {
-            bail!("`addition_embed_type` of the U-Net is `{other}`, which sdgen does not support");
-        }
-        let blocks = config.block_out_channels.len();
-        if blocks == 0
-            || config.down_block_types.len() != blocks
-            || config.up_block_types.len() != blocks
-        {
-            bail!(
-                "block_out_channels, down_block_types and up_block_types of the U-Net differ in length"
-            );
-        }
-        for width in &config.block_out_channels {
-            if config.norm_num_groups == 0 || width % config.norm_num_groups != 0 {
-                bail!(
-                    "norm_num_groups {} of the U-Net does not divide its width {width}",
-                    config.norm_num_groups
-                );
-            }
-        }
-        Ok(config)
-    }
-
-    /// Height and width of the latents that the model was trained on.
-    pub fn sample_size(&self) -> Result<(usize, usize)> {
-        Ok((
-            self.sample_size.get(0, "sample_size")?,
-            self.sample_size.get(1, "sample_size")?,
-        ))
-    }
-
-    /// How many numbers the network is told of a picture's sizes, besides pooled text of width
-    /// `pooled`; 0 if neither. Errors if its configuration does not add up.
-    pub fn added_ids(&self, pooled: usize) -> Result<usize> {
-        if self.addition_embed_type.is_none() {
-            return Ok(0);
-        }
-        let (dim, inputs) = self.added_dims()?;
-        match inputs.checked_sub(pooled) {
-            Some(rest) if rest.is_multiple_of(dim) => Ok(rest / dim),
-            _ => bail!(
-                "projection_class_embeddings_input_dim {inputs} of the U-Net is not {pooled} of pooled text and a multiple of addition_time_embed_dim {dim}"
-            ),
-        }
-    }
-
-    /// `addition_time_embed_dim` and `projection_class_embeddings_input_dim`.
-    fn added_dims(&self) -> Result<(usize, usize)> {
-        let dim = self
-            .addition_time_embed_dim
-            .filter(|dim| *dim > 0)
-            .context("the U-Net has no `addition_time_embed_dim`")?;
-        let inputs = self.projection_class_embeddings_input_dim;
-        Ok((
-            dim,
-            inputs.context("the U-Net has no `projection_class_embeddings_input_dim`")?,
-        ))
-    }
-
-    fn heads(&self, block: usize) -> Result<usize> {
-        let (heads, width) = (
-            self.attention_head_dim.get(block, "attention_head_dim")?,
-            self.width(block)?,
-        );
-        if heads == 0 || width % heads != 0 {
-            bail!("attention_head_dim {heads} of the U-Net does not divide its width {width}");
-        }
-        Ok(heads)
-    }
-
-    fn width(&self, block: usize) -> Result<usize> {
-        self.block_out_channels
-            .get(block)
-            .copied()
-            .context("the U-Net has too few block_out_channels")
-    }
-
-    /// What the attention of one block needs; none if the block has none.
-    fn attention(
-        &self,
-        block: usize,
-        kind: &str,
-        depths: PerBlock<usize>,
-    ) -> Result<Option<AttentionConfig>> {
-        match kind {
-            "DownBlock2D" | "UpBlock2D" | "UNetMidBlock2D" => Ok(None),
-            "CrossAttnDownBlock2D" | "CrossAttnUpBlock2D" | "UNetMidBlock2DCrossAttn" => {
-                Ok(Some(AttentionConfig {
-                    width: self.width(block)?,
-                    heads: self.heads(block)?,
-                    depths,
-                    context: self.cross_attention_dim.get(block, "cross_attention_dim")?,
-                    groups: self.norm_num_groups,
-                    only_cross: kind != "UNetMidBlock2DCrossAttn"
-                        && self
-                            .only_cross_attention
-                            .get(block, "only_cross_attention")?,
-                }))
-            }
-            other => bail!("the U-Net has a block `{other}`, which sdgen does not support"),
-        }
-    }
-}
-
-/// Errors if any of these keys has another value than the one that changes nothing.
-pub fn require_neutral(network: &str, config: &Value, neutral: &[(&str, Value)]) -> Result<()> {
-    for (key, expected) in neutral {
-        let found = config.get(key).unwrap_or(expected);
-        let same_number =
-            matches!((found.as_f64(), expected.as_f64()), (Some(a), Some(b)) if a == b);
-        if found != expected && !found.is_null() && !same_number {
-            bail!("`{key}` of the {network} is {found}, which sdgen does not support");
-        }
-    }
-    Ok(())
-}
-
-/// What the network is told of the pictures of a batch besides their noise.
-#[derive(Clone)]
-pub struct Conditioning {
-    /// prompt embeddings [b, n, d]
-    pub context: Tensor,
-    /// for networks with [`UNetConfig::added_ids`]
-    pub added: Option<Added>,
-    /// the scale of guidance, for networks with [`UNetConfig::time_cond_proj_dim`]; others do not
-    /// look at it
-    pub guidance: Option<f64>,
-}
-
-/// SDXL's further conditioning (Podell et al. 2023, arXiv 2307.01952).
-#[derive(Clone)]
-pub struct Added {
-    /// pooled prompt embeddings [b, p]
-    pub pooled: Tensor,
-    /// sizes and crops, a list for each picture
-    pub ids: Vec<Vec<f64>>,
-}
-
-impl From<Tensor> for Conditioning {
-    fn from(context: Tensor) -> Self {
-        Self {
-            context,
-            added: None,
-            guidance: None,
-        }
-    }
-}
-
-impl Conditioning {
-    /// What is told first of the `other` pictures or prompts, then of these.
-    pub fn after(&self, other: &Self) -> TensorResult<Self> {
-        let added = match (&other.added, &self.added) {
-            (Some(a), Some(b)) => Some(Added {
-                pooled: Tensor::cat(&[&a.pooled, &b.pooled], 0)?,
-                ids: [&*a.ids, &b.ids].concat(),
-            }),
-            _ => None,
-        };
-        Ok(Self {
-            context: Tensor::cat(&[&other.context, &self.context], 0)?,
-            added,
-            guidance: self.guidance,
-        })
-    }
-}
-
-/// The network.
+/// The weights of the network.
 pub struct UNet {
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
     add_embedding: Option<AddEmbedding>,
-    /// those of all residual blocks
+    /// the time projections of all residual blocks, fused
     time_projections: Linear,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
@@ -382,8 +35,7 @@ pub struct UNet {
     conv_out: Conv2d,
     activation: Activation,
     center_input_sample: bool,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
+    cross_attentions: usize,
 }
 
 impl UNet {
@@ -392,11 +44,12 @@ impl UNet {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let blocks = config.block_out_channels.len();
         let time_dim = config.time_embedding_dim.unwrap_or(4 * config.width(0)?);
-        let resnet = ResnetConfig {
+        let shared = Shared {
             groups: config.norm_num_groups,
             eps: config.norm_eps,
             activation,
-            projections: RefCell::default(),
+            time_projections: RefCell::default(),
+            cross_attentions: Cell::new(0),
         };
         let (conv_in, first) = (config.conv_in_kernel, config.width(0)?);
         let mut skips = vec![first];
@@ -422,7 +75,7 @@ impl UNet {
                 out,
                 layers,
                 attention,
-                &resnet,
+                &shared,
                 downsample.then_some(config.downsample_padding),
             )?);
             skips.extend(std::iter::repeat_n(out, layers + usize::from(downsample)));
@@ -438,7 +91,7 @@ impl UNet {
                     &w.at("mid_block"),
                     width,
                     config.attention(blocks - 1, kind, depths)?,
-                    &resnet,
+                    &shared,
                 )?)
             }
         };
@@ -468,7 +121,7 @@ impl UNet {
                 out,
                 &skip,
                 attention,
-                &resnet,
+                &shared,
                 i + 1 < blocks,
             )?);
             width = out;
@@ -486,7 +139,7 @@ impl UNet {
                 .is_some()
                 .then(|| AddEmbedding::new(&w.at("add_embedding"), config, time_dim))
                 .transpose()?,
-            time_projections: Linear::joined(&resnet.projections.into_inner(), time_dim, true)?,
+            time_projections: Linear::fused(&shared.time_projections.into_inner(), time_dim, true)?,
             down_blocks,
             mid_block,
             up_blocks,
@@ -504,178 +157,256 @@ impl UNet {
             )?,
             activation,
             center_input_sample: config.center_input_sample,
-            wrap: w.wrap().clone(),
+            cross_attentions: shared.cross_attentions.get(),
         })
     }
 
-    /// The network, told of b pictures. Errors if it wants to know more of them.
-    pub fn told(&self, conditioning: &Conditioning) -> TensorResult<Told<'_>> {
-        let added = match (&self.add_embedding, &conditioning.added) {
+    /// Binds the conditioning of a batch, and inputs [b, h, w, k] that are concatenated to the
+    /// channels of the latents. Errors if the network needs micro-conditioning and none is given.
+    pub fn with_conditioning<'a>(
+        &'a self,
+        cx: Forward<'a>,
+        conditioning: &Conditioning,
+        concat: Option<Tensor>,
+    ) -> TensorResult<ConditionedUNet<'a>> {
+        let added_cond = match (&self.add_embedding, &conditioning.added_cond) {
             (None, _) => None,
-            (Some(embedding), Some(added)) => Some(embedding.forward(added)?),
-            (Some(_), None) => candle_core::bail!("the U-Net wants pooled text and sizes"),
+            (Some(embedding), Some(added_cond)) => Some(embedding.forward(cx, added_cond)?),
+            (Some(_), None) => {
+                candle_core::bail!("the U-Net needs pooled prompt embeddings and time ids")
+            }
         };
-        let prompts = Prompts {
-            embedding: conditioning.context.clone(),
-            projected: RefCell::default(),
-        };
-        Ok(Told {
+        Ok(ConditionedUNet {
             unet: self,
-            prompts,
-            added,
+            cx,
+            prompts: Prompts {
+                context: conditioning.context.clone(),
+                keys_values: vec![OnceLock::new(); self.cross_attentions],
+            },
+            added_cond,
             guidance: conditioning.guidance,
+            concat,
             recorder: Recorder::default(),
         })
     }
 }
 
-/// A network that was told of the pictures of a batch. What follows from that alone is worked out
-/// in the first step.
-pub struct Told<'a> {
+/// A U-Net bound to the conditioning of a batch. It keeps the keys and values of the prompts after
+/// the first step.
+pub struct ConditionedUNet<'a> {
     unet: &'a UNet,
+    cx: Forward<'a>,
     prompts: Prompts,
     /// [b, time_dim]
-    added: Option<Tensor>,
+    added_cond: Option<Tensor>,
     guidance: Option<f64>,
+    /// [b, h, w, k]
+    concat: Option<Tensor>,
     recorder: Recorder,
 }
 
-impl Told<'_> {
-    /// Type of the latents that it takes.
+/// The inputs of one step.
+#[derive(Clone, Copy)]
+pub struct UNetInputs<'a> {
+    /// noisy latents [b, h, w, c]
+    pub sample: &'a Tensor,
+    pub timestep: f64,
+    /// Added to the skip connections, in the order in which the down blocks make them: diffusers'
+    /// `down_block_additional_residuals`, of a ControlNet. Either none or one for each.
+    pub down_residuals: &'a [Tensor],
+    /// Added to the output of the mid block: `mid_block_additional_residual`.
+    pub mid_residual: Option<&'a Tensor>,
+}
+
+impl<'a> UNetInputs<'a> {
+    /// Inputs without residuals.
+    pub fn new(sample: &'a Tensor, timestep: f64) -> Self {
+        Self {
+            sample,
+            timestep,
+            down_residuals: &[],
+            mid_residual: None,
+        }
+    }
+}
+
+/// The activations that a pass takes or hands out on its way.
+struct Hooks<'a, 'b> {
+    /// see [`ConditionedUNet::forward_cached`]
+    cache: Option<&'a mut Option<Tensor>>,
+    trace: &'a mut (dyn FnMut(&str, &Tensor) + 'b),
+}
+
+impl ConditionedUNet<'_> {
+    /// The type of the latents that it takes.
     pub fn dtype(&self) -> DType {
-        self.prompts.embedding.dtype()
+        self.prompts.context.dtype()
     }
 
-    /// Latents [b, h, w, c], one timestep -> prediction [b, h, w, c].
-    pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
-        let time = self.time(latents, timestep)?;
-        self.recorder.call([latents, &time], |[latents, time]| {
-            self.run(latents, time, None, &mut |_, _| {})
-        })
+    /// Predicts noise or velocity [b, h, w, c].
+    pub fn forward(&self, inputs: UNetInputs) -> TensorResult<Tensor> {
+        let (sample, time) = (self.sample(inputs.sample)?, self.time(&inputs)?);
+        let run = |[sample, time]: [&Tensor; 2]| {
+            let hooks = Hooks {
+                cache: None,
+                trace: &mut |_, _| {},
+            };
+            self.run(UNetInputs { sample, ..inputs }, time, hooks)
+        };
+        let has_residuals = !inputs.down_residuals.is_empty() || inputs.mid_residual.is_some();
+        if has_residuals || self.cx.profile.is_some() {
+            // a recording reads no other inputs, and its layers cannot be timed
+            run([&sample, &time])
+        } else {
+            self.recorder.call([&sample, &time], run)
+        }
     }
 
-    /// [`Self::forward`] of the outermost level alone, when `inner` holds what the levels below
-    /// gave in an earlier step; else of all, which fills `inner` (DeepCache: Ma et al. 2023, arXiv
-    /// 2312.00858).
-    pub fn forward_reusing(
+    /// [`Self::forward`] of the outermost level alone, if `cache` holds the output of the levels
+    /// below in an earlier step; else of the whole network, which fills `cache` (DeepCache: Ma et
+    /// al. 2023, arXiv 2312.00858).
+    pub fn forward_cached(
         &self,
-        latents: &Tensor,
-        timestep: f64,
-        inner: &mut Option<Tensor>,
+        inputs: UNetInputs,
+        cache: &mut Option<Tensor>,
     ) -> TensorResult<Tensor> {
-        self.run(
-            latents,
-            &self.time(latents, timestep)?,
-            Some(inner),
-            &mut |_, _| {},
-        )
+        let (sample, time) = (self.sample(inputs.sample)?, self.time(&inputs)?);
+        let hooks = Hooks {
+            cache: Some(cache),
+            trace: &mut |_, _| {},
+        };
+        let sample = &sample;
+        self.run(UNetInputs { sample, ..inputs }, &time, hooks)
     }
 
-    /// [`Self::forward`], showing the activations after each block by name: what the parity tests
-    /// compare.
-    pub fn traced(
+    /// [`Self::forward`], calling `trace` with the name and output of each block: what the parity
+    /// tests compare.
+    pub fn forward_traced(
         &self,
-        latents: &Tensor,
-        timestep: f64,
-        show: &mut dyn FnMut(&str, &Tensor),
+        inputs: UNetInputs,
+        trace: &mut dyn FnMut(&str, &Tensor),
     ) -> TensorResult<Tensor> {
-        self.run(latents, &self.time(latents, timestep)?, None, show)
+        let (sample, time) = (self.sample(inputs.sample)?, self.time(&inputs)?);
+        let (sample, hooks) = (&sample, Hooks { cache: None, trace });
+        self.run(UNetInputs { sample, ..inputs }, &time, hooks)
     }
 
-    /// The embedding of a timestep, projected for all residual blocks: [widths], or [b, widths].
-    fn time(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
-        let Self {
-            unet,
-            added,
-            guidance,
-            ..
-        } = self;
-        let time = unet.time_embedding.forward(timestep, *guidance, latents)?;
-        let time = added
+    /// Latents with the inputs that are concatenated to their channels.
+    fn sample(&self, latents: &Tensor) -> TensorResult<Tensor> {
+        match &self.concat {
+            Some(more) => concat(self.cx, latents, more),
+            None => Ok(latents.clone()),
+        }
+    }
+
+    /// The embedding of the timestep, projected for all residual blocks: [widths], or [b, widths].
+    fn time(&self, inputs: &UNetInputs) -> TensorResult<Tensor> {
+        let Self { unet, cx, .. } = self;
+        let time =
+            unet.time_embedding
+                .forward(*cx, inputs.timestep, self.guidance, inputs.sample)?;
+        let time = self
+            .added_cond
             .as_ref()
             .map_or(Ok(time.clone()), |added| added.broadcast_add(&time))?;
         unet.time_projections
-            .forward(&unet.activation.forward(&time)?)
+            .forward(*cx, &unet.activation.forward(&time)?)
     }
 
-    fn run(
-        &self,
-        latents: &Tensor,
-        time: &Tensor,
-        inner: Option<&mut Option<Tensor>>,
-        show: &mut dyn FnMut(&str, &Tensor),
-    ) -> TensorResult<Tensor> {
-        let Self { unet, prompts, .. } = self;
-        let latents = if unet.center_input_sample {
-            ((latents * 2.0)? - 1.0)?
+    fn run(&self, inputs: UNetInputs, time: &Tensor, hooks: Hooks) -> TensorResult<Tensor> {
+        let Self {
+            unet, cx, prompts, ..
+        } = self;
+        let (cx, Hooks { cache, trace }) = (*cx, hooks);
+        let sample = if unet.center_input_sample {
+            ((inputs.sample * 2.0)? - 1.0)?
         } else {
-            latents.clone()
+            inputs.sample.clone()
         };
-        let mut x = unet.conv_in.forward(&latents)?;
-        show("conv_in", &x);
-        let mut skips = vec![x.clone()];
         let (Some((first, lower)), Some((last, upper))) =
             (unet.down_blocks.split_first(), unet.up_blocks.split_last())
         else {
-            candle_core::bail!("a U-Net without blocks");
+            candle_core::bail!("the U-Net has no blocks");
         };
-        x = first.layers(&x, time, prompts, &mut skips)?;
-        if let Some(Some(inner)) = &inner {
-            x = inner.clone();
+        let mut x = unet.conv_in.forward(cx, &sample)?;
+        trace("conv_in", &x);
+        let mut skips = vec![x.clone()];
+        x = first.layers(cx, &x, time, prompts, &mut skips)?;
+        if let Some(Some(cached)) = &cache {
+            x = cached.clone();
+            add_residuals(&mut skips, inputs.down_residuals)?;
         } else {
-            x = first.downsample(&x, &mut skips)?;
-            show("down_blocks.0", &x);
+            x = first.downsample(cx, &x, &mut skips)?;
+            trace("down_blocks.0", &x);
             for (i, block) in lower.iter().enumerate() {
-                x = block.downsample(&block.layers(&x, time, prompts, &mut skips)?, &mut skips)?;
-                show(&format!("down_blocks.{}", i + 1), &x);
+                x = block.layers(cx, &x, time, prompts, &mut skips)?;
+                x = block.downsample(cx, &x, &mut skips)?;
+                trace(&format!("down_blocks.{}", i + 1), &x);
             }
+            if !matches!(inputs.down_residuals.len(), n if n == 0 || n == skips.len()) {
+                candle_core::bail!(
+                    "the U-Net has {} skip connections, {} residuals are given",
+                    skips.len(),
+                    inputs.down_residuals.len()
+                );
+            }
+            add_residuals(&mut skips, inputs.down_residuals)?;
             if let Some(mid_block) = &unet.mid_block {
-                x = mid_block.forward(&x, time, prompts)?;
-                show("mid_block", &x);
+                x = mid_block.forward(cx, &x, time, prompts)?;
+                trace("mid_block", &x);
+            }
+            if let Some(residual) = inputs.mid_residual {
+                x = (x + residual)?;
             }
             for (i, block) in upper.iter().enumerate() {
-                x = block.forward(&x, time, prompts, &mut skips)?;
-                show(&format!("up_blocks.{i}"), &x);
+                x = block.forward(cx, &x, time, prompts, &mut skips)?;
+                trace(&format!("up_blocks.{i}"), &x);
             }
-            if let Some(inner) = inner {
-                *inner = Some(x.clone());
+            if let Some(cache) = cache {
+                *cache = Some(x.clone());
             }
         }
-        x = last.forward(&x, time, prompts, &mut skips)?;
-        show(&format!("up_blocks.{}", upper.len()), &x);
-        unet.conv_out
-            .forward(&unet.conv_norm_out.forward_act(&x, unet.activation)?)
+        x = last.forward(cx, &x, time, prompts, &mut skips)?;
+        trace(&format!("up_blocks.{}", upper.len()), &x);
+        unet.conv_out.forward(
+            cx,
+            &unet.conv_norm_out.forward_act(cx, &x, unet.activation)?,
+        )
     }
 }
 
-/// Prompt embeddings, with the keys and values that cross attentions make of them: the same in
-/// every step.
+/// Adds residuals to the skip connections, one to each.
+fn add_residuals(skips: &mut [Tensor], residuals: &[Tensor]) -> TensorResult<()> {
+    for (skip, residual) in skips.iter_mut().zip(residuals) {
+        *skip = (&*skip + residual)?;
+    }
+    Ok(())
+}
+
+/// Prompt embeddings, with their keys and values in all cross-attentions: the same in every step.
 struct Prompts {
     /// [b, n, d]
-    embedding: Tensor,
-    /// by the address of the attention, which is borrowed as long
-    projected: RefCell<HashMap<*const Attention, Tensor>>,
+    context: Tensor,
+    /// [b, n, 2*width] by [`Cross::index`], computed in the first step
+    keys_values: Vec<OnceLock<Tensor>>,
 }
 
 impl Prompts {
-    /// Keys and values [b, n, 2*width] of an attention of this network, if it attends to prompts.
-    fn of(&self, attention: &Attention) -> TensorResult<Option<Tensor>> {
-        let Some(layer) = &attention.from_context else {
-            return Ok(None);
+    /// Keys and values [b, n, 2*width].
+    fn keys_values(&self, cx: Forward, cross: &Cross) -> TensorResult<Tensor> {
+        let Some(cell) = self.keys_values.get(cross.index) else {
+            candle_core::bail!("a cross-attention of another network")
         };
-        if let Some(known) = self.projected.borrow().get(&std::ptr::from_ref(attention)) {
-            return Ok(Some(known.clone()));
+        if let Some(cached) = cell.get() {
+            return Ok(cached.clone());
         }
-        let projected = layer.forward(&self.embedding)?;
-        self.projected
-            .borrow_mut()
-            .insert(attention, projected.clone());
-        Ok(Some(projected))
+        let projected = cross.to_kv.forward(cx, &self.context)?;
+        Ok(cell.get_or_init(|| projected).clone())
     }
 }
 
-/// Timestep -> sinusoids, perhaps plus those of guidance (Meng et al. 2023, arXiv 2210.03142) ->
-/// two linear layers.
+/// The timestep's sinusoidal embedding, plus that of the guidance scale in distilled networks (Meng
+/// et al. 2023, arXiv 2210.03142), through two linear layers.
 struct TimeEmbedding {
     cond_proj: Option<Linear>,
     linear_1: Linear,
@@ -708,7 +439,13 @@ impl TimeEmbedding {
         })
     }
 
-    fn forward(&self, timestep: f64, guidance: Option<f64>, like: &Tensor) -> TensorResult<Tensor> {
+    fn forward(
+        &self,
+        cx: Forward,
+        timestep: f64,
+        guidance: Option<f64>,
+        like: &Tensor,
+    ) -> TensorResult<Tensor> {
         let t = embed::sinusoids(
             &[timestep],
             self.dim,
@@ -720,14 +457,14 @@ impl TimeEmbedding {
         if let (Some(cond_proj), Some(guidance)) = (&self.cond_proj, guidance) {
             let w = embed::guidance(guidance, cond_proj.inputs(), like.device())?
                 .to_dtype(like.dtype())?;
-            t = cond_proj.forward_add(&w, &t)?;
+            t = cond_proj.forward_add(cx, &w, &t)?;
         }
-        let h = self.activation.forward(&self.linear_1.forward(&t)?)?;
-        self.linear_2.forward(&h)?.squeeze(0) // [time_dim]
+        let h = self.activation.forward(&self.linear_1.forward(cx, &t)?)?;
+        self.linear_2.forward(cx, &h)?.squeeze(0) // [time_dim]
     }
 }
 
-/// Pooled text and sinusoids of a picture's sizes -> two linear layers.
+/// Pooled prompt embeddings and embedded time ids through two linear layers.
 struct AddEmbedding {
     linear_1: Linear,
     linear_2: Linear,
@@ -738,7 +475,7 @@ struct AddEmbedding {
 
 impl AddEmbedding {
     fn new(w: &Weights, config: &UNetConfig, time_dim: usize) -> Result<Self> {
-        let (dim, inputs) = config.added_dims()?;
+        let (dim, inputs) = config.added_cond_dims()?;
         Ok(Self {
             linear_1: Linear::new(&w.at("linear_1"), inputs, time_dim)?,
             linear_2: Linear::new(&w.at("linear_2"), time_dim, time_dim)?,
@@ -748,23 +485,27 @@ impl AddEmbedding {
         })
     }
 
-    fn forward(&self, Added { pooled, ids }: &Added) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, added_cond: &AddedCond) -> TensorResult<Tensor> {
+        let AddedCond {
+            text_embeds,
+            time_ids,
+        } = added_cond;
         let sinusoids = embed::sinusoids(
-            &ids.concat(),
+            &time_ids.concat(),
             self.dim,
             self.flip_sin_to_cos,
             self.freq_shift,
-            pooled.device(),
+            text_embeds.device(),
         )?;
         let sinusoids = sinusoids
-            .reshape((ids.len(), ()))?
-            .to_dtype(pooled.dtype())?; // [b, ids*dim]
+            .reshape((time_ids.len(), ()))?
+            .to_dtype(text_embeds.dtype())?; // [b, ids*dim]
         let h = Activation::Silu.forward(
             &self
                 .linear_1
-                .forward(&Tensor::cat(&[pooled, &sinusoids], 1)?)?,
+                .forward(cx, &Tensor::cat(&[text_embeds, &sinusoids], 1)?)?,
         )?;
-        self.linear_2.forward(&h) // [b, time_dim]
+        self.linear_2.forward(cx, &h) // [b, time_dim]
     }
 }
 
@@ -780,12 +521,12 @@ impl DownBlock {
         outputs: usize,
         layers: usize,
         attention: Option<AttentionConfig>,
-        resnet: &ResnetConfig<'a>,
+        shared: &Shared<'a>,
         downsample_padding: Option<usize>,
     ) -> Result<Self> {
         let layer = |i: usize| {
             let inputs = if i == 0 { inputs } else { outputs };
-            layer(w, i, inputs, outputs, attention.as_ref(), resnet)
+            layer(w, i, inputs, outputs, attention.as_ref(), shared)
         };
         let downsample = downsample_padding.map(|p| {
             // diffusers pads after the picture only where the configuration says 0
@@ -807,6 +548,7 @@ impl DownBlock {
 
     fn layers(
         &self,
+        cx: Forward,
         x: &Tensor,
         time: &Tensor,
         prompts: &Prompts,
@@ -814,40 +556,40 @@ impl DownBlock {
     ) -> TensorResult<Tensor> {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
-            x = resnet.forward(&x, time)?;
+            x = resnet.forward(cx, &x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, prompts)?;
+                x = transformer.forward(cx, &x, prompts)?;
             }
             skips.push(x.clone());
         }
         Ok(x)
     }
 
-    /// [b, h, w, c] -> [b, h/2, w/2, c], or what it was given where the block does not scale.
-    fn downsample(&self, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
+    /// [b, h, w, c] -> [b, h/2, w/2, c]; the last block returns its input.
+    fn downsample(&self, cx: Forward, x: &Tensor, skips: &mut Vec<Tensor>) -> TensorResult<Tensor> {
         let Some(conv) = &self.downsample else {
             return Ok(x.clone());
         };
-        let x = conv.forward(x)?;
+        let x = conv.forward(cx, x)?;
         skips.push(x.clone());
         Ok(x)
     }
 }
 
-/// One residual block and its transformer, where the block has attention.
+/// Reads one residual block and its transformer, where the block has attention.
 fn layer<'a>(
     w: &Weights<'a>,
     i: usize,
     inputs: usize,
     outputs: usize,
     attention: Option<&AttentionConfig>,
-    resnet: &ResnetConfig<'a>,
+    shared: &Shared<'a>,
 ) -> Result<(Resnet, Option<Transformer>)> {
     let transformer = attention
-        .map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i))
+        .map(|a| Transformer::new(&w.at(format!("attentions.{i}")), a, i, shared))
         .transpose()?;
     Ok((
-        Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, resnet)?,
+        Resnet::new(&w.at(format!("resnets.{i}")), inputs, outputs, shared)?,
         transformer,
     ))
 }
@@ -855,7 +597,7 @@ fn layer<'a>(
 struct MidBlock {
     first: Resnet,
     /// none in some distilled networks
-    attended: Option<(Transformer, Resnet)>,
+    second: Option<(Transformer, Resnet)>,
 }
 
 impl MidBlock {
@@ -863,25 +605,33 @@ impl MidBlock {
         w: &Weights<'a>,
         width: usize,
         attention: Option<AttentionConfig>,
-        resnet: &ResnetConfig<'a>,
+        shared: &Shared<'a>,
     ) -> Result<Self> {
-        let attended = |attention| -> Result<_> {
+        let second = |attention| -> Result<_> {
             Ok((
-                Transformer::new(&w.at("attentions.0"), &attention, 0)?,
-                Resnet::new(&w.at("resnets.1"), width, width, resnet)?,
+                Transformer::new(&w.at("attentions.0"), &attention, 0, shared)?,
+                Resnet::new(&w.at("resnets.1"), width, width, shared)?,
             ))
         };
-        let first = Resnet::new(&w.at("resnets.0"), width, width, resnet)?;
+        let first = Resnet::new(&w.at("resnets.0"), width, width, shared)?;
         Ok(Self {
             first,
-            attended: attention.map(attended).transpose()?,
+            second: attention.map(second).transpose()?,
         })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
-        let x = self.first.forward(x, time)?;
-        match &self.attended {
-            Some((transformer, second)) => second.forward(&transformer.forward(&x, prompts)?, time),
+    fn forward(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        time: &Tensor,
+        prompts: &Prompts,
+    ) -> TensorResult<Tensor> {
+        let x = self.first.forward(cx, x, time)?;
+        match &self.second {
+            Some((transformer, second)) => {
+                second.forward(cx, &transformer.forward(cx, &x, prompts)?, time)
+            }
             None => Ok(x),
         }
     }
@@ -899,12 +649,12 @@ impl UpBlock {
         outputs: usize,
         skips: &[usize],
         attention: Option<AttentionConfig>,
-        resnet: &ResnetConfig<'a>,
+        shared: &Shared<'a>,
         upsample: bool,
     ) -> Result<Self> {
         let layer = |(i, skip): (usize, &usize)| {
             let inputs = if i == 0 { inputs } else { outputs };
-            layer(w, i, inputs + skip, outputs, attention.as_ref(), resnet)
+            layer(w, i, inputs + skip, outputs, attention.as_ref(), shared)
         };
         let upsample = upsample
             .then(|| Conv2d::new(&w.at("upsamplers.0.conv"), outputs, outputs, 3))
@@ -917,6 +667,7 @@ impl UpBlock {
 
     fn forward(
         &self,
+        cx: Forward,
         x: &Tensor,
         time: &Tensor,
         prompts: &Prompts,
@@ -925,41 +676,43 @@ impl UpBlock {
         let mut x = x.clone();
         for (resnet, transformer) in &self.layers {
             if let Some(skip) = skips.pop() {
-                x = concat(&x, &skip)?; // [b, h, w, c + skip]
+                x = concat(cx, &x, &skip)?; // [b, h, w, c + skip]
             }
-            x = resnet.forward(&x, time)?;
+            x = resnet.forward(cx, &x, time)?;
             if let Some(transformer) = transformer {
-                x = transformer.forward(&x, prompts)?;
+                x = transformer.forward(cx, &x, prompts)?;
             }
         }
         let Some(conv) = &self.upsample else {
             return Ok(x);
         };
         let (_, h, w, _) = x.dims4()?;
-        // the size of the level above, which need not be twice this one
+        // the size of the next level, which need not be twice this one
         let (height, width) = match skips.last() {
             Some(skip) => (skip.dim(1)?, skip.dim(2)?),
             None => (2 * h, 2 * w),
         };
-        conv.forward_scaled(&x, height, width)
+        conv.forward_scaled(cx, &x, height, width)
     }
 }
 
-/// What all residual blocks of a network share.
-struct ResnetConfig<'a> {
+/// What the blocks of a network share while it is built.
+struct Shared<'a> {
     groups: usize,
     eps: f64,
     activation: Activation,
-    /// the projections of the timestep so far, one after the other, and their widths: see
+    /// the time projections of the residual blocks so far, and their widths: they become
     /// [`UNet::time_projections`]
-    projections: RefCell<Vec<(Weights<'a>, usize)>>,
+    time_projections: RefCell<Vec<(Weights<'a>, usize)>>,
+    /// the number of cross attentions so far
+    cross_attentions: Cell<usize>,
 }
 
-/// Residual block (He et al. 2016) with the timestep added between its convolutions.
+/// A residual block (He et al. 2016) with the timestep added between its convolutions.
 struct Resnet {
     norm1: GroupNorm,
     conv1: Conv2d,
-    /// its part of the projections of the timestep
+    /// its columns of [`UNet::time_projections`]
     time: Range<usize>,
     norm2: GroupNorm,
     conv2: Conv2d,
@@ -972,9 +725,9 @@ impl Resnet {
         w: &Weights<'a>,
         inputs: usize,
         outputs: usize,
-        config: &ResnetConfig<'a>,
+        config: &Shared<'a>,
     ) -> Result<Self> {
-        let mut projections = config.projections.borrow_mut();
+        let mut projections = config.time_projections.borrow_mut();
         let start = projections.iter().map(|(_, width)| width).sum();
         projections.push((w.at("time_emb_proj"), outputs));
         Ok(Self {
@@ -990,36 +743,26 @@ impl Resnet {
         })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, time: &Tensor) -> TensorResult<Tensor> {
         let time = time.narrow(D::Minus1, self.time.start, self.time.len())?; // [c] or [b, c]
         let h = self.conv1.forward_add(
-            &self.norm1.forward_act(x, self.activation)?,
+            cx,
+            &self.norm1.forward_act(cx, x, self.activation)?,
             Some(&time),
             None,
         )?;
-        let h = self.norm2.forward_act(&h, self.activation)?;
+        let h = self.norm2.forward_act(cx, &h, self.activation)?;
         let shortcut = self
             .conv_shortcut
             .as_ref()
-            .map(|conv| conv.forward(x))
+            .map(|conv| conv.forward(cx, x))
             .transpose()?;
         self.conv2
-            .forward_add(&h, None, Some(shortcut.as_ref().unwrap_or(x)))
+            .forward_add(cx, &h, None, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 
-/// What the attention of one block is made of.
-struct AttentionConfig {
-    width: usize,
-    heads: usize,
-    /// transformer blocks of each layer
-    depths: PerBlock<usize>,
-    context: usize,
-    groups: usize,
-    only_cross: bool,
-}
-
-/// Transformer over the pixels of an activation, diffusers' `Transformer2DModel`.
+/// A transformer over the pixels of an activation, diffusers' `Transformer2DModel`.
 struct Transformer {
     norm: GroupNorm,
     proj_in: Linear,
@@ -1028,9 +771,9 @@ struct Transformer {
 }
 
 impl Transformer {
-    /// Reads that of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a
+    /// Reads the transformer of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a
     /// linear layer are the same on [b, h, w, c], and their stored shapes differ by trailing ones.
-    fn new(w: &Weights, config: &AttentionConfig, layer: usize) -> Result<Self> {
+    fn new(w: &Weights, config: &AttentionConfig, layer: usize, shared: &Shared) -> Result<Self> {
         let depth = config.depths.get(layer, "transformer_layers_per_block")?;
         let projection = |name: &str| Linear::new(&w.at(name), config.width, config.width);
         Ok(Self {
@@ -1042,21 +785,25 @@ impl Transformer {
             )?,
             proj_in: projection("proj_in")?,
             blocks: (0..depth)
-                .map(|i| TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config))
+                .map(|i| {
+                    TransformerBlock::new(&w.at(format!("transformer_blocks.{i}")), config, shared)
+                })
                 .collect::<Result<_>>()?,
             proj_out: projection("proj_out")?,
         })
     }
 
-    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let mut tokens = self
             .proj_in
-            .forward(&self.norm.forward(x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
+            .forward(cx, &self.norm.forward(cx, x)?.reshape((b, h * w, c))?)?; // [b, h*w, c]
         for block in &self.blocks {
-            tokens = block.forward(&tokens, prompts)?;
+            tokens = block.forward(cx, &tokens, prompts)?;
         }
-        self.proj_out.forward_add(&tokens, x)?.reshape((b, h, w, c))
+        self.proj_out
+            .forward_add(cx, &tokens, x)?
+            .reshape((b, h, w, c))
     }
 }
 
@@ -1070,7 +817,7 @@ struct TransformerBlock {
 }
 
 impl TransformerBlock {
-    fn new(w: &Weights, config: &AttentionConfig) -> Result<Self> {
+    fn new(w: &Weights, config: &AttentionConfig, shared: &Shared) -> Result<Self> {
         let width = config.width;
         let norm = |name: &str| LayerNorm::new(&w.at(name), width, LAYER_NORM_EPS);
         Ok(Self {
@@ -1080,75 +827,107 @@ impl TransformerBlock {
                 width,
                 config.only_cross.then_some(config.context),
                 config.heads,
+                shared,
             )?,
             norm2: norm("norm2")?,
-            attn2: Attention::new(&w.at("attn2"), width, Some(config.context), config.heads)?,
+            attn2: Attention::new(
+                &w.at("attn2"),
+                width,
+                Some(config.context),
+                config.heads,
+                shared,
+            )?,
             norm3: norm("norm3")?,
             ff: GegluFeedForward::new(&w.at("ff.net"), width)?,
         })
     }
 
-    fn forward(&self, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor, prompts: &Prompts) -> TensorResult<Tensor> {
         let x = self
             .attn1
-            .forward_add(&self.norm1.forward(x)?, prompts, x)?;
+            .forward_add(cx, &self.norm1.forward(cx, x)?, prompts, x)?;
         let x = self
             .attn2
-            .forward_add(&self.norm2.forward(&x)?, prompts, &x)?;
-        self.ff.forward_add(&self.norm3.forward(&x)?, &x)
+            .forward_add(cx, &self.norm2.forward(cx, &x)?, prompts, &x)?;
+        self.ff.forward_add(cx, &self.norm3.forward(cx, &x)?, &x)
     }
 }
 
+/// Attention of tokens to themselves or to the prompts.
 struct Attention {
-    /// queries, keys and values of what attends to itself; queries alone of what attends to
-    /// something else
+    /// queries, keys and values of self-attention; queries alone of cross-attention
     from_x: Linear,
-    /// keys and values of that
-    from_context: Option<Linear>,
+    cross: Option<Cross>,
     to_out: Linear,
     heads: usize,
     width: usize,
 }
 
 impl Attention {
-    /// That of tokens [b, n, width] to themselves, or to something [b, m, context] else.
-    fn new(w: &Weights, width: usize, context: Option<usize>, heads: usize) -> Result<Self> {
+    /// Reads the attention of tokens [b, n, width] to themselves, or to prompts [b, m, context].
+    fn new(
+        w: &Weights,
+        width: usize,
+        context: Option<usize>,
+        heads: usize,
+        shared: &Shared,
+    ) -> Result<Self> {
         let [q, k, v] = ["to_q", "to_k", "to_v"].map(|name| (w.at(name), width));
-        let (from_x, from_context) = match context {
-            None => (Linear::joined(&[q, k, v], width, false)?, None),
-            Some(context) => (
-                Linear::without_bias(&q.0, width, width)?,
-                Some(Linear::joined(&[k, v], context, false)?),
-            ),
+        let (from_x, cross) = match context {
+            None => (Linear::fused(&[q, k, v], width, false)?, None),
+            Some(context) => {
+                let index = shared.cross_attentions.get();
+                shared.cross_attentions.set(index + 1);
+                let cross = Cross {
+                    index,
+                    to_kv: Linear::fused(&[k, v], context, false)?,
+                };
+                (Linear::without_bias(&q.0, width, width)?, Some(cross))
+            }
         };
         Ok(Self {
             from_x,
-            from_context,
+            cross,
             to_out: Linear::new(&w.at("to_out.0"), width, width)?,
             heads,
             width,
         })
     }
 
-    /// x [b, n, width] attends; the result is added to residual [b, n, width].
+    /// Attention of x [b, n, width], plus residual [b, n, width].
     fn forward_add(
         &self,
+        cx: Forward,
         x: &Tensor,
         prompts: &Prompts,
         residual: &Tensor,
     ) -> TensorResult<Tensor> {
         let part = |x: &Tensor, i: usize| x.narrow(2, i * self.width, self.width);
-        let (x, seen) = (self.from_x.forward(x)?, prompts.of(self)?);
-        let (k, v) = match &seen {
-            Some(seen) => (part(seen, 0)?, part(seen, 1)?),
+        let x = self.from_x.forward(cx, x)?;
+        let (k, v) = match &self.cross {
+            Some(cross) => {
+                let kv = prompts.keys_values(cx, cross)?;
+                (part(&kv, 0)?, part(&kv, 1)?)
+            }
             None => (part(&x, 1)?, part(&x, 2)?),
         };
-        self.to_out
-            .forward_add(&attention(&part(&x, 0)?, &k, &v, self.heads)?, residual)
+        self.to_out.forward_add(
+            cx,
+            &attention(cx, &part(&x, 0)?, &k, &v, self.heads)?,
+            residual,
+        )
     }
 }
 
-/// Feed-forward layer with a gated linear unit.
+/// The keys and values of a cross-attention.
+struct Cross {
+    /// of all cross-attentions of the network
+    index: usize,
+    /// context -> keys and values [.., 2*width]
+    to_kv: Linear,
+}
+
+/// A feed-forward layer with a gated linear unit.
 struct GegluFeedForward {
     proj: Linear,
     out: Linear,
@@ -1163,8 +942,9 @@ impl GegluFeedForward {
         })
     }
 
-    /// x [b, n, width], and residual of the same shape -> their sum, x transformed.
-    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        self.out.forward_add(&self.proj.forward(x)?, residual) // [b, n, 4*width] between
+    /// x [b, n, width] transformed, plus residual of the same shape.
+    fn forward_add(&self, cx: Forward, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.out
+            .forward_add(cx, &self.proj.forward(cx, x)?, residual) // [b, n, 4*width] between
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::error::NotFinite;
 use crate::image::Picture;
+use crate::nn::Forward;
 use crate::nn::layers::{Conv2d, concat, is_finite};
 use crate::weights::{Checkpoint, UPSCALERS, Weights};
 use anyhow::{Context, Result, bail};
@@ -130,6 +131,11 @@ impl Upscaler {
         })
     }
 
+    /// Where its weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// About what enlarging a picture [height, width] takes at its peak besides pictures, in bytes.
     pub fn bytes(&self, height: usize, width: usize) -> u64 {
         let UpscalerConfig {
@@ -154,6 +160,7 @@ impl Upscaler {
     /// finite.
     pub fn upscale(
         &self,
+        cx: Forward,
         picture: &Picture,
         side: usize,
         done: &mut dyn FnMut(usize, usize),
@@ -177,7 +184,7 @@ impl Upscaler {
             .flat_map(|y| columns.iter().map(move |x| (y, x)))
         {
             let seen = patch(picture, y.seen.clone(), x.seen.clone(), &self.device)?;
-            let features = self.network.features(&seen, &mut || {
+            let features = self.network.features(cx, &seen, &mut || {
                 step += 1;
                 done(step, steps);
             })?; // [1, seen / unshuffle, .., c]
@@ -193,9 +200,9 @@ impl Upscaler {
                     };
                     kept.iter().try_fold(t.clone(), cut)?.contiguous()
                 };
-                let rgb = self
-                    .network
-                    .enlarge(&near(&features, unshuffle)?, &near(&seen, 1)?)?; // [1, kept * factor, .., 3]
+                let rgb =
+                    self.network
+                        .enlarge(cx, &near(&features, unshuffle)?, &near(&seen, 1)?)?; // [1, kept * factor, .., 3]
                 if !is_finite(&rgb)? {
                     return Err(NotFinite {
                         place: "after upscaling".into(),
@@ -315,18 +322,18 @@ impl Network {
     }
 
     /// RGB [b, h, w, 3] in 0..=1 -> [b, h / unshuffle, w / unshuffle, c]: all that sees far.
-    fn features(&self, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
+    fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
         match self {
-            Self::Rrdb(network) => network.features(rgb, done),
-            Self::Compact(network) => network.features(rgb, done),
+            Self::Rrdb(network) => network.features(cx, rgb, done),
+            Self::Compact(network) => network.features(cx, rgb, done),
         }
     }
 
     /// Features [b, h / unshuffle, w / unshuffle, c] and the RGB [b, h, w, 3] they are of -> [b,
     /// factor*h, factor*w, 3].
-    fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
+    fn enlarge(&self, cx: Forward, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         match self {
-            Self::Rrdb(network) => network.enlarge(features),
+            Self::Rrdb(network) => network.enlarge(cx, features),
             Self::Compact(network) => network.enlarge(features, rgb),
         }
     }
@@ -376,26 +383,26 @@ impl Rrdb {
         })
     }
 
-    fn features(&self, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
+    fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
         let first = self
             .conv_first
-            .forward(&pixel_unshuffle(rgb, self.unshuffle)?)?;
+            .forward(cx, &pixel_unshuffle(rgb, self.unshuffle)?)?;
         let mut x = first.clone();
         for [one, two, three] in &self.blocks {
-            let y = three.forward(&two.forward(&one.forward(&x)?)?)?;
+            let y = three.forward(cx, &two.forward(cx, &one.forward(cx, &x)?)?)?;
             x = (x + (y * SHARE)?)?;
             done();
         }
-        self.conv_body.forward_add(&x, None, Some(&first))
+        self.conv_body.forward_add(cx, &x, None, Some(&first))
     }
 
-    fn enlarge(&self, features: &Tensor) -> TensorResult<Tensor> {
+    fn enlarge(&self, cx: Forward, features: &Tensor) -> TensorResult<Tensor> {
         let mut x = features.clone();
         for conv in &self.doublings {
             let (_, h, w, _) = x.dims4()?;
-            x = conv.forward_scaled(&x, 2 * h, 2 * w)?;
+            x = conv.forward_scaled(cx, &x, 2 * h, 2 * w)?;
         }
-        self.conv_last.forward(&self.conv_hr.forward(&x)?)
+        self.conv_last.forward(cx, &self.conv_hr.forward(cx, &x)?)
     }
 }
 
@@ -417,7 +424,7 @@ impl Dense {
                     .leaky(slope.clone()),
             )
         };
-        let last = Conv2d::times(
+        let last = Conv2d::scaled_by(
             &w.at(format!("conv{}", Self::CONVS + 1)),
             seen(Self::CONVS),
             width,
@@ -431,12 +438,12 @@ impl Dense {
     }
 
     /// [b, h, w, c] -> [b, h, w, c].
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
         let mut seen = x.clone();
         for conv in &self.convs {
-            seen = concat(&seen, &conv.forward(&seen)?)?;
+            seen = concat(cx, &seen, &conv.forward(cx, &seen)?)?;
         }
-        self.last.forward_add(&seen, None, Some(x))
+        self.last.forward_add(cx, &seen, None, Some(x))
     }
 }
 
@@ -474,9 +481,9 @@ impl Compact {
         })
     }
 
-    fn features(&self, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
+    fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
         self.convs.iter().try_fold(rgb.clone(), |x, conv| {
-            let y = conv.forward(&x);
+            let y = conv.forward(cx, &x);
             done();
             y
         })
@@ -537,11 +544,12 @@ mod tests {
                 &Device::Cpu,
             )
             .unwrap();
-            let features = network.network.features(&seen, &mut || ()).unwrap();
+            let cx = Forward::on(&Device::Cpu);
+            let features = network.network.features(cx, &seen, &mut || ()).unwrap();
             let (h, w, _) = golden.dims3().unwrap();
             let rgb = network
                 .network
-                .enlarge(&features, &seen)
+                .enlarge(cx, &features, &seen)
                 .unwrap()
                 .i((0, ..h, ..w))
                 .unwrap();

@@ -1,11 +1,10 @@
 //! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
-use super::unet::require_neutral;
-use super::{Posterior, TILE_PX, tiles};
+use super::{Posterior, TILE_PX, require_neutral, tiles};
+use crate::nn::Forward;
 use crate::nn::attention::attention;
-use crate::nn::bands::Strips;
+use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
-use crate::nn::padding::Wrap;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
@@ -116,8 +115,6 @@ pub struct Encoder {
     quant_conv: Option<Conv2d>,
     activation: Activation,
     scaling_factor: f64,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
 }
 
 impl Encoder {
@@ -166,22 +163,26 @@ impl Encoder {
             quant_conv,
             activation,
             scaling_factor: config.scaling_factor,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
     /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
-    pub fn encode(&self, rgb: &Tensor, tile: Option<usize>) -> TensorResult<Posterior> {
+    pub fn encode(
+        &self,
+        cx: Forward,
+        rgb: &Tensor,
+        tile: Option<usize>,
+    ) -> TensorResult<Posterior> {
         let rgb = ((rgb * 2.0)? - 1.0)?;
         let moments = match tile {
             Some(side) => tiles::apply(
+                cx,
                 &rgb,
                 side << self.down_blocks.len().saturating_sub(1),
-                &self.wrap,
-                |tile| self.moments(tile),
+                |cx, tile| self.moments(cx, tile),
             )?,
-            None => self.moments(&rgb)?,
+            None => self.moments(cx, &rgb)?,
         };
         let c = moments.dim(3)? / 2;
         let (mean, logvar) = (
@@ -197,25 +198,23 @@ impl Encoder {
 
     /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled
     /// latents [b, h, w, 2c].
-    fn moments(&self, rgb: &Tensor) -> TensorResult<Tensor> {
-        let mut x: Strips = self.conv_in.forward(rgb)?.try_into()?;
+    fn moments(&self, cx: Forward, rgb: &Tensor) -> TensorResult<Tensor> {
+        let mut x = RowBands::split(cx, &self.conv_in.forward(cx, rgb)?)?;
         for block in &self.down_blocks {
-            x = block.forward(x)?;
+            x = block.forward(cx, x)?;
         }
-        x = self.mid_block.forward(x)?;
-        let normal = self.conv_norm_out.of(&x.parts())?;
-        let mut moments = Strips::default();
-        for window in x.windows(&self.conv_out)? {
-            moments.push(&window?.convolve_normal(
-                &normal,
-                self.activation,
-                &self.conv_out,
-                None,
-            )?)?;
+        x = self.mid_block.forward(cx, x)?;
+        let norm = self.conv_norm_out.bind(cx, &x.parts())?;
+        let mut moments = RowBands::default();
+        for band in x.with_halos(cx)? {
+            moments.push(
+                cx,
+                &band?.norm_conv(cx, &norm, self.activation, &self.conv_out, None)?,
+            )?;
         }
-        let moments = moments.whole()?;
+        let moments = moments.join()?;
         match &self.quant_conv {
-            Some(conv) => conv.forward(&moments),
+            Some(conv) => conv.forward(cx, &moments),
             None => Ok(moments),
         }
     }
@@ -232,8 +231,6 @@ pub struct Decoder {
     activation: Activation,
     latent_channels: usize,
     scaling_factor: f64,
-    /// whether its pictures are seamless
-    pub wrap: Wrap,
 }
 
 impl Decoder {
@@ -284,19 +281,18 @@ impl Decoder {
             activation,
             latent_channels: latent,
             scaling_factor: config.scaling_factor,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
-    pub fn decode(&self, latents: &Tensor) -> TensorResult<Tensor> {
-        let rgb = self.forward(&(latents / self.scaling_factor)?)?;
+    pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
+        let rgb = self.forward(cx, &(latents / self.scaling_factor)?)?;
         (rgb / 2.0)? + 0.5
     }
 
     /// Unscaled latents [b, h, w, c] -> RGB [b, factor*h, factor*w, 3] around -1..=1.
-    pub fn forward(&self, z: &Tensor) -> TensorResult<Tensor> {
+    pub fn forward(&self, cx: Forward, z: &Tensor) -> TensorResult<Tensor> {
         let channels = z.dim(3)?;
         if channels != self.latent_channels {
             candle_core::bail!(
@@ -305,21 +301,24 @@ impl Decoder {
             );
         }
         let z = match &self.post_quant_conv {
-            Some(conv) => conv.forward(z)?,
+            Some(conv) => conv.forward(cx, z)?,
             None => z.clone(),
         };
         let mut x = self
             .mid_block
-            .forward(self.conv_in.forward(&z)?.try_into()?)?;
+            .forward(cx, RowBands::split(cx, &self.conv_in.forward(cx, &z)?)?)?;
         for block in &self.up_blocks {
-            x = block.forward(x)?;
+            x = block.forward(cx, x)?;
         }
-        let normal = self.conv_norm_out.of(&x.parts())?;
-        let mut rgb = Strips::default();
-        for window in x.windows(&self.conv_out)? {
-            rgb.push(&window?.convolve_normal(&normal, self.activation, &self.conv_out, None)?)?;
+        let norm = self.conv_norm_out.bind(cx, &x.parts())?;
+        let mut rgb = RowBands::default();
+        for band in x.with_halos(cx)? {
+            rgb.push(
+                cx,
+                &band?.norm_conv(cx, &norm, self.activation, &self.conv_out, None)?,
+            )?;
         }
-        rgb.whole()
+        rgb.join()
     }
 }
 
@@ -329,19 +328,19 @@ struct DownBlock {
 }
 
 impl DownBlock {
-    fn forward(&self, mut x: Strips) -> TensorResult<Strips> {
+    fn forward(&self, cx: Forward, mut x: RowBands) -> TensorResult<RowBands> {
         for resnet in &self.resnets {
-            x = resnet.forward(x)?;
+            x = resnet.forward(cx, x)?;
         }
         let Some(conv) = &self.downsample else {
             return Ok(x);
         };
-        let mut y = Strips::default();
-        for window in x.windows(conv)? {
-            y.push(&window?.convolve_halved(conv)?)?;
+        let mut y = RowBands::default();
+        for band in x.with_halos(cx)? {
+            y.push(cx, &band?.downsample(cx, conv)?)?;
         }
-        // strips of half the height are cut anew
-        y.whole()?.try_into()
+        // bands of half the height are cut anew
+        RowBands::split(cx, &y.join()?)
     }
 }
 
@@ -369,13 +368,13 @@ impl MidBlock {
         })
     }
 
-    fn forward(&self, x: Strips) -> TensorResult<Strips> {
+    fn forward(&self, cx: Forward, x: RowBands) -> TensorResult<RowBands> {
         let [first, second] = &self.resnets;
-        let mut x = first.forward(x)?;
+        let mut x = first.forward(cx, x)?;
         if let Some(attention) = &self.attention {
-            x = attention.forward(&x.whole()?)?.try_into()?;
+            x = RowBands::split(cx, &attention.forward(cx, &x.join()?)?)?;
         }
-        second.forward(x)
+        second.forward(cx, x)
     }
 }
 
@@ -385,16 +384,16 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    fn forward(&self, mut x: Strips) -> TensorResult<Strips> {
+    fn forward(&self, cx: Forward, mut x: RowBands) -> TensorResult<RowBands> {
         for resnet in &self.resnets {
-            x = resnet.forward(x)?;
+            x = resnet.forward(cx, x)?;
         }
         let Some(conv) = &self.upsample else {
             return Ok(x);
         };
-        let mut y = Strips::default();
-        for window in x.windows(conv)? {
-            y.push(&window?.convolve_doubled(conv)?)?;
+        let mut y = RowBands::default();
+        for band in x.with_halos(cx)? {
+            y.push(cx, &band?.upsample(cx, conv)?)?;
         }
         Ok(y)
     }
@@ -429,28 +428,29 @@ impl Resnet {
         })
     }
 
-    fn forward(&self, x: Strips) -> TensorResult<Strips> {
-        let normal = self.norm1.of(&x.parts())?;
-        let (mut h, mut shortcut) = (Strips::default(), Strips::default());
-        for window in x.windows(&self.conv1)? {
-            let window = window?;
-            h.push(&window.convolve_normal(&normal, self.activation, &self.conv1, None)?)?;
-            let strip = self
+    fn forward(&self, cx: Forward, x: RowBands) -> TensorResult<RowBands> {
+        let norm = self.norm1.bind(cx, &x.parts())?;
+        let (mut h, mut shortcut) = (RowBands::default(), RowBands::default());
+        for band in x.with_halos(cx)? {
+            let band = band?;
+            h.push(
+                cx,
+                &band.norm_conv(cx, &norm, self.activation, &self.conv1, None)?,
+            )?;
+            let projected = self
                 .conv_shortcut
                 .as_ref()
-                .map(|conv| conv.forward(&window.strip))
+                .map(|conv| conv.forward(cx, &band.band))
                 .transpose()?;
-            shortcut.push(strip.as_ref().unwrap_or(&window.strip))?;
+            shortcut.push(cx, projected.as_ref().unwrap_or(&band.band))?;
         }
-        let normal = self.norm2.of(&h.parts())?;
-        let mut y = Strips::default();
-        for (window, shortcut) in h.windows(&self.conv2)?.zip(shortcut) {
-            y.push(&window?.convolve_normal(
-                &normal,
-                self.activation,
-                &self.conv2,
-                Some(&shortcut),
-            )?)?;
+        let norm = self.norm2.bind(cx, &h.parts())?;
+        let mut y = RowBands::default();
+        for (band, shortcut) in h.with_halos(cx)?.zip(shortcut) {
+            y.push(
+                cx,
+                &band?.norm_conv(cx, &norm, self.activation, &self.conv2, Some(&shortcut))?,
+            )?;
         }
         Ok(y)
     }
@@ -468,7 +468,7 @@ impl Attention {
     fn new(w: &Weights, width: usize, groups: usize) -> Result<Self> {
         Ok(Self {
             group_norm: GroupNorm::new(&w.at("group_norm"), groups, width, NORM_EPS)?,
-            to_qkv: Linear::joined(
+            to_qkv: Linear::fused(
                 &["to_q", "to_k", "to_v"].map(|name| (w.at(name), width)),
                 width,
                 true,
@@ -477,13 +477,13 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
+    fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
         let (b, h, w, c) = x.dims4()?;
-        let tokens = self.group_norm.forward(x)?.reshape((b, h * w, c))?;
-        let qkv = self.to_qkv.forward(&tokens)?;
+        let tokens = self.group_norm.forward(cx, x)?.reshape((b, h * w, c))?;
+        let qkv = self.to_qkv.forward(cx, &tokens)?;
         let part = |i: usize| qkv.narrow(2, i * c, c);
         self.to_out
-            .forward_add(&attention(&part(0)?, &part(1)?, &part(2)?, 1)?, x)?
+            .forward_add(cx, &attention(cx, &part(0)?, &part(1)?, &part(2)?, 1)?, x)?
             .reshape((b, h, w, c))
     }
 }

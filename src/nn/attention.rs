@@ -1,20 +1,14 @@
 //! Scaled dot-product attention.
 
-use super::cpu;
-use super::gpu::{self, Engine, engine};
-use super::profile::measured;
+use super::Forward;
 use candle_core::{Result, Tensor};
 
-/// Scores held at once by the plain path, in elements: 4,096 tokens in 8 heads would need 0.5 GiB a
-/// picture.
-const MAX_SCORES: usize = 1 << 23;
-
-/// How far the rows of x [b, n, c] stand apart, which themselves are contiguous: those of a part of
-/// a wider tensor's columns.
+/// The distance of the rows of x [b, n, c] in memory, where each row is contiguous and all are
+/// evenly spaced: true of a part of a wider tensor's columns.
 pub fn row_stride(x: &Tensor) -> Option<usize> {
     match *x.stride() {
-        [picture, row, 1]
-            if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| picture == n * row) =>
+        [image, row, 1]
+            if x.dim(0).is_ok_and(|b| b == 1) || x.dim(1).is_ok_and(|n| image == n * row) =>
         {
             Some(row)
         }
@@ -22,8 +16,8 @@ pub fn row_stride(x: &Tensor) -> Option<usize> {
     }
 }
 
-/// x itself where kernels can read its rows, else laid out anew.
-fn readable(x: &Tensor) -> Result<Tensor> {
+/// x itself where kernels can read its rows, else a copy.
+pub(super) fn with_rows(x: &Tensor) -> Result<Tensor> {
     if row_stride(x).is_some() {
         Ok(x.clone())
     } else {
@@ -33,62 +27,24 @@ fn readable(x: &Tensor) -> Result<Tensor> {
 
 /// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], giving [b, n,
 /// heads*d].
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn attention(cx: Forward, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     // the scores, and their product with v
-    measured(("attention", [2 * b * n, k.dim(1)?, c]), || {
-        let engine = engine(q.device());
-        if engine == Engine::Plain {
-            return attention_plain(q, k, v, heads, None);
-        }
-        let (q, k, v) = (readable(q)?, readable(k)?, readable(v)?);
-        match engine {
-            Engine::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
-            _ if gpu::Attention::serves(&q, &k, &v, heads)? => {
-                gpu::run(gpu::Attention { q, k, v, heads })
-            }
-            _ => attention_plain(&q, &k, &v, heads, None),
-        }
+    cx.timed("attention", [2 * b * n, k.dim(1)?, c], || {
+        cx.backend.attention(q, k, v, heads)
     })
-}
-
-/// The same as a composition of candle's operations, in slices of queries: the path of devices
-/// without a kernel, and its oracle. `mask` [n, m] is added to the scores.
-pub fn attention_plain(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    heads: usize,
-    mask: Option<&Tensor>,
-) -> Result<Tensor> {
-    let (b, n, c) = q.dims3()?;
-    let m = k.dim(1)?;
-    let d = c / heads;
-    let scale = 1.0 / (d as f64).sqrt();
-    let split =
-        |x: &Tensor, len: usize| x.reshape((b, len, heads, d))?.transpose(1, 2)?.contiguous(); // [b, heads, len, d]
-    let q = (split(q, n)? * scale)?;
-    let k = split(k, m)?.transpose(2, 3)?; // [b, heads, d, m]
-    let v = split(v, m)?;
-    let rows = (MAX_SCORES / (b * heads * m)).clamp(1, n);
-    let mut parts = Vec::with_capacity(n.div_ceil(rows));
-    for start in (0..n).step_by(rows) {
-        let len = rows.min(n - start);
-        let mut scores = q.narrow(2, start, len)?.contiguous()?.matmul(&k)?; // [b, heads, len, m]
-        if let Some(mask) = mask {
-            scores = scores.broadcast_add(&mask.narrow(0, start, len)?)?;
-        }
-        let weights = candle_nn::ops::softmax_last_dim(&scores)?;
-        parts.push(weights.matmul(&v)?); // [b, heads, len, d]
-    }
-    Tensor::cat(&parts, 2)?.transpose(1, 2)?.reshape((b, n, c)) // [b, n, heads*d]
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::nn::plain;
     use candle_core::Device;
+
+    fn cpu() -> Forward<'static> {
+        Forward::on(&Device::Cpu)
+    }
 
     fn random(b: usize, len: usize, c: usize) -> Tensor {
         Tensor::randn(0f32, 2.0, (b, len, c), &Device::Cpu).unwrap()
@@ -129,8 +85,8 @@ mod tests {
                 random(b, m, heads * d),
             );
             let off = worst(
-                &attention(&q, &k, &v, heads).unwrap(),
-                &attention_plain(&q, &k, &v, heads, None).unwrap(),
+                &attention(cpu(), &q, &k, &v, heads).unwrap(),
+                &plain::attention(&q, &k, &v, heads, None).unwrap(),
             );
             // scores reach 20, of which a last bit is 2e-6 and shifts weights by as much, in both;
             // values are around 2
@@ -151,7 +107,7 @@ mod tests {
                     .collect();
                 let k = Tensor::from_vec(ones, (1, m, d), &Device::Cpu).unwrap();
                 let k = (k * (size / (d as f64).sqrt())).unwrap();
-                let y = attention(&q, &k, &v, 1).unwrap();
+                let y = attention(cpu(), &q, &k, &v, 1).unwrap();
                 let expected = v
                     .narrow(1, strongest, 1)
                     .unwrap()
@@ -162,7 +118,7 @@ mod tests {
                 let k = (k.narrow(1, (strongest + 1) % m, 1).unwrap())
                     .repeat((1, m, 1))
                     .unwrap();
-                let y = attention(&q, &k, &v, 1).unwrap();
+                let y = attention(cpu(), &q, &k, &v, 1).unwrap();
                 let expected = v.mean_keepdim(1).unwrap().repeat((1, n, 1)).unwrap();
                 assert!(worst(&y, &expected) < 1e-5, "-{size} everywhere");
             }
@@ -182,9 +138,9 @@ mod tests {
             let x = Tensor::from_vec(x, if of_k { k.shape() } else { q.shape() }, &Device::Cpu)
                 .unwrap();
             let y = if of_k {
-                attention(&q, &x, &v, 2)
+                attention(cpu(), &q, &x, &v, 2)
             } else {
-                attention(&x, &k, &v, 2)
+                attention(cpu(), &x, &k, &v, 2)
             };
             let y = y.unwrap().to_vec3::<f32>().unwrap();
             for (i, y) in y[0].iter().enumerate() {
@@ -220,13 +176,16 @@ mod tests {
                     .num_threads(threads)
                     .build()
                     .unwrap();
-                bits(pool.install(|| attention(&q, &k, &v, heads)).unwrap())
+                bits(
+                    pool.install(|| attention(cpu(), &q, &k, &v, heads))
+                        .unwrap(),
+                )
             };
             let all = on(1);
             assert!(all == on(2) && all == on(5));
             for (i, alone) in all.chunks(n * heads * d).enumerate() {
                 let of = |x: &Tensor| x.narrow(0, i, 1).unwrap();
-                assert!(alone == bits(attention(&of(&q), &of(&k), &of(&v), heads).unwrap()));
+                assert!(alone == bits(attention(cpu(), &of(&q), &of(&k), &of(&v), heads).unwrap()));
             }
         }
     }
@@ -239,8 +198,8 @@ mod tests {
         assert_eq!(row_stride(&k), Some(3 * c));
         let apart = [&q, &k, &v].map(|x| x.contiguous().unwrap());
         let [y, same] = [
-            attention(&q, &k, &v, 3),
-            attention(&apart[0], &apart[1], &apart[2], 3),
+            attention(cpu(), &q, &k, &v, 3),
+            attention(cpu(), &apart[0], &apart[1], &apart[2], 3),
         ]
         .map(|y| y.unwrap());
         assert_eq!(worst(&y, &same), 0.0);
@@ -253,16 +212,22 @@ mod tests {
             .transpose(1, 2)
             .unwrap();
         assert_eq!(row_stride(&turned), None);
-        assert_eq!(worst(&attention(&turned, &k, &v, 3).unwrap(), &same), 0.0);
+        assert_eq!(
+            worst(&attention(cpu(), &turned, &k, &v, 3).unwrap(), &same),
+            0.0
+        );
     }
 
     #[test]
     fn attention_to_nothing_is_an_error() {
         let (q, k) = (random(2, 5, 12), random(2, 4, 12));
         let none = Tensor::zeros((2, 0, 12), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(attention(&q, &none, &none, 2).is_err());
-        assert!(attention(&q, &k, &k, 5).is_err());
-        assert!(attention(&q, &k, &random(2, 5, 12), 2).is_err());
-        assert_eq!(attention(&none, &k, &k, 2).unwrap().dims(), [2, 0, 12]);
+        assert!(attention(cpu(), &q, &none, &none, 2).is_err());
+        assert!(attention(cpu(), &q, &k, &k, 5).is_err());
+        assert!(attention(cpu(), &q, &k, &random(2, 5, 12), 2).is_err());
+        assert_eq!(
+            attention(cpu(), &none, &k, &k, 2).unwrap().dims(),
+            [2, 0, 12]
+        );
     }
 }

@@ -1,39 +1,45 @@
-//! Pictures in strips of rows, for activations that are too large to be held twice.
+//! Images in bands of rows, for activations that are too large to be held twice.
 //!
-//! What a strip was normalised into is still in a cache when the convolution reads it, and a
-//! strip's memory is free as soon as the one below it was read. On devices without kernels there is
-//! one strip.
+//! What a band was normalised into is still in a cache when the convolution reads it, and a band's
+//! memory is free as soon as the one below it was read. The plain backend has one band.
 
-use super::gpu::{Engine, engine};
-use super::layers::{Activation, Conv2d, Normal};
+use super::layers::{Activation, BoundGroupNorm, Conv2d};
+use super::{Backend, Forward};
 use candle_core::{Result, Tensor};
 use std::collections::VecDeque;
 
-/// Numbers of a strip of one picture, about.
-const STRIP: usize = 1 << 22;
-/// The same on a GPU, where a strip has to keep all multiprocessors busy.
-const GPU_STRIP: usize = 1 << 24;
-/// Rows of a strip are a multiple of it: those of Winograd's tiles.
+/// About how many elements a band of one image has.
+const BAND_ELEMENTS: usize = 1 << 22;
+/// The same on a GPU, where a band has to keep all multiprocessors busy.
+const GPU_BAND_ELEMENTS: usize = 1 << 24;
+/// The rows of a band are a multiple of it, the height of Winograd's tiles.
 const ROWS: usize = 4;
 
-/// A picture [b, h, w, c] in strips, from top to bottom.
+/// A batch of images [b, h, w, c] in bands of rows, from top to bottom.
 #[derive(Default)]
-pub struct Strips(VecDeque<Tensor>);
+pub struct RowBands(VecDeque<Tensor>);
 
-impl Strips {
-    /// Adds [b, rows, w, c] at the bottom, cut into strips.
-    pub fn push(&mut self, x: &Tensor) -> Result<()> {
-        let (_, h, w, c) = x.dims4()?;
-        let numbers = match engine(x.device()) {
-            Engine::Cpu => STRIP,
-            Engine::Gpu => GPU_STRIP,
-            Engine::Plain => return self.push_cut(x, h),
-        };
-        // whatever the batch: sums over a picture are sums of its strips' sums
-        self.push_cut(x, (numbers / (w * c).max(1) / ROWS).max(1) * ROWS)
+impl RowBands {
+    /// Cuts [b, h, w, c].
+    pub fn split(cx: Forward, x: &Tensor) -> Result<Self> {
+        let mut bands = Self::default();
+        bands.push(cx, x)?;
+        Ok(bands)
     }
 
-    fn push_cut(&mut self, x: &Tensor, rows: usize) -> Result<()> {
+    /// Adds [b, rows, w, c] at the bottom, cut into bands.
+    pub fn push(&mut self, cx: Forward, x: &Tensor) -> Result<()> {
+        let (_, h, w, c) = x.dims4()?;
+        let elements = match cx.backend {
+            Backend::Cpu => BAND_ELEMENTS,
+            Backend::Gpu => GPU_BAND_ELEMENTS,
+            Backend::Plain => return self.push_bands(x, h),
+        };
+        // whatever the batch: sums over an image are sums of its bands' sums
+        self.push_bands(x, (elements / (w * c).max(1) / ROWS).max(1) * ROWS)
+    }
+
+    fn push_bands(&mut self, x: &Tensor, rows: usize) -> Result<()> {
         let h = x.dim(1)?;
         for top in (0..h).step_by(rows) {
             self.0
@@ -42,37 +48,37 @@ impl Strips {
         Ok(())
     }
 
-    /// The strips, from top to bottom.
+    /// The bands, from top to bottom.
     pub fn parts(&self) -> Vec<&Tensor> {
         self.0.iter().collect()
     }
 
-    /// The whole picture [b, h, w, c].
-    pub fn whole(self) -> Result<Tensor> {
+    /// The whole image [b, h, w, c].
+    pub fn join(self) -> Result<Tensor> {
         match self.0.as_slices() {
             ([one], []) => Ok(one.clone()),
             _ => Tensor::cat(&self.parts(), 1)?.contiguous(),
         }
     }
 
-    /// The strips from top to bottom, each with the rows next to it as `conv` sees them. A strip is
-    /// dropped when the one below it was taken.
-    pub fn windows(self, conv: &Conv2d) -> Result<Windows> {
+    /// The bands from top to bottom, each with the rows around it that a 3x3 convolution sees. A
+    /// band is dropped when the one below it was taken.
+    pub fn with_halos(self, cx: Forward) -> Result<HaloBands> {
         let (mut above, mut end) = (None, None);
-        // of a single one the convolution finds the other end itself
-        if let (true, [first, .., last]) = (conv.wraps_rows(), &*self.parts()) {
+        // where there is one band the convolution finds the opposite edge itself
+        if let (true, [first, .., last]) = (cx.padding[0].is_circular(), &*self.parts()) {
             above = Some(last.narrow(1, last.dim(1)? - 1, 1)?.force_contiguous()?);
             end = Some(first.narrow(1, 0, 1)?.force_contiguous()?);
         }
-        Ok(Windows {
+        Ok(HaloBands {
             above,
-            strips: self.0,
+            bands: self.0,
             end,
         })
     }
 }
 
-impl IntoIterator for Strips {
+impl IntoIterator for RowBands {
     type Item = Tensor;
     type IntoIter = std::collections::vec_deque::IntoIter<Tensor>;
 
@@ -81,104 +87,91 @@ impl IntoIterator for Strips {
     }
 }
 
-impl TryFrom<Tensor> for Strips {
-    type Error = candle_core::Error;
-
-    fn try_from(x: Tensor) -> Result<Self> {
-        let mut strips = Self::default();
-        strips.push(&x)?;
-        Ok(strips)
-    }
-}
-
-/// See [`Strips::windows`].
-pub struct Windows {
+/// The iterator of [`RowBands::with_halos`].
+pub struct HaloBands {
     above: Option<Tensor>,
-    strips: VecDeque<Tensor>,
+    bands: VecDeque<Tensor>,
     /// below the last one
     end: Option<Tensor>,
 }
 
-impl Iterator for Windows {
-    type Item = Result<Window>;
+impl Iterator for HaloBands {
+    type Item = Result<HaloBand>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let strip = self.strips.pop_front()?;
-        let window = || {
+        let band = self.bands.pop_front()?;
+        let with_halo = || {
             let below = self
-                .strips
+                .bands
                 .front()
                 .map(|next| next.narrow(1, 0, 1)?.contiguous())
                 .transpose()?
                 .or_else(|| self.end.take());
             let above = match below {
-                // a copy, as a view would keep the whole strip
+                // a copy, as a view would keep the whole band
                 Some(_) => self
                     .above
-                    .replace(strip.narrow(1, strip.dim(1)? - 1, 1)?.force_contiguous()?),
+                    .replace(band.narrow(1, band.dim(1)? - 1, 1)?.force_contiguous()?),
                 None => self.above.take(),
             };
-            Ok(Window {
-                above,
-                strip,
-                below,
-            })
+            Ok(HaloBand { above, band, below })
         };
-        Some(window())
+        Some(with_halo())
     }
 }
 
-/// A strip, and what a 3x3 convolution sees besides.
-pub struct Window {
-    /// [b, 1, w, c]; none at the top, unless it goes on at the bottom
+/// A band with its halo: the rows around it that a 3x3 convolution sees.
+pub struct HaloBand {
+    /// [b, 1, w, c]; none at the top, unless rows are padded circularly
     above: Option<Tensor>,
     /// [b, rows, w, c]
-    pub strip: Tensor,
-    /// [b, 1, w, c]; none at the bottom, unless it goes on at the top
+    pub band: Tensor,
+    /// [b, 1, w, c]; none at the bottom, unless rows are padded circularly
     below: Option<Tensor>,
 }
 
-impl Window {
-    /// The strip's part of a convolution that keeps the size, of the picture normalised and
-    /// activated, plus `residual` [b, rows, w, out] -> [b, rows, w, out].
-    pub fn convolve_normal(
+impl HaloBand {
+    /// Normalises, activates and convolves the band by a convolution that keeps the size, and adds
+    /// `residual` [b, rows, w, out] -> [b, rows, w, out].
+    pub fn norm_conv(
         &self,
-        normal: &Normal,
+        cx: Forward,
+        norm: &BoundGroupNorm,
         activation: Activation,
         conv: &Conv2d,
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let x = normal.forward_act(
-            &self.strip,
+        let x = norm.forward_act(
+            &self.band,
             self.above.as_ref(),
             self.below.as_ref(),
             activation,
         )?;
         let first = usize::from(self.above.is_some());
-        conv.forward_rows(&x, first..first + self.strip.dim(1)?, residual)
+        conv.forward_rows(cx, &x, first..first + self.band.dim(1)?, residual)
     }
 
-    /// The strip's part of a 3x3 convolution of every second pixel that sees more only below and
-    /// right of the picture [b, rows/2, w/2, out]; of an even number of rows.
-    pub fn convolve_halved(&self, conv: &Conv2d) -> Result<Tensor> {
+    /// Convolves the band, of an even number of rows, by a 3x3 convolution of stride 2 that is
+    /// padded below and right only -> [b, rows/2, w/2, out].
+    pub fn downsample(&self, cx: Forward, conv: &Conv2d) -> Result<Tensor> {
         match &self.below {
-            Some(below) => conv.forward(&Tensor::cat(&[&self.strip, below], 1)?),
-            None => conv.forward(&self.strip),
+            Some(below) => conv.forward(cx, &Tensor::cat(&[&self.band, below], 1)?),
+            None => conv.forward(cx, &self.band),
         }
     }
 
-    /// The strip's part of a convolution that keeps the size, of the picture scaled to twice its
-    /// size -> [b, 2*rows, 2*w, out].
-    pub fn convolve_doubled(&self, conv: &Conv2d) -> Result<Tensor> {
+    /// Scales the band to twice its size and convolves it by a convolution that keeps the size ->
+    /// [b, 2*rows, 2*w, out].
+    pub fn upsample(&self, cx: Forward, conv: &Conv2d) -> Result<Tensor> {
         let parts: Vec<&Tensor> = self
             .above
             .iter()
-            .chain([&self.strip])
+            .chain([&self.band])
             .chain(&self.below)
             .collect();
         let x = Tensor::cat(&parts, 1)?;
         let first = 2 * usize::from(self.above.is_some());
-        conv.forward_rows_doubled(&x, first..first + 2 * self.strip.dim(1)?)
+        conv.forward_rows_doubled(cx, &x, first..first + 2 * self.band.dim(1)?)
     }
 }
 
@@ -186,15 +179,15 @@ impl Window {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::nn::PaddingMode;
     use crate::nn::layers::GroupNorm;
-    use crate::nn::padding::Tile;
     use crate::weights::Weights;
     use candle_core::{DType, Device};
 
-    fn cut(x: &Tensor, rows: usize) -> Strips {
-        let mut strips = Strips::default();
-        strips.push_cut(x, rows).unwrap();
-        strips
+    fn cut(x: &Tensor, rows: usize) -> RowBands {
+        let mut bands = RowBands::default();
+        bands.push_bands(x, rows).unwrap();
+        bands
     }
 
     /// The largest difference; NaN where there is one.
@@ -212,8 +205,9 @@ mod tests {
     }
 
     #[test]
-    fn layers_give_the_same_for_strips_as_for_the_whole_picture() {
+    fn layers_give_the_same_for_bands_as_for_the_whole_picture() {
         compare(
+            Backend::Cpu,
             &[
                 (1, 1),
                 (4, 5),
@@ -229,19 +223,26 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn layers_of_a_gpu_give_the_same_for_strips_as_for_the_whole_picture() {
+    fn layers_of_a_gpu_give_the_same_for_bands_as_for_the_whole_picture() {
         if crate::nn::gpu::emulated::is_there() {
-            crate::nn::gpu::emulated::on(|| compare(&[(4, 5), (9, 6)], &[4, 100]));
+            compare(Backend::Gpu, &[(4, 5), (9, 6)], &[4, 100]);
         }
     }
 
-    fn compare(sizes: &[(usize, usize)], strips: &[usize]) {
-        let weights = Weights::random(&Device::Cpu, DType::F32);
+    fn compare(backend: Backend, sizes: &[(usize, usize)], bands: &[usize]) {
+        let weights = Weights::random(&Device::Cpu, DType::F32).with_backend(backend);
         let sizes = sizes.iter().copied().zip([1, 2, 3].into_iter().cycle());
-        for (((h, w), b), tile) in
-            sizes.flat_map(|size| [None, Some(Tile::X), Some(Tile::Y)].map(|tile| (size, tile)))
-        {
-            weights.wrap().set(tile);
+        let modes = [
+            [PaddingMode::Zeros; 2],
+            [PaddingMode::Zeros, PaddingMode::Circular],
+            [PaddingMode::Circular, PaddingMode::Zeros],
+        ];
+        for (((h, w), b), padding) in sizes.flat_map(|size| modes.map(|padding| (size, padding))) {
+            let cx = Forward {
+                backend,
+                padding,
+                profile: None,
+            };
             let (norm, conv) = (
                 GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(),
                 Conv2d::new(&weights, 35, 19, 3).unwrap(),
@@ -251,52 +252,54 @@ mod tests {
             let residual = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
             let whole = conv
                 .forward_add(
-                    &norm.forward_act(&x, Activation::Silu).unwrap(),
+                    cx,
+                    &norm.forward_act(cx, &x, Activation::Silu).unwrap(),
                     None,
                     Some(&residual),
                 )
                 .unwrap();
-            let doubled = conv.forward_scaled(&x, 2 * h, 2 * w).unwrap();
-            for &rows in strips {
-                let normal = norm.of(&cut(&x, rows).parts()).unwrap();
-                let (mut strips, mut doubled_strips) = (Strips::default(), Strips::default());
-                for (window, residual) in cut(&x, rows)
-                    .windows(&conv)
+            let doubled = conv.forward_scaled(cx, &x, 2 * h, 2 * w).unwrap();
+            for &rows in bands {
+                let bound = norm.bind(cx, &cut(&x, rows).parts()).unwrap();
+                let (mut bands, mut doubled_bands) = (RowBands::default(), RowBands::default());
+                for (band, residual) in cut(&x, rows)
+                    .with_halos(cx)
                     .unwrap()
                     .zip(cut(&residual, rows))
                 {
-                    let window = window.unwrap();
-                    strips
+                    let band = band.unwrap();
+                    bands
                         .push(
-                            &window
-                                .convolve_normal(&normal, Activation::Silu, &conv, Some(&residual))
+                            cx,
+                            &band
+                                .norm_conv(cx, &bound, Activation::Silu, &conv, Some(&residual))
                                 .unwrap(),
                         )
                         .unwrap();
-                    doubled_strips
-                        .push(&window.convolve_doubled(&conv).unwrap())
+                    doubled_bands
+                        .push(cx, &band.upsample(cx, &conv).unwrap())
                         .unwrap();
                 }
                 assert!(
-                    worst(&strips.whole().unwrap(), &whole) < 1e-4,
-                    "{h}x{w} in strips of {rows}, {tile:?}"
+                    worst(&bands.join().unwrap(), &whole) < 1e-4,
+                    "{h}x{w} in bands of {rows}, {padding:?}"
                 );
                 if rows.is_multiple_of(2) && h.is_multiple_of(2) {
-                    let mut halved = Strips::default();
-                    for window in cut(&x, rows).windows(&halving).unwrap() {
+                    let mut halved = RowBands::default();
+                    for band in cut(&x, rows).with_halos(cx).unwrap() {
                         halved
-                            .push(&window.unwrap().convolve_halved(&halving).unwrap())
+                            .push(cx, &band.unwrap().downsample(cx, &halving).unwrap())
                             .unwrap();
                     }
-                    let whole = halving.forward(&x).unwrap();
+                    let whole = halving.forward(cx, &x).unwrap();
                     assert!(
-                        worst(&halved.whole().unwrap(), &whole) < 1e-4,
-                        "{h}x{w} in strips of {rows}, {tile:?}, halved"
+                        worst(&halved.join().unwrap(), &whole) < 1e-4,
+                        "{h}x{w} in bands of {rows}, {padding:?}, halved"
                     );
                 }
                 assert!(
-                    worst(&doubled_strips.whole().unwrap(), &doubled) < 1e-4,
-                    "{h}x{w} in strips of {rows}, {tile:?}, doubled"
+                    worst(&doubled_bands.join().unwrap(), &doubled) < 1e-4,
+                    "{h}x{w} in bands of {rows}, {padding:?}, doubled"
                 );
             }
         }
@@ -306,11 +309,11 @@ mod tests {
     fn a_large_picture_is_cut_alike_in_any_batch() {
         let heights = |b: usize| {
             let x = Tensor::zeros((b, 70, 1024, 128), DType::F32, &Device::Cpu).unwrap();
-            Strips::try_from(x)
+            RowBands::split(Forward::on(&Device::Cpu), &x)
                 .unwrap()
                 .parts()
                 .iter()
-                .map(|strip| strip.dim(1).unwrap())
+                .map(|band| band.dim(1).unwrap())
                 .collect::<Vec<_>>()
         };
         assert_eq!(heights(1), [32, 32, 6]);

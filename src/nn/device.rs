@@ -1,6 +1,6 @@
 //! Where the arithmetic runs, and in which type.
 
-use crate::nn::gpu::{Engine, engine};
+use crate::nn::Backend;
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use std::str::FromStr;
@@ -44,9 +44,9 @@ pub enum DTypeChoice {
 
 impl DTypeChoice {
     /// By itself f32, which is as fast as any other on a CPU; f16 where tensor cores take that.
-    fn on(self, engine: Engine) -> DType {
+    fn on(self, backend: Backend) -> DType {
         match self {
-            Self::Auto if engine == Engine::Gpu => DType::F16,
+            Self::Auto if backend == Backend::Gpu => DType::F16,
             Self::Auto | Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,
@@ -94,7 +94,7 @@ impl Compute {
                 Device::new_metal(0).context("the Metal device cannot be used")?
             }
         };
-        let dtype = dtype.on(engine(&device));
+        let dtype = dtype.on(Backend::of(&device));
         Ok(Self { device, dtype })
     }
 
@@ -242,13 +242,13 @@ mod tests {
     #[test]
     fn the_type_follows_the_device_unless_it_is_named() {
         assert_eq!(
-            [Engine::Cpu, Engine::Gpu, Engine::Plain].map(|on| DTypeChoice::Auto.on(on)),
+            [Backend::Cpu, Backend::Gpu, Backend::Plain].map(|on| DTypeChoice::Auto.on(on)),
             [DType::F32, DType::F16, DType::F32]
         );
         assert_eq!(
-            [Engine::Cpu, Engine::Gpu].map(|on| DTypeChoice::F32.on(on)),
+            [Backend::Cpu, Backend::Gpu].map(|on| DTypeChoice::F32.on(on)),
             [DType::F32; 2]
         );
-        assert_eq!(DTypeChoice::Bf16.on(Engine::Gpu), DType::BF16);
+        assert_eq!(DTypeChoice::Bf16.on(Backend::Gpu), DType::BF16);
     }
 }

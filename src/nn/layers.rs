@@ -1,66 +1,37 @@
 //! Linear, convolution, normalisation and activation layers.
 
-use super::cpu;
-use super::gpu::{self, Engine, engine};
-use super::padding::Wrap;
-use super::profile::measured;
+use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout};
+use super::{Backend, Forward};
 use crate::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{D, DType, Module, Result as TensorResult, Tensor};
+use candle_core::{DType, Result as TensorResult, Tensor};
 use std::ops::Range;
 
-/// The weights of a product in the layout that their device wants.
-enum Kernel {
-    /// CPU: in panels, by [`cpu::Pack`]
-    Packed(Tensor),
-    /// GPU: [out, .., in], and gated rows in turn
-    Rows(Tensor),
-    /// others: as checkpoints store them, [out, in, ..]
-    Plain(Tensor),
+/// Reads `weight` in the type that the backend's products take.
+fn read_weight(w: &Weights, shape: &[usize]) -> Result<Tensor> {
+    if w.backend() == Backend::Cpu {
+        w.get_stored("weight", shape)
+    } else {
+        w.get("weight", shape)
+    }
 }
 
-impl Kernel {
-    fn new(w: &Weights, shape: &[usize], gated: bool) -> Result<Self> {
-        Ok(Self::of(&Self::read(w, shape)?, gated)?)
-    }
-
-    fn read(w: &Weights, shape: &[usize]) -> Result<Tensor> {
-        if engine(w.device()) == Engine::Cpu {
-            w.get_stored("weight", shape)
-        } else {
-            w.get("weight", shape)
-        }
-    }
-
-    fn of(weight: &Tensor, gated: bool) -> TensorResult<Self> {
-        match engine(weight.device()) {
-            Engine::Cpu => Self::pack(weight, gated),
-            // candle's own, through cuDNN
-            Engine::Gpu if cfg!(feature = "cudnn") && weight.rank() == 4 => {
-                Ok(Self::Plain(weight.clone()))
-            }
-            Engine::Gpu if gated => Ok(Self::Rows(gpu::interleaved(weight)?)),
-            Engine::Gpu => Ok(Self::Rows(gpu::rows(weight)?)),
-            Engine::Plain => Ok(Self::Plain(weight.clone())),
-        }
-    }
-
-    fn pack(weight: &Tensor, gated: bool) -> TensorResult<Self> {
-        Ok(Self::Packed(
-            weight
-                .contiguous()?
-                .apply_op1_no_bwd(&cpu::Pack { gated })?,
-        ))
-    }
+/// Reads `weight` and lays it out.
+fn layout(w: &Weights, shape: &[usize], gated: bool) -> Result<WeightLayout> {
+    Ok(WeightLayout::new(
+        w.backend(),
+        &read_weight(w, shape)?,
+        gated,
+    )?)
 }
 
 /// y = x W' + b over the last dimension.
 pub struct Linear {
-    weight: Kernel,
+    weight: WeightLayout,
     bias: Option<Tensor>,
     inputs: usize,
     outputs: usize,
-    /// Whether the first half of the outputs times the exact GELU of the second is what comes out.
+    /// GEGLU: the first half of the outputs times the exact GELU of the second is the result
     gated: bool,
 }
 
@@ -76,7 +47,7 @@ impl Linear {
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            weight: Kernel::new(w, &[outputs, inputs], false)?,
+            weight: layout(w, &[outputs, inputs], false)?,
             bias: None,
             inputs,
             outputs,
@@ -84,17 +55,17 @@ impl Linear {
         })
     }
 
-    /// Several layers that take the same: their outputs next to each other. Reads `weight` [out,
-    /// in] of each place, and `bias` [out] if they have one.
-    pub fn joined(layers: &[(Weights, usize)], inputs: usize, biased: bool) -> Result<Self> {
+    /// Fuses layers of the same input into one, whose outputs are theirs side by side. Reads
+    /// `weight` [out, in] of each, and `bias` [out] if `biased`.
+    pub fn fused(layers: &[(Weights, usize)], inputs: usize, biased: bool) -> Result<Self> {
         let each = |read: &dyn Fn(&Weights, usize) -> Result<Tensor>| {
             layers
                 .iter()
                 .map(|(w, outputs)| read(w, *outputs))
                 .collect::<Result<Vec<_>>>()
         };
-        let mut weights = each(&|w, outputs| Kernel::read(w, &[outputs, inputs]))?;
-        // files may hold some narrower than others
+        let mut weights = each(&|w, outputs| read_weight(w, &[outputs, inputs]))?;
+        // a file may hold some of them in a narrower type than others
         if weights
             .iter()
             .any(|weight| weight.dtype() != weights[0].dtype())
@@ -112,9 +83,9 @@ impl Linear {
                 )?)
             })
             .transpose()?;
-        let weight = Kernel::of(&Tensor::cat(&weights, 0)?, false)?;
+        let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
         Ok(Self {
-            weight,
+            weight: WeightLayout::new(backend, &Tensor::cat(&weights, 0)?, false)?,
             bias,
             inputs,
             outputs: layers.iter().map(|(_, outputs)| outputs).sum(),
@@ -122,18 +93,11 @@ impl Linear {
         })
     }
 
-    /// Reads `weight` [2*out, in] and `bias` [2*out] of a gated linear unit (Shazeer 2020, arXiv
-    /// 2002.05202): the first half of what they give times the exact GELU of the second.
+    /// Reads `weight` [2*out, in] and `bias` [2*out] of a GEGLU (Shazeer 2020, arXiv 2002.05202):
+    /// the first half of its outputs times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        let (weight, bias) = (
-            Kernel::new(w, &[2 * outputs, inputs], true)?,
-            w.get("bias", &[2 * outputs])?,
-        );
-        let bias = if let Kernel::Rows(_) = weight {
-            gpu::interleaved(&bias)?
-        } else {
-            bias
-        };
+        let weight = layout(w, &[2 * outputs, inputs], true)?;
+        let bias = weight.gated_bias(w.get("bias", &[2 * outputs])?)?;
         Ok(Self {
             weight,
             bias: Some(bias),
@@ -143,100 +107,50 @@ impl Linear {
         })
     }
 
-    /// Width of what it takes.
+    /// The width of its input.
     pub fn inputs(&self) -> usize {
         self.inputs
     }
 
     /// [.., in] -> [.., out].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, None)
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        self.apply(cx, x, None)
     }
 
-    /// [.., in] -> [.., out], plus `residual` of that many elements.
-    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, Some(residual))
+    /// [.., in] -> [.., out], plus `residual` of as many elements.
+    pub fn forward_add(&self, cx: Forward, x: &Tensor, residual: &Tensor) -> TensorResult<Tensor> {
+        self.apply(cx, x, Some(residual))
     }
 
-    fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
+    fn apply(&self, cx: Forward, x: &Tensor, residual: Option<&Tensor>) -> TensorResult<Tensor> {
         let mut shape = x.dims().to_vec();
         let flat = x.reshape(((), self.inputs))?; // [rows, in]
         let residual = residual
             .map(|r| r.reshape(((), self.outputs))?.contiguous())
             .transpose()?;
-        let y = measured(
-            ("linear", [flat.dim(0)?, self.inputs, self.outputs]),
-            || self.product(&flat, residual),
-        )?; // [rows, out]
+        let gemm = Gemm {
+            outputs: self.outputs,
+            bias: self.bias.as_ref(),
+            residual,
+            gated: self.gated,
+        };
+        let sides = [flat.dim(0)?, self.inputs, self.outputs];
+        let y = cx.timed("linear", sides, || self.weight.gemm(&flat, gemm))?; // [rows, out]
         if let Some(last) = shape.last_mut() {
             *last = y.dim(1)?;
         }
         y.reshape(shape)
     }
-
-    /// [rows, in], perhaps residual [rows, out] -> [rows, out].
-    fn product(&self, x: &Tensor, residual: Option<Tensor>) -> TensorResult<Tensor> {
-        match &self.weight {
-            Kernel::Packed(weight) => {
-                let op = cpu::Product {
-                    outputs: self.outputs,
-                    bias: self.bias.clone(),
-                    residual,
-                    gated: self.gated,
-                };
-                x.contiguous()?.apply_op2_no_bwd(weight, &op)
-            }
-            Kernel::Rows(weight) => {
-                let product = gpu::Product::linear(
-                    x.contiguous()?,
-                    weight.clone(),
-                    self.bias.clone(),
-                    residual,
-                    self.gated,
-                )?;
-                gpu::run(product)?.flatten_to(2)
-            }
-            Kernel::Plain(weight) => {
-                product_plain(x, weight, self.bias.as_ref(), residual.as_ref(), self.gated)
-            }
-        }
-    }
 }
 
-/// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n], as a composition of candle's
-/// operations: the path of devices without a kernel, and its oracle. With `gated`, [m, n/2].
-pub(super) fn product_plain(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    residual: Option<&Tensor>,
-    gated: bool,
-) -> TensorResult<Tensor> {
-    let mut y = x.matmul(&weight.t()?)?;
-    if let Some(bias) = bias {
-        y = y.broadcast_add(bias)?;
-    }
-    if let Some(residual) = residual {
-        y = (y + residual)?;
-    }
-    if !gated {
-        return Ok(y);
-    }
-    let halves = y.chunk(2, D::Minus1)?;
-    let [x, gate] = halves.as_slice() else {
-        candle_core::bail!("an odd width cannot be halved")
-    };
-    x * gate.gelu_erf()?
-}
-
-/// What a convolution does besides.
+/// What one pass of a convolution does besides.
 #[derive(Default)]
 struct Extra<'a> {
     /// (height, width) to which the input is scaled first
     scaled: Option<(usize, usize)>,
-    /// the rows of the output that are wanted: all, if none are named
+    /// the rows of the output that are computed; none: all
     rows: Option<Range<usize>>,
-    /// [out]: added everywhere, or [b, out]
+    /// [out] or [b, out]: added
     shift: Option<&'a Tensor>,
     /// [b, rows, w', out]: added
     residual: Option<&'a Tensor>,
@@ -244,15 +158,14 @@ struct Extra<'a> {
 
 /// A 2D convolution over [b, h, w, c].
 pub struct Conv2d {
-    kernel: Kernel,
+    weight: WeightLayout,
     bias: Tensor,
     /// [out]: what is below 0 is multiplied by it
     slope: Option<Tensor>,
     size: usize,
     stride: usize,
-    /// what is added, zeros or the other end: (before, after) in both directions
+    /// rows and columns of padding before and after the image
     padding: (usize, usize),
-    wrap: Wrap,
 }
 
 impl Conv2d {
@@ -271,36 +184,51 @@ impl Conv2d {
         stride: usize,
         padding: (usize, usize),
     ) -> Result<Self> {
-        let kernel = Kernel::new(w, &[outputs, inputs, size, size], false)?;
-        let bias = w.get("bias", &[outputs])?;
         Ok(Self {
-            kernel,
-            bias,
+            weight: layout(w, &[outputs, inputs, size, size], false)?,
+            bias: w.get("bias", &[outputs])?,
             slope: None,
             size,
             stride,
             padding,
-            wrap: w.wrap().clone(),
         })
     }
 
     /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the
     /// stride.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
-        let kernel = Kernel::new(w, &[outputs, inputs, 3, 3], false)?;
         Ok(Self {
-            kernel,
+            weight: layout(w, &[outputs, inputs, 3, 3], false)?,
             bias: w.zeros(&[outputs])?,
             slope: None,
             size: 3,
             stride,
             padding: (1, 1),
-            wrap: w.wrap().clone(),
         })
     }
 
-    /// The same convolution, after which all that is below 0 is multiplied by a slope [out] (leaky
-    /// ReLU and PReLU, He et al. 2015, arXiv 1502.01852), in the same pass where the device can.
+    /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding
+    /// that keeps height and width.
+    pub fn scaled_by(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        size: usize,
+        factor: f64,
+    ) -> Result<Self> {
+        let weight = (w.get("weight", &[outputs, inputs, size, size])? * factor)?;
+        Ok(Self {
+            weight: WeightLayout::new(w.backend(), &weight, false)?,
+            bias: (w.get("bias", &[outputs])? * factor)?,
+            slope: None,
+            size,
+            stride: 1,
+            padding: (size / 2, size / 2),
+        })
+    }
+
+    /// The same convolution followed by a leaky ReLU of this slope [out] (also PReLU, He et al.
+    /// 2015, arXiv 1502.01852), in one pass where the backend can.
     pub fn leaky(self, slope: Tensor) -> Self {
         Self {
             slope: Some(slope),
@@ -308,277 +236,117 @@ impl Conv2d {
         }
     }
 
-    /// Reads `weight` and `bias` of a convolution whose result is multiplied by `factor`; padding
-    /// that keeps height and width.
-    pub fn times(
-        w: &Weights,
-        inputs: usize,
-        outputs: usize,
-        size: usize,
-        factor: f64,
-    ) -> Result<Self> {
-        let (weight, bias) = (
-            (w.get("weight", &[outputs, inputs, size, size])? * factor)?,
-            (w.get("bias", &[outputs])? * factor)?,
-        );
-        let kernel = Kernel::of(&weight, false)?;
-        Ok(Self {
-            kernel,
-            bias,
-            slope: None,
-            size,
-            stride: 1,
-            padding: (size / 2, size / 2),
-            wrap: w.wrap().clone(),
-        })
-    }
-
     /// [b, h, w, in] -> [b, h', w', out].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.forward_add(x, None, None)
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        self.forward_add(cx, x, None, None)
     }
 
-    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out] everywhere or [b, out] for each
-    /// picture, plus `residual` [b, h', w', out].
+    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out], or [b, out] with a row for each image,
+    /// plus `residual` [b, h', w', out].
     pub fn forward_add(
         &self,
+        cx: Forward,
         x: &Tensor,
         shift: Option<&Tensor>,
         residual: Option<&Tensor>,
     ) -> TensorResult<Tensor> {
-        self.run(
-            x,
-            Extra {
-                shift,
-                residual,
-                ..Extra::default()
-            },
-        )
+        let extra = Extra {
+            shift,
+            residual,
+            ..Extra::default()
+        };
+        self.apply(cx, x, extra)
     }
 
     /// The same of x scaled to `height` x `width`, each pixel from the nearest one before it.
-    pub fn forward_scaled(&self, x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-        self.run(
-            x,
-            Extra {
-                scaled: Some((height, width)),
-                ..Extra::default()
-            },
-        )
+    pub fn forward_scaled(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        height: usize,
+        width: usize,
+    ) -> TensorResult<Tensor> {
+        let extra = Extra {
+            scaled: Some((height, width)),
+            ..Extra::default()
+        };
+        self.apply(cx, x, extra)
     }
 
-    /// What x [b, h, w, in] gives for `rows` of the output alone, plus `residual` [b, rows, w',
-    /// out].
+    /// Computes `rows` of the output of x [b, h, w, in] alone, plus `residual` [b, rows, w', out].
     pub fn forward_rows(
         &self,
+        cx: Forward,
         x: &Tensor,
         rows: Range<usize>,
         residual: Option<&Tensor>,
     ) -> TensorResult<Tensor> {
-        self.run(
-            x,
-            Extra {
-                rows: Some(rows),
-                residual,
-                ..Extra::default()
-            },
-        )
+        let extra = Extra {
+            rows: Some(rows),
+            residual,
+            ..Extra::default()
+        };
+        self.apply(cx, x, extra)
     }
 
-    /// The same of x scaled to twice its height and width.
-    pub fn forward_rows_doubled(&self, x: &Tensor, rows: Range<usize>) -> TensorResult<Tensor> {
+    /// Computes `rows` of the output of x scaled to twice its height and width.
+    pub fn forward_rows_doubled(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        rows: Range<usize>,
+    ) -> TensorResult<Tensor> {
         let (_, h, w, _) = x.dims4()?;
-        self.run(
-            x,
-            Extra {
-                rows: Some(rows),
-                scaled: Some((2 * h, 2 * w)),
-                ..Extra::default()
-            },
-        )
+        let extra = Extra {
+            rows: Some(rows),
+            scaled: Some((2 * h, 2 * w)),
+            ..Extra::default()
+        };
+        self.apply(cx, x, extra)
     }
 
-    /// Whether it sees the last row above the first one.
-    pub fn wraps_rows(&self) -> bool {
-        self.wrap.get()[0]
-    }
-
-    fn run(&self, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
+    fn apply(&self, cx: Forward, x: &Tensor, extra: Extra) -> TensorResult<Tensor> {
+        let Extra {
+            scaled,
+            rows,
+            shift,
+            residual,
+        } = extra;
         let (b, h, w, c) = x.dims4()?;
-        let (h, w) = extra.scaled.unwrap_or((h, w));
+        let (h, w) = scaled.unwrap_or((h, w));
         let out = |n: usize| {
             (n + self.padding.0 + self.padding.1 + self.stride).saturating_sub(self.size)
                 / self.stride
         };
-        let rows = extra.rows.clone().unwrap_or(0..out(h));
+        let rows = rows.unwrap_or(0..out(h));
         let kind = ["convolution", "convolution 3x3"][usize::from(self.size == 3)];
-        let layer = (
-            kind,
-            [
-                b * rows.len() * out(w),
-                self.size * self.size * c,
-                self.bias.dim(0)?,
-            ],
-        );
-        measured(layer, || self.apply(x, rows, out(w), extra))
+        let sides = [
+            b * rows.len() * out(w),
+            self.size * self.size * c,
+            self.bias.dim(0)?,
+        ];
+        cx.timed(kind, sides, || {
+            let conv = Conv {
+                size: self.size,
+                stride: self.stride,
+                padding: self.padding,
+                padding_modes: cx.padding,
+                scaled,
+                rows,
+                width: out(w),
+                bias: &self.bias,
+                shift,
+                residual: residual.map(Tensor::contiguous).transpose()?,
+                slope: self.slope.as_ref(),
+            };
+            self.weight.conv2d(x, conv)
+        })
     }
-
-    fn apply(
-        &self,
-        x: &Tensor,
-        rows: Range<usize>,
-        out_width: usize,
-        Extra {
-            scaled,
-            shift,
-            residual,
-            ..
-        }: Extra,
-    ) -> TensorResult<Tensor> {
-        let (size, stride, padding, wraps) =
-            (self.size, self.stride, self.padding, self.wrap.get());
-        let residual = residual.map(Tensor::contiguous).transpose()?;
-        let bias = || {
-            shift.map_or(Ok(self.bias.clone()), |shift| {
-                shift.broadcast_add(&self.bias)
-            })
-        };
-        match &self.kernel {
-            Kernel::Packed(weight) => {
-                let op = cpu::Conv2d {
-                    size,
-                    stride,
-                    padding,
-                    wraps,
-                    rows,
-                    scaled,
-                    residual,
-                    slope: self.slope.clone(),
-                };
-                x.contiguous()?.apply_op3_no_bwd(weight, &bias()?, &op)
-            }
-            Kernel::Rows(weight) => {
-                let product = gpu::Product {
-                    x: x.contiguous()?,
-                    weight: weight.clone(),
-                    bias: Some(self.bias.clone()),
-                    shift: shift.cloned(),
-                    residual,
-                    slope: self.slope.clone(),
-                    gated: false,
-                    size,
-                    stride,
-                    before: padding.0,
-                    scaled: scaled.unwrap_or((x.dim(1)?, x.dim(2)?)),
-                    rows,
-                    out_width,
-                    wraps,
-                };
-                gpu::run(product)
-            }
-            Kernel::Plain(weight) => {
-                let bias = bias()?;
-                let scaled = scaled
-                    .map(|(height, width)| scale_plain(x, height, width))
-                    .transpose()?;
-                let y = conv2d_plain(scaled.as_ref().unwrap_or(x), weight, stride, padding, wraps)?;
-                let bias = if bias.rank() == 2 {
-                    bias.reshape((bias.dim(0)?, 1, 1, bias.dim(1)?))?
-                } else {
-                    bias
-                };
-                let y = y.narrow(1, rows.start, rows.len())?.broadcast_add(&bias)?;
-                let y = residual.map_or(Ok(y.clone()), |residual| y + residual)?;
-                self.slope
-                    .as_ref()
-                    .map_or(Ok(y.clone()), |slope| leaky_plain(&y, slope))
-            }
-        }
-    }
-}
-
-/// What candle's convolution lays out at once at most, in numbers: of each pixel of the result all
-/// that the weights see there. Its kernels count them in 32 bits, and a picture of 1024x1024 pixels
-/// would need 10 GB of them in the VAE.
-const MAX_UNFOLDED: usize = 1 << 28;
-
-/// The same by candle's own convolution: the path of devices without a kernel, and its oracle.
-/// Weight [out, in, k, k].
-pub(super) fn conv2d_plain(
-    x: &Tensor,
-    weight: &Tensor,
-    stride: usize,
-    padding: (usize, usize),
-    wraps: [bool; 2],
-) -> TensorResult<Tensor> {
-    conv2d_in_parts(x, weight, stride, padding, wraps, MAX_UNFOLDED)
-}
-
-/// In parts of rows that lay out at most so many numbers, if one row does.
-fn conv2d_in_parts(
-    x: &Tensor,
-    weight: &Tensor,
-    stride: usize,
-    padding: (usize, usize),
-    wraps: [bool; 2],
-    unfolded: usize,
-) -> TensorResult<Tensor> {
-    let ((b, h, w, c), size) = (x.dims4()?, weight.dim(3)?);
-    let out = |n: usize| (n + padding.0 + padding.1 + stride).saturating_sub(size) / stride;
-    let rows = (unfolded / (b * out(w) * c * size * size).max(1)).clamp(1, out(h).max(1));
-    let is_plain = padding.0 == padding.1 && wraps == [false; 2] && rows >= out(h);
-    let (x, padding) = if is_plain {
-        (x.clone(), padding.0)
-    } else {
-        (pad(x, padding, wraps)?, 0)
-    };
-    let x = x.permute((0, 3, 1, 2))?.contiguous()?; // [b, in, h, w]
-    let part = |top: usize| {
-        let seen = || {
-            x.narrow(
-                2,
-                top * stride,
-                (rows.min(out(h) - top) - 1) * stride + size,
-            )?
-            .contiguous()
-        };
-        if is_plain { x.clone() } else { seen()? }.conv2d(weight, padding, stride, 1, 1)
-    };
-    let parts = (0..out(h))
-        .step_by(rows)
-        .map(part)
-        .collect::<TensorResult<Vec<_>>>()?;
-    Tensor::cat(&parts, 2)?.permute((0, 2, 3, 1))?.contiguous() // [b, h', w', out]
-}
-
-/// [.., c] with what is below 0 times slopes [c].
-pub(super) fn leaky_plain(x: &Tensor, slope: &Tensor) -> TensorResult<Tensor> {
-    x.relu()? + x.minimum(0.0)?.broadcast_mul(slope)?
-}
-
-/// [b, h, w, c] with zeros, or what is at its other end, around rows and columns.
-fn pad(x: &Tensor, (before, after): (usize, usize), wraps: [bool; 2]) -> TensorResult<Tensor> {
-    let mut x = x.contiguous()?;
-    for (dim, wraps) in [1, 2].into_iter().zip(wraps) {
-        let n = x.dim(dim)?;
-        x = if wraps {
-            let from = (0..before + n + after).map(|i| ((i + before * (n - 1)) % n) as u32);
-            x.index_select(&Tensor::from_iter(from, x.device())?, dim)?
-        } else {
-            x.pad_with_zeros(dim, before, after)?
-        };
-    }
-    x.contiguous()
 }
 
 /// Group normalisation over [b, h, w, c], optionally followed by SiLU (Wu & He 2018, arXiv
 /// 1803.08494).
-pub struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    groups: usize,
-    eps: f64,
-}
+pub struct GroupNorm(GroupNormParams);
 
 impl GroupNorm {
     /// Reads `weight` and `bias` [channels]. Errors if the groups do not divide the channels.
@@ -586,111 +354,62 @@ impl GroupNorm {
         if groups == 0 || !channels.is_multiple_of(groups) {
             bail!("norm_num_groups {groups} does not divide {channels} channels");
         }
-        Ok(Self {
+        Ok(Self(GroupNormParams {
             weight: w.get("weight", &[channels])?,
             bias: w.get("bias", &[channels])?,
             groups,
             eps,
-        })
+        }))
     }
 
     /// Normalises [b, h, w, c].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        self.apply(x, false)
-    }
-
-    /// Normalises and applies `activation`, in one pass where the device can.
-    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> TensorResult<Tensor> {
-        match activation {
-            Activation::Silu => self.apply(x, true),
-            other => other.forward(&self.apply(x, false)?),
-        }
-    }
-
-    fn apply(&self, x: &Tensor, silu: bool) -> TensorResult<Tensor> {
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
         let x = x.contiguous()?;
-        self.of(&[&x])?.apply(&x, None, None, silu)
+        self.bind(cx, &[&x])?.apply(&x, None, None, false)
     }
 
-    /// The norm of a picture that may be in several parts, from top to bottom: [b, rows, w, c]
-    /// each, contiguous.
-    pub fn of(&self, parts: &[&Tensor]) -> TensorResult<Normal<'_>> {
-        let Some(first) = parts.first() else {
-            candle_core::bail!("a picture without parts")
-        };
-        let statistics = measured(
-            (
-                "group norm",
-                [parts.iter().map(|x| x.elem_count()).sum(), 0, 0],
-            ),
-            || match engine(first.device()) {
-                Engine::Cpu => {
-                    let norm = cpu::GroupNorm {
-                        groups: self.groups,
-                        eps: self.eps,
-                    };
-                    norm.statistics(parts, &self.weight, &self.bias)
-                        .map(Statistics::Cpu)
-                }
-                Engine::Gpu => {
-                    // a copy, as a view would keep the whole part
-                    let origin = if let [whole] = parts {
-                        (*whole).clone()
-                    } else {
-                        first.narrow(1, 0, 1)?.narrow(2, 0, 1)?.force_contiguous()?
-                    };
-                    let sums = |x: &&Tensor| {
-                        gpu::run(gpu::GroupSums {
-                            x: (*x).clone(),
-                            origin: origin.clone(),
-                            groups: self.groups,
-                        })
-                    };
-                    let sums = Tensor::cat(
-                        &parts.iter().map(sums).collect::<TensorResult<Vec<_>>>()?,
-                        1,
-                    )?;
-                    let pixels = parts
-                        .iter()
-                        .map(|x| Ok(x.dim(1)? * x.dim(2)?))
-                        .sum::<TensorResult<usize>>()?;
-                    Ok(Statistics::Gpu {
-                        sums,
-                        origin,
-                        pixels,
-                    })
-                }
-                Engine::Plain => Ok(Statistics::Unknown),
-            },
-        )?;
-        Ok(Normal {
-            norm: self,
+    /// Normalises and applies `activation`, in one pass where the backend can.
+    pub fn forward_act(
+        &self,
+        cx: Forward,
+        x: &Tensor,
+        activation: Activation,
+    ) -> TensorResult<Tensor> {
+        let x = x.contiguous()?;
+        self.bind(cx, &[&x])?
+            .forward_act(&x, None, None, activation)
+    }
+
+    /// Computes the statistics of a batch of images in bands of rows from top to bottom, [b, rows,
+    /// w, c] each and contiguous.
+    pub fn bind<'a>(
+        &'a self,
+        cx: Forward<'a>,
+        bands: &[&Tensor],
+    ) -> TensorResult<BoundGroupNorm<'a>> {
+        let Self(norm) = self;
+        let sides = [bands.iter().map(|x| x.elem_count()).sum(), 0, 0];
+        let statistics = cx.timed("group norm", sides, || {
+            cx.backend.group_statistics(bands, norm)
+        })?;
+        Ok(BoundGroupNorm {
+            norm,
+            cx,
             statistics,
         })
     }
 }
 
-/// A group norm with the statistics of one picture.
-pub struct Normal<'a> {
-    norm: &'a GroupNorm,
-    statistics: Statistics,
+/// A group norm with the statistics of a batch of images.
+pub struct BoundGroupNorm<'a> {
+    norm: &'a GroupNormParams,
+    cx: Forward<'a>,
+    statistics: GroupStatistics,
 }
 
-enum Statistics {
-    Cpu(Vec<cpu::Affine>),
-    /// see [`gpu::GroupSums`]
-    Gpu {
-        sums: Tensor,
-        origin: Tensor,
-        pixels: usize,
-    },
-    /// found when a picture is normalised, which is then a whole one
-    Unknown,
-}
-
-impl Normal<'_> {
-    /// Normalises rows of the picture with those next to them, and applies `activation`: [b, rows,
-    /// w, c], perhaps [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
+impl BoundGroupNorm<'_> {
+    /// Normalises rows of the images with their halo, and applies `activation`: [b, rows, w, c],
+    /// perhaps [b, above, w, c] and [b, below, w, c] -> [b, above + rows + below, w, c].
     pub fn forward_act(
         &self,
         x: &Tensor,
@@ -711,78 +430,13 @@ impl Normal<'_> {
         below: Option<&Tensor>,
         silu: bool,
     ) -> TensorResult<Tensor> {
-        measured(("normalise", [x.elem_count(), 0, 0]), || {
-            let GroupNorm {
-                weight,
-                bias,
-                groups,
-                eps,
-            } = self.norm;
-            match &self.statistics {
-                Statistics::Cpu(affine) => x.apply_op1_no_bwd(&cpu::Normalise {
-                    affine,
-                    silu,
-                    above,
-                    below,
-                }),
-                Statistics::Gpu {
-                    sums,
-                    origin,
-                    pixels,
-                } => {
-                    let parts: Vec<&Tensor> = above.into_iter().chain([x]).chain(below).collect();
-                    let x = Tensor::cat(&parts, 1)?;
-                    let (sums, origin, weight, bias) =
-                        (sums.clone(), origin.clone(), weight.clone(), bias.clone());
-                    gpu::run(gpu::GroupApply {
-                        x,
-                        origin,
-                        sums,
-                        weight,
-                        bias,
-                        pixels: *pixels,
-                        eps: *eps,
-                        silu,
-                    })
-                }
-                Statistics::Unknown => {
-                    let y = group_norm_plain(x, weight, bias, *groups, *eps)?;
-                    if silu {
-                        candle_nn::ops::silu(&y)
-                    } else {
-                        Ok(y)
-                    }
-                }
-            }
+        self.cx.timed("normalise", [x.elem_count(), 0, 0], || {
+            self.statistics.normalise(x, above, below, self.norm, silu)
         })
     }
 }
 
-/// Group normalisation as a composition of candle's operations: the path of devices without a
-/// kernel, and its oracle.
-pub(super) fn group_norm_plain(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    groups: usize,
-    eps: f64,
-) -> TensorResult<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
-    let dtype = x.dtype();
-    let x = x
-        .to_dtype(candle_core::DType::F32)?
-        .reshape((b, h * w, groups, c / groups))?;
-    let mean = x.mean_keepdim(3)?.mean_keepdim(1)?; // [b, 1, groups, 1]
-    let x = x.broadcast_sub(&mean)?;
-    let variance = x.sqr()?.mean_keepdim(3)?.mean_keepdim(1)?;
-    let x = x
-        .broadcast_div(&(variance + eps)?.sqrt()?)?
-        .reshape((b, h, w, c))?
-        .to_dtype(dtype)?;
-    x.broadcast_mul(weight)?.broadcast_add(bias)
-}
-
-/// Layer normalisation over the last dimension (Ba et al. 2016).
+/// Layer normalisation over the last dimension (Ba et al. 2016, arXiv 1607.06450).
 pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
@@ -800,34 +454,12 @@ impl LayerNorm {
     }
 
     /// Normalises [.., width].
-    pub fn forward(&self, x: &Tensor) -> TensorResult<Tensor> {
-        measured(("layer norm", [x.elem_count(), 0, 0]), || {
-            let Self { weight, bias, eps } = self;
-            match engine(x.device()) {
-                Engine::Cpu => {
-                    x.contiguous()?
-                        .apply_op3_no_bwd(weight, bias, &cpu::LayerNorm { eps: *eps })
-                }
-                Engine::Gpu => gpu::run(gpu::LayerNorm {
-                    x: x.contiguous()?,
-                    weight: weight.clone(),
-                    bias: bias.clone(),
-                    eps: *eps,
-                }),
-                Engine::Plain => layer_norm_plain(x, weight, bias, *eps),
-            }
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        let Self { weight, bias, eps } = self;
+        cx.timed("layer norm", [x.elem_count(), 0, 0], || {
+            cx.backend.layer_norm(x, weight, bias, *eps)
         })
     }
-}
-
-/// The same by candle's own: the path of devices without a kernel, and its oracle.
-pub(super) fn layer_norm_plain(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    eps: f64,
-) -> TensorResult<Tensor> {
-    candle_nn::LayerNorm::new(weight.clone(), bias.clone(), eps).forward(x)
 }
 
 /// The nonlinearities that configurations name.
@@ -843,7 +475,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// By its name in a configuration.
+    /// Parses the name that a configuration gives under `key`.
     pub fn named(name: &str, key: &str) -> Result<Self> {
         Ok(match name {
             "silu" | "swish" => Self::Silu,
@@ -857,7 +489,7 @@ impl Activation {
         })
     }
 
-    /// Element by element.
+    /// Applies the function to every element.
     pub fn forward(self, x: &Tensor) -> TensorResult<Tensor> {
         match self {
             Self::Silu => candle_nn::ops::silu(x),
@@ -869,35 +501,11 @@ impl Activation {
     }
 }
 
-/// Nearest-neighbour scaling of [b, h, w, c] to `height` x `width` as a composition of candle's
-/// operations: the path of devices without a kernel, and its oracle.
-pub(super) fn scale_plain(x: &Tensor, height: usize, width: usize) -> TensorResult<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
-    if height == 2 * h && width == 2 * w {
-        let x = x
-            .reshape((b, h, 1, w, 1, c))?
-            .broadcast_as((b, h, 2, w, 2, c))?;
-        return x.reshape((b, height, width, c));
-    }
-    let index = |to: usize, from: usize| {
-        Tensor::from_iter((0..to).map(|i| (i * from / to) as u32), x.device())
-    };
-    x.contiguous()?
-        .index_select(&index(height, h)?, 1)?
-        .index_select(&index(width, w)?, 2)
-}
-
-/// [b, h, w, c] and [b, h, w, d] side by side -> [b, h, w, c + d].
-pub fn concat(a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
-    measured(
-        ("concat", [a.elem_count() + b.elem_count(), 0, 0]),
-        || match engine(a.device()) {
-            Engine::Cpu => a
-                .contiguous()?
-                .apply_op2_no_bwd(&b.contiguous()?, &cpu::Concat),
-            _ => Tensor::cat(&[a, b], 3),
-        },
-    )
+/// Concatenates [b, h, w, c] and [b, h, w, d] -> [b, h, w, c + d].
+pub fn concat(cx: Forward, a: &Tensor, b: &Tensor) -> TensorResult<Tensor> {
+    cx.timed("concat", [a.elem_count() + b.elem_count(), 0, 0], || {
+        cx.backend.concat(a, b)
+    })
 }
 
 /// Whether no value is NaN or infinite.
@@ -913,10 +521,10 @@ pub fn is_finite(x: &Tensor) -> TensorResult<bool> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::nn::padding::Tile;
+    use crate::nn::{PaddingMode, plain};
     use candle_core::{Device, IndexOp, Tensor};
 
-    /// The largest difference; NaN where there is one, which is what a kernel did not write.
+    /// The largest difference; NaN where there is one, which is what a weight did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         values(&(a - b).unwrap().abs().unwrap())
             .into_iter()
@@ -924,9 +532,14 @@ mod tests {
             .unwrap()
     }
 
-    /// A case that is not tiled and in every way that it can be.
-    fn tiled<T: Copy>(case: T) -> [(T, Option<Tile>); 4] {
-        [None, Some(Tile::X), Some(Tile::Y), Some(Tile::Xy)].map(|tile| (case, tile))
+    fn cpu() -> Forward<'static> {
+        Forward::on(&Device::Cpu)
+    }
+
+    /// A case in all padding modes.
+    fn padded<T: Copy>(case: T) -> [(T, [PaddingMode; 2]); 4] {
+        let modes = [PaddingMode::Zeros, PaddingMode::Circular];
+        [0, 1, 2, 3].map(|i| (case, [modes[i / 2], modes[i % 2]]))
     }
 
     fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
@@ -944,18 +557,18 @@ mod tests {
     fn group_norm(channels: usize, groups: usize) -> GroupNorm {
         let weight = Tensor::randn(1f32, 0.5, channels, &Device::Cpu).unwrap();
         let bias = Tensor::randn(0f32, 0.5, channels, &Device::Cpu).unwrap();
-        GroupNorm {
+        GroupNorm(GroupNormParams {
             weight,
             bias,
             groups,
             eps: 1e-5,
-        }
+        })
     }
 
     fn layer_norm(width: usize) -> LayerNorm {
-        let GroupNorm {
+        let GroupNorm(GroupNormParams {
             weight, bias, eps, ..
-        } = group_norm(width, 1);
+        }) = group_norm(width, 1);
         LayerNorm { weight, bias, eps }
     }
 
@@ -979,15 +592,19 @@ mod tests {
             let x = (Tensor::randn(0f32, 1.0, (n % 3 + 1, h, w, c), &Device::Cpu).unwrap() + 3.0)
                 .unwrap();
             let norm = group_norm(c, groups);
-            let plain = group_norm_plain(&x, &norm.weight, &norm.bias, groups, norm.eps).unwrap();
+            let plain =
+                plain::group_norm(&x, &norm.0.weight, &norm.0.bias, groups, norm.0.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
             assert!(
-                worst(&norm.forward(&x).unwrap(), &plain) < 1e-4,
+                worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-4,
                 "{h}x{w}, {c} in {groups}"
             );
             let silu = candle_nn::ops::silu(&plain).unwrap();
             assert!(
-                worst(&norm.forward_act(&x, Activation::Silu).unwrap(), &silu) < 1e-4,
+                worst(
+                    &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
+                    &silu
+                ) < 1e-4,
                 "{h}x{w}, {c} in {groups}, silu"
             );
         }
@@ -1020,20 +637,20 @@ mod tests {
         let plain = exact(
             f64(&x).reshape((b, h * w, groups, c / groups)).unwrap(),
             &[1, 3],
-            &norm.weight,
-            &norm.bias,
+            &norm.0.weight,
+            &norm.0.bias,
         );
-        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-5);
+        assert!(worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-5);
         assert!(
             worst(
-                &norm.forward_act(&x, Activation::Silu).unwrap(),
+                &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
                 &candle_nn::ops::silu(&plain).unwrap()
             ) < 1e-5
         );
         let norm = layer_norm(c);
         let plain = exact(f64(&x), &[3], &norm.weight, &norm.bias);
         // its mean is an f32, and those near 1000 are 6e-5 apart
-        assert!(worst(&norm.forward(&x).unwrap(), &plain) < 1e-3);
+        assert!(worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 1e-3);
     }
 
     #[test]
@@ -1041,18 +658,18 @@ mod tests {
         for (h, w, value) in [(1, 1, 0.0), (5, 3, 0.1), (65, 67, 1000.3), (65, 67, -3e7)] {
             let x = Tensor::full(value as f32, (2, h, w, 35), &Device::Cpu).unwrap();
             let norm = group_norm(35, 5);
-            let bias = norm.bias.broadcast_as(x.shape()).unwrap();
-            assert!(worst(&norm.forward(&x).unwrap(), &bias) < 1e-6);
+            let bias = norm.0.bias.broadcast_as(x.shape()).unwrap();
+            assert!(worst(&norm.forward(cpu(), &x).unwrap(), &bias) < 1e-6);
             assert!(
                 worst(
-                    &norm.forward_act(&x, Activation::Silu).unwrap(),
+                    &norm.forward_act(cpu(), &x, Activation::Silu).unwrap(),
                     &candle_nn::ops::silu(&bias.contiguous().unwrap()).unwrap()
                 ) < 1e-6
             );
             let norm = layer_norm(35);
             assert!(
                 worst(
-                    &norm.forward(&x).unwrap(),
+                    &norm.forward(cpu(), &x).unwrap(),
                     &norm.bias.broadcast_as(x.shape()).unwrap()
                 ) < 1e-6
             );
@@ -1064,10 +681,10 @@ mod tests {
         for (h, w, c, groups) in [(1, 1, 7, 7), (8, 8, 1280, 32), (65, 67, 50, 5)] {
             let x = Tensor::randn(1f32, 2.0, (3, h, w, c), &Device::Cpu).unwrap();
             let (group, layer) = (group_norm(c, groups), layer_norm(c));
-            let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] =
-                [&|x| group.forward_act(x, Activation::Silu).unwrap(), &|x| {
-                    layer.forward(x).unwrap()
-                }];
+            let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] = [
+                &|x| group.forward_act(cpu(), x, Activation::Silu).unwrap(),
+                &|x| layer.forward(cpu(), x).unwrap(),
+            ];
             for norm in norms {
                 let all = values(&on(1, || norm(&x)));
                 assert!(all == values(&on(2, || norm(&x))));
@@ -1084,9 +701,12 @@ mod tests {
             // around 0, as candle's own is the less exact elsewhere
             let x = Tensor::randn(0f32, 1.0, (n % 3 + 1, 77, width), &Device::Cpu).unwrap();
             let norm = layer_norm(width);
-            let plain = layer_norm_plain(&x, &norm.weight, &norm.bias, norm.eps).unwrap();
+            let plain = plain::layer_norm(&x, &norm.weight, &norm.bias, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
-            assert!(worst(&norm.forward(&x).unwrap(), &plain) < 5e-5, "{width}");
+            assert!(
+                worst(&norm.forward(cpu(), &x).unwrap(), &plain) < 5e-5,
+                "{width}"
+            );
         }
     }
 
@@ -1100,13 +720,11 @@ mod tests {
             (1, 1, (0, 0)),
             (5, 1, (2, 2)),
         ];
-        for (((b, (h, w)), (size, stride, padding)), tile) in (1..)
+        for (((b, (h, w)), (size, stride, padding)), modes) in (1..)
             .zip(sizes)
             .flat_map(|s| kinds.map(|k| (s, k)))
-            .flat_map(tiled)
+            .flat_map(padded)
         {
-            let wrap = Wrap::default();
-            wrap.set(tile);
             let (b, inputs, outputs) = (b % 3 + 1, if size == 3 { 35 } else { 5 }, 7);
             let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
             let weight =
@@ -1115,25 +733,26 @@ mod tests {
             if h + padding.0 + padding.1 < size {
                 continue;
             }
-            let plain = conv2d_plain(&x, &weight, stride, padding, wrap.get())
+            let plain = plain::conv2d(&x, &weight, stride, padding, modes)
                 .unwrap()
                 .broadcast_add(&bias)
                 .unwrap();
             let conv = Conv2d {
-                kernel: Kernel::pack(&weight, false).unwrap(),
+                weight: WeightLayout::new(Backend::Cpu, &weight, false).unwrap(),
                 bias,
                 slope: None,
                 size,
                 stride,
                 padding,
-                wrap,
             };
             let [shift, residual] = [&plain.i((0, 0, 0)).unwrap(), &plain]
                 .map(|like| like.rand_like(-1.0, 1.0).unwrap());
             let added = (plain.broadcast_add(&shift).unwrap() + &residual).unwrap();
             assert!(
                 worst(
-                    &conv.forward_add(&x, Some(&shift), Some(&residual)).unwrap(),
+                    &conv
+                        .forward_add(cpu().padded(modes), &x, Some(&shift), Some(&residual))
+                        .unwrap(),
                     &added
                 ) < 1e-4
             );
@@ -1147,48 +766,28 @@ mod tests {
             let added = plain
                 .broadcast_add(&shifts.reshape((b, 1, 1, outputs)).unwrap())
                 .unwrap();
-            assert!(worst(&conv.forward_add(&x, Some(&shifts), None).unwrap(), &added) < 1e-4);
-            assert!(
-                worst(&conv.forward(&x).unwrap(), &plain) < 1e-4,
-                "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {tile:?}"
-            );
-            let added = leaky_plain(&(&plain + &residual).unwrap(), &shift).unwrap();
             assert!(
                 worst(
                     &conv
-                        .leaky(shift)
-                        .forward_add(&x, None, Some(&residual))
+                        .forward_add(cpu().padded(modes), &x, Some(&shifts), None)
                         .unwrap(),
                     &added
                 ) < 1e-4
             );
-        }
-    }
-
-    #[test]
-    fn a_plain_convolution_in_parts_is_that_of_the_whole() {
-        let sizes = [
-            (7, 5, 3, 1, (1, 1)),
-            (9, 4, 3, 2, (1, 1)),
-            (8, 6, 3, 2, (0, 1)),
-            (5, 6, 1, 1, (0, 0)),
-            (2, 9, 5, 1, (2, 2)),
-        ];
-        for ((h, w, size, stride, padding), tile) in sizes.into_iter().flat_map(tiled) {
-            let wrap = Wrap::default();
-            wrap.set(tile);
-            let x = Tensor::randn(0f32, 1.0, (2, h, w, 3), &Device::Cpu).unwrap();
-            let weight = Tensor::randn(0f32, 0.3, (4, 3, size, size), &Device::Cpu).unwrap();
-            let whole = conv2d_plain(&x, &weight, stride, padding, wrap.get()).unwrap();
-            let row = 2 * whole.dim(2).unwrap() * 3 * size * size;
-            for unfolded in [0, row, 2 * row, 3 * row + 1, 100 * row] {
-                let parts =
-                    conv2d_in_parts(&x, &weight, stride, padding, wrap.get(), unfolded).unwrap();
-                assert!(
-                    worst(&parts, &whole) < 1e-5,
-                    "{h}x{w}, size {size}, stride {stride}, {tile:?}, {unfolded} at once"
-                );
-            }
+            assert!(
+                worst(&conv.forward(cpu().padded(modes), &x).unwrap(), &plain) < 1e-4,
+                "{b}x{h}x{w}, size {size}, stride {stride}, padding {padding:?}, {modes:?}"
+            );
+            let added = plain::leaky_relu(&(&plain + &residual).unwrap(), &shift).unwrap();
+            assert!(
+                worst(
+                    &conv
+                        .leaky(shift)
+                        .forward_add(cpu().padded(modes), &x, None, Some(&residual))
+                        .unwrap(),
+                    &added
+                ) < 1e-4
+            );
         }
     }
 
@@ -1199,7 +798,7 @@ mod tests {
                 [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
             assert_eq!(
                 worst(
-                    &concat(&x, &other).unwrap(),
+                    &concat(cpu(), &x, &other).unwrap(),
                     &Tensor::cat(&[&x, &other], 3).unwrap()
                 ),
                 0.0
@@ -1221,35 +820,37 @@ mod tests {
             .into_iter()
             .flat_map(|s| [(s, 3), (s, 1)])
             .zip((1..=3).cycle());
-        for (((((h, w), (to_h, to_w)), size), b), tile) in cases.flat_map(tiled) {
-            let wrap = Wrap::default();
-            wrap.set(tile);
+        for (((((h, w), (to_h, to_w)), size), b), modes) in cases.flat_map(padded) {
             let x = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
             let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
             let padding = (size / 2, size / 2);
-            let plain = conv2d_plain(
-                &scale_plain(&x, to_h, to_w).unwrap(),
+            let plain = plain::conv2d(
+                &plain::scale_nearest(&x, to_h, to_w).unwrap(),
                 &weight,
                 1,
                 padding,
-                wrap.get(),
+                modes,
             )
             .unwrap()
             .broadcast_add(&bias)
             .unwrap();
             let conv = Conv2d {
-                kernel: Kernel::pack(&weight, false).unwrap(),
+                weight: WeightLayout::new(Backend::Cpu, &weight, false).unwrap(),
                 bias,
                 slope: None,
                 size,
                 stride: 1,
                 padding,
-                wrap,
             };
             assert!(
-                worst(&conv.forward_scaled(&x, to_h, to_w).unwrap(), &plain) < 1e-4,
-                "{h}x{w} to {to_h}x{to_w}, {tile:?}"
+                worst(
+                    &conv
+                        .forward_scaled(cpu().padded(modes), &x, to_h, to_w)
+                        .unwrap(),
+                    &plain
+                ) < 1e-4,
+                "{h}x{w} to {to_h}x{to_w}, {modes:?}"
             );
         }
     }
@@ -1282,7 +883,7 @@ mod tests {
                     (None, None, true),
                     (Some(&bias), None, true),
                 ] {
-                    let weight = Kernel::pack(&stored, gated).unwrap();
+                    let weight = WeightLayout::new(Backend::Cpu, &stored, gated).unwrap();
                     let layer = Linear {
                         weight,
                         bias: bias.cloned(),
@@ -1290,10 +891,10 @@ mod tests {
                         outputs: n,
                         gated,
                     };
-                    let plain = product_plain(&x, &wide, bias, residual, gated).unwrap();
+                    let plain = plain::gemm(&x, &wide, bias, residual, gated).unwrap();
                     let largest = worst(&plain, &plain.zeros_like().unwrap());
                     assert!(
-                        worst(&layer.apply(&x, residual).unwrap(), &plain)
+                        worst(&layer.apply(cpu(), &x, residual).unwrap(), &plain)
                             < 2e-6 * largest.max(1.0),
                         "{m} {k} {n} {dtype:?}"
                     );
@@ -1307,7 +908,7 @@ mod tests {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
         let (x, weight, bias) = (random(&[2, 700, 320]), random(&[640, 320]), random(&[640]));
         let layer = Linear {
-            weight: Kernel::pack(&weight, true).unwrap(),
+            weight: WeightLayout::new(Backend::Cpu, &weight, true).unwrap(),
             bias: Some(bias),
             inputs: 320,
             outputs: 640,
@@ -1318,8 +919,8 @@ mod tests {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            let y = pool.install(|| layer.forward(&x).unwrap());
-            let y = pool.install(|| crate::nn::attention::attention(&y, &y, &y, 8).unwrap());
+            let y = pool.install(|| layer.forward(cpu(), &x).unwrap());
+            let y = pool.install(|| crate::nn::attention::attention(cpu(), &y, &y, &y, 8).unwrap());
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         assert!(on(1) == on(2) && on(1) == on(5));

@@ -1,16 +1,25 @@
 //! The layers that all networks are made of, on activations [b, h, w, c] and tokens [b, n, c].
 //!
-//! Read [`layers`] first; [`bands`] holds pictures that are too large to be held twice,
-//! [`attention`] is scaled dot-product attention without a whole score matrix, [`embed`] the
-//! sinusoidal timestep embedding, [`padding`] seamless pictures, [`profile`] what each layer takes, `cpu`
-//! and `gpu` the fused kernels behind the layers.
+//! Read [`layers`] first. [`forward`] is what every layer is told beside its input: the
+//! [`backend`] that computes, the [`padding`] mode of convolutions, the [`profile`] that times
+//! layers. [`bands`] holds activations that are too large to be held twice, [`attention`] is scaled
+//! dot-product attention without a score matrix, [`embed`] the sinusoidal timestep embedding, `cpu`
+//! and `gpu` are the fused kernels behind the layers.
 
 pub mod attention;
+pub mod backend;
 pub mod bands;
 pub mod cpu;
 pub mod device;
 pub mod embed;
+pub mod forward;
 pub mod gpu;
 pub mod layers;
 pub mod padding;
+pub mod plain;
 pub mod profile;
+
+pub use backend::Backend;
+pub use forward::Forward;
+pub use padding::PaddingMode;
+pub use profile::Profile;

@@ -1,12 +1,11 @@
-//! What layers cost: calls, seconds and floating-point operations by kind and shape, for
-//! benchmarks.
+//! Calls, seconds and floating-point operations of layers by kind and shape, for benchmarks.
 
 use candle_core::Device;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// What the calls of one layer on one shape cost together.
+/// Sums over the calls of one layer on one shape.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cost {
     pub calls: u64,
@@ -15,50 +14,78 @@ pub struct Cost {
     pub flops: u64,
 }
 
-/// A kind of layer, and the sides m, k, n of its product [m, k] [k, n]; k is 0 for those that do
-/// not multiply.
+/// A kind of layer, and the sides m, k, n of its product [m, k] [k, n]; the last two are 0 for
+/// layers that do not multiply.
 pub type Layer = (&'static str, [usize; 3]);
 
-static COSTS: Mutex<BTreeMap<Layer, Cost>> = Mutex::new(BTreeMap::new());
-/// The GPU that layers wait for.
-static AWAITED: Mutex<Option<Device>> = Mutex::new(None);
+/// The costs of the layers of some forward passes.
+#[derive(Debug)]
+pub struct Profile {
+    costs: Mutex<BTreeMap<Layer, Cost>>,
+    sync_on: Option<Device>,
+}
 
-/// From now on layers on this device wait until their work is done; with none, their time on a GPU
-/// is that of the launch.
-pub fn wait_for(device: Option<&Device>) {
-    if let Ok(mut awaited) = AWAITED.lock() {
-        *awaited = device.cloned();
+impl Profile {
+    /// An empty profile. On a GPU, whose work is launched and not awaited, every layer waits until
+    /// the device is done.
+    pub fn new(device: &Device) -> Self {
+        Self {
+            costs: Mutex::default(),
+            sync_on: (!device.is_cpu()).then(|| device.clone()),
+        }
+    }
+
+    /// Runs a layer and adds its cost.
+    pub(super) fn timed<R>(&self, layer: Layer, work: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = work();
+        if let Some(device) = &self.sync_on {
+            // a failure shows in the results
+            device.synchronize().ok();
+        }
+        if let Ok(mut costs) = self.costs.lock() {
+            let cost = costs.entry(layer).or_default();
+            cost.calls += 1;
+            cost.time += start.elapsed();
+            cost.flops += 2 * layer.1.iter().product::<usize>() as u64;
+        }
+        result
+    }
+
+    /// Takes the costs so far and starts anew.
+    pub fn take(&self) -> BTreeMap<Layer, Cost> {
+        self.costs
+            .lock()
+            .map(|mut costs| std::mem::take(&mut *costs))
+            .unwrap_or_default()
     }
 }
 
-/// Whether layers wait for a device.
-pub fn waits() -> bool {
-    AWAITED.lock().is_ok_and(|awaited| awaited.is_some())
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::nn::Forward;
+    use crate::nn::layers::Linear;
+    use crate::weights::Weights;
+    use candle_core::{DType, Tensor};
 
-/// Does the work of a layer and takes note of its cost.
-pub fn measured<R>(layer: Layer, work: impl FnOnce() -> R) -> R {
-    let start = Instant::now();
-    let result = work();
-    if let Ok(awaited) = AWAITED.lock()
-        && let Some(device) = &*awaited
-    {
-        // what failed shows in the results
-        device.synchronize().ok();
+    #[test]
+    fn a_profile_counts_the_layers_of_the_passes_that_it_is_given_to() {
+        let device = Device::Cpu;
+        let layer = Linear::new(&Weights::random(&device, DType::F32), 3, 5).unwrap();
+        let x = Tensor::zeros((2, 3), DType::F32, &device).unwrap();
+        let (profile, cx) = (Profile::new(&device), Forward::on(&device));
+        let profiled = Forward {
+            profile: Some(&profile),
+            ..cx
+        };
+        for cx in [cx, profiled, profiled] {
+            layer.forward(cx, &x).unwrap();
+        }
+        let costs = profile.take();
+        let cost = costs[&("linear", [2, 3, 5])];
+        assert_eq!((costs.len(), cost.calls, cost.flops), (1, 2, 2 * 2 * 30));
+        assert!(profile.take().is_empty());
     }
-    if let Ok(mut costs) = COSTS.lock() {
-        let cost = costs.entry(layer).or_default();
-        cost.calls += 1;
-        cost.time += start.elapsed();
-        cost.flops += 2 * layer.1.iter().product::<usize>() as u64;
-    }
-    result
-}
-
-/// All costs since the last call.
-pub fn take() -> BTreeMap<Layer, Cost> {
-    COSTS
-        .lock()
-        .map(|mut costs| std::mem::take(&mut *costs))
-        .unwrap_or_default()
 }

@@ -3,8 +3,7 @@
 use super::family::Family;
 use super::preview::PreviewMap;
 use super::settings::Settings;
-use crate::model::Autoencoder;
-use crate::model::unet::{Beside, UNetConfig};
+use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::sampling::schedule::SchedulerConfig;
 use crate::text::encoder::{EncoderConfig, Finder};
 use crate::weights::{Checkpoint, ModelError};
@@ -49,7 +48,7 @@ impl PipelineConfig {
             .map(|refiner| base.refined_by(refiner))
             .transpose()?;
         let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
-        let (latent, out) = (vae.latent_channels(), base.unet.out_channels);
+        let (latent, out) = (vae.latent_channels(), base.backbone.latent_channels());
         if latent != out {
             bail!("the U-Net of `{name}` draws in {out} channels, its VAE has {latent}");
         }
@@ -68,7 +67,7 @@ impl PipelineConfig {
         (
             settings.height / factor,
             settings.width / factor,
-            self.base.unet.out_channels,
+            self.base.backbone.latent_channels(),
         )
     }
 
@@ -80,7 +79,7 @@ impl PipelineConfig {
 
 /// The parsed configuration of a denoising network with its text encoders and its scheduler.
 pub struct ModelConfig {
-    pub unet: UNetConfig,
+    pub backbone: BackboneConfig,
     pub encoder: EncoderConfig,
     pub scheduler: SchedulerConfig,
     /// how many time ids the network takes (SDXL: sizes and crop); 0 for none
@@ -88,16 +87,16 @@ pub struct ModelConfig {
     /// whether an empty negative prompt is embedded as zeros, not as the embedding of no text
     pub empty_is_zeros: bool,
     /// what the network takes beside the latents
-    pub beside: Beside,
+    pub kind: ModelKind,
 }
 
 impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
-        let unet = UNetConfig::from_json(checkpoint.config("unet")?)?;
+        let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
         let encoder = EncoderConfig::of(checkpoint)?;
         let added_ids = encoder
             .pooled()
-            .map_or(Ok(0), |pooled| unet.added_ids(pooled))?;
+            .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
         let pipeline = checkpoint.configs.get("pipeline");
         let force_zeros =
             pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
@@ -105,8 +104,8 @@ impl ModelConfig {
             scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
             // diffusers' default in the pipelines that know this key
             empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
-            beside: unet.beside()?,
-            unet,
+            kind: backbone.kind()?,
+            backbone,
             encoder,
             added_ids,
         })
@@ -115,16 +114,16 @@ impl ModelConfig {
     /// Returns the strength of img2img; none where the network takes the source as an input and
     /// starts from pure noise.
     pub fn strength(&self, asked: Option<f64>) -> Option<f64> {
-        match self.beside {
-            Beside::Nothing => Some(asked.unwrap_or(STRENGTH)),
-            Beside::Masked => Some(asked.unwrap_or(1.0)),
-            Beside::Picture => asked,
+        match self.kind {
+            ModelKind::TextToImage => Some(asked.unwrap_or(STRENGTH)),
+            ModelKind::Inpaint => Some(asked.unwrap_or(1.0)),
+            ModelKind::InstructPix2Pix => asked,
         }
     }
 
     /// Returns the image guidance scale of a network that edits images.
     pub fn image_guidance(&self, asked: Option<f64>) -> Option<f64> {
-        asked.or((self.beside == Beside::Picture).then_some(IMAGE_GUIDANCE))
+        asked.or((self.kind == ModelKind::InstructPix2Pix).then_some(IMAGE_GUIDANCE))
     }
 
     /// Errors if the network needs a source image and there is none, or if it cannot do what is
@@ -137,23 +136,23 @@ impl ModelConfig {
             model,
             ..
         } = settings;
-        match (self.beside, source) {
-            (Beside::Masked, None) => bail!(
+        match (self.kind, source) {
+            (ModelKind::Inpaint, None) => bail!(
                 "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"
             ),
-            (Beside::Masked, Some(source)) if !source.repaints() => bail!(
+            (ModelKind::Inpaint, Some(source)) if !source.repaints() => bail!(
                 "`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is \
                  repainted"
             ),
-            (Beside::Picture, None) => bail!(
+            (ModelKind::InstructPix2Pix, None) => bail!(
                 "`{model}` edits pictures\n\nhint: it needs one, `--image FILE`, and for a prompt \
                  what to change"
             ),
-            (Beside::Picture, Some(_)) if strength.is_some() => bail!(
+            (ModelKind::InstructPix2Pix, Some(_)) if strength.is_some() => bail!(
                 "`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how \
                  closely it follows the picture"
             ),
-            (Beside::Nothing | Beside::Masked, _) if image_guidance.is_some() => bail!(
+            (ModelKind::TextToImage | ModelKind::Inpaint, _) if image_guidance.is_some() => bail!(
                 "`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for \
                  models such as InstructPix2Pix"
             ),
@@ -164,7 +163,7 @@ impl ModelConfig {
     /// Parses the configuration of a refiner of this model. Errors if their latents differ.
     fn refined_by(&self, refiner: &Checkpoint) -> Result<Self> {
         let other = Self::new(refiner)?;
-        let same_latents = self.unet.out_channels == other.unet.in_channels;
+        let same_latents = self.backbone.latent_channels() == other.backbone.in_channels();
         if self.added_ids == 0 || other.added_ids == 0 || !same_latents {
             bail!(
                 "`{}` cannot refine what this model begins\n\nhint: `--refiner` is for two models \

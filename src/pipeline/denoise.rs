@@ -13,8 +13,7 @@ use super::job::Job;
 use super::prompt_cache::PromptCache;
 use super::settings::Settings;
 use crate::error::{Cancelled, NotFinite};
-use crate::model::Posterior;
-use crate::model::unet::{Beside, UNet};
+use crate::model::{Backbone, ExtraInputs, ModelKind, Posterior};
 use crate::nn::layers::is_finite;
 use crate::sampling::noise::Generator;
 use crate::sampling::sampler::{self, Step};
@@ -81,7 +80,7 @@ impl Denoising {
     /// are not finite any more, or if the caller cancels.
     pub fn run(
         &mut self,
-        unet: &UNet,
+        backbone: &Backbone,
         prompts: &PromptCache,
         batch: &[&Job],
         init: Init,
@@ -97,19 +96,17 @@ impl Denoising {
             (Some(plan), Init::Handover(_)) => (plan, prompts.config.scheduler.prediction),
             _ => (&first.plan, settings.prediction),
         };
-        unet.wrap.set(settings.tile);
+        let cx = run.forward(settings);
         let mut texts = prompts.at(batch, plan.before());
-        let conditioned = unet.told(&prompts.of(batch, &texts)?)?;
         let state = self.init(init, plan, batch, prompts, run)?;
-        let beside = state
-            .concat
-            .map(|concat| concat.to_dtype(conditioned.dtype()))
-            .transpose()?;
+        let extra = ExtraInputs {
+            concat: state.concat,
+            ..ExtraInputs::default()
+        };
         let mut denoiser = CfgDenoiser {
-            unet: conditioned,
+            model: backbone.bind(cx, &prompts.of(batch, &texts)?, extra.clone())?,
             guidance: *guidance,
             weights: first.prompt_weights().collect(),
-            beside,
             scale: settings.guidance,
             rescale: settings.guidance_rescale,
             prediction,
@@ -128,7 +125,7 @@ impl Denoising {
             let now = prompts.at(batch, plan.step_of(*done - before));
             if now != texts {
                 let conditioning = prompts.of(batch, &now).map_err(candle_core::Error::wrap)?;
-                denoiser.unet = unet.told(&conditioning)?;
+                denoiser.model = backbone.bind(cx, &conditioning, extra.clone())?;
                 texts = now;
             }
             let denoised = denoiser.denoise(x, sigma, timestep)?;
@@ -271,10 +268,10 @@ fn init_image(
     strength: Option<f64>,
     noise: &mut dyn FnMut() -> TensorResult<Tensor>,
 ) -> TensorResult<Option<Tensor>> {
-    let is_needed = match config.beside {
-        Beside::Nothing => true,
-        Beside::Masked => strength < Some(1.0),
-        Beside::Picture => false,
+    let is_needed = match config.kind {
+        ModelKind::TextToImage => true,
+        ModelKind::Inpaint => strength < Some(1.0),
+        ModelKind::InstructPix2Pix => false,
     };
     if !is_needed || images.is_empty() {
         return Ok(None);
@@ -321,12 +318,12 @@ impl Concat<'_> {
                 .filter_map(|init| Some(&init.inpaint.as_ref()?.masked_image));
             // diffusers draws noise for it, whether the network takes it or not
             let masked = Posterior::cat(masked)?.sample(noise)?;
-            if self.config.beside == Beside::Masked {
+            if self.config.kind == ModelKind::Inpaint {
                 let concat = Tensor::cat(&[mask, &masked], 3)?;
                 return Tensor::cat(&vec![&concat; passes], 0).map(Some);
             }
         }
-        if self.config.beside != Beside::Picture {
+        if self.config.kind != ModelKind::InstructPix2Pix {
             return Ok(None);
         }
         let image = Posterior::cat(self.images.iter().map(|init| &init.image))?;

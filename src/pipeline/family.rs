@@ -1,6 +1,6 @@
 //! The families of models, as data: how each is recognised and what it draws by default.
 
-use crate::model::unet::UNetConfig;
+use crate::model::BackboneConfig;
 use crate::text::encoder::EncoderConfig;
 use crate::weights::Checkpoint;
 use crate::weights::lora::Lora;
@@ -91,7 +91,7 @@ impl Family {
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
         if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
-            return match UNetConfig::from_json(unet)?.added_ids(pooled)? {
+            return match BackboneConfig::from_json(unet)?.time_ids(pooled)? {
                 BASE_IDS => Ok(Self::Sdxl),
                 REFINER_IDS => Ok(Self::SdxlRefiner),
                 ids => bail!(

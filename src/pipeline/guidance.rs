@@ -1,21 +1,17 @@
-//! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the U-Net: what a sampler
+//! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the network: what a sampler
 //! calls `denoise`.
 
-use crate::model::unet::Told;
-use crate::nn::layers::concat;
+use crate::model::Denoiser;
 use crate::sampling::schedule::Prediction;
 use candle_core::{D, Result, Tensor};
 
-/// A U-Net with its conditioning, seen as a denoiser.
+/// A network with its conditioning, seen as a denoiser.
 pub struct CfgDenoiser<'a> {
-    /// told of what the guidance says, one block of pictures after the other
-    pub unet: Told<'a>,
+    /// bound to the conditioning of all passes, one block of images after the other
+    pub model: Denoiser<'a>,
     pub guidance: Guidance,
     /// of each prompt of a picture beside the others
     pub weights: Vec<f64>,
-    /// what stands beside the latents, [passes*b, h, w, k], for networks that take a source picture
-    /// as an input
-    pub beside: Option<Tensor>,
     pub scale: f64,
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
@@ -66,15 +62,15 @@ impl DeepCache {
         }
     }
 
-    fn forward(&mut self, unet: &Told, input: &Tensor, timestep: f64) -> Result<Tensor> {
+    fn forward(&mut self, model: &Denoiser, input: &Tensor, timestep: f64) -> Result<Tensor> {
         if self.interval <= 1 {
-            return unet.forward(input, timestep);
+            return model.forward(input, timestep);
         }
         if self.calls.is_multiple_of(self.interval) {
             self.inner = None;
         }
         self.calls += 1;
-        unet.forward_reusing(input, timestep, &mut self.inner)
+        model.forward_cached(input, timestep, &mut self.inner)
     }
 }
 
@@ -83,21 +79,14 @@ impl CfgDenoiser<'_> {
     /// f32.
     pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         let scalings = self.prediction.scalings(sigma);
-        let input = (x * scalings.c_in)?.to_dtype(self.unet.dtype())?;
+        let input = (x * scalings.c_in)?;
         let passes = self.guidance.passes();
         let input = if passes > 1 {
             Tensor::cat(&vec![&input; passes], 0)?
         } else {
             input
         }; // [passes*b, h, w, c]
-        let input = match &self.beside {
-            Some(beside) => concat(&input, beside)?,
-            None => input,
-        };
-        let output = self
-            .deep_cache
-            .forward(&self.unet, &input, timestep)?
-            .to_dtype(x.dtype())?;
+        let output = self.deep_cache.forward(&self.model, &input, timestep)?;
         let parts = output.chunk(passes, 0)?;
         let output = match (self.guidance, &parts[..]) {
             (Guidance::Text(_), [unconditional, conditional, ..]) => {

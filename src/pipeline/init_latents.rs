@@ -3,10 +3,9 @@
 use super::Run;
 use super::inpaint::InitImage;
 use super::job::Job;
-use super::settings::{Settings, Source};
+use super::settings::{Settings, Source, Tile};
 use crate::image::Picture;
 use crate::model::Posterior;
-use crate::nn::padding::Tile;
 use anyhow::Result;
 use candle_core::Tensor;
 use std::collections::HashMap;

@@ -505,7 +505,7 @@ mod tests {
             .map(|i| (10..40).contains(&(i % width)))
             .collect();
         let weights = feathered(&mask, width, 3);
-        let row = &weight[15 * width..16 * width];
+        let row = &weights[15 * width..16 * width];
         assert_eq!(row[..10], [0; 10]);
         assert_eq!(row[10..14], [64, 128, 191, 255]);
         assert!(
@@ -513,7 +513,7 @@ mod tests {
             "the picture's edge is none of the mask's: {row:?}"
         );
         assert!(
-            weights(&mask, width, 0)
+            feathered(&mask, width, 0)
                 .iter()
                 .zip(&mask)
                 .all(|(weight, is)| *weight == if *is { 255 } else { 0 })

@@ -8,10 +8,6 @@ use crate::nn::device::require_memory;
 /// Images in a forward pass where nobody says: more bring little speed, and all of them wait for
 /// the last.
 const AUTO_BATCH: usize = 4;
-/// Activations of the denoising network that are alive at once, in units of its widest one.
-const LIVE_ACTIVATIONS: u64 = 12;
-/// Bytes of an activation.
-const F32_BYTES: u64 = 4;
 
 impl Pipeline {
     /// Estimates the peak memory of generating these jobs in batches of this size, in bytes: the
@@ -29,12 +25,10 @@ impl Pipeline {
         } else {
             base.max(refiner)
         };
-        let widths = self.config.base.unet.block_out_channels.iter().take(2);
-        let widest = widths.copied().max().unwrap_or(1) as u64;
         let of_job = |job: &&Job| {
             let (h, w) = self.final_latents(&job.settings);
-            let tokens = (job.guidance.passes() * batch_size * h * w) as u64;
-            let denoising = weights + F32_BYTES * LIVE_ACTIVATIONS * tokens * widest;
+            let batch = job.guidance.passes() * batch_size;
+            let denoising = weights + self.config.base.backbone.activation_bytes(batch, h, w);
             denoising.max(self.vae_bytes(&job.settings))
         };
         jobs.iter().map(of_job).max().unwrap_or(0)

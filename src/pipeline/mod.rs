@@ -26,7 +26,8 @@ use crate::error::{Cancelled, Error, ErrorKind, NotFinite, OutOfMemory, mark_out
 use crate::image::Picture;
 use crate::image::load::Fit;
 use crate::model::{Posterior, tiles};
-use crate::nn::cpu::Attended;
+use crate::nn::Forward;
+use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
 use crate::nn::layers::is_finite;
 use crate::sampling::schedule::Prediction;
@@ -152,7 +153,7 @@ impl Pipeline {
         };
         while queue.len() > 0 && events.emit(remaining(&queue)).is_continue() {
             let Some(batch) = queue.next() else { break };
-            let _awake = self.compute.device.is_cpu().then(Attended::start);
+            let _awake = self.compute.device.is_cpu().then(KeepAwake::start);
             run.encode_prompts(&jobs_of(&batch), &queue)?;
             let batch = queue.take_matching(batch, |job| run.base_prompts.tokens(job))?;
             let before = jobs.len() - queue.len() - batch.len();
@@ -239,6 +240,11 @@ impl<'a> Run<'a> {
         &self.pipeline.compute.device
     }
 
+    /// What the forward passes for an image with these settings share.
+    pub fn forward(&self, settings: &Settings) -> Forward<'static> {
+        Forward::on(self.device()).padded(settings.padding())
+    }
+
     /// Pixels a latent, in each direction.
     pub fn vae_factor(&self) -> usize {
         self.pipeline.config.vae.factor()
@@ -257,7 +263,7 @@ impl<'a> Run<'a> {
             self.events,
         )?;
         base.networks
-            .unet(&base, &self.pipeline.compute, self.events)
+            .backbone(&base, &self.pipeline.compute, self.events)
             .map(drop)
     }
 
@@ -287,14 +293,19 @@ impl<'a> Run<'a> {
         if !self.keeps_vae_encoder(batch, queue) {
             self.pipeline.networks.vae_encoder.free();
         }
-        let unet = base.networks.unet(&base, compute, events)?;
-        let mut latents =
-            denoising.run(&unet, &self.base_prompts, batch, Init::Images(&init), self)?;
+        let backbone = base.networks.backbone(&base, compute, events)?;
+        let mut latents = denoising.run(
+            &backbone,
+            &self.base_prompts,
+            batch,
+            Init::Images(&init),
+            self,
+        )?;
         if let Some(refiner) = self.refiner() {
-            drop(unet);
+            drop(backbone);
             // kept for the next batch; after the last its memory is free for the refiner
             if queue.len() == 0 && !self.options.keep_networks {
-                base.networks.unet.free();
+                base.networks.backbone.free();
             }
             latents = self.refine(refiner, &mut denoising, batch, queue, &latents)?;
         } else if let Some(passes) = hires_passes(batch) {
@@ -303,7 +314,7 @@ impl<'a> Run<'a> {
             events.stage("drawing it again, larger");
             let passes: Vec<&Job> = passes.iter().collect();
             latents = denoising.run(
-                &unet,
+                &backbone,
                 &self.base_prompts,
                 &passes,
                 Init::Images(&init),
@@ -333,9 +344,11 @@ impl<'a> Run<'a> {
         };
         let encoded = encode(&mut prompts, refiner, batch, queue, pipeline, keep, events);
         let refined = encoded.and_then(|()| {
-            let unet = refiner.networks.unet(&refiner, &pipeline.compute, events)?;
+            let backbone = refiner
+                .networks
+                .backbone(&refiner, &pipeline.compute, events)?;
             events.stage("refining");
-            denoising.run(&unet, &prompts, batch, Init::Handover(latents), self)
+            denoising.run(&backbone, &prompts, batch, Init::Handover(latents), self)
         });
         self.refiner_prompts = Some(prompts);
         refined
@@ -371,8 +384,8 @@ impl<'a> Run<'a> {
             sampling_s,
         } = denoised;
         if queue.len() == 0 && !self.options.keep_networks {
-            self.pipeline.networks.base.unet.free();
-            self.pipeline.networks.refiner.unet.free();
+            self.pipeline.networks.base.backbone.free();
+            self.pipeline.networks.refiner.backbone.free();
         }
         self.decoder()?;
         self.events.stage("decoding");
@@ -449,20 +462,17 @@ impl<'a> Run<'a> {
             ..
         } = self.pipeline;
         let encoder = networks.vae_encoder(checkpoint, config, compute, self.events)?;
-        encoder.wrap().set(settings.tile);
-        Ok(encoder.encode(rgb, config.tile(settings))?)
+        Ok(encoder.encode(self.forward(settings), rgb, config.tile(settings))?)
     }
 
     /// Decodes image `i` of latents [b, h, w, c]. Errors if it is not finite.
     fn decode(&self, latents: &Tensor, i: usize, settings: &Settings) -> Result<Picture> {
         let decoder = self.decoder()?;
-        decoder.wrap().set(settings.tile);
+        let cx = self.forward(settings);
         let latents = latents.narrow(0, i, 1)?;
         let rgb = match self.pipeline.config.tile(settings) {
-            Some(side) => {
-                tiles::apply(&latents, side, decoder.wrap(), |tile| decoder.decode(tile))?
-            }
-            None => decoder.decode(&latents)?,
+            Some(side) => tiles::apply(cx, &latents, side, |cx, tile| decoder.decode(cx, tile))?,
+            None => decoder.decode(cx, &latents)?,
         }; // [1, h, w, 3]
         if !is_finite(&rgb)? {
             return Err(NotFinite {

@@ -2,8 +2,7 @@
 
 use super::config::{ModelConfig, PipelineConfig};
 use super::event::Events;
-use crate::model::unet::UNet;
-use crate::model::{Decoder, Encoder};
+use crate::model::{Backbone, Decoder, Encoder};
 use crate::nn::device::Compute;
 use crate::text::encoder::Encoder as TextEncoder;
 use crate::weights::{Checkpoint, ModelError};
@@ -45,7 +44,7 @@ impl<T> Slot<T> {
 #[derive(Default)]
 pub struct ModelNetworks {
     pub text_encoder: Slot<TextEncoder>,
-    pub unet: Slot<UNet>,
+    pub backbone: Slot<Backbone>,
 }
 
 impl ModelNetworks {
@@ -63,13 +62,18 @@ impl ModelNetworks {
     }
 
     /// Returns the denoising network.
-    pub fn unet(&self, model: &Model, compute: &Compute, events: &Events) -> Result<Arc<UNet>> {
-        self.unet.get_or_read(|| {
+    pub fn backbone(
+        &self,
+        model: &Model,
+        compute: &Compute,
+        events: &Events,
+    ) -> Result<Arc<Backbone>> {
+        self.backbone.get_or_read(|| {
             events.stage("reading the U-Net");
             let weights = model
                 .checkpoint
                 .weights("unet", &compute.device, compute.dtype);
-            UNet::new(&weights, &model.config.unet)
+            model.config.backbone.build(&weights)
         })
     }
 }

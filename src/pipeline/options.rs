@@ -6,8 +6,7 @@
 //! [`crate::pipeline::resolve`], which fills in what is left open.
 
 use crate::image::load::Fit;
-use crate::nn::padding::Tile;
-use crate::pipeline::settings::{Border, Point, Size};
+use crate::pipeline::settings::{Border, Point, Size, Tile};
 use crate::sampling::noise::Variation;
 use crate::sampling::sampler::Sampler;
 use crate::sampling::schedule::Schedule;

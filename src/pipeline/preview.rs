@@ -112,6 +112,7 @@ impl PreviewMap {
 mod tests {
     use super::*;
     use crate::model::vae::{Decoder, VaeConfig};
+    use crate::nn::Forward;
     use crate::sampling::noise::Generator;
     use crate::weights::{Checkpoint, Origin};
     use anyhow::Context;
@@ -188,7 +189,9 @@ mod tests {
             .context("no preview of the embedded model")?;
         let decoder = Decoder::new(&checkpoint.weights("vae", &Device::Cpu, DType::F32), &vae)?;
         let latents = Generator::new(1).latents(8, 8, 32)?;
-        let decoded = decoder.decode(&latents)?.clamp(0f32, 1f32)?; // [1, 128, 128, 3]
+        let decoded = decoder
+            .decode(Forward::on(&Device::Cpu), &latents)?
+            .clamp(0f32, 1f32)?; // [1, 128, 128, 3]
         let small = decoded
             .reshape((32, 4, 32, 4, 3))?
             .mean((1, 3))?

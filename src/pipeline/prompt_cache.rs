@@ -9,7 +9,7 @@ use super::family::{AESTHETIC_SCORES, REFINER_IDS};
 use super::fingerprint::Trace;
 use super::guidance::Guidance;
 use super::job::Job;
-use crate::model::unet::{Added, Conditioning};
+use crate::model::{AddedCond, Conditioning};
 use crate::text::encoder::{Embedded, Encoder};
 use crate::text::prompt::{Changing, Syntax};
 use anyhow::{Context, Error, Result};
@@ -255,16 +255,16 @@ impl<'a> PromptCache<'a> {
         let ids = || batch.iter().cycle().zip(&texts.0).map(numbers).collect();
         let added = (!pooled.is_empty())
             .then(|| {
-                Ok::<_, Error>(Added {
-                    pooled: Tensor::cat(&pooled, 0)?,
-                    ids: ids(),
+                Ok::<_, Error>(AddedCond {
+                    text_embeds: Tensor::cat(&pooled, 0)?,
+                    time_ids: ids(),
                 })
             })
             .transpose()?;
         let guidance = batch.first().map(|job| job.settings.guidance);
         Ok(Conditioning {
             context: Tensor::cat(&contexts, 0)?,
-            added,
+            added_cond: added,
             guidance,
         })
     }

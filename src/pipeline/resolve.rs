@@ -85,7 +85,7 @@ impl<'a> Resolver<'a> {
         let (checkpoint, config) = (&pipeline.checkpoint, &pipeline.config);
         let name = |model: &Checkpoint| Arc::<str>::from(model.name.as_str());
         let factor = config.vae.factor();
-        let (height, width) = config.base.unet.sample_size()?;
+        let (height, width) = config.base.backbone.sample_size()?;
         Ok(Self {
             pipeline,
             init_images: InitImageFinder::default(),
@@ -273,7 +273,7 @@ impl<'a> Resolver<'a> {
         } = self.plans(&settings)?;
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
         // input runs once
-        let is_on = settings.guidance > 1.0 && base.unet.time_cond_proj_dim.is_none();
+        let is_on = settings.guidance > 1.0 && !base.backbone.embeds_guidance();
         let prompts = self.prompts(&settings)?;
         settings.embeddings = self.learned_words(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
@@ -395,7 +395,7 @@ impl<'a> Resolver<'a> {
         scheduler.prediction = key.prediction;
         // latent consistency models, which are known by their guidance input, take all steps
         // whatever the strength
-        let takes_all_steps = config.base.unet.time_cond_proj_dim.is_some();
+        let takes_all_steps = config.base.backbone.embeds_guidance();
         let from_image = |strength| {
             let all = takes_all_steps;
             plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, all)

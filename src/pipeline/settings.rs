@@ -3,7 +3,7 @@
 use super::fingerprint::Trace;
 use crate::image::load::Fit;
 use crate::image::{MAX_SIDE_PX, Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
-use crate::nn::padding::Tile;
+use crate::nn::PaddingMode;
 use crate::sampling::noise::Variation;
 use crate::sampling::sampler::Sampler;
 use crate::sampling::schedule::{Prediction, Schedule};
@@ -309,7 +309,32 @@ impl<const SEPARATOR: char> From<Pair<SEPARATOR>> for String {
     }
 }
 
+/// How copies of an image fit together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
+pub enum Tile {
+    /// side by side
+    X,
+    /// one above the other
+    Y,
+    /// both
+    Xy,
+}
+
 impl Settings {
+    /// The padding modes of rows and of columns.
+    pub fn padding(&self) -> [PaddingMode; 2] {
+        let mode = |is_circular| {
+            if is_circular {
+                PaddingMode::Circular
+            } else {
+                PaddingMode::Zeros
+            }
+        };
+        [Tile::Y, Tile::X].map(|axis| mode(self.tile == Some(axis) || self.tile == Some(Tile::Xy)))
+    }
+
     /// What SDXL is told of the picture: original height and width, top and left of the crop,
     /// height and width.
     pub fn sizes(&self) -> [f64; 6] {

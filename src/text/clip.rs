@@ -1,7 +1,7 @@
 //! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
 
-use crate::nn::attention::attention_plain;
 use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::{Forward, plain};
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
@@ -138,27 +138,32 @@ impl Clip {
     /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last
     /// `skip` layers. Errors if an id is outside of the vocabulary or `skip` is not below the
     /// number of layers.
-    pub fn forward(&self, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
+    pub fn forward(&self, cx: Forward, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
         let depth = self.layers.len().saturating_sub(skip);
         self.final_layer_norm
-            .forward(&self.run(self.embed(ids)?, 0..depth)?)
+            .forward(cx, &self.run(cx, self.embed(ids)?, 0..depth)?)
     }
 
     /// Token ids [n] -> hidden states [1, n, hidden] as they enter the last layer, or one `skip`
     /// layers before it, without the final norm; and of an encoder with a projection that of the
     /// whole text, [1, projection]. Errors as `forward`.
-    pub fn penultimate(&self, ids: &[u32], skip: usize) -> TensorResult<(Tensor, Option<Tensor>)> {
+    pub fn penultimate(
+        &self,
+        cx: Forward,
+        ids: &[u32],
+        skip: usize,
+    ) -> TensorResult<(Tensor, Option<Tensor>)> {
         let depth = self.layers.len().saturating_sub(1 + skip);
-        let hidden = self.run(self.embed(ids)?, 0..depth)?;
+        let hidden = self.run(cx, self.embed(ids)?, 0..depth)?;
         let Some(projection) = &self.text_projection else {
             return Ok((hidden, None));
         };
-        let last = self.run(hidden.clone(), depth..self.layers.len())?;
+        let last = self.run(cx, hidden.clone(), depth..self.layers.len())?;
         let end = self
             .final_layer_norm
-            .forward(&last.narrow(1, self.end(ids), 1)?)?
+            .forward(cx, &last.narrow(1, self.end(ids), 1)?)?
             .squeeze(1)?; // [1, hidden]
-        Ok((hidden, Some(projection.forward(&end)?)))
+        Ok((hidden, Some(projection.forward(cx, &end)?)))
     }
 
     /// Where the text ends, whose state stands for all of it: padding may be the same token, and
@@ -183,10 +188,10 @@ impl Clip {
     }
 
     /// [1, n, hidden] through some of the layers.
-    fn run(&self, mut x: Tensor, layers: Range<usize>) -> TensorResult<Tensor> {
+    fn run(&self, cx: Forward, mut x: Tensor, layers: Range<usize>) -> TensorResult<Tensor> {
         let mask = causal_mask(x.dim(1)?, x.device())?.to_dtype(x.dtype())?;
         for layer in self.layers.get(layers).unwrap_or_default() {
-            x = layer.forward(&x, &mask)?;
+            x = layer.forward(cx, &x, &mask)?;
         }
         Ok(x)
     }
@@ -241,20 +246,19 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> TensorResult<Tensor> {
-        let h = self.layer_norm1.forward(x)?;
+    fn forward(&self, cx: Forward, x: &Tensor, mask: &Tensor) -> TensorResult<Tensor> {
+        let h = self.layer_norm1.forward(cx, x)?;
         let (q, k, v) = (
-            self.q_proj.forward(&h)?,
-            self.k_proj.forward(&h)?,
-            self.v_proj.forward(&h)?,
+            self.q_proj.forward(cx, &h)?,
+            self.k_proj.forward(cx, &h)?,
+            self.v_proj.forward(cx, &h)?,
         );
-        let x =
-            (x + self
-                .out_proj
-                .forward(&attention_plain(&q, &k, &v, self.heads, Some(mask))?)?)?;
+        let x = (x + self
+            .out_proj
+            .forward(cx, &plain::attention(&q, &k, &v, self.heads, Some(mask))?)?)?;
         let h = self
             .activation
-            .forward(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
-        x + self.fc2.forward(&h)?
+            .forward(&self.fc1.forward(cx, &self.layer_norm2.forward(cx, &x)?)?)?;
+        x + self.fc2.forward(cx, &h)?
     }
 }

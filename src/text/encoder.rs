@@ -5,10 +5,11 @@
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Piece, Syntax, pieces};
 use super::tokenizer::{Chunk, Tokenizer};
+use crate::nn::Forward;
 use crate::nn::device::Compute;
 use crate::weights::{Checkpoint, ENCODERS};
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Result as TensorResult, Tensor};
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use std::sync::Arc;
 
 /// What a U-Net is told of a prompt.
@@ -137,6 +138,7 @@ impl Finder {
 /// The text encoders with their tokenizers.
 pub struct Encoder {
     parts: Vec<(Tokenizer, Clip, ClipConfig)>,
+    device: Device,
     /// whether the U-Net is told of the whole text too
     is_pooled: bool,
 }
@@ -166,6 +168,7 @@ impl Encoder {
                 .zip(tokenizers)
                 .map(part)
                 .collect::<Result<_>>()?,
+            device: compute.device.clone(),
             is_pooled: config.pooled().is_some(),
         })
     }
@@ -182,6 +185,7 @@ impl Encoder {
             Syntax::A1111 => Some(pieces(text)?),
             Syntax::Plain => None,
         };
+        let cx = Forward::on(&self.device);
         let (mut ids, mut contexts, mut whole, mut rest) = (vec![], vec![], None, None);
         for (tokenizer, clip, config) in &self.parts {
             let chunks = match &pieces {
@@ -198,11 +202,11 @@ impl Encoder {
             let mut hidden = vec![];
             for Chunk { ids: own, weights } in chunks {
                 if self.is_pooled {
-                    let (one, pooled) = clip.penultimate(&own, skip)?;
+                    let (one, pooled) = clip.penultimate(cx, &own, skip)?;
                     hidden.push(weighted(&one, &weights)?);
                     whole = whole.or(pooled);
                 } else {
-                    hidden.push(weighted(&clip.forward(&own, skip)?, &weights)?);
+                    hidden.push(weighted(&clip.forward(cx, &own, skip)?, &weights)?);
                 }
                 // a learned word has another id beside others, and is the same all the same
                 ids.extend(own.into_iter().map(|id| id.min(config.vocab_size as u32)));

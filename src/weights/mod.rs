@@ -14,8 +14,7 @@ pub mod lora;
 mod safetensors;
 
 use crate::hex::hex;
-use crate::nn::gpu::{Engine, engine};
-use crate::nn::padding::Wrap;
+use crate::nn::Backend;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use embedding::Embedding;
@@ -642,7 +641,7 @@ impl Checkpoint {
             prefix: component.into(),
             device,
             dtype,
-            wrap: Wrap::default(),
+            backend: Backend::of(device),
         }
     }
 
@@ -751,7 +750,7 @@ pub struct Weights<'a> {
     prefix: String,
     device: &'a Device,
     dtype: DType,
-    wrap: Wrap,
+    backend: Backend,
 }
 
 impl<'a> Weights<'a> {
@@ -762,7 +761,7 @@ impl<'a> Weights<'a> {
             prefix: "random".into(),
             device,
             dtype,
-            wrap: Wrap::default(),
+            backend: Backend::of(device),
         }
     }
 
@@ -774,17 +773,21 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// What tells the convolutions of the network that is made of these whether its pictures are
-    /// seamless.
-    pub fn wrap(&self) -> &Wrap {
-        &self.wrap
+    /// The same for another backend than the fastest of the device.
+    pub fn with_backend(self, backend: Backend) -> Self {
+        Self { backend, ..self }
+    }
+
+    /// The backend that layers are laid out for.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32);
     /// trailing dimensions of size 1 may differ (a linear layer stored as a 1x1 convolution).
     /// Errors name the tensor, its shape and the expected one.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(self.device) == Engine::Cpu {
+        let dtype = if self.backend == Backend::Cpu {
             DType::F32
         } else {
             self.dtype
@@ -827,7 +830,7 @@ impl<'a> Weights<'a> {
 
     /// Zeros in place of a tensor that a layer has not, in the type of the arithmetic.
     pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if engine(self.device) == Engine::Cpu {
+        let dtype = if self.backend == Backend::Cpu {
             DType::F32
         } else {
             self.dtype

@@ -20,6 +20,7 @@ mod mini;
 mod noise;
 mod output;
 mod parity;
+mod pictures;
 mod prompts;
 mod samplers;
 mod shard;

@@ -7,12 +7,13 @@ use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, FromArgMatches};
 use sdgen::batch::jobs::JobList;
+use sdgen::batch::work_list::WorkList;
 use sdgen::cli::args::DrawArgs;
-use sdgen::cli::progress::{Progress, ProgressMode};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
-use sdgen::pipeline::generate;
-use sdgen::pipeline::resolve::{Job, Request};
+use sdgen::pipeline::event::Event;
+use sdgen::pipeline::{Pipeline, RunOptions};
 use sdgen::weights::{Checkpoint, Origin};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// Sinusoids of each number that SDXL's U-Nets are told: so many that the weights for them outweigh
@@ -68,27 +69,27 @@ fn the_bases_weights_are_freed_before_the_refiners_are_read_unless_another_pictu
         checkpoint.refiner =
             with_refiner.then(|| Box::new(Checkpoint::open(Origin::Path(&refiner)).unwrap()));
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
-        let request = Request::resolve(
-            &args.run_options(),
-            &JobList::read(&args.source()).unwrap(),
-            &checkpoint,
-            &compute,
-        )
-        .unwrap();
-        let jobs: Vec<&Job> = request.jobs.iter().collect();
-        let progress = Progress::new(ProgressMode::None, true, false);
+        let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).unwrap();
+        let list = JobList::read(&args.source()).unwrap();
+        let work = WorkList::resolve(&list, &pipeline).unwrap();
         // forgets the peak until now
         std::fs::write("/proc/self/clear_refs", "5").ok()?;
-        generate(
-            &checkpoint,
-            &request,
-            &jobs,
-            &compute,
-            &progress,
-            &|| false,
-            &mut |_, drawn| drop(drawn.unwrap()),
-        )
-        .unwrap();
+        let options = RunOptions {
+            batch_size: 1,
+            trace: false,
+            keep_networks: false,
+        };
+        let mut finished = 0;
+        let mut on_event = |event: Event| {
+            if let Event::Image { result, .. } = event {
+                finished += usize::from(result.is_ok());
+            }
+            ControlFlow::Continue(())
+        };
+        pipeline
+            .generate_all(&work.jobs(), options, &mut on_event)
+            .unwrap();
+        assert_eq!(finished, work.tasks.len());
         peak_memory()
     };
     let (Some(alone), Some(refined), Some(two)) =

@@ -6,10 +6,12 @@
 use crate::common::with_base;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::Picture;
-use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
-use sdgen::model::{Autoencoder, Decoder, tiles};
+use sdgen::model::unet::{UNet, UNetInputs};
+use sdgen::model::unet_config::{PerBlock, UNetConfig};
+use sdgen::model::{AddedCond, Autoencoder, Conditioning, Decoder, Denoiser, tiles};
+use sdgen::nn::Forward;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
-use sdgen::pipeline::guidance::{Guidance, Guided, Reuse};
+use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
 use sdgen::sampling::sampler::{self, Sampler};
 use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
@@ -59,6 +61,10 @@ fn device() -> Device {
     Compute::choose(choice, DTypeChoice::F32).unwrap().device
 }
 
+fn cx() -> Forward<'static> {
+    Forward::on(&device())
+}
+
 fn fixture_tensors(name: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(
         crate::common::fixture(name).join("goldens.safetensors"),
@@ -93,9 +99,9 @@ impl Fixture {
             let all = self.golden(name);
             one.map_or(all.clone(), |i| all.narrow(0, i, 1).unwrap())
         };
-        let added = self.tensors.contains_key("unet.ids").then(|| Added {
-            pooled: rows("unet.pooled"),
-            ids: rows("unet.ids")
+        let added = self.tensors.contains_key("unet.ids").then(|| AddedCond {
+            text_embeds: rows("unet.pooled"),
+            time_ids: rows("unet.ids")
                 .to_dtype(DType::F64)
                 .unwrap()
                 .to_vec2()
@@ -103,7 +109,7 @@ impl Fixture {
         });
         Conditioning {
             context: rows("unet.context"),
-            added,
+            added_cond: added,
             guidance: None,
         }
     }
@@ -252,9 +258,12 @@ fn the_unet_predicts_the_same_after_every_block() {
                     ..f.told(Some(i))
                 };
                 let out = unet
-                    .told(&told)
+                    .with_conditioning(cx(), &told, None)
                     .unwrap()
-                    .traced(&one(latents), f64::from(timestep), &mut show)
+                    .forward_traced(
+                        UNetInputs::new(&one(latents), f64::from(timestep)),
+                        &mut show,
+                    )
                     .unwrap();
                 compare(
                     &format!("{model} unet.{name}.out[{i}]"),
@@ -282,9 +291,9 @@ fn what_is_compared_depends_on_the_timestep() {
                 },
             );
             let at = |timestep: f64| {
-                unet.told(&told)
+                unet.with_conditioning(cx(), &told, None)
                     .unwrap()
-                    .forward(latents, timestep)
+                    .forward(UNetInputs::new(latents, timestep))
                     .unwrap()
             };
             let (early, late) = (at(400.0), at(20.0));
@@ -314,8 +323,8 @@ fn the_vae_decodes_the_same_in_tiles() {
         Autoencoder::from_json(f.checkpoint.config("vae").unwrap()).unwrap(),
     );
     let latents = (f.golden("vae.tiled.latents") * 0.18215).unwrap();
-    let decoded = tiles::apply(&latents, config.tile(), decoder.wrap(), |tile| {
-        decoder.decode(tile)
+    let decoded = tiles::apply(cx(), &latents, config.tile(), |cx, tile| {
+        decoder.decode(cx, tile)
     })
     .unwrap();
     compare(
@@ -334,9 +343,11 @@ fn the_vae_decodes_the_same() {
         for shape in ["square", "odd"] {
             let latents = f.golden(&format!("vae.{shape}.latents"));
             let decoded = match &decoder {
-                Decoder::Kl(decoder) => decoder.forward(latents),
+                Decoder::Kl(decoder) => decoder.forward(cx(), latents),
                 // its scale is 1, and what diffusers' gives is in -1..=1
-                Decoder::Tiny(decoder) => (decoder.decode(latents).unwrap() * 2.0).unwrap() - 1.0,
+                Decoder::Tiny(decoder) => {
+                    (decoder.decode(cx(), latents).unwrap() * 2.0).unwrap() - 1.0
+                }
             };
             compare(
                 &format!("{model} vae.{shape}.decoded"),
@@ -371,7 +382,7 @@ fn the_vae_encodes_the_same() {
                 }
                 _ => ((picture / 2.0).unwrap() + 0.5).unwrap(),
             };
-            let posterior = encoder.encode(&rgb, None).unwrap();
+            let posterior = encoder.encode(cx(), &rgb, None).unwrap();
             let unscaled = |x: Tensor| match &config {
                 Autoencoder::Kl(config) => (x / config.scaling_factor).unwrap(),
                 Autoencoder::Tiny(_) => x,
@@ -441,13 +452,13 @@ fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
     if let Some(score) = score {
         ids.splice(4.., [score]);
     }
-    let added = embedded.pooled.as_ref().map(|pooled| Added {
-        pooled: pooled.repeat((count, 1)).unwrap(),
-        ids: vec![ids; count],
+    let added = embedded.pooled.as_ref().map(|pooled| AddedCond {
+        text_embeds: pooled.repeat((count, 1)).unwrap(),
+        time_ids: vec![ids; count],
     });
     Conditioning {
         context: embedded.context.repeat((count, 1, 1)).unwrap(),
-        added,
+        added_cond: added,
         guidance: run["guidance"].as_f64(),
     }
 }
@@ -462,22 +473,24 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
         let shape = f.json["unet"][0]["name"].as_str().unwrap();
         let (latents, unet) = (
             f.golden(&format!("unet.{shape}.latents")),
-            unet.told(&f.told(None)).unwrap(),
+            unet.with_conditioning(cx(), &f.told(None), None).unwrap(),
         );
-        let full = unet.forward(latents, 500.0).unwrap();
+        let full = unet.forward(UNetInputs::new(latents, 500.0)).unwrap();
         let mut inner = None;
         for _ in 0..2 {
             compare(
                 &format!("{model} reused"),
-                &unet.forward_reusing(latents, 500.0, &mut inner).unwrap(),
+                &unet
+                    .forward_cached(UNetInputs::new(latents, 500.0), &mut inner)
+                    .unwrap(),
                 &full,
                 0.0,
             );
         }
         let other = (latents * 0.5).unwrap();
         let (reused, exact) = (
-            unet.forward_reusing(&other, 100.0, &mut inner),
-            unet.forward(&other, 100.0).unwrap(),
+            unet.forward_cached(UNetInputs::new(&other, 100.0), &mut inner),
+            unet.forward(UNetInputs::new(&other, 100.0)).unwrap(),
         );
         let difference = (reused.unwrap() - exact)
             .unwrap()
@@ -491,6 +504,88 @@ fn reused_inner_levels_change_nothing_for_the_same_input_and_something_for_anoth
             difference > 1e-6,
             "{model}: the inner levels were not reused"
         );
+    }
+}
+
+fn with<'a>(inputs: UNetInputs<'a>, down_residuals: &'a [Tensor]) -> UNetInputs<'a> {
+    UNetInputs {
+        down_residuals,
+        ..inputs
+    }
+}
+
+/// A residual of a skip connection is seen first by the up block that the skip leads to, as in
+/// diffusers, where `down_block_additional_residuals` are not seen by the mid block.
+#[test]
+fn residuals_of_a_controlnet_are_added_to_the_skip_connections_and_after_the_mid_block() {
+    for model in MODELS {
+        let f = fixture(model);
+        let unet = f.unet();
+        let unet = unet.with_conditioning(cx(), &f.told(None), None).unwrap();
+        let shape = f.json["unet"][0]["name"].as_str().unwrap();
+        let inputs = UNetInputs::new(f.golden(&format!("unet.{shape}.latents")), 500.0);
+        let config = UNetConfig::from_json(f.checkpoint.config("unet").unwrap()).unwrap();
+        // the outputs of all blocks, by name
+        let trace = |inputs: UNetInputs| {
+            let mut blocks = vec![];
+            let out = unet.forward_traced(inputs, &mut |name, x| {
+                blocks.push((name.to_string(), x.clone()));
+            });
+            blocks.push(("out".into(), out.unwrap()));
+            blocks
+        };
+        let plain = trace(inputs);
+        let by_name = |name: &str| &plain.iter().find(|(block, _)| block == name).unwrap().1;
+        let changed = |inputs: UNetInputs| {
+            let blocks = trace(inputs);
+            let mut each = plain.iter().zip(&blocks);
+            let first = each.find(|((_, plain), (_, x))| {
+                let off = (plain - x).unwrap().abs().unwrap().max_all().unwrap();
+                off.to_scalar::<f32>().unwrap() > 0.0
+            });
+            first.map(|((name, _), _)| name.clone())
+        };
+        // the shape of every skip connection: conv_in's, and those of each down block's layers
+        let levels = config.block_out_channels.len();
+        let mut skips = vec![by_name("conv_in").zeros_like().unwrap()];
+        let mut up_blocks = vec![levels - 1];
+        for level in 0..levels {
+            let (b, h, w, _) = skips.last().unwrap().dims4().unwrap();
+            let c = config.block_out_channels[level];
+            let layers = match &config.layers_per_block {
+                PerBlock::One(layers) => *layers,
+                PerBlock::Each(layers) => layers[level],
+            };
+            let zeros = |h, w| Tensor::zeros((b, h, w, c), DType::F32, &device()).unwrap();
+            skips.extend((0..layers).map(|_| zeros(h, w)));
+            up_blocks.extend((0..layers).map(|_| levels - 1 - level));
+            if level + 1 < levels {
+                let down = by_name(&format!("down_blocks.{level}")).dims4().unwrap();
+                skips.push(zeros(down.1, down.2));
+                up_blocks.push(levels - 2 - level);
+            }
+        }
+        assert_eq!(changed(with(inputs, &skips)), None, "{model}: zeros");
+        for (i, up_block) in up_blocks.into_iter().enumerate() {
+            let mut residuals = skips.clone();
+            residuals[i] = (&residuals[i] + 1.0).unwrap();
+            assert_eq!(
+                changed(with(inputs, &residuals)),
+                Some(format!("up_blocks.{up_block}")),
+                "{model}: skip {i}"
+            );
+        }
+        let deepest = skips.last().unwrap().ones_like().unwrap();
+        let mid = UNetInputs {
+            mid_residual: Some(&deepest),
+            ..inputs
+        };
+        assert_eq!(changed(mid), Some("up_blocks.0".into()), "{model}: mid");
+        let too_few = unet
+            .forward(with(inputs, &skips[1..]))
+            .unwrap_err()
+            .to_string();
+        assert!(too_few.contains("skip connections"), "{too_few}");
     }
 }
 
@@ -527,7 +622,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 told(&prompt, run, None),
                 negative.map(|negative| told(&negative, run, None)),
             );
-            let reuse = Reuse::every(1);
+            let deep_cache = DeepCache::every(1);
             let (scale, rescale, prediction) = (
                 guidance,
                 run["guidance_rescale"].as_f64().unwrap_or(0.0),
@@ -538,24 +633,19 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             } else {
                 Guidance::Off
             };
-            let unet = unet
-                .told(
-                    &negative
-                        .map_or(Ok(conditioning.clone()), |negative| {
-                            conditioning.after(&negative)
-                        })
-                        .unwrap(),
-                )
-                .unwrap();
-            let mut guided = Guided {
-                unet,
+            let conditioning = match negative {
+                Some(negative) => Conditioning::cat(&negative, &conditioning).unwrap(),
+                None => conditioning,
+            };
+            let unet = unet.with_conditioning(cx(), &conditioning, None).unwrap();
+            let mut guided = CfgDenoiser {
+                model: Denoiser::UNet(unet),
                 guidance: kind,
                 weights: vec![1.0],
-                beside: None,
                 scale,
                 rescale,
                 prediction,
-                reuse,
+                deep_cache,
             };
             let first = f.golden(&format!("run.{name}.noise"));
             let (_, h, w, c) = first.dims4().unwrap();
@@ -605,7 +695,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 "{model} run.{name}: steps"
             );
             let image = f.golden(&format!("run.{name}.image"));
-            for (i, picture) in Picture::from_tensor(&decoder.decode(&result).unwrap())
+            for (i, picture) in Picture::from_tensor(&decoder.decode(cx(), &result).unwrap())
                 .unwrap()
                 .iter()
                 .enumerate()
@@ -686,31 +776,26 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 }
             };
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
-            let (conditioning, reuse) = (told(&prompt, run, scores[0]), Reuse::every(1));
+            let (conditioning, deep_cache) = (told(&prompt, run, scores[0]), DeepCache::every(1));
             let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
             let kind = if negative.is_some() {
                 Guidance::Text(1)
             } else {
                 Guidance::Off
             };
-            let unet = unet
-                .told(
-                    &negative
-                        .map_or(Ok(conditioning.clone()), |negative| {
-                            conditioning.after(&negative)
-                        })
-                        .unwrap(),
-                )
-                .unwrap();
-            let mut guided = Guided {
-                unet,
+            let conditioning = match negative {
+                Some(negative) => Conditioning::cat(&negative, &conditioning).unwrap(),
+                None => conditioning,
+            };
+            let unet = unet.with_conditioning(cx(), &conditioning, None).unwrap();
+            let mut guided = CfgDenoiser {
+                model: Denoiser::UNet(unet),
                 guidance: kind,
                 weights: vec![1.0],
-                beside: None,
                 scale,
                 rescale,
                 prediction,
-                reuse,
+                deep_cache,
             };
             let first = match latents.take() {
                 None => {

@@ -4,9 +4,11 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
-use sdgen::model::unet::{Added, Conditioning, UNet, UNetConfig};
-use sdgen::model::{Autoencoder, tiles};
-use sdgen::nn::padding::{Tile, Wrap};
+use sdgen::model::unet::{UNet, UNetInputs};
+use sdgen::model::unet_config::UNetConfig;
+use sdgen::model::{AddedCond, Autoencoder, Conditioning, tiles};
+use sdgen::nn::Forward;
+use sdgen::nn::padding::PaddingMode::{Circular, Zeros};
 use sdgen::weights::{Checkpoint, Origin};
 use std::path::Path;
 
@@ -118,36 +120,40 @@ fn no_network_knows_where_a_seamless_picture_begins() {
         let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
         let unet = UNet::new(&weights("unet"), &config).unwrap();
         let added = checkpoint.configs["unet"]["addition_embed_type"].is_string();
-        let added = added.then(|| Added {
-            pooled: random(&[1, 40]),
-            ids: vec![vec![16.0; 6]],
+        let added = added.then(|| AddedCond {
+            text_embeds: random(&[1, 40]),
+            time_ids: vec![vec![16.0; 6]],
         });
         let width = checkpoint.configs["unet"]["cross_attention_dim"]
             .as_u64()
             .unwrap() as usize;
-        let told = unet
-            .told(&Conditioning {
-                context: random(&[1, 7, width]),
-                added,
-                guidance: None,
-            })
-            .unwrap();
+        let conditioning = Conditioning {
+            context: random(&[1, 7, width]),
+            added_cond: added,
+            guidance: None,
+        };
+        let cx = Forward::on(&device);
         let vae = Autoencoder::from_json(checkpoint.config("vae").unwrap()).unwrap();
         let (encoder, decoder) = (
             vae.encoder(&weights("vae")).unwrap(),
             vae.decoder(&weights("vae")).unwrap(),
         );
         let (latents, factor) = (random(&[1, 8, 12, config.in_channels]), vae.factor());
-        let picture = decoder.decode(&latents).unwrap();
-        for (tile, down, right) in [(Tile::X, 0, 4), (Tile::Y, 4, 0), (Tile::Xy, 4, 8)] {
-            [&unet.wrap, encoder.wrap(), decoder.wrap()]
-                .into_iter()
-                .for_each(|wrap| wrap.set(Some(tile)));
+        let picture = decoder.decode(cx, &latents).unwrap();
+        for (padding, down, right) in [
+            ([Zeros, Circular], 0, 4),
+            ([Circular, Zeros], 4, 0),
+            ([Circular; 2], 4, 8),
+        ] {
+            let cx = cx.padded(padding);
+            let unet = unet.with_conditioning(cx, &conditioning, None).unwrap();
             let networks: [(&str, &Tensor, usize, &Run); 3] = [
-                ("U-Net", &latents, 1, &|x| told.forward(x, 500.0).unwrap()),
-                ("decoder", &latents, 1, &|x| decoder.decode(x).unwrap()),
+                ("U-Net", &latents, 1, &|x| {
+                    unet.forward(UNetInputs::new(x, 500.0)).unwrap()
+                }),
+                ("decoder", &latents, 1, &|x| decoder.decode(cx, x).unwrap()),
                 ("encoder", &picture, factor, &|x| {
-                    encoder.encode(x, None).unwrap().mean
+                    encoder.encode(cx, x, None).unwrap().mean
                 }),
             ];
             for (network, x, scale, run) in networks {
@@ -156,18 +162,71 @@ fn no_network_knows_where_a_seamless_picture_begins() {
                 let of_moved = run(&moved(x, down * scale, right * scale));
                 let off = difference(&of_moved, &moved(&y, scaled(down), scaled(right)));
                 // sums in another order, as Winograd's tiles lie elsewhere
-                assert!(off < 1e-4, "{model}, {network}, {tile:?}: {off}");
+                assert!(off < 1e-4, "{model}, {network}, {padding:?}: {off}");
                 // and each direction that is not asked for has its edges
-                if tile != Tile::Xy {
+                if padding != [Circular; 2] {
                     let across = difference(
                         &run(&moved(x, right * scale, down * scale)),
                         &moved(&y, scaled(right), scaled(down)),
                     );
-                    assert!(across > 1e-3, "{model}, {network}, {tile:?}: {across}");
+                    assert!(across > 1e-3, "{model}, {network}, {padding:?}: {across}");
                 }
             }
         }
     }
+}
+
+/// Nothing of a forward pass is kept in the networks, so threads that share them do not disturb
+/// each other.
+#[test]
+fn threads_that_share_networks_may_pad_differently() {
+    fn is_shared<T: Send + Sync>(_: &T) {}
+    let device = Device::Cpu;
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let weights = |part| checkpoint.weights(part, &device, DType::F32);
+    let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
+    let width = checkpoint.configs["unet"]["cross_attention_dim"]
+        .as_u64()
+        .unwrap() as usize;
+    let unet = UNet::new(&weights("unet"), &config).unwrap();
+    let vae = Autoencoder::from_json(checkpoint.config("vae").unwrap()).unwrap();
+    let (encoder, decoder) = (
+        vae.encoder(&weights("vae")).unwrap(),
+        vae.decoder(&weights("vae")).unwrap(),
+    );
+    is_shared(&encoder);
+    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &device).unwrap();
+    let (latents, context) = (
+        random(&[1, 8, 12, config.in_channels]),
+        random(&[1, 7, width]),
+    );
+    let bits = |x: Tensor| {
+        let values = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let run = |padding| {
+        let cx = Forward::on(&device).padded(padding);
+        let unet = unet
+            .with_conditioning(cx, &context.clone().into(), None)
+            .unwrap();
+        let predicted = unet.forward(UNetInputs::new(&latents, 500.0)).unwrap();
+        let rgb = decoder.decode(cx, &predicted).unwrap();
+        let mean = encoder.encode(cx, &rgb, None).unwrap().mean;
+        [predicted, rgb, mean].map(bits)
+    };
+    let each = [[Zeros; 2], [Circular; 2], [Zeros, Circular]];
+    let alone = each.map(run);
+    assert!(alone[0] != alone[1] && alone[1] != alone[2]);
+    let run = &run;
+    std::thread::scope(|scope| {
+        for (padding, alone) in each.iter().zip(&alone) {
+            scope.spawn(move || {
+                for _ in 0..5 {
+                    assert!(run(*padding) == *alone, "{padding:?}");
+                }
+            });
+        }
+    });
 }
 
 /// Mean step from each column to the next, the last one's to the first; and of rows.
@@ -237,25 +296,23 @@ fn tiles_of_a_seamless_picture_are_blended_over_its_edge() {
         .unwrap()
         .reshape((1, 1, 24, 1))
         .unwrap();
-    let wrap = Wrap::default();
-    let decode = |x: &Tensor| {
+    let decode = |cx: Forward, x: &Tensor| {
         assert_eq!(
-            wrap.get(),
-            [false; 2],
+            cx.padding, [Zeros; 2],
             "a tile's other end is not the picture's"
         );
         Tensor::ones_like(x)?.broadcast_mul(&x.mean_all()?)
     };
-    let decoded = |tile| {
-        wrap.set(tile);
-        tiles::apply(&latents, 8, &wrap, decode)
+    let decoded = |padding| {
+        let cx = Forward::on(&Device::Cpu).padded(padding);
+        tiles::apply(cx, &latents, 8, decode)
             .unwrap()
             .flatten_all()
             .unwrap()
             .to_vec1::<f32>()
             .unwrap()
     };
-    let (plain, seamless) = (decoded(None), decoded(Some(Tile::X)));
+    let (plain, seamless) = (decoded([Zeros; 2]), decoded([Zeros, Circular]));
     assert_eq!((plain.len(), seamless.len()), (24, 24));
     assert!((plain[0] - plain[23]).abs() > 15.0, "{plain:?}");
     // the first is of the last tile, the second is on the way to the first one
@@ -264,7 +321,7 @@ fn tiles_of_a_seamless_picture_are_blended_over_its_edge() {
         "{seamless:?}"
     );
     assert_eq!(seamless[2..18], plain[2..18]);
-    assert_eq!(decoded(Some(Tile::Y)).len(), 24);
+    assert_eq!(decoded([Circular, Zeros]).len(), 24);
 }
 
 #[test]

@@ -29,14 +29,15 @@ use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, FromArgMatches};
 use sdgen::batch::jobs::JobList;
+use sdgen::batch::work_list::WorkList;
 use sdgen::cli::args::DrawArgs;
-use sdgen::cli::progress::{Progress, ProgressMode};
-use sdgen::model::unet::{UNet, UNetConfig};
+use sdgen::model::unet::{UNet, UNetInputs};
+use sdgen::model::unet_config::UNetConfig;
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
-use sdgen::nn::embed;
-use sdgen::pipeline::resolve::{Job, Request};
-use sdgen::pipeline::{Drawn, generate};
+use sdgen::nn::{Forward, embed};
+use sdgen::pipeline::event::Event;
+use sdgen::pipeline::{Pipeline, RunOptions};
 use sdgen::sampling::sampler::{Sampler, sample};
 use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
 use sdgen::text::clip::{Clip, ClipConfig};
@@ -45,6 +46,7 @@ use sdgen::weights::{Checkpoint, Origin, TokenizerFiles};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -299,7 +301,13 @@ fn a_text_ends_at_the_first_end_whatever_follows() {
             },
         )
         .unwrap();
-        values(&clip.penultimate(ids, 0).unwrap().1.unwrap())
+        values(
+            &clip
+                .penultimate(Forward::on(&Device::Cpu), ids, 0)
+                .unwrap()
+                .1
+                .unwrap(),
+        )
     };
     // no token sees those after it, so the state at a place is that of a text which ends there
     let text = [7, 500, 100, 100, 3];
@@ -853,13 +861,14 @@ fn every_norm_has_its_own_epsilon() {
         let config = ClipConfig::from_json(checkpoint.config("text_encoder").unwrap()).unwrap();
         let clip = Clip::new(&weights("text_encoder"), &config).unwrap();
         let latents = wave(&[1, 4, 4, c]);
+        let cx = Forward::on(&Device::Cpu);
         let outputs = [
-            unet.told(&wave(&[1, 5, width]).into())
+            unet.with_conditioning(cx, &wave(&[1, 5, width]).into(), None)
                 .unwrap()
-                .forward(&latents, 100.0)
+                .forward(UNetInputs::new(&latents, 100.0))
                 .unwrap(),
-            vae.forward(&latents).unwrap(),
-            clip.forward(&[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),
+            vae.forward(cx, &latents).unwrap(),
+            clip.forward(cx, &[1, 2, 3, 4, 5, 6, 7, 8], 0).unwrap(),
         ];
         for ((part, output), golden) in ["U-Net", "VAE", "text encoder"]
             .into_iter()
@@ -1030,18 +1039,15 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
     let draw = |unreadable: bool| {
         let checkpoint = Checkpoint::open(Origin::Path(dir.path())).unwrap();
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
-        let request = Request::resolve(
-            &args.run_options(),
-            &JobList::read(&args.source()).unwrap(),
-            &checkpoint,
-            &compute,
-        )
-        .unwrap();
-        let jobs: Vec<&Job> = request.jobs.iter().collect();
-        let progress = Progress::new(ProgressMode::None, true, false);
+        let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).unwrap();
+        let list = JobList::read(&args.source()).unwrap();
+        let work = WorkList::resolve(&list, &pipeline).unwrap();
         let mut pictures = vec![];
-        let mut sink = |_: &Job, drawn: anyhow::Result<Drawn>| {
-            pictures.push(drawn.unwrap().picture.rgb);
+        let mut on_event = |event: Event| {
+            let Event::Image { result, .. } = event else {
+                return ControlFlow::Continue(());
+            };
+            pictures.push(result.unwrap().image.rgb);
             // after the first picture nothing is left on the disk
             for part in ["unet", "vae", "text_encoder"]
                 .into_iter()
@@ -1060,17 +1066,16 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
                         .unwrap();
                 }
             }
+            ControlFlow::Continue(())
         };
-        generate(
-            &checkpoint,
-            &request,
-            &jobs,
-            &compute,
-            &progress,
-            &|| false,
-            &mut sink,
-        )
-        .unwrap();
+        let options = RunOptions {
+            batch_size: 1,
+            trace: false,
+            keep_networks: false,
+        };
+        pipeline
+            .generate_all(&work.jobs(), options, &mut on_event)
+            .unwrap();
         pictures
     };
     let expected = draw(false);

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use sdgen::image::load::{Fit, Input};
 use sdgen::image::{Picture, read_metadata};
 use sdgen::model::upscaler::{TILE_PX, Upscaler, UpscalerConfig};
+use sdgen::nn::Forward;
 use sdgen::weights::Checkpoint;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -162,9 +163,10 @@ fn tiles_do_not_show() {
     let picture = noise.fit(301, 277, Fit::Stretch);
     for name in ["rrdb_x4", "rrdb_x2", "compact_x3"] {
         let upscaler = open(&network(name));
+        let cx = Forward::on(upscaler.device());
         let mut steps = vec![];
         let whole = upscaler
-            .upscale(&picture, 1000, &mut |done, of| steps.push((done, of)))
+            .upscale(cx, &picture, 1000, &mut |done, of| steps.push((done, of)))
             .unwrap();
         assert!(
             steps
@@ -172,7 +174,7 @@ fn tiles_do_not_show() {
                 .is_some_and(|(done, of)| done == of && steps.len() == *of),
             "{steps:?}"
         );
-        let tiled = upscaler.upscale(&picture, 200, &mut |_, _| ()).unwrap();
+        let tiled = upscaler.upscale(cx, &picture, 200, &mut |_, _| ()).unwrap();
         assert!(whole.difference(&tiled).largest <= 1, "{name}");
     }
 }

@@ -11,7 +11,7 @@
 //! steps across lanes. Keys and values are laid out for this once per call, in the order in which
 //! they are read.
 
-use super::concat::fresh;
+use super::concat::uninit;
 use super::gemm::{Output, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
@@ -171,7 +171,7 @@ impl<'a> Plan<'a> {
         let (tasks, block) = (n.div_ceil(QUERIES), keys * (d + padded));
         // neither is cleared first: that would cost up to a quarter of the time where there are few
         // keys
-        let (mut packed, mut y) = (fresh(b * blocks * heads * block), fresh(b * n * c));
+        let (mut packed, mut y) = (uninit(b * blocks * heads * block), uninit(b * n * c));
         packed
             .par_chunks_exact_mut(block)
             .enumerate()

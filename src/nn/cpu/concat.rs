@@ -10,7 +10,7 @@ use rayon::prelude::*;
     clippy::uninit_vec,
     reason = "zeros would be written once more for nothing"
 )]
-pub fn fresh(len: usize) -> Vec<f32> {
+pub fn uninit(len: usize) -> Vec<f32> {
     if cfg!(debug_assertions) {
         return vec![f32::NAN; len];
     }
@@ -46,7 +46,7 @@ impl CustomOp2 for Concat {
             bail!("concatenation of {:?} and {:?}", la.shape(), lb.shape());
         }
         let (a, b) = (slice(a, la)?, slice(b, lb)?);
-        let mut y = fresh(n * h * w * (c + d));
+        let mut y = uninit(n * h * w * (c + d));
         let tasks = y
             .par_chunks_mut(ROWS * (c + d))
             .zip(a.par_chunks(ROWS * c))

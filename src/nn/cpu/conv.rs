@@ -1,9 +1,10 @@
 //! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it
 //! is needed; by [`super::winograd`] where that is faster.
 
-use super::gemm::{Finish, product, slice, with_slice};
+use super::gemm::{Epilogue, gemm, slice, with_slice};
 use super::panels::{Panels, WIDTH};
 use super::winograd;
+use crate::nn::PaddingMode;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -18,14 +19,14 @@ pub struct Pictures<'a> {
     pub h: usize,
     pub w: usize,
     pub c: usize,
-    /// whether rows, and columns, go on at the other end; else there are zeros outside
-    pub wraps: [bool; 2],
+    /// of rows and of columns
+    pub padding_modes: [PaddingMode; 2],
 }
 
 impl<'a> Pictures<'a> {
     /// The row that row y - `before` is taken from; none if it is outside.
     pub fn row(&self, y: usize, before: usize) -> Option<usize> {
-        let y = inside(y, before, self.h, self.wraps[0])?;
+        let y = inside(y, before, self.h, self.padding_modes[0])?;
         Some(if self.rows == self.h {
             y
         } else {
@@ -35,7 +36,7 @@ impl<'a> Pictures<'a> {
 
     /// The column that column x - `before` is taken from; none if it is outside.
     pub fn column(&self, x: usize, before: usize) -> Option<usize> {
-        let x = inside(x, before, self.w, self.wraps[1])?;
+        let x = inside(x, before, self.w, self.padding_modes[1])?;
         Some(if self.columns == self.w {
             x
         } else {
@@ -49,12 +50,11 @@ impl<'a> Pictures<'a> {
     }
 }
 
-/// `at` - `before`, if that is one of `len`, or the one that it is when they are repeated without
-/// end.
-fn inside(at: usize, before: usize, len: usize, repeats: bool) -> Option<usize> {
+/// The index of `at` - `before` among `len`; none in a padding of zeros.
+fn inside(at: usize, before: usize, len: usize, mode: PaddingMode) -> Option<usize> {
     match at.checked_sub(before) {
         Some(at) if at < len => Some(at),
-        _ if repeats => Some((at + before * (len - 1)) % len),
+        _ if mode.is_circular() => Some((at + before * (len - 1)) % len),
         _ => None,
     }
 }
@@ -66,8 +66,8 @@ pub struct Conv2d {
     pub stride: usize,
     /// before and after, in both directions
     pub padding: (usize, usize),
-    /// whether rows, and columns, are padded with what is at the other end; else with zeros
-    pub wraps: [bool; 2],
+    /// of rows and of columns
+    pub padding_modes: [PaddingMode; 2],
     /// the rows of the output that are wanted
     pub rows: Range<usize>,
     /// (height, width) to which the picture is scaled before it is convolved, each pixel from the
@@ -121,7 +121,7 @@ impl CustomOp3 for Conv2d {
             h,
             w,
             c,
-            wraps: self.wraps,
+            padding_modes: self.padding_modes,
         };
         let convolved = |residual: Option<&[f32]>, slope: Option<&[f32]>| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
@@ -139,7 +139,7 @@ impl CustomOp3 for Conv2d {
                     pictures,
                     outputs,
                     weight,
-                    Finish {
+                    Epilogue {
                         bias: Some(bias),
                         residual,
                         slope,
@@ -175,7 +175,7 @@ impl Conv2d {
         pictures: Pictures,
         outputs: usize,
         weight: Panels,
-        finish: Finish,
+        epilogue: Epilogue,
     ) -> Vec<f32> {
         let (h, w) = (self.rows.len(), self.out(pictures.w));
         let shape = (
@@ -191,7 +191,7 @@ impl Conv2d {
                 patch,
             );
         };
-        product(shape, left, weight, finish)
+        gemm(shape, left, weight, epilogue)
     }
 
     /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with

@@ -2,7 +2,7 @@
 //! the nearest cache that holds it, and bias, residual and gate are applied to sums that have not
 //! left it yet.
 
-use super::concat::fresh;
+use super::concat::uninit;
 use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
@@ -123,7 +123,7 @@ pub fn multiply<V: Vector>(
 
 /// What is added to a product, or done with it.
 #[derive(Clone, Copy, Default)]
-pub struct Finish<'a> {
+pub struct Epilogue<'a> {
     /// [n], or [parts, n]: one for each of as many equal parts of the rows
     pub bias: Option<&'a [f32]>,
     /// [m, n]
@@ -136,19 +136,19 @@ pub struct Finish<'a> {
 
 /// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of
 /// a row.
-pub fn product(
+pub fn gemm(
     (m, k, n): (usize, usize, usize),
     left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
     weight: Panels,
-    finish: Finish,
+    epilogue: Epilogue,
 ) -> Vec<f32> {
-    let mut y = fresh(if finish.gated { m * n / 2 } else { m * n });
+    let mut y = uninit(if epilogue.gated { m * n / 2 } else { m * n });
     if y.is_empty() {
         return y;
     }
     let output = Output(y.as_mut_ptr());
     let panels = Pack {
-        gated: finish.gated,
+        gated: epilogue.gated,
     }
     .panels(n);
     // A thread finds in its own cache the rows that it wrote before, and each gets a share of them.
@@ -181,7 +181,7 @@ pub fn product(
                         m,
                         left: &left,
                         weight,
-                        finish,
+                        epilogue,
                         first,
                         panel,
                         lanes,
@@ -205,7 +205,7 @@ struct Multiply<'a, L> {
     n: usize,
     left: &'a L,
     weight: Panels<'a>,
-    finish: Finish<'a>,
+    epilogue: Epilogue<'a>,
     /// the first of the rows, and of the panels
     first: usize,
     panel: usize,
@@ -230,7 +230,7 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
             n,
             left,
             weight,
-            finish,
+            epilogue,
             first,
             panel,
             lanes,
@@ -248,7 +248,7 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
             }
             for (i, sums) in sums.chunks_exact_mut(tiles * ROWS * PANEL).enumerate() {
                 let at = ((panel + i) * k + start) * WIDTH;
-                let columns = finish.columns(n, panel + i);
+                let columns = epilogue.columns(n, panel + i);
                 weight.widen::<V>(at, &mut u[..terms.len() * PANEL]);
                 for (v, sums) in v
                     .chunks_exact(ROWS * lanes)
@@ -267,13 +267,13 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
         }
         for (i, sums) in sums.chunks_exact(tiles * ROWS * PANEL).enumerate() {
             for (row, sums) in sums.chunks_exact(PANEL).enumerate().take(m - first) {
-                finish.write::<V>(first + row, panel + i, (m, n), sums, y);
+                epilogue.write::<V>(first + row, panel + i, (m, n), sums, y);
             }
         }
     }
 }
 
-impl Finish<'_> {
+impl Epilogue<'_> {
     /// Vectors of a panel that hold columns.
     fn columns(&self, n: usize, panel: usize) -> usize {
         if self.gated { PANEL } else { vectors(n, panel) }
@@ -322,20 +322,20 @@ impl Finish<'_> {
 }
 
 /// x [m, k] times packed weights, plus bias and residual, perhaps gated.
-pub struct Product {
+pub struct Gemm {
     /// columns of the weights
     pub outputs: usize,
     /// [outputs]
     pub bias: Option<Tensor>,
     /// [m, outputs]
     pub residual: Option<Tensor>,
-    /// see [`Finish::gated`]
+    /// see [`Epilogue::gated`]
     pub gated: bool,
 }
 
-impl CustomOp2 for Product {
+impl CustomOp2 for Gemm {
     fn name(&self) -> &'static str {
-        "product"
+        "gemm"
     }
 
     fn cpu_fwd(
@@ -363,11 +363,11 @@ impl CustomOp2 for Product {
         };
         let y = with_slice(self.bias.as_ref(), |bias| {
             with_slice(self.residual.as_ref(), |residual| {
-                product(
+                gemm(
                     (m, k, n),
                     left,
                     weight,
-                    Finish {
+                    Epilogue {
                         bias,
                         residual,
                         gated: self.gated,

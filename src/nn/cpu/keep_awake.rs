@@ -10,9 +10,9 @@ const PATIENCE: Duration = Duration::from_micros(500);
 const NAP: Duration = Duration::from_micros(50);
 
 /// For as long as it lives, all other threads of the pool look for work without falling asleep.
-pub struct Attended(Arc<AtomicBool>);
+pub struct KeepAwake(Arc<AtomicBool>);
 
-impl Attended {
+impl KeepAwake {
     /// On the pool of the current thread.
     pub fn start() -> Self {
         let done = Arc::new(AtomicBool::new(false));
@@ -32,7 +32,7 @@ impl Attended {
     }
 }
 
-impl Drop for Attended {
+impl Drop for KeepAwake {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -44,13 +44,13 @@ mod tests {
     use rayon::prelude::*;
 
     #[test]
-    fn attended_work_is_done_on_any_number_of_threads_and_ends() {
+    fn work_is_done_on_any_number_of_threads_and_ends() {
         for threads in [1, 2, 5] {
             let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(threads).build() else {
                 continue;
             };
             let sum = || {
-                let _attended = Attended::start();
+                let _awake = KeepAwake::start();
                 (0..1000)
                     .map(|_| (0..100u64).into_par_iter().sum::<u64>())
                     .sum::<u64>()

@@ -1,6 +1,6 @@
 //! Kernels for the CPU as candle CustomOps, f32, on rayon's pool. Results never depend on the
 //! number of threads: work is cut by shape alone and partial sums are added in order. Each has its
-//! plain composition, and the test that compares them, in [`super::layers`].
+//! plain composition in [`super::plain`]; the tests of [`super::layers`] compare them.
 
 mod attention;
 mod concat;
@@ -17,8 +17,8 @@ mod winograd;
 pub use attention::Attention;
 pub use concat::Concat;
 pub use conv::Conv2d;
-pub use gemm::Product;
-pub use keep_awake::Attended;
+pub use gemm::Gemm;
+pub use keep_awake::KeepAwake;
 pub use norm::{Affine, GroupNorm, LayerNorm, Normalise};
 pub use panels::Pack;
-pub use peak_flops::ceiling;
+pub use peak_flops::peak_flops;

@@ -3,7 +3,7 @@
 //! A group norm reads its input twice: once for sums of numbers and of squares, once to write the
 //! output.
 
-use super::concat::fresh;
+use super::concat::uninit;
 use super::gemm::{slice, with_slice};
 use super::vector::{Kernel, LANES, Vector, dispatch};
 use super::vector_math::{layer_norm, moments};
@@ -100,7 +100,7 @@ impl CustomOp1 for Normalise<'_> {
             with_slice(self.below, |below| {
                 let parts = [above.unwrap_or_default(), x, below.unwrap_or_default()];
                 let len = parts.iter().map(|part| part.len()).sum();
-                let mut y = fresh(len);
+                let mut y = uninit(len);
                 let block = share(len, c);
                 let mut tasks = vec![];
                 for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine)
@@ -259,7 +259,7 @@ impl CustomOp3 for LayerNorm {
                 bias.len()
             );
         }
-        let mut y = fresh(x.len());
+        let mut y = uninit(x.len());
         let block = share(x.len(), n);
         y.par_chunks_mut(block)
             .zip(x.par_chunks(block))

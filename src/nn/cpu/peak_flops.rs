@@ -9,7 +9,7 @@ use std::time::Instant;
 const LENGTH: usize = 1 << 23;
 
 /// Floating-point operations a second of all threads together, the best of five runs.
-pub fn ceiling() -> f64 {
+pub fn peak_flops() -> f64 {
     let run = || {
         let (start, done) = (Instant::now(), AtomicU64::new(0));
         rayon::broadcast(|_| dispatch(Chains(&done)));

@@ -15,7 +15,7 @@
 //! itself (sums of one product after another: 0.6e-6 and 1.9e-6). The usual points +-1 and +-2
 //! would give more than twice as much; F(2x2, 3x3), which has more than twice the products, half.
 
-use super::concat::fresh;
+use super::concat::uninit;
 use super::conv::Pictures;
 use super::gemm::{Output, ROWS, multiply, with_memory};
 use super::panels::{PANEL, Panels, WIDTH, vectors};
@@ -97,7 +97,7 @@ pub fn convolve(
     let Pictures {
         b, w, c: inputs, ..
     } = pictures;
-    let mut y = fresh(b * wanted.len() * w * outputs);
+    let mut y = uninit(b * wanted.len() * w * outputs);
     let output = Output(y.as_mut_ptr());
     let (down, across) = (wanted.len().div_ceil(TILE), w.div_ceil(TILE));
     let tiles = b * down * across;
@@ -494,7 +494,7 @@ impl Transform<SEEN, TILE> for Outputs {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Conv2d, Pack, gemm::Finish};
+    use super::super::{Conv2d, Pack, gemm::Epilogue};
     use super::*;
     use candle_core::{Device, Tensor};
 
@@ -511,7 +511,7 @@ mod tests {
             h,
             w,
             c,
-            wraps: [false; 2],
+            padding_modes: Default::default(),
         }
     }
 
@@ -646,7 +646,7 @@ mod tests {
                 size: 3,
                 stride: 1,
                 padding: (1, 1),
-                wraps: [false; 2],
+                padding_modes: Default::default(),
                 rows: 0..side,
                 scaled: None,
                 residual: None,
@@ -659,9 +659,9 @@ mod tests {
                         pictures(&x, shape),
                         outputs,
                         Panels::F32(&weight),
-                        Finish {
+                        Epilogue {
                             bias: Some(&bias),
-                            ..Finish::default()
+                            ..Epilogue::default()
                         },
                     )
                 }));

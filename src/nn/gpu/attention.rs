@@ -98,7 +98,7 @@ impl Work for Attention {
 mod tests {
     use super::super::emulated::{self, random, same, wide};
     use super::*;
-    use crate::nn::attention::attention_plain;
+    use crate::nn::plain;
 
     #[test]
     fn the_attention_kernel_equals_its_plain_composition() {
@@ -120,7 +120,7 @@ mod tests {
                 let (c, kv) = (heads * d, random(&[b, m, 2 * heads * d], dtype));
                 let q = random(&[b, n, 3 * c], dtype).narrow(2, c, c).unwrap();
                 let [k, v] = [0, c].map(|from| kv.narrow(2, from, c).unwrap());
-                let plain = attention_plain(&wide(&q), &wide(&k), &wide(&v), heads, None).unwrap();
+                let plain = plain::attention(&wide(&q), &wide(&k), &wide(&v), heads, None).unwrap();
                 assert!(Attention::serves(&q, &k, &v, heads).unwrap());
                 same(
                     &super::super::run(Attention { q, k, v, heads }).unwrap(),

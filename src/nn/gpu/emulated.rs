@@ -5,26 +5,8 @@
 use super::{Launch, Params, Work};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
 use half::{bf16, f16};
-use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::OnceLock;
-
-thread_local! {
-    static ON: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Whether layers on the CPU use these kernels.
-pub fn is_on() -> bool {
-    ON.get()
-}
-
-/// Does work with layers on the CPU as if it were a GPU.
-pub fn on<R>(work: impl FnOnce() -> R) -> R {
-    ON.set(true);
-    let result = work();
-    ON.set(false);
-    result
-}
 
 type Kernel = extern "C" fn(*const Params);
 type Emulate =
@@ -285,8 +267,10 @@ pub fn same(y: &Tensor, plain: &Tensor, what: &str) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::model::Autoencoder;
-    use crate::model::unet::{Added, Conditioning, UNet, UNetConfig};
+    use crate::model::unet::{UNet, UNetInputs};
+    use crate::model::unet_config::UNetConfig;
+    use crate::model::{AddedCond, Autoencoder, Conditioning};
+    use crate::nn::{Backend, Forward};
     use crate::weights::{Checkpoint, Origin};
 
     fn checkpoint(name: &str) -> Checkpoint {
@@ -294,6 +278,13 @@ mod tests {
             .join("tests/fixtures")
             .join(name);
         Checkpoint::open(Origin::Path(&folder)).unwrap()
+    }
+
+    fn cx(backend: Backend) -> Forward<'static> {
+        Forward {
+            backend,
+            ..Forward::on(&Device::Cpu)
+        }
     }
 
     /// The largest difference, relative to the largest value.
@@ -336,27 +327,32 @@ mod tests {
                         - 6 * json["addition_time_embed_dim"].as_u64().unwrap() as usize;
                     random(&[2, width], DType::F32)
                 });
-            let predict = |dtype: DType| {
+            let predict = |backend: Backend, dtype: DType| {
                 let as_type = |x: &Tensor| x.to_dtype(dtype).unwrap();
-                let unet =
-                    UNet::new(&checkpoint.weights("unet", &Device::Cpu, dtype), &config).unwrap();
-                let added = pooled.as_ref().map(|pooled| Added {
-                    pooled: as_type(pooled),
-                    ids: vec![vec![64.0; 6]; 2],
+                let unet = UNet::new(
+                    &checkpoint
+                        .weights("unet", &Device::Cpu, dtype)
+                        .with_backend(backend),
+                    &config,
+                )
+                .unwrap();
+                let added = pooled.as_ref().map(|pooled| AddedCond {
+                    text_embeds: as_type(pooled),
+                    time_ids: vec![vec![64.0; 6]; 2],
                 });
-                let told = Conditioning {
+                let conditioning = Conditioning {
                     context: as_type(&context),
-                    added,
+                    added_cond: added,
                     guidance: None,
                 };
-                unet.told(&told)
+                unet.with_conditioning(cx(backend), &conditioning, None)
                     .unwrap()
-                    .forward(&as_type(&latents), 500.0)
+                    .forward(UNetInputs::new(&as_type(&latents), 500.0))
                     .unwrap()
             };
-            let plain = predict(DType::F32);
+            let plain = predict(Backend::Cpu, DType::F32);
             for (dtype, allowed) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 8e-2)] {
-                let off = difference(&on(|| predict(dtype)), &plain);
+                let off = difference(&predict(Backend::Gpu, dtype), &plain);
                 assert!(off < allowed, "{name} {dtype:?}: {off:e}");
             }
         }
@@ -370,14 +366,14 @@ mod tests {
         let checkpoint = checkpoint("sd1");
         let config = Autoencoder::from_json(checkpoint.config("vae").unwrap()).unwrap();
         let latents = random(&[1, 5, 6, 4], DType::F32);
-        let decode = || {
-            let decoder = config
-                .decoder(&checkpoint.weights("vae", &Device::Cpu, DType::F32))
-                .unwrap();
-            decoder.decode(&latents).unwrap()
+        let decode = |backend| {
+            let weights = checkpoint
+                .weights("vae", &Device::Cpu, DType::F32)
+                .with_backend(backend);
+            let decoder = config.decoder(&weights).unwrap();
+            decoder.decode(cx(backend), &latents).unwrap()
         };
-        let plain = decode();
-        let off = difference(&on(decode), &plain);
+        let off = difference(&decode(Backend::Gpu), &decode(Backend::Cpu));
         assert!(off < 1e-5, "{off:e}");
     }
 }

@@ -1,6 +1,7 @@
 //! Linear layers and convolutions: one kernel, which gathers what a convolution sees as it reads.
 
 use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
+use crate::nn::PaddingMode;
 use candle_core::{Result, Shape, Tensor};
 use std::ops::Range;
 
@@ -27,7 +28,7 @@ pub fn interleaved(x: &Tensor) -> Result<Tensor> {
 
 /// y = x w' with what follows: x is [b, h, w, in], of which a convolution gathers rows, and w is
 /// [out, taps, in].
-pub struct Product {
+pub struct Gemm {
     pub x: Tensor,
     pub weight: Tensor,
     /// [out]: added
@@ -51,11 +52,11 @@ pub struct Product {
     /// rows of the output that are wanted
     pub rows: Range<usize>,
     pub out_width: usize,
-    /// whether rows and columns go on at the other end
-    pub wraps: [bool; 2],
+    /// of rows and of columns
+    pub padding_modes: [PaddingMode; 2],
 }
 
-impl Product {
+impl Gemm {
     /// That of a linear layer: x [rows, in], weight [out, in].
     pub fn linear(
         x: Tensor,
@@ -66,7 +67,7 @@ impl Product {
     ) -> Result<Self> {
         let (m, k) = x.dims2()?;
         let x = x.reshape((m, 1, 1, k))?;
-        let (shift, slope, before, scaled, wraps) = (None, None, 0, (1, 1), [false; 2]);
+        let (shift, slope, before, scaled) = (None, None, 0, (1, 1));
         Ok(Self {
             x,
             weight,
@@ -81,7 +82,7 @@ impl Product {
             scaled,
             rows: 0..1,
             out_width: 1,
-            wraps,
+            padding_modes: Default::default(),
         })
     }
 
@@ -158,10 +159,10 @@ impl Cut {
     }
 }
 
-/// As `struct Product` of product.cu.
+/// As `struct Gemm` of gemm.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ProductParams {
+struct GemmParams {
     x: u64,
     weight: u64,
     bias: u64,
@@ -182,7 +183,7 @@ struct ProductParams {
     first_row: i32,
     rows: i32,
     out_width: i32,
-    wraps: [i32; 2],
+    circular: [i32; 2],
     per_shift: i32,
     shift_stride: i32,
     splits: i32,
@@ -191,7 +192,7 @@ struct ProductParams {
     aligned: i32,
 }
 
-impl Work for Product {
+impl Work for Gemm {
     fn input(&self) -> &Tensor {
         &self.x
     }
@@ -242,7 +243,7 @@ impl Work for Product {
             Some(shift) if shift.rank() == 2 => (m / b, shift.stride()[0]),
             _ => (m, 0),
         };
-        let params = Params::new(&ProductParams {
+        let params = Params::new(&GemmParams {
             x,
             weight,
             bias,
@@ -263,7 +264,7 @@ impl Work for Product {
             first_row: int(self.rows.start)?,
             rows: int(self.rows.len())?,
             out_width: int(self.out_width)?,
-            wraps: self.wraps.map(i32::from),
+            circular: self.padding_modes.map(|mode| mode.is_circular().into()),
             per_shift: int(per_shift)?,
             shift_stride: int(shift_stride)?,
             splits: int(cut.splits)?,
@@ -277,7 +278,7 @@ impl Work for Product {
         let suffix = suffix(self.x.dtype())?;
         let grid = [n.div_ceil(cut.tile) * m.div_ceil(cut.tile), cut.splits];
         let mut launches = vec![Launch {
-            kernel: format!("product_{}_{suffix}", cut.tile),
+            kernel: format!("gemm_{}_{suffix}", cut.tile),
             grid,
             threads: cut.threads(),
             shared: cut.shared(),
@@ -285,7 +286,7 @@ impl Work for Product {
         }];
         if cut.splits > 1 {
             let chunks = m * n.div_ceil(if self.gated { 2 * chunk } else { chunk });
-            let kernel = format!("product_parts_{suffix}");
+            let kernel = format!("gemm_parts_{suffix}");
             launches.push(Launch {
                 kernel,
                 grid: [chunks.div_ceil(256), 1],
@@ -303,7 +304,7 @@ impl Work for Product {
 mod tests {
     use super::super::emulated::{self, random, same, wide};
     use super::*;
-    use crate::nn::layers::{conv2d_plain, leaky_plain, product_plain, scale_plain};
+    use crate::nn::plain;
     use candle_core::DType;
 
     #[test]
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_product_kernel_equals_its_plain_composition() {
+    fn the_gemm_kernel_equals_its_plain_composition() {
         if !emulated::is_there() {
             return;
         }
@@ -344,7 +345,7 @@ mod tests {
                     (Some(&bias), None, true),
                     (None, Some(&residual), false),
                 ] {
-                    let plain = product_plain(
+                    let plain = plain::gemm(
                         &wide(&x),
                         &wide(&weight),
                         bias.map(wide).as_ref(),
@@ -358,7 +359,7 @@ mod tests {
                             x.clone()
                         }
                     };
-                    let product = Product::linear(
+                    let gemm = Gemm::linear(
                         x.clone(),
                         turned(&weight),
                         bias.map(turned),
@@ -366,9 +367,9 @@ mod tests {
                         gated,
                     )
                     .unwrap();
-                    let cut = product.cut().unwrap();
+                    let cut = gemm.cut().unwrap();
                     same(
-                        &super::super::run(product).unwrap(),
+                        &super::super::run(gemm).unwrap(),
                         &plain.unwrap(),
                         &format!("{m}x{k}x{n} {dtype:?} {gated} {cut:?}"),
                     );
@@ -378,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn the_product_kernel_convolves_as_its_plain_composition_does() {
+    fn the_gemm_kernel_convolves_as_its_plain_composition_does() {
         if !emulated::is_there() {
             return;
         }
@@ -400,19 +401,25 @@ mod tests {
             cases.into_iter().enumerate()
         {
             for dtype in [DType::F16, DType::BF16, DType::F32] {
-                let wraps = [i % 2 == 1, i % 3 == 1];
+                let padding_modes = [i % 2 == 1, i % 3 == 1].map(|is_circular| {
+                    if is_circular {
+                        PaddingMode::Circular
+                    } else {
+                        PaddingMode::Zeros
+                    }
+                });
                 let b = 2;
                 let (x, weight) = (
                     random(&[b, h, w, channels], dtype),
                     random(&[n, channels, size, size], dtype),
                 );
                 let (height, width) = scaled.unwrap_or((h, w));
-                let plain = conv2d_plain(
-                    &scale_plain(&wide(&x), height, width).unwrap(),
+                let plain = plain::conv2d(
+                    &plain::scale_nearest(&wide(&x), height, width).unwrap(),
                     &wide(&weight),
                     stride,
                     padding,
-                    wraps,
+                    padding_modes,
                 )
                 .unwrap();
                 let rows = rows.clone().unwrap_or(0..plain.dim(1).unwrap());
@@ -438,8 +445,8 @@ mod tests {
                     .broadcast_add(&each)
                     .unwrap();
                 let plain =
-                    leaky_plain(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
-                let product = Product {
+                    plain::leaky_relu(&(plain + wide(&residual)).unwrap(), &wide(&slope)).unwrap();
+                let gemm = Gemm {
                     x,
                     weight: super::rows(&weight).unwrap(),
                     bias: Some(bias),
@@ -453,11 +460,11 @@ mod tests {
                     scaled: (height, width),
                     rows,
                     out_width: plain.dim(2).unwrap(),
-                    wraps,
+                    padding_modes,
                 };
-                let cut = product.cut().unwrap();
+                let cut = gemm.cut().unwrap();
                 same(
-                    &super::super::run(product).unwrap(),
+                    &super::super::run(gemm).unwrap(),
                     &plain,
                     &format!("case {i} {dtype:?} {cut:?}"),
                 );

@@ -17,34 +17,12 @@ mod launch;
 mod norm;
 
 pub use attention::Attention;
-pub use gemm::{Product, interleaved, rows};
+pub use gemm::{Gemm, interleaved, rows};
 pub use graph::Recorder;
 pub use launch::run;
 pub use norm::{GroupApply, GroupSums, LayerNorm};
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
-
-/// Who does the work of layers on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Engine {
-    /// [`super::cpu`]
-    Cpu,
-    /// the kernels here
-    Gpu,
-    /// compositions of candle's operations
-    Plain,
-}
-
-/// Of a device.
-pub fn engine(device: &Device) -> Engine {
-    match device {
-        #[cfg(all(test, target_os = "linux"))]
-        Device::Cpu if emulated::is_on() => Engine::Gpu,
-        Device::Cpu => Engine::Cpu,
-        Device::Cuda(_) if cfg!(feature = "cuda") => Engine::Gpu,
-        _ => Engine::Plain,
-    }
-}
 
 /// Kernels to run, one after the other, that fill one output.
 pub trait Work {

@@ -245,7 +245,7 @@ impl Work for LayerNorm {
 mod tests {
     use super::super::emulated::{self, random, same, wide};
     use super::*;
-    use crate::nn::layers::{group_norm_plain, layer_norm_plain};
+    use crate::nn::plain;
 
     const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
@@ -268,8 +268,9 @@ mod tests {
                     .to_dtype(dtype)
                     .unwrap();
                 let (weight, bias) = (random(&[c], dtype), random(&[c], dtype));
-                let plain = group_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), groups, 1e-5)
-                    .unwrap();
+                let plain =
+                    plain::group_norm(&wide(&x), &wide(&weight), &wide(&bias), groups, 1e-5)
+                        .unwrap();
                 let plain = if silu {
                     candle_nn::ops::silu(&plain).unwrap()
                 } else {
@@ -345,7 +346,7 @@ mod tests {
                     random(&[c], dtype),
                 );
                 let plain =
-                    layer_norm_plain(&wide(&x), &wide(&weight), &wide(&bias), 1e-5).unwrap();
+                    plain::layer_norm(&wide(&x), &wide(&weight), &wide(&bias), 1e-5).unwrap();
                 same(
                     &super::super::run(LayerNorm {
                         x,

@@ -1,4 +1,4 @@
 // All kernels.
 #include "attention.cu"
 #include "norm.cu"
-#include "product.cu"
+#include "gemm.cu"

@@ -6,7 +6,7 @@
 // 16-byte chunks are swizzled within their rows, so that no two rows of a matrix share a bank.
 #include "warp.cuh"
 
-struct Product {
+struct Gemm {
   const void *x, *w;
   const void* bias;      // [n], or null, as all that follow
   const void* shift;     // [m / per_shift, n], rows `shift_stride` apart: added
@@ -47,7 +47,7 @@ template <> __device__ __forceinline__ void multiply<float>(float (&c)[4], const
 }
 
 // The pixel of x at (y, x) of the scaled and padded picture, as an offset in pixels; -1 if it is a zero.
-__device__ __forceinline__ int pixel(const Product& p, int y, int x) {
+__device__ __forceinline__ int pixel(const Gemm& p, int y, int x) {
   if (p.wrap_y) y = y < 0 ? y + p.h : y >= p.h ? y - p.h : y;
   if (p.wrap_x) x = x < 0 ? x + p.w_ : x >= p.w_ ? x - p.w_ : x;
   if (y < 0 || y >= p.h || x < 0 || x >= p.w_) return -1;
@@ -57,7 +57,7 @@ __device__ __forceinline__ int pixel(const Product& p, int y, int x) {
 }
 
 // Adds what belongs to columns from.. of a row of sums, and stores what comes out: a chunk, of twice as many sums if gated.
-template <typename T, bool GATED> __device__ __forceinline__ void finish(const Product& p, int row, int from, float (&sums)[GATED ? 2 * Chunk<T>::N : Chunk<T>::N]) {
+template <typename T, bool GATED> __device__ __forceinline__ void epilogue(const Gemm& p, int row, int from, float (&sums)[GATED ? 2 * Chunk<T>::N : Chunk<T>::N]) {
   constexpr int N = Chunk<T>::N, WIDTH = GATED ? 2 * N : N;
   const int col = GATED ? from / 2 : from, outputs = GATED ? p.n / 2 : p.n;
   const T* added[3] = {
@@ -104,7 +104,7 @@ template <typename T, bool GATED> __device__ __forceinline__ void finish(const P
 }
 
 // A tile of sums, whose rows are 8 floats longer than wide.
-template <typename T, bool GATED, int BM, int BN, int THREADS> __device__ __forceinline__ void finish_tile(const Product& p, const float* tile, int m0, int n0) {
+template <typename T, bool GATED, int BM, int BN, int THREADS> __device__ __forceinline__ void epilogue_tile(const Gemm& p, const float* tile, int m0, int n0) {
   constexpr int WIDTH = GATED ? 2 * Chunk<T>::N : Chunk<T>::N;
   for (int i = threadIdx.x; i < BM * BN / WIDTH; i += THREADS) {
     int row = i / (BN / WIDTH), col = i % (BN / WIDTH) * WIDTH;
@@ -112,7 +112,7 @@ template <typename T, bool GATED, int BM, int BN, int THREADS> __device__ __forc
     float sums[WIDTH];
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) sums[e] = tile[row * (BN + 8) + col + e];
-    finish<T, GATED>(p, m0 + row, n0 + col, sums);
+    epilogue<T, GATED>(p, m0 + row, n0 + col, sums);
   }
 }
 
@@ -123,7 +123,7 @@ struct Row {
 
 // BM x BN of y a block, WM x WN a warp; blocks (m tiles * n tiles, splits), those of one m next to each other. Shared memory:
 // the stages, and a Row for each row.
-template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __forceinline__ void product(const Product& p) {
+template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __forceinline__ void gemm(const Gemm& p) {
   constexpr int N = Chunk<T>::N, BK = ROW / sizeof(T);
   constexpr int ACROSS = BN / WN, THREADS = BM / WM * ACROSS * 32;
   constexpr int LOADED = THREADS / 8;  // rows at a time
@@ -259,12 +259,12 @@ template <typename T, int BM, int BN, int WM, int WN, int STAGES> __device__ __f
     }
     return;
   }
-  if (p.gated) finish_tile<T, true, BM, BN, THREADS>(p, tile, m0, n0);
-  else finish_tile<T, false, BM, BN, THREADS>(p, tile, m0, n0);
+  if (p.gated) epilogue_tile<T, true, BM, BN, THREADS>(p, tile, m0, n0);
+  else epilogue_tile<T, false, BM, BN, THREADS>(p, tile, m0, n0);
 }
 
 // Adds up the parts, in order. A thread for as many outputs as 16 bytes hold.
-template <typename T, bool GATED> __device__ __forceinline__ void add_parts(const Product& p) {
+template <typename T, bool GATED> __device__ __forceinline__ void add_parts(const Gemm& p) {
   constexpr int WIDTH = GATED ? 2 * Chunk<T>::N : Chunk<T>::N;
   const int across = ceil_div(p.n, WIDTH);
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -277,13 +277,13 @@ template <typename T, bool GATED> __device__ __forceinline__ void add_parts(cons
     for (int e = 0; e < WIDTH; e++)
       if (col + e < p.n) sums[e] += from[e];
   }
-  finish<T, GATED>(p, row, col, sums);
+  epilogue<T, GATED>(p, row, col, sums);
 }
 
 #define PRODUCTS(T, name)                                                                            \
-  KERNEL(product_128_##name, 256, 2, Product) { product<T, 128, 128, 64, 32, 3>(p); }                   \
-  KERNEL(product_64_##name, 128, 3, Product) { product<T, 64, 64, 32, 32, 4>(p); }                      \
-  KERNEL(product_parts_##name, 256, 1, Product) { p.gated ? add_parts<T, true>(p) : add_parts<T, false>(p); }
+  KERNEL(gemm_128_##name, 256, 2, Gemm) { gemm<T, 128, 128, 64, 32, 3>(p); }                   \
+  KERNEL(gemm_64_##name, 128, 3, Gemm) { gemm<T, 64, 64, 32, 32, 4>(p); }                      \
+  KERNEL(gemm_parts_##name, 256, 1, Gemm) { p.gated ? add_parts<T, true>(p) : add_parts<T, false>(p); }
 PRODUCTS(half, f16)
 PRODUCTS(bfloat16, bf16)
 PRODUCTS(float, f32)

@@ -1,21 +1,72 @@
-//! `sdgen` turns a sentence into a picture: a CLIP text encoder, a latent U-Net, a sampler and a
-//! VAE, from safetensors weights, on candle.
+//! `sdgen` turns a sentence into a picture: text encoder, denoising network, VAE and sampler, from
+//! safetensors weights, on candle.
 //!
-//! The command line is the interface; this library is what the command, its tests and its
-//! benchmarks share. Start at [`cli::draw::draw`], which tells the whole story, and go down one
-//! level at a time: [`pipeline::generate`], [`sampling::sampler::sample`],
-//! [`pipeline::guidance::Guided`], [`model::unet::UNet`].
+//! ```
+//! use sdgen::{ModelSpec, Params, Pipeline};
+//! use std::ops::ControlFlow;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let pipeline = Pipeline::load(&ModelSpec::embedded())?;
+//! let frog = Params::new("a frog in a top hat").seed(7).steps(8);
+//! let image = pipeline.generate(&frog, |_| ControlFlow::Continue(()))?;
+//! let png = image.to_bytes(sdgen::Format::Png)?;
+//! assert!(png.starts_with(b"\x89PNG"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A [`Pipeline`] is a model that stays in memory and may be shared by threads; [`Params`] are what
+//! is asked of an image; [`Event`]s tell how far it is. The `sdgen` command is built on the same
+//! pipeline. Features: `cli` (the command), `hub` (models by name from the Hugging Face hub),
+//! `mini` (the embedded model), all on by default; `cuda`, `cudnn` and `metal` for GPUs.
+#![cfg_attr(not(feature = "internals"), deny(missing_docs))]
 
-pub mod alloc;
-pub mod batch;
-pub mod cli;
-pub mod error;
-pub mod hex;
-pub mod hub;
-pub mod image;
-pub mod model;
-pub mod nn;
-pub mod pipeline;
-pub mod sampling;
-pub mod text;
-pub mod weights;
+/// Modules are private; the crate's own tests and benchmarks see them by the feature `internals`.
+macro_rules! modules {
+    ($($(#[$attribute:meta])* $name:ident),* $(,)?) => {
+        $(
+            $(#[$attribute])*
+            #[cfg(feature = "internals")]
+            #[allow(missing_docs)]
+            pub mod $name;
+            $(#[$attribute])*
+            #[cfg(not(feature = "internals"))]
+            mod $name;
+        )*
+    };
+}
+
+modules! {
+    alloc,
+    #[cfg(feature = "cli")]
+    batch,
+    #[cfg(feature = "cli")]
+    cli,
+    error,
+    hex,
+    hub,
+    image,
+    model,
+    nn,
+    pipeline,
+    sampling,
+    text,
+    weights,
+}
+
+pub use crate::error::{Error, ErrorKind};
+pub use crate::image::{Format, Picture as Image};
+pub use crate::nn::device::{DTypeChoice, DeviceChoice};
+pub use crate::pipeline::Pipeline;
+pub use crate::pipeline::event::{Event, Preview};
+pub use crate::pipeline::model_spec::{LoraSpec, ModelSpec};
+pub use crate::pipeline::options::VaeTiling;
+pub use crate::pipeline::resolve::Params;
+pub use crate::sampling::sampler::Sampler;
+pub use crate::sampling::schedule::{Prediction, Schedule};
+
+#[doc(hidden)]
+pub use crate::alloc::Reuse;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub use crate::cli::main;

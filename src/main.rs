@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 #[global_allocator]
-static MEMORY: sdgen::alloc::Reuse = sdgen::alloc::Reuse;
+static MEMORY: sdgen::Reuse = sdgen::Reuse;
 
 fn main() -> ExitCode {
-    ExitCode::from(sdgen::cli::run(sdgen::cli::args::Cli::from_env()))
+    sdgen::main()
 }

@@ -3,11 +3,11 @@
 
 use crate::batch::resume::{UNREADABLE, settings_of};
 use crate::cli::exit_code::{Code, Failure};
-use crate::cli::model_args::{LoraArg, ModelArgs};
+use crate::cli::model_args::ModelArgs;
+use crate::pipeline::model_spec::LoraSpec;
 use crate::cli::progress::{Progress, ProgressMode};
 use crate::cli::stdout::say;
 use crate::cli::upscale::Upscaler;
-use crate::error::Error;
 use crate::image::{Difference, Format, Picture, read_metadata};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::event::{Event, Generated};
@@ -194,7 +194,7 @@ struct Adapters {
 impl Adapters {
     fn read(args: &ModelArgs) -> Result<Self> {
         let hashed =
-            |LoraArg { path, .. }: &LoraArg| Ok((Lora::open(path, 1.0)?.hash()?, path.clone()));
+            |LoraSpec { path, .. }: &LoraSpec| Ok((Lora::open(path, 1.0)?.hash()?, path.clone()));
         Ok(Self {
             loras: args.lora.iter().map(hashed).collect::<Result<_>>()?,
             embeddings: args.embeddings()?,
@@ -397,22 +397,18 @@ fn compare(
     };
     let progress = report.progress;
     let mut reported = Ok(());
-    let mut on_event = |event: Event| {
-        match event {
-            Event::Image { index, result } => {
-                if let (Some(drawing), true) = (drawn_again.get(index), reported.is_ok()) {
-                    let drawn = result.map_err(Error::into_cause);
-                    let comparison =
-                        drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
-                    reported = report.add(&drawing.path, comparison);
-                }
-            }
-            event => progress.show_event(&event, |image| image),
+    let mut sink = |index: usize, drawn: Result<Generated>| {
+        if let (Some(drawing), true) = (drawn_again.get(index), reported.is_ok()) {
+            let comparison = drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
+            reported = report.add(&drawing.path, comparison);
         }
+    };
+    let mut on_event = |event: Event| {
+        progress.show_event(&event, |image| image);
         ControlFlow::Continue(())
     };
     pipeline
-        .generate_all(&jobs, options, &mut on_event)
+        .generate_all(&jobs, options, &mut on_event, &mut sink)
         .code(1)?;
     progress.finish();
     reported

@@ -20,7 +20,6 @@ use crate::cli::signals;
 use crate::cli::stdout::say;
 use crate::cli::terminal::Terminal;
 use crate::cli::upscale::Upscaler;
-use crate::error::Error;
 use crate::nn::device::{Compute, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::job::Job;
@@ -245,15 +244,6 @@ impl<'a> Drawing<'a> {
             let stop = || signals::requested() || is_full.load(Ordering::Relaxed);
             let mut on_event = |event: Event| match event {
                 Event::NextBatch { .. } if stop() => ControlFlow::Break(()),
-                Event::Image { index, result } => {
-                    let image = result.map_err(Error::into_cause);
-                    let image = image.and_then(|image| self.upscaled(image));
-                    if let Some(task) = tasks.get(index) {
-                        // a writer that has ended says why
-                        sender.send((*task, image)).unwrap_or_default();
-                    }
-                    ControlFlow::Continue(())
-                }
                 event => {
                     let place = |image: usize| tasks.get(image).map_or(image, |task| task.index);
                     progress.show_event(&event, place);
@@ -265,7 +255,16 @@ impl<'a> Drawing<'a> {
                 trace: args.trace,
                 keep_networks: false,
             };
-            let drawn = self.pipeline.generate_all(&jobs, options, &mut on_event);
+            let mut sink = |index: usize, image: Result<Generated>| {
+                let image = image.and_then(|image| self.upscaled(image));
+                if let Some(task) = tasks.get(index) {
+                    // a writer that has ended says why
+                    sender.send((*task, image)).unwrap_or_default();
+                }
+            };
+            let drawn = self
+                .pipeline
+                .generate_all(&jobs, options, &mut on_event, &mut sink);
             progress.finish();
             drop(sender);
             let broken = |_| Err(anyhow!("the writing of files broke down"));

@@ -1,7 +1,7 @@
 //! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
 
 use crate::cli::exit_code::{Code, Failure};
-use crate::cli::model_args::ModelFinder;
+use crate::pipeline::model_spec::ModelFinder;
 use crate::cli::stdout::say;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::pipeline::family::Family;

@@ -18,10 +18,16 @@ pub mod upscale;
 
 use crate::cli::args::{Cli, Command};
 use crate::cli::exit_code::{Code, Failure};
-use crate::cli::model_args::ModelFinder;
+use crate::pipeline::model_spec::ModelFinder;
 use crate::cli::stdout::say;
 use crate::nn::device::limit_threads;
 use clap::CommandFactory;
+use std::process::ExitCode;
+
+/// The `sdgen` command: parses the process's arguments, runs, and returns the exit code.
+pub fn main() -> ExitCode {
+    ExitCode::from(run(Cli::from_env()))
+}
 
 /// Runs the program and returns its exit code; errors are printed on stderr. It runs on a thread of
 /// the pool that all kernels share: waking one for every kernel would cost more than a small kernel

@@ -5,7 +5,7 @@ use crate::batch::jobs::JobList;
 use crate::batch::output_path::{self, Destination};
 use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
-use crate::cli::model_args::LoraArg;
+use crate::pipeline::model_spec::LoraSpec;
 use crate::cli::progress::ProgressMode;
 use crate::cli::upscale::Upscaler;
 use crate::image::Format;
@@ -61,7 +61,7 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
 
 /// The LoRAs of the run: those of `--lora`, then those of A1111's tags, which are taken out of the
 /// prompts. Errors if prompts differ in their tags, or a tag's file is not found.
-pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraArg>> {
+pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraSpec>> {
     let mut of_all = None;
     for item in list
         .jobs
@@ -84,7 +84,7 @@ pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraArg>> {
             .lora_dir
             .as_ref()
             .with_context(|| format!("the prompt names the LoRA `{name}`\n\nhint: {hint}"))?;
-        Ok(LoraArg {
+        Ok(LoraSpec {
             path: lora::find_named(folder, &name)?,
             strength,
         })

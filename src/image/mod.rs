@@ -131,6 +131,12 @@ impl Picture {
         }
     }
 
+    /// Encodes the image as a file of this format, without metadata. Errors if the image is larger
+    /// than the format takes.
+    pub fn to_bytes(&self, format: Format) -> anyhow::Result<Vec<u8>> {
+        self.encode(format, None)
+    }
+
     /// The bytes of a file: PNG and WebP lossless, JPEG at quality 95 without chroma subsampling.
     /// Errors if the format cannot hold this size (JPEG 65535, WebP 16384 pixels a side) or, for
     /// JPEG, this much metadata (see [`Metadata::check`]).

@@ -5,12 +5,17 @@ use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use std::str::FromStr;
 
-/// `--device`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where networks run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
+    /// A GPU that this build can use, if there is one; else the CPU.
+    #[default]
     Auto,
+    /// The CPU.
     Cpu,
+    /// An NVIDIA GPU, by its number from 0.
     Cuda(usize),
+    /// Apple's GPU.
     Metal,
 }
 
@@ -32,13 +37,18 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// `--dtype`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The type in which weights are kept, and on a GPU the type of the arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum DTypeChoice {
+    /// f16 on an NVIDIA GPU, f32 elsewhere
+    #[default]
     Auto,
+    /// 32 bits; weights of narrower files stay as narrow as they are
     F32,
+    /// bfloat16
     Bf16,
+    /// IEEE half precision
     F16,
 }
 

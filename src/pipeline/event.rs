@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use std::ops::ControlFlow;
 
 use super::fingerprint::Trace;
-use crate::error::Error;
 
 /// Something that happened while images were being generated.
 ///
@@ -42,25 +41,23 @@ pub enum Event<'a> {
     Preview(&'a Preview<'a>),
     /// Something is not as the caller may think.
     Warning(String),
-    /// An image is finished, or why it is not.
+    /// An image is finished.
     Image {
         /// Its place in the run, from 0.
         index: usize,
-        /// The image, or the reason why there is none.
-        result: Result<Generated, Error>,
+        /// The image.
+        image: &'a Picture,
     },
 }
 
-/// A finished image.
+/// A finished image, and what was noted on the way to it.
 pub struct Generated {
-    /// The pixels.
     pub image: Picture,
-    /// Seconds of denoising, divided by the size of the batch.
+    /// seconds of denoising, divided by the size of the batch
     pub sampling_s: f64,
-    /// Seconds of decoding.
     pub decoding_s: f64,
-    /// A hash of every stage, if the run asks for it.
-    pub(crate) trace: Option<Trace>,
+    /// a hash of every stage, if the run asks for it
+    pub trace: Option<Trace>,
 }
 
 /// An estimate of what the images of a batch will be, made only when it is looked at.

@@ -14,6 +14,7 @@ pub mod init_latents;
 pub mod inpaint;
 pub mod job;
 pub mod memory;
+pub mod model_spec;
 pub mod networks;
 pub mod options;
 pub mod preview;
@@ -43,8 +44,10 @@ use job::Job;
 use networks::{Model, Networks};
 use options::VaeTiling;
 use prompt_cache::PromptCache;
+use resolve::{Params, Resolver};
 use queue::{BatchQueue, Queued};
 use settings::{Merged, Settings, UsedLora};
+use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -137,16 +140,18 @@ impl Pipeline {
         Ok(self.identity.get_or_init(|| identity))
     }
 
-    /// Generates all jobs. Each image is given to `on_event` as soon as it is decoded, or the
-    /// reason why there is none; errors are those that leave nothing to generate with.
+    /// Generates all jobs. Each image is given to `sink` with its place in the run as soon as it is
+    /// decoded, or the reason why there is none; errors are those that leave nothing to generate
+    /// with.
     pub fn generate_all(
         &self,
         jobs: &[&Job],
         options: RunOptions,
         on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
+        sink: &mut Sink,
     ) -> Result<()> {
         let events = Events::new(on_event);
-        let mut run = Run::new(self, options, &events);
+        let mut run = Run::new(self, options, &events, sink);
         let mut queue = BatchQueue::new(jobs, options.batch_size);
         let remaining = |queue: &BatchQueue| Event::NextBatch {
             remaining: queue.len(),
@@ -171,16 +176,83 @@ impl Pipeline {
     }
 }
 
+impl Pipeline {
+    /// Generates one image. `on_event` is told what happens; see [`Event`] for its answers.
+    ///
+    /// The pipeline may be shared by threads: each image has the pixels that it has alone.
+    ///
+    /// ```
+    /// use sdgen::{ModelSpec, Params, Pipeline};
+    /// use std::cell::RefCell;
+    ///
+    /// # fn main() -> Result<(), sdgen::Error> {
+    /// let pipeline = Pipeline::load(&ModelSpec::embedded())?;
+    /// let params = Params::new("a frog in a top hat").seed(7).steps(8);
+    /// let image = pipeline.generate(&params, |_| ControlFlow::Continue(()))?;
+    /// assert_eq!((image.width, image.height), (128, 128));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors name the parameter that is wrong ([`ErrorKind::Params`]), or tell that the model is
+    /// damaged, that memory does not suffice, that the image is not finite, or that `on_event`
+    /// ended it.
+    pub fn generate(
+        &self,
+        params: &Params,
+        on_event: impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Picture, Error> {
+        let mut images = self.generate_batch(std::slice::from_ref(params), on_event)?;
+        images.pop().unwrap_or_else(|| Err(Error::new(ErrorKind::Cancelled, Cancelled.into())))
+    }
+
+    /// Generates several images, those that are alike in batches, and returns them in their order,
+    /// each or the reason why there is none. Images that `on_event` ends are left out at the end.
+    ///
+    /// Errors as [`Self::generate`], where nothing can be generated at all.
+    pub fn generate_batch(
+        &self,
+        params: &[Params],
+        mut on_event: impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Vec<Result<Picture, Error>>, Error> {
+        let resolve = || {
+            let mut resolver = Resolver::new(self)?;
+            params.iter().map(|params| resolver.resolve(params)).collect::<Result<Vec<_>>>()
+        };
+        let jobs = resolve().map_err(|error| Error::new(ErrorKind::Params, error))?;
+        let jobs: Vec<&Job> = jobs.iter().collect();
+        let options = RunOptions {
+            batch_size: self.auto_batch_size(&jobs),
+            trace: false,
+            keep_networks: true,
+        };
+        let mut images: Vec<Option<Result<Picture, Error>>> = jobs.iter().map(|_| None).collect();
+        let mut take = |index: usize, result: Result<Generated>| {
+            let image = result.map(|generated| generated.image);
+            if let Some(place) = images.get_mut(index) {
+                *place = Some(image.map_err(|error| Error::new(ErrorKind::Other, error)));
+            }
+        };
+        self.generate_all(&jobs, options, &mut on_event, &mut take)
+            .map_err(|error| Error::new(ErrorKind::Other, error))?;
+        Ok(images.into_iter().flatten().collect())
+    }
+}
+
 /// The jobs of a batch.
 fn jobs_of<'a>(batch: &[Queued<'a>]) -> Vec<&'a Job> {
     batch.iter().map(|queued| queued.job).collect()
 }
+
+/// Takes the outcome of each image, by its place in the run.
+pub type Sink<'a> = dyn FnMut(usize, Result<Generated>) + 'a;
 
 /// One call of [`Pipeline::generate_all`]: what it has cached, and where its events go.
 pub struct Run<'a> {
     pipeline: &'a Pipeline,
     options: RunOptions,
     events: &'a Events<'a>,
+    sink: RefCell<&'a mut Sink<'a>>,
     base_prompts: PromptCache<'a>,
     refiner_prompts: Option<PromptCache<'a>>,
     init_latents: InitLatentsCache,
@@ -195,11 +267,17 @@ struct Denoised {
 }
 
 impl<'a> Run<'a> {
-    fn new(pipeline: &'a Pipeline, options: RunOptions, events: &'a Events<'a>) -> Self {
+    fn new(
+        pipeline: &'a Pipeline,
+        options: RunOptions,
+        events: &'a Events<'a>,
+        sink: &'a mut Sink<'a>,
+    ) -> Self {
         Self {
             pipeline,
             options,
             events,
+            sink: RefCell::new(sink),
             base_prompts: PromptCache::new(&pipeline.config.base),
             refiner_prompts: pipeline.config.refiner.as_ref().map(PromptCache::new),
             init_latents: InitLatentsCache::default(),
@@ -430,8 +508,12 @@ impl<'a> Run<'a> {
     }
 
     fn hand_out(&self, index: usize, result: Result<Generated>) {
-        let result = result.map_err(|error| Error::new(ErrorKind::Other, error));
-        let _ = self.events.emit(Event::Image { index, result });
+        if let Ok(Generated { image, .. }) = &result {
+            let _ = self.events.emit(Event::Image { index, image });
+        }
+        if let Ok(mut sink) = self.sink.try_borrow_mut() {
+            sink(index, result);
+        }
     }
 
     fn decoder(&self) -> Result<Arc<crate::model::Decoder>> {

@@ -7,7 +7,7 @@ use super::guidance::Guidance;
 use super::inpaint::InitImageFinder;
 use super::job::Job;
 use super::options::{JobOptions, VaeTiling};
-use super::settings::{Hires, PromptBlend, Settings, UsedEmbedding};
+use super::settings::{Tile, Hires, PromptBlend, Settings, UsedEmbedding};
 use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
@@ -16,6 +16,7 @@ use crate::sampling::schedule::{Plan, Prediction, Schedule, plan, plan_from_pict
 use crate::text::prompt::{Prompts, Syntax};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// How much is drawn anew in the second pass of `hires` where nobody says.
@@ -24,17 +25,87 @@ const HIRES_STRENGTH: f64 = 0.5;
 /// many times as many.
 const MUCH_LARGER: f64 = 2.0;
 
-/// What is asked of one image.
+/// What is asked of one image. What is not given is the model's default.
+///
+/// ```
+/// use sdgen::Params;
+/// let params = Params::new("a frog in a top hat").seed(7).size(128, 128).steps(20);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Params {
-    pub prompt: Arc<str>,
-    pub seed: u64,
+    pub(crate) prompt: Arc<str>,
+    pub(crate) seed: u64,
     /// another prompt whose embedding is mixed in
-    pub blend: Option<PromptBlend>,
+    pub(crate) blend: Option<PromptBlend>,
     /// the noise of another seed that is mixed in
-    pub variation: Option<Variation>,
+    pub(crate) variation: Option<Variation>,
     /// everything else; what is none is the model's default
-    pub options: Arc<JobOptions>,
+    pub(crate) options: Arc<JobOptions>,
+}
+
+impl Params {
+    /// An image of this prompt, with seed 0.
+    pub fn new(prompt: impl Into<Arc<str>>) -> Self {
+        let (prompt, seed, options) = (prompt.into(), 0, Arc::default());
+        Self { prompt, seed, blend: None, variation: None, options }
+    }
+
+    /// The seed of the noise. The same seed gives the same image, alone or in any batch.
+    pub fn seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// What to steer away from.
+    pub fn negative(self, prompt: impl Into<Arc<str>>) -> Self {
+        self.with(|options| options.negative = Some(prompt.into()))
+    }
+
+    /// Width and height in pixels: multiples of 8, and of what the model takes.
+    pub fn size(self, width: usize, height: usize) -> Self {
+        self.with(|options| (options.width, options.height) = (Some(width), Some(height)))
+    }
+
+    /// Denoising steps, from 1.
+    pub fn steps(self, steps: usize) -> Self {
+        self.with(|options| options.steps = Some(steps))
+    }
+
+    /// The scale of classifier-free guidance; 1 turns it off and halves the work.
+    pub fn guidance(self, scale: f64) -> Self {
+        self.with(|options| options.guidance = Some(scale))
+    }
+
+    /// The sampler.
+    pub fn sampler(self, sampler: Sampler) -> Self {
+        self.with(|options| options.sampler = Some(sampler))
+    }
+
+    /// The schedule of noise levels.
+    pub fn schedule(self, schedule: Schedule) -> Self {
+        self.with(|options| options.schedule = Some(schedule))
+    }
+
+    /// Starts from an image file; `strength` from 0 to 1 says how much of it is drawn anew.
+    pub fn init_image(self, path: impl Into<PathBuf>, strength: f64) -> Self {
+        self.with(|options| {
+            (options.image, options.strength) = (Some(path.into()), Some(strength));
+        })
+    }
+
+    /// Repaints the init image only where this image file is white.
+    pub fn mask(self, path: impl Into<PathBuf>) -> Self {
+        self.with(|options| options.mask = Some(path.into()))
+    }
+
+    /// Makes an image whose copies fit together side by side and one above the other.
+    pub fn seamless(self) -> Self {
+        self.with(|options| options.tile = Some(Tile::Xy))
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut JobOptions)) -> Self {
+        change(Arc::make_mut(&mut self.options));
+        self
+    }
 }
 
 /// What the sampling plans of a job depend on.

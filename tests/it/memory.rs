@@ -10,7 +10,7 @@ use sdgen::batch::jobs::JobList;
 use sdgen::batch::work_list::WorkList;
 use sdgen::cli::args::DrawArgs;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_memory};
-use sdgen::pipeline::event::Event;
+use sdgen::pipeline::event::Generated;
 use sdgen::pipeline::{Pipeline, RunOptions};
 use sdgen::weights::{Checkpoint, Origin};
 use std::ops::ControlFlow;
@@ -80,14 +80,16 @@ fn the_bases_weights_are_freed_before_the_refiners_are_read_unless_another_pictu
             keep_networks: false,
         };
         let mut finished = 0;
-        let mut on_event = |event: Event| {
-            if let Event::Image { result, .. } = event {
-                finished += usize::from(result.is_ok());
-            }
-            ControlFlow::Continue(())
+        let mut sink = |_: usize, result: anyhow::Result<Generated>| {
+            finished += usize::from(result.is_ok());
         };
         pipeline
-            .generate_all(&work.jobs(), options, &mut on_event)
+            .generate_all(
+                &work.jobs(),
+                options,
+                &mut |_| ControlFlow::Continue(()),
+                &mut sink,
+            )
             .unwrap();
         assert_eq!(finished, work.tasks.len());
         peak_memory()

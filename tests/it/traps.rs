@@ -36,7 +36,7 @@ use sdgen::model::unet_config::UNetConfig;
 use sdgen::model::vae::{Decoder, VaeConfig};
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::nn::{Forward, embed};
-use sdgen::pipeline::event::Event;
+use sdgen::pipeline::event::Generated;
 use sdgen::pipeline::{Pipeline, RunOptions};
 use sdgen::sampling::sampler::{Sampler, sample};
 use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
@@ -1043,10 +1043,7 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
         let list = JobList::read(&args.source()).unwrap();
         let work = WorkList::resolve(&list, &pipeline).unwrap();
         let mut pictures = vec![];
-        let mut on_event = |event: Event| {
-            let Event::Image { result, .. } = event else {
-                return ControlFlow::Continue(());
-            };
+        let mut sink = |_: usize, result: anyhow::Result<Generated>| {
             pictures.push(result.unwrap().image.rgb);
             // after the first picture nothing is left on the disk
             for part in ["unet", "vae", "text_encoder"]
@@ -1066,7 +1063,6 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
                         .unwrap();
                 }
             }
-            ControlFlow::Continue(())
         };
         let options = RunOptions {
             batch_size: 1,
@@ -1074,7 +1070,12 @@ fn weights_are_read_once_for_all_prompts_and_seeds() {
             keep_networks: false,
         };
         pipeline
-            .generate_all(&work.jobs(), options, &mut on_event)
+            .generate_all(
+                &work.jobs(),
+                options,
+                &mut |_| ControlFlow::Continue(()),
+                &mut sink,
+            )
             .unwrap();
         pictures
     };

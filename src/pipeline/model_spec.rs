@@ -1,0 +1,279 @@
+//! Which model a pipeline is made of, and where its parts are found.
+
+use super::family::{SHORT_NAMES, VAE_SHORT_NAMES};
+use super::options::VaeTiling;
+use super::{Pipeline, PipelineOptions};
+use crate::error::{Error, ErrorKind};
+use crate::hub::Hub;
+use crate::nn::device::{Compute, DTypeChoice, DeviceChoice};
+use crate::sampling::schedule::Prediction;
+use crate::weights::embedding::Embedding;
+use crate::weights::lora::Lora;
+use crate::weights::{Checkpoint, Merge, Origin, nearest};
+use anyhow::{Context, Result, bail};
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+/// Which model to load, on which device, and what is added to it.
+///
+/// Models are named as on the command line: a diffusers folder, a `.safetensors` file, an id of the
+/// Hugging Face hub (`owner/name`), or a short name such as `sd15` or `sdxl`.
+///
+/// ```no_run
+/// # fn main() -> Result<(), sdgen::Error> {
+/// let spec = sdgen::ModelSpec::new("sd15").lora("watercolour.safetensors", 0.8);
+/// let pipeline = sdgen::Pipeline::load(&spec)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct ModelSpec {
+    /// the model; none for the embedded one
+    pub model: Option<OsString>,
+    /// LoRAs that change its weights as they are read
+    pub loras: Vec<LoraSpec>,
+    /// words learned by textual inversion, as `FILE[:TOKEN]`
+    pub embeddings: Vec<OsString>,
+    /// a VAE in place of its own
+    pub vae: Option<OsString>,
+    /// models of whose weights a fraction is added, as `REF:FRACTION`
+    pub merges: Vec<OsString>,
+    /// the model whose weights are taken away from those of `merges`
+    pub minus: Option<OsString>,
+    /// the model that finishes the latents
+    pub refiner: Option<OsString>,
+    /// whether the network is never touched
+    pub offline: bool,
+    /// where networks run
+    pub device: DeviceChoice,
+    /// the type of weights, and on a GPU of the arithmetic
+    pub dtype: DTypeChoice,
+    /// what the network predicts; none: what the checkpoint says
+    pub prediction: Option<Prediction>,
+    /// whether the VAE decodes in tiles
+    pub vae_tiling: VaeTiling,
+}
+
+/// A LoRA and its strength; read from text as `FILE[:STRENGTH]`, strength 1 where none is given.
+#[derive(Debug, Clone)]
+pub struct LoraSpec {
+    /// its `.safetensors` file
+    pub path: PathBuf,
+    /// how much of its change is made; negative for the opposite
+    pub strength: f64,
+}
+
+impl From<OsString> for LoraSpec {
+    fn from(text: OsString) -> Self {
+        let split = text
+            .to_str()
+            .filter(|text| !Path::new(text).exists())
+            .and_then(|text| text.rsplit_once(':'));
+        let strength = |text: &str| text.parse().ok().filter(|x: &f64| x.is_finite());
+        match split.and_then(|(path, text)| Some((path, strength(text)?))) {
+            Some((path, strength)) => Self {
+                path: path.into(),
+                strength,
+            },
+            None => Self {
+                path: text.into(),
+                strength: 1.0,
+            },
+        }
+    }
+}
+
+impl ModelSpec {
+    /// The embedded model, which needs no file.
+    pub fn embedded() -> Self {
+        Self::default()
+    }
+
+    /// The model of this name: a folder, a file, a hub id or a short name.
+    pub fn new(model: impl Into<OsString>) -> Self {
+        Self { model: Some(model.into()), ..Self::default() }
+    }
+
+    /// Adds a LoRA, with a strength of which 1 is its whole change.
+    pub fn lora(mut self, path: impl Into<PathBuf>, strength: f64) -> Self {
+        self.loras.push(LoraSpec { path: path.into(), strength });
+        self
+    }
+
+    /// Decodes with another VAE.
+    pub fn vae(self, vae: impl Into<OsString>) -> Self {
+        Self { vae: Some(vae.into()), ..self }
+    }
+
+    /// Has another model draw the last steps.
+    pub fn refiner(self, refiner: impl Into<OsString>) -> Self {
+        Self { refiner: Some(refiner.into()), ..self }
+    }
+
+    /// Runs on this device.
+    pub fn device(self, device: DeviceChoice) -> Self {
+        Self { device, ..self }
+    }
+
+    /// Keeps weights in this type.
+    pub fn dtype(self, dtype: DTypeChoice) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// Opens the model with these LoRAs and embeddings in place of its own. `strict` refuses LoRAs
+    /// that fit only in part; downloads are shown on stderr if `shows_progress`.
+    pub(crate) fn open_with(
+        &self,
+        loras: impl IntoIterator<Item = Result<Lora>>,
+        embeddings: Vec<Embedding>,
+        strict: bool,
+        shows_progress: bool,
+    ) -> Result<Checkpoint> {
+        let finder = ModelFinder { offline: self.offline, shows_progress };
+        let mut checkpoint = finder.open(self.model.as_deref())?;
+        if let Some(refiner) = &self.refiner {
+            checkpoint.refiner = Some(Box::new(finder.open(Some(refiner))?));
+        }
+        if let Some(vae) = &self.vae {
+            checkpoint.use_vae(&finder.vae(vae)?)?;
+        }
+        for asked in &self.merges {
+            checkpoint.merge(finder.merge(asked, self.minus.as_deref())?)?;
+        }
+        checkpoint.use_loras(loras, strict)?;
+        checkpoint.use_embeddings(embeddings)?;
+        Ok(checkpoint)
+    }
+
+    fn open(&self) -> Result<Checkpoint> {
+        let loras = self.loras.iter().map(|lora| Lora::open(&lora.path, lora.strength));
+        let embeddings = self.embeddings.iter().map(|asked| Embedding::asked(asked));
+        self.open_with(loras, embeddings.collect::<Result<_>>()?, false, false)
+    }
+}
+
+impl Pipeline {
+    /// Finds a model, which is fetched if it is one of the hub and not in the cache yet, and reads
+    /// its headers; weights are read when the first image needs them.
+    ///
+    /// Errors if the model is missing, damaged or of a family that is not supported, or if the
+    /// device is not there.
+    pub fn load(spec: &ModelSpec) -> Result<Self, Error> {
+        let compute = Compute::choose(spec.device, spec.dtype)
+            .map_err(|error| Error::new(ErrorKind::Params, error))?;
+        let options =
+            PipelineOptions { prediction: spec.prediction, vae_tiling: spec.vae_tiling };
+        let checkpoint = spec.open().and_then(|model| Self::new(model, compute, options));
+        checkpoint.map_err(|error| Error::new(ErrorKind::Model, error))
+    }
+}
+
+/// Finds models by reference: the embedded one, a path, a hub id or a short name.
+#[derive(Debug, Clone, Copy)]
+pub struct ModelFinder {
+    pub offline: bool,
+    /// Whether downloads are shown on stderr.
+    pub shows_progress: bool,
+}
+
+impl ModelFinder {
+    /// Opens a model: the embedded one, a path, or one of the hub.
+    pub fn open(self, model: Option<&OsStr>) -> Result<Checkpoint> {
+        let Some(model) = model.filter(|m| *m != "mini") else {
+            return Checkpoint::open(Origin::Embedded);
+        };
+        if model.is_empty() {
+            bail!(
+                "the model path is empty\n\nhint: leave `--model` (or $SDGEN_MODEL) out for the embedded model"
+            );
+        }
+        let path = Path::new(model);
+        if path.exists() {
+            return Checkpoint::open(Origin::Path(path));
+        }
+        if let Some(id) = model.to_str().and_then(hub_id) {
+            let folder = Hub::from_env(self.offline).snapshot(&id, self.shows_progress)?;
+            return Checkpoint::open(Origin::Path(&folder));
+        }
+        if path.components().count() == 1 && path.extension().is_none() {
+            bail!(not_a_model(&path.to_string_lossy()));
+        }
+        Checkpoint::open(Origin::Path(path))
+    }
+
+    /// The path of a VAE, fetched if it is one of the hub.
+    fn vae(self, vae: &OsStr) -> Result<PathBuf> {
+        let path = Path::new(vae);
+        if path.exists() {
+            return Ok(path.into());
+        }
+        if let Some(id) = vae.to_str().and_then(hub_id) {
+            return Hub::from_env(self.offline).vae(&id, self.shows_progress);
+        }
+        let known: Vec<&str> = VAE_SHORT_NAMES.iter().map(|(short, _)| *short).collect();
+        bail!(
+            "there is no VAE `{}`\n\nhint: `--vae` takes a folder, a .safetensors file, a hub id (owner/name) or one of {}",
+            path.display(),
+            known.join(", ")
+        )
+    }
+
+    /// Opens what `--merge` names as `REF:X`, and what `--minus` names.
+    fn merge(self, asked: &OsStr, minus: Option<&OsStr>) -> Result<Merge> {
+        let split = asked
+            .to_str()
+            .and_then(|text| text.rsplit_once(':'))
+            .and_then(|(model, share)| Some((model, share.parse().ok()?)));
+        let Some((model, share)) = split.filter(|(_, share): &(_, f64)| share.is_finite()) else {
+            bail!(
+                "`--merge {}` has no share\n\nhint: `--merge other.safetensors:0.3`",
+                asked.display()
+            );
+        };
+        Ok(Merge {
+            other: self.open(Some(OsStr::new(model)))?,
+            minus: minus.map(|minus| self.open(Some(minus))).transpose()?,
+            share,
+        })
+    }
+
+    /// Fetches a model from the hub and returns its folder.
+    pub fn pull(self, model: &str) -> Result<PathBuf> {
+        let id = hub_id(model).with_context(|| {
+            format!("`{model}` is not a hub id\n\nhint: hub ids look like owner/name")
+        })?;
+        Hub::from_env(self.offline).snapshot(&id, self.shows_progress)
+    }
+}
+
+/// What is said of a word that names no model.
+fn not_a_model(word: &str) -> String {
+    let known = SHORT_NAMES.iter().map(|(short, _)| *short).chain(["mini"]);
+    let near = nearest(word, known.clone())
+        .map(|near| format!("did you mean `{near}`? "))
+        .unwrap_or_default();
+    let known: Vec<&str> = known.collect();
+    format!(
+        "`{word}` is not a file, a folder or a short name\n\nhint: {near}short names are {}; hub ids look like owner/name",
+        known.join(", ")
+    )
+}
+
+/// A short name's hub id, or the text itself if it looks like one: `owner/name`, perhaps with
+/// `@revision` or a file.
+fn hub_id(text: &str) -> Option<String> {
+    let mut short_names = SHORT_NAMES.iter().chain(&VAE_SHORT_NAMES);
+    if let Some((_, id)) = short_names.find(|(short, _)| *short == text) {
+        return Some((*id).into());
+    }
+    let parts: Vec<&str> = text.split('/').collect();
+    let is_word = |s: &str| {
+        !s.is_empty()
+            && !s.starts_with('.')
+            && s.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
+    };
+    let is_file = parts.len() == 2 && [".safetensors", ".ckpt"].iter().any(|e| text.ends_with(e));
+    (parts.len() >= 2 && parts.iter().all(|part| is_word(part)) && !is_file).then(|| text.into())
+}

@@ -12,7 +12,7 @@ pub mod upscaler;
 pub mod vae;
 
 use crate::nn::Forward;
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;

@@ -7,7 +7,7 @@
 use super::{Posterior, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d};
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;

@@ -2,7 +2,7 @@
 
 use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout};
 use super::{Backend, Forward};
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{DType, Result as TensorResult, Tensor};
 use std::ops::Range;

@@ -18,6 +18,7 @@ pub mod layers;
 pub mod padding;
 pub mod plain;
 pub mod profile;
+pub mod weights;
 
 pub use backend::Backend;
 pub use forward::Forward;

@@ -1,8 +1,8 @@
 //! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
 
 use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::weights::Weights;
 use crate::nn::{Forward, plain};
-use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use serde::Deserialize;

@@ -14,7 +14,7 @@ pub mod lora;
 mod safetensors;
 
 use crate::hex::hex;
-use crate::nn::Backend;
+use crate::nn::weights::{TensorSource, Weights, is_same_shape};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use embedding::Embedding;
@@ -636,13 +636,7 @@ impl Checkpoint {
 
     /// The weights of one component, to build a network from.
     pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
-        Weights {
-            checkpoint: Some(self.holder(component)),
-            prefix: component.into(),
-            device,
-            dtype,
-            backend: Backend::of(device),
-        }
+        Weights::new(self.holder(component), component, device, dtype)
     }
 
     /// Adds a share of another checkpoint's weights: all of this one's parts that it has too.
@@ -657,7 +651,7 @@ impl Checkpoint {
                 let same = other
                     .entries
                     .get(name)
-                    .is_some_and(|found| trimmed(&found.shape) == trimmed(&entry.shape));
+                    .is_some_and(|found| is_same_shape(&found.shape, &entry.shape));
                 if has_part && !same {
                     let hint = "models of one family can be merged";
                     bail!(
@@ -671,38 +665,6 @@ impl Checkpoint {
         }
         self.merges.push(merge);
         Ok(())
-    }
-
-    /// A tensor with the shares of others and then with what LoRAs add, in its own type: each as if
-    /// it was made and saved.
-    fn read(&self, name: &str) -> Result<Tensor> {
-        let own = self.read_own(name)?;
-        let part = name.split('.').next().unwrap_or_default();
-        let mut merged: Option<Tensor> = None;
-        for Merge {
-            other,
-            minus,
-            share,
-        } in self.merges.iter().filter(|merge| merge.other.has(part))
-        {
-            let wide = own.to_dtype(DType::F32)?;
-            let base = match minus.as_ref().filter(|minus| minus.has(part)) {
-                Some(minus) => minus.read_own(name)?.to_dtype(DType::F32)?,
-                None => wide.clone(),
-            };
-            let more = ((other
-                .read_own(name)?
-                .to_dtype(DType::F32)?
-                .reshape(wide.shape())?
-                - base.reshape(wide.shape())?)?
-                * *share)?;
-            merged = Some((merged.unwrap_or(wide) + more)?);
-        }
-        let merged = merged
-            .map(|merged| merged.to_dtype(own.dtype()))
-            .transpose()?
-            .unwrap_or(own);
-        lora::patch(&self.loras, name, merged)
     }
 
     fn read_own(&self, name: &str) -> Result<Tensor> {
@@ -742,111 +704,42 @@ impl Checkpoint {
     }
 }
 
-/// A place in a checkpoint's names, from which a network takes its tensors.
-#[derive(Clone)]
-pub struct Weights<'a> {
-    /// none: random weights
-    checkpoint: Option<&'a Checkpoint>,
-    prefix: String,
-    device: &'a Device,
-    dtype: DType,
-    backend: Backend,
-}
+impl TensorSource for Checkpoint {
+    fn name(&self) -> &str {
+        &self.name
+    }
 
-impl<'a> Weights<'a> {
-    /// Weights of any name and shape, random and of sensible size: for benchmarks.
-    pub fn random(device: &'a Device, dtype: DType) -> Self {
-        Self {
-            checkpoint: None,
-            prefix: "random".into(),
-            device,
-            dtype,
-            backend: Backend::of(device),
+    /// Reads a tensor with the shares of merged checkpoints and then with what LoRAs add, in its own
+    /// type: each as if it had been made and saved.
+    fn tensor(&self, name: &str, _shape: &[usize]) -> Result<Tensor> {
+        let own = self.read_own(name)?;
+        let part = name.split('.').next().unwrap_or_default();
+        let mut merged: Option<Tensor> = None;
+        for Merge {
+            other,
+            minus,
+            share,
+        } in self.merges.iter().filter(|merge| merge.other.has(part))
+        {
+            let wide = own.to_dtype(DType::F32)?;
+            let base = match minus.as_ref().filter(|minus| minus.has(part)) {
+                Some(minus) => minus.read_own(name)?.to_dtype(DType::F32)?,
+                None => wide.clone(),
+            };
+            let more = ((other
+                .read_own(name)?
+                .to_dtype(DType::F32)?
+                .reshape(wide.shape())?
+                - base.reshape(wide.shape())?)?
+                * *share)?;
+            merged = Some((merged.unwrap_or(wide) + more)?);
         }
+        let merged = merged
+            .map(|merged| merged.to_dtype(own.dtype()))
+            .transpose()?
+            .unwrap_or(own);
+        lora::patch(&self.loras, name, merged)
     }
-
-    /// The place `name` below this one.
-    pub fn at(&self, name: impl std::fmt::Display) -> Self {
-        Self {
-            prefix: format!("{}.{name}", self.prefix),
-            ..self.clone()
-        }
-    }
-
-    /// The same for another backend than the fastest of the device.
-    pub fn with_backend(self, backend: Backend) -> Self {
-        Self { backend, ..self }
-    }
-
-    /// The backend that layers are laid out for.
-    pub fn backend(&self) -> Backend {
-        self.backend
-    }
-
-    /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32);
-    /// trailing dimensions of size 1 may differ (a linear layer stored as a 1x1 convolution).
-    /// Errors name the tensor, its shape and the expected one.
-    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if self.backend == Backend::Cpu {
-            DType::F32
-        } else {
-            self.dtype
-        };
-        Ok(self
-            .read(name, shape)?
-            .to_dtype(dtype)?
-            .to_device(self.device)?)
-    }
-
-    /// The same in the type in which large weights are kept: on CPUs, unless a narrower one was
-    /// asked for, that of the file, since products widen weights as they read them.
-    pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = self.read(name, shape)?;
-        let dtype = if self.device.is_cpu() && self.dtype == DType::F32 {
-            tensor.dtype()
-        } else {
-            self.dtype
-        };
-        Ok(tensor.to_dtype(dtype)?.to_device(self.device)?)
-    }
-
-    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let name = format!("{}.{name}", self.prefix);
-        let Some(checkpoint) = self.checkpoint else {
-            let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
-            let bound = 1.0 / fan_in.sqrt();
-            return Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?);
-        };
-        let tensor = checkpoint.read(&name)?;
-        if trimmed(tensor.dims()) != trimmed(shape) {
-            bail!(
-                "tensor `{name}` of `{}` has shape {:?}, its configuration says {shape:?}\n\nhint: its configuration and its weights do not belong together",
-                checkpoint.name,
-                tensor.dims()
-            );
-        }
-        Ok(tensor.reshape(shape)?)
-    }
-
-    /// Zeros in place of a tensor that a layer has not, in the type of the arithmetic.
-    pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
-        let dtype = if self.backend == Backend::Cpu {
-            DType::F32
-        } else {
-            self.dtype
-        };
-        Ok(Tensor::zeros(shape, dtype, self.device)?)
-    }
-
-    /// Where the weights go.
-    pub fn device(&self) -> &Device {
-        self.device
-    }
-}
-
-fn trimmed(shape: &[usize]) -> &[usize] {
-    let end = shape.iter().rposition(|d| *d != 1).map_or(0, |i| i + 1);
-    shape.get(..end).unwrap_or_default()
 }
 
 fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {

@@ -17,6 +17,7 @@
 //! and has no time limits. Next: the opened files are read by `Checkpoint`, beside this file.
 
 use crate::hex::hex;
+use crate::weights::model_files::{self, NoWeights, Precision};
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::ffi::OsString;
@@ -551,47 +552,32 @@ fn tokenizer_files(files: &BTreeSet<String>, name: &str) -> Result<Vec<String>, 
     Ok(found)
 }
 
-/// The weights of one network in the first variant of which every file is there. An index is
-/// `model.fp16.safetensors.index.json` or, as diffusers writes it,
-/// `model.safetensors.index.fp16.json`.
+/// The weights of one network, `fp16` if it is complete.
 fn weight_files(
     files: &BTreeSet<String>,
     folder: &str,
     stem: &str,
     read: &mut dyn FnMut(&str) -> Result<Value>,
 ) -> Result<Vec<String>, Unfit> {
-    let mut missing = format!("{folder}{stem}.safetensors");
-    for variant in [".fp16", ""] {
-        let single = format!("{folder}{stem}{variant}.safetensors");
-        if files.contains(&single) {
-            return Ok(vec![single]);
-        }
-        let indices = [
-            format!("{folder}{stem}.safetensors.index{variant}.json"),
-            format!("{folder}{stem}{variant}.safetensors.index.json"),
-        ];
-        let Some(index) = indices.into_iter().find(|index| files.contains(index)) else {
-            continue;
-        };
-        let shards = shards_of(&read(&index)?, folder)
-            .with_context(|| format!("`{index}` lists no shards"))?;
-        match shards.iter().find(|shard| !files.contains(*shard)) {
-            Some(shard) => missing = shard.clone(),
-            None => return Ok([index].into_iter().chain(shards).collect()),
-        }
-    }
-    Err(Unfit::Missing(missing))
-}
-
-/// The values of `weight_map`, each once, after `folder`. None where the index is not one.
-fn shards_of(index: &Value, folder: &str) -> Option<BTreeSet<String>> {
-    let map = index.get("weight_map")?.as_object()?;
-    let shards = map
-        .values()
-        .map(|shard| Some(format!("{folder}{}", shard.as_str()?)));
-    shards
-        .collect::<Option<BTreeSet<String>>>()
-        .filter(|shards| !shards.is_empty())
+    let path = |file: &str| format!("{folder}{file}");
+    let found = model_files::weight_files(
+        &[stem],
+        Precision::Half,
+        &|file| files.contains(&path(file)),
+        &mut |index| read(&path(index)),
+    );
+    let found = found.map_err(|error| match error {
+        NoWeights::Absent => Unfit::Missing(path(&format!("{stem}.safetensors"))),
+        NoWeights::MissingShard { shard, .. } => Unfit::Missing(path(&shard)),
+        NoWeights::EmptyIndex(index) => Unfit::Other(anyhow!("`{}` lists no shards", path(&index))),
+        NoWeights::Unreadable(error) => Unfit::Other(error),
+    })?;
+    Ok(found
+        .index
+        .iter()
+        .chain(&found.files)
+        .map(|file| path(file))
+        .collect())
 }
 
 /// One visit to the hub for one reference.

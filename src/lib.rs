@@ -17,5 +17,6 @@ pub mod model;
 pub mod nn;
 pub mod pipeline;
 pub mod sampling;
+pub mod suggest;
 pub mod text;
 pub mod weights;

@@ -3,9 +3,10 @@
 
 use crate::hub::Hub;
 use crate::pipeline::family::{SHORT_NAMES, VAE_SHORT_NAMES};
+use crate::suggest::nearest;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
-use crate::weights::{Checkpoint, Merge, Origin, nearest};
+use crate::weights::{Checkpoint, Merge, Origin};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::ffi::{OsStr, OsString};
@@ -185,7 +186,7 @@ impl ModelFinder {
         Ok(Merge {
             other: self.open(Some(OsStr::new(model)))?,
             minus: minus.map(|minus| self.open(Some(minus))).transpose()?,
-            share,
+            weight: share,
         })
     }
 

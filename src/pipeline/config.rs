@@ -97,7 +97,7 @@ impl ModelConfig {
         let added_ids = encoder
             .pooled()
             .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
-        let pipeline = checkpoint.configs.get("pipeline");
+        let pipeline = checkpoint.optional_config("pipeline");
         let force_zeros =
             pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
         Ok(Self {

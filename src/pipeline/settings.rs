@@ -122,7 +122,7 @@ impl Merged {
         let one = |Merge {
                        other,
                        minus,
-                       share,
+                       weight,
                    }: &Merge| {
             let minus_hash = minus
                 .as_ref()
@@ -133,7 +133,7 @@ impl Merged {
             Ok(Self {
                 model,
                 hash,
-                share: *share,
+                share: *weight,
                 minus: minus.as_ref().map(|minus| minus.name.as_str().into()),
                 minus_hash,
             })

@@ -8,7 +8,7 @@ use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
 use crate::weights::{Checkpoint, ENCODERS};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use std::sync::Arc;
 
@@ -55,7 +55,7 @@ impl EncoderConfig {
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let there = ENCODERS
             .into_iter()
-            .filter(|name| checkpoint.configs.contains_key(*name));
+            .filter(|name| checkpoint.optional_config(name).is_some());
         Ok(Self(
             there
                 .map(|name| Ok((name, ClipConfig::from_json(checkpoint.config(name)?)?)))
@@ -85,17 +85,15 @@ impl EncoderConfig {
     /// the vocabulary's. Errors if one of them is not made for these encoders.
     fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
         let tokenizer = |(name, config): &(&'static str, ClipConfig)| {
-            let source = checkpoint.tokenizers.get(*name).with_context(|| {
-                format!("`{}` has no tokenizer for its {name}", checkpoint.name)
-            })?;
+            let source = checkpoint.tokenizer(name)?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
             let mut next = config.vocab_size as u32;
             for embedding in &checkpoint.embeddings {
-                embedding.rows(name, config.hidden_size)?;
+                embedding.vectors_for(name, config.hidden_size)?;
                 ensure!(
                     self.pooled().is_some() || embedding.parts.len() == 1,
                     "{}",
-                    embedding.misfit("the one encoder of this model takes one kind")
+                    embedding.mismatch("the one encoder of this model takes one kind")
                 );
                 let end = next + embedding.vectors as u32;
                 tokenizer.learn(&embedding.token, next..end, config.max_position_embeddings)?;
@@ -156,7 +154,7 @@ impl Encoder {
             let learned = checkpoint
                 .embeddings
                 .iter()
-                .map(|embedding| embedding.rows(name, config.hidden_size));
+                .map(|embedding| embedding.vectors_for(name, config.hidden_size));
             clip.learn(&learned.collect::<Result<Vec<_>>>()?)?;
             Ok((tokenizer, clip, config.clone()))
         };

@@ -2,9 +2,9 @@
 //! config.json. What shapes cannot tell (heads, norm groups, schedule, prediction) is the family's,
 //! and is listed as assumed.
 
+use super::distillation::Distillation;
 use super::safetensors::Source;
 use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
-use crate::pipeline::family::Distillation;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -59,8 +59,9 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let told = extra.v_prediction.or(distillation.as_ref().map(|_| false));
     let v_prediction = told.unwrap_or(second_generation);
     if told.is_none() && second_generation {
-        checkpoint.doubt =
-            Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
+        checkpoint
+            .warnings
+            .push("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
     }
     let side = if xl {
         128
@@ -100,7 +101,7 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
             .and_then(Value::as_str)
             .unwrap_or_default()
     };
-    checkpoint.assumed.push(format!(
+    checkpoint.assumptions.push(format!(
         "{}, {} timesteps, predicts {}",
         said("_class_name"),
         said("timestep_spacing"),
@@ -110,7 +111,7 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let assumed = format!(
         "32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}"
     );
-    checkpoint.assumed.push(assumed);
+    checkpoint.assumptions.push(assumed);
     let has_first = checkpoint.has(ENCODERS[0]);
     for encoder in ENCODERS
         .into_iter()
@@ -169,7 +170,7 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
 fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
     let shape = checkpoint
         .shape(name)
-        .with_context(|| checkpoint.missing(name))?;
+        .with_context(|| checkpoint.missing_tensor(name))?;
     shape.get(dim).copied().with_context(|| {
         format!(
             "tensor `{name}` of `{}` has shape {shape:?}, with too few dimensions",

@@ -1,7 +1,8 @@
 //! Foreign weight names -> the one naming used inside: diffusers' keys, prefixed by their component
 //! (`unet.down_blocks.0...`, `vae.decoder...`, `text_encoder.text_model...`).
 //!
-//! Pure functions over header entries; nothing here reads a weight. [`canonical`] is the entry.
+//! Pure functions over header entries; nothing here reads a weight. [`layout`] tells which of the maps
+//! a file needs.
 
 use super::lora::is_adapter_key;
 use std::collections::{BTreeMap, BTreeSet};
@@ -519,15 +520,6 @@ fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Optio
         rest.strip_prefix(old)
             .map(|r| Named::whole(format!("{layer}.{new}{r}")))
     })
-}
-
-/// The candidate nearest to `name` by edit distance, if any is near at all.
-pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .map(|c| (strsim::levenshtein(name, c), c))
-        .min()
-        .filter(|(d, c)| *d <= c.len().max(name.len()) / 3)
-        .map(|(_, c)| c)
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ const SCALE: &str = "_scale";
 
 enum Bytes {
     File(Mutex<File>),
+    #[cfg(feature = "mini")]
     Embedded(&'static [u8]),
 }
 
@@ -72,6 +73,7 @@ impl Source {
     }
 
     /// A file that is part of the program.
+    #[cfg(feature = "mini")]
     pub fn embedded(name: &str, bytes: &'static [u8]) -> Result<Self> {
         let header_len = header_len(bytes, bytes.len() as u64)?;
         let header = bytes
@@ -141,6 +143,11 @@ impl Source {
             .map(|(name, t)| (name, t.shape.clone(), t.dtype))
     }
 
+    /// The names of all tensors that [`Self::tensors`] lists.
+    pub fn keys(&self) -> Vec<String> {
+        self.tensors().map(|(key, ..)| key).collect()
+    }
+
     /// The shape of a tensor.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
         Some(&self.header.info(key)?.shape)
@@ -191,6 +198,7 @@ impl Source {
 
     fn bytes_of(&self, from: usize, to: usize) -> Result<Vec<u8>> {
         match &self.bytes {
+            #[cfg(feature = "mini")]
             Bytes::Embedded(bytes) => {
                 let start = usize::try_from(self.data_start)?;
                 Ok(bytes

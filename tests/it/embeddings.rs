@@ -158,9 +158,8 @@ fn every_format_draws_the_same_picture() {
 
 #[test]
 fn a_word_stands_by_itself_and_the_longest_wins() {
-    let source = &Checkpoint::open(Origin::Path(&fixture("sd1")))
-        .unwrap()
-        .tokenizers["text_encoder"];
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let source = checkpoint.tokenizer("text_encoder").unwrap();
     let mut tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
     let plain = tokenizer.ids("a cat").unwrap();
     for (token, ids) in [
@@ -198,9 +197,8 @@ fn a_word_stands_by_itself_and_the_longest_wins() {
 
 #[test]
 fn vectors_that_do_not_fit_into_a_chunk_begin_the_next_one_with_their_weight() {
-    let source = &Checkpoint::open(Origin::Path(&fixture("sd1")))
-        .unwrap()
-        .tokenizers["text_encoder"];
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let source = checkpoint.tokenizer("text_encoder").unwrap();
     let mut tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
     tokenizer.learn(&"style".into(), 1000..1004, 77).unwrap();
     let chunks = |words: usize| {
@@ -465,7 +463,11 @@ fn what_does_not_fit_is_an_error_that_says_why() {
             &["empty.safetensors"],
             &["`empty.safetensors` has 0 vectors"],
         ),
-        ("sd1", &["lora.safetensors"], &["is a LoRA, no embedding"]),
+        (
+            "sd1",
+            &["lora.safetensors"],
+            &["is a LoRA, not an embedding"],
+        ),
         (
             "sd1",
             &["old.pt"],
@@ -500,7 +502,7 @@ fn what_does_not_fit_is_an_error_that_says_why() {
     fail(
         sdgen(dir.path()).args(["a cat", "-m", "a1111.safetensors"]),
         3,
-        &["is an embedding, no model", "`--embedding`"],
+        &["is an embedding, not a model", "`--embedding`"],
     );
 }
 

@@ -181,7 +181,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
             };
             let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
             for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
-                let Some(source) = f.checkpoint.tokenizers.get(part) else {
+                let Ok(source) = f.checkpoint.tokenizer(part) else {
                     continue;
                 };
                 let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();

@@ -206,12 +206,12 @@ fn what_is_no_vae_or_one_for_other_latents_says_so() {
     fail(
         &mut run("kl/tokenizer"),
         3,
-        &["`kl/tokenizer` is no VAE", "config.json"],
+        &["`kl/tokenizer` is not a VAE", "config.json"],
     );
     fail(
         &mut run("kl/unet/diffusion_pytorch_model.safetensors"),
         3,
-        &["is no VAE that sdgen knows"],
+        &["is not a VAE that sdgen knows"],
     );
     fail(
         &mut run("odd/vae"),

@@ -5,7 +5,7 @@ use super::preview::PreviewMap;
 use super::settings::Settings;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::sampling::schedule::SchedulerConfig;
-use crate::text::encoder::{EncoderConfig, Finder};
+use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 
@@ -24,7 +24,7 @@ pub struct PipelineConfig {
     /// a linear map from latents to small images, if one is known for this VAE
     pub preview: Option<PreviewMap>,
     /// what finds the checkpoint's learned words in prompts
-    pub learned_words: Option<Finder>,
+    pub learned_words: Option<AddedTokens>,
 }
 
 impl PipelineConfig {
@@ -54,7 +54,7 @@ impl PipelineConfig {
         }
         Ok(Self {
             preview: PreviewMap::of(&vae, base.added_ids > 0),
-            learned_words: base.encoder.finder(checkpoint)?,
+            learned_words: base.encoder.added_tokens(checkpoint)?,
             base,
             refiner,
             vae,
@@ -80,7 +80,7 @@ impl PipelineConfig {
 /// The parsed configuration of a denoising network with its text encoders and its scheduler.
 pub struct ModelConfig {
     pub backbone: BackboneConfig,
-    pub encoder: EncoderConfig,
+    pub encoder: TextEncoderConfigs,
     pub scheduler: SchedulerConfig,
     /// how many time ids the network takes (SDXL: sizes and crop); 0 for none
     pub added_ids: usize,
@@ -93,9 +93,9 @@ pub struct ModelConfig {
 impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
-        let encoder = EncoderConfig::of(checkpoint)?;
+        let encoder = TextEncoderConfigs::of(checkpoint)?;
         let added_ids = encoder
-            .pooled()
+            .pooled_dim()
             .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
         let pipeline = checkpoint.optional_config("pipeline");
         let force_zeros =

@@ -1,7 +1,7 @@
 //! The families of models, as data: how each is recognised and what it draws by default.
 
 use crate::model::BackboneConfig;
-use crate::text::encoder::EncoderConfig;
+use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Distillation, TCD_ETA};
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, family_name};
@@ -91,7 +91,7 @@ impl Family {
     /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
-        if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
+        if let Some(pooled) = TextEncoderConfigs::of(checkpoint)?.pooled_dim() {
             return match BackboneConfig::from_json(unet)?.time_ids(pooled)? {
                 BASE_IDS => Ok(Self::Sdxl),
                 REFINER_IDS => Ok(Self::SdxlRefiner),

@@ -15,7 +15,7 @@ use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
 use sdgen::sampling::sampler::{self, Sampler};
 use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
-use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
+use sdgen::text::encoder::{PromptEmbeds, PromptEncoder, TextEncoderConfigs};
 use sdgen::text::prompt::Syntax;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, ENCODERS, Origin};
@@ -80,14 +80,14 @@ impl Fixture {
             .unwrap_or_else(|| panic!("no golden `{name}`"))
     }
 
-    fn encoder(&self) -> Encoder {
+    fn encoder(&self) -> PromptEncoder {
         let compute = Compute {
             device: device(),
             dtype: DType::F32,
         };
-        Encoder::new(
+        PromptEncoder::new(
             &self.checkpoint,
-            &EncoderConfig::of(&self.checkpoint).unwrap(),
+            &TextEncoderConfigs::of(&self.checkpoint).unwrap(),
             &compute,
         )
         .unwrap()
@@ -202,11 +202,11 @@ fn prompts_become_the_same_ids_and_embeddings() {
             }
             compare(
                 &format!("{model} text.{i}.embeds"),
-                &embedded.context,
+                &embedded.prompt_embeds,
                 f.golden(&format!("text.{i}.embeds")),
                 NETWORK,
             );
-            if let Some(pooled) = embedded.pooled {
+            if let Some(pooled) = embedded.pooled_prompt_embeds {
                 compare(
                     &format!("{model} text.{i}.pooled"),
                     &pooled,
@@ -223,7 +223,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
                             .encode(prompt, skip, Syntax::Plain)
                             .unwrap()
                             .0
-                            .context,
+                            .prompt_embeds,
                         f.golden(&name),
                         NETWORK,
                     );
@@ -439,7 +439,7 @@ fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
 }
 
 /// What all pictures of a run are told, a refiner's with a score.
-fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
+fn told(embedded: &PromptEmbeds, run: &Value, score: Option<f64>) -> Conditioning {
     let count = run["count"].as_u64().unwrap() as usize;
     // (height, width), then (top, left), then (height, width)
     let own = [run["height"].clone(), run["width"].clone()];
@@ -452,12 +452,15 @@ fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
     if let Some(score) = score {
         ids.splice(4.., [score]);
     }
-    let added = embedded.pooled.as_ref().map(|pooled| AddedCond {
-        text_embeds: pooled.repeat((count, 1)).unwrap(),
-        time_ids: vec![ids; count],
-    });
+    let added = embedded
+        .pooled_prompt_embeds
+        .as_ref()
+        .map(|pooled| AddedCond {
+            text_embeds: pooled.repeat((count, 1)).unwrap(),
+            time_ids: vec![ids; count],
+        });
     Conditioning {
-        context: embedded.context.repeat((count, 1, 1)).unwrap(),
+        context: embedded.prompt_embeds.repeat((count, 1, 1)).unwrap(),
         added_cond: added,
         guidance: run["guidance"].as_f64(),
     }

@@ -293,7 +293,7 @@ fn a_text_ends_at_the_first_end_whatever_follows() {
     let config = ClipConfig::from_json(checkpoint.config("text_encoder_2").unwrap()).unwrap();
     let weights = checkpoint.weights("text_encoder_2", &Device::Cpu, DType::F32);
     let pooled = |eos_token_id: u32, ids: &[u32]| {
-        let clip = Clip::projected(
+        let clip = Clip::with_projection(
             &weights,
             &ClipConfig {
                 eos_token_id,

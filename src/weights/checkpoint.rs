@@ -4,7 +4,7 @@
 use super::embedding::Embedding;
 use super::key_mapping::{Named, Part};
 use super::lora::{self, LayerNames, Lora};
-use super::safetensors::Source;
+use super::safetensors::SafetensorsFile;
 use super::{ENCODERS, PARTS, TokenizerSource};
 use crate::hex::hex;
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
@@ -45,7 +45,7 @@ pub struct Checkpoint {
     pub loras: Vec<Lora>,
     /// words beyond its vocabulary
     pub embeddings: Vec<Embedding>,
-    sources: Vec<Source>,
+    sources: Vec<SafetensorsFile>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -182,7 +182,7 @@ impl Checkpoint {
 
     pub(super) fn add_source(
         &mut self,
-        source: Source,
+        source: SafetensorsFile,
         map: impl Fn(&str) -> Vec<Named>,
     ) -> Result<()> {
         let index = self.sources.len();
@@ -364,7 +364,7 @@ impl Checkpoint {
         let source = self
             .sources
             .get(entry.source)
-            .context("a source went missing")?;
+            .with_context(|| format!("the file of tensor `{name}` is not open"))?;
         let tensor = source.read(&entry.key)?;
         Ok(match entry.part {
             Part::Whole => tensor,

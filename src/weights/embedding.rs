@@ -5,7 +5,7 @@
 //! tokenizer finds them in prompts.
 
 use super::key_mapping::{self, Layout};
-use super::safetensors::Source;
+use super::safetensors::SafetensorsFile;
 use super::{ENCODERS, family_name};
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
@@ -62,7 +62,7 @@ impl Embedding {
             path.is_file(),
             "there is no file `{file}`\n\nhint: `--embedding` takes a .safetensors file, and perhaps its word in prompts: FILE:TOKEN"
         );
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let keys = keys(&source).with_context(|| format!("`{file}` {}", other(&source)))?;
         let mut parts = BTreeMap::new();
         for (encoder, key) in keys {
@@ -101,7 +101,7 @@ impl Embedding {
 
     /// Whether a file holds an embedding, by its header.
     pub fn is_in(path: &Path) -> bool {
-        path.is_file() && Source::open(path).is_ok_and(|source| keys(&source).is_some())
+        path.is_file() && SafetensorsFile::open(path).is_ok_and(|source| keys(&source).is_some())
     }
 
     /// The widths of its vectors, one for each encoder.
@@ -148,7 +148,7 @@ impl Embedding {
 }
 
 /// The keys of an embedding's tensors by their encoder; nothing if a file does not hold one.
-fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
+fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
     let tensors: Vec<_> = source.tensors().collect();
     let is_matrix = |shape: &[usize]| matches!(shape, [_] | [_, _]);
     if tensors.iter().any(|(_, shape, _)| !is_matrix(shape)) {
@@ -168,7 +168,7 @@ fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
 }
 
 /// The error for a file that is not an embedding: what it is instead.
-fn other(source: &Source) -> String {
+fn other(source: &SafetensorsFile) -> String {
     let keys = source.keys();
     let (what, hint) = match key_mapping::layout(keys.iter().map(String::as_str)) {
         Layout::Original | Layout::Canonical => (

@@ -17,7 +17,7 @@ pub use tags::{find_named, take_tags};
 
 use super::distillation::Distillation;
 use super::model_files::file_name;
-use super::safetensors::Source;
+use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, family_name};
 use anyhow::{Result, bail};
 use delta::Method;
@@ -32,7 +32,7 @@ pub struct Lora {
     pub name: String,
     /// the factor of its changes; a negative one makes the opposite
     pub strength: f64,
-    source: Source,
+    source: SafetensorsFile,
     /// by their names in the file
     layers: BTreeMap<String, Layer>,
     /// keys that belong to no layer
@@ -49,13 +49,13 @@ impl Lora {
     /// Whether a file is a LoRA, by its header; false if it cannot be read.
     pub fn is_at(path: &Path) -> bool {
         path.is_file()
-            && Source::open(path)
+            && SafetensorsFile::open(path)
                 .is_ok_and(|source| source.keys().iter().any(|key| is_adapter_key(key)))
     }
 
     /// Reads a file's header. Errors if it is not a LoRA, or cannot be read.
     pub fn open(path: &Path, strength: f64) -> Result<Self> {
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         if !keys.iter().any(|key| is_adapter_key(key)) {
             bail!(

@@ -7,7 +7,7 @@
 use super::embedding::Embedding;
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
-use super::safetensors::Source;
+use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, ENCODERS, PARTS, TokenizerFiles, TokenizerSource, infer_config};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -50,7 +50,10 @@ impl Checkpoint {
     #[cfg(feature = "mini")]
     fn embedded() -> Result<Self> {
         static MINI: &[u8] = include_bytes!("../../assets/mini.safetensors");
-        Self::canonical("mini".into(), Source::embedded("the embedded model", MINI)?)
+        Self::canonical(
+            "mini".into(),
+            SafetensorsFile::embedded("the embedded model", MINI)?,
+        )
     }
 
     #[cfg(not(feature = "mini"))]
@@ -95,7 +98,7 @@ impl Checkpoint {
     /// Adds the weights of one component from its folder.
     fn add_folder(&mut self, folder: &Path, component: &str) -> Result<()> {
         for file in weight_paths(folder)? {
-            self.add_source(Source::open(&file)?, |key| {
+            self.add_source(SafetensorsFile::open(&file)?, |key| {
                 key_mapping::from_diffusers(component, key)
             })?;
         }
@@ -103,7 +106,7 @@ impl Checkpoint {
     }
 
     fn file(path: &Path) -> Result<Self> {
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         let is_of_other_family = |key: &String| OTHER_FAMILIES.iter().any(|p| key.starts_with(p));
         match key_mapping::layout(keys.iter().map(String::as_str)) {
@@ -120,7 +123,7 @@ impl Checkpoint {
     }
 
     /// Opens a single file in CompVis' and Stability's layout, which brings no configuration.
-    fn original(path: &Path, source: Source, keys: &[String]) -> Result<Self> {
+    fn original(path: &Path, source: SafetensorsFile, keys: &[String]) -> Result<Self> {
         let mut checkpoint = Self::empty(file_name(path));
         let map = key_mapping::from_original(keys.iter().map(String::as_str));
         let extra = infer_config::Extra::of(&source, keys);
@@ -131,7 +134,7 @@ impl Checkpoint {
     }
 
     /// Opens a file that brings its configuration and tokenizer in its header.
-    fn canonical(name: String, source: Source) -> Result<Self> {
+    fn canonical(name: String, source: SafetensorsFile) -> Result<Self> {
         let path = source.path().to_path_buf();
         let mut checkpoint = Self::empty(name);
         let text = |key: &str| {
@@ -226,7 +229,7 @@ impl Checkpoint {
             vae.add_folder(folder, "vae")?;
             return Ok(vae);
         }
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let mut vae = Self::empty(file_name(path));
         let map = key_mapping::from_vae(source.keys().iter().map(String::as_str));
         vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
@@ -239,7 +242,7 @@ impl Checkpoint {
     /// Opens a network that enlarges images: one .safetensors file. Errors say what the file is
     /// instead.
     pub fn open_upscaler(path: &Path) -> Result<Self> {
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         let map = key_mapping::from_upscaler(keys.iter().map(String::as_str));
         let mut upscaler = Self::empty(file_name(path));

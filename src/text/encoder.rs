@@ -1,7 +1,7 @@
 //! All text encoders of a checkpoint: from a prompt to the embeddings that its U-Net attends to.
 //!
-//! Hides of which architecture an encoder is ([`TextEncoder`]), and that SDXL has two, of which other
-//! hidden states are taken than of a single one.
+//! Hides of which architecture an encoder is (`TextEncoder`), and that SDXL has two, of which other
+//! hidden states are taken than of a single one. Start at [`PromptEncoder::encode`].
 
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Segment, Syntax, segments};

@@ -15,7 +15,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Where a tensor lies.
+/// The place of a tensor in the checkpoint's files.
 struct Entry {
     /// the index of its file
     source: usize,
@@ -35,15 +35,15 @@ pub struct Checkpoint {
     pub(super) unexpected_keys: Vec<String>,
     pub(super) assumptions: Vec<String>,
     pub(super) warnings: Vec<String>,
-    /// what finishes pictures that this one begins
+    /// the refiner that finishes what this model begins
     pub refiner: Option<Box<Self>>,
-    /// decodes in place of its own VAE
+    /// the VAE that decodes in place of its own
     pub vae: Option<Box<Self>>,
-    /// what is added to its weights as they are read
+    /// checkpoints that are merged into its weights as they are read
     pub merges: Vec<Merge>,
-    /// what changes its weights as they are read
+    /// LoRAs that change its weights as they are read
     pub loras: Vec<Lora>,
-    /// words beyond its vocabulary
+    /// textual inversions: words beyond its vocabulary
     pub embeddings: Vec<Embedding>,
     sources: Vec<SafetensorsFile>,
     entries: BTreeMap<String, Entry>,
@@ -213,17 +213,17 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Shape of a tensor by canonical name.
+    /// The shape of a tensor by its canonical name.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.entries.get(name).map(|e| e.shape.as_slice())
     }
 
-    /// Canonical names of all tensors.
+    /// Iterates over the canonical names of all tensors.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
     }
 
-    /// How many numbered children `prefix` has: `prefix0.`, `prefix1.`, ...
+    /// Counts the numbered children of `prefix`: `prefix0.`, `prefix1.`, ...
     pub fn count(&self, prefix: &str) -> usize {
         (0..)
             .take_while(|i| {
@@ -244,7 +244,7 @@ impl Checkpoint {
             .take_while(move |(k, _)| k.starts_with(&prefix))
     }
 
-    /// (parameters, stored types) of a component.
+    /// Returns the number of parameters of a component, and the types that they are stored in.
     pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
         let of = || self.entries_of(component);
         (
@@ -253,7 +253,7 @@ impl Checkpoint {
         )
     }
 
-    /// Bytes of a component's weights in memory, where they stay as narrow as their file:
+    /// The bytes of a component's weights in memory, where they stay as narrow as in their file:
     /// [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
         let width = |dtype: &str| {
@@ -268,7 +268,7 @@ impl Checkpoint {
             .sum()
     }
 
-    /// Bytes of all files.
+    /// The size of all its files in bytes.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().map(|s| s.len).sum()
     }

@@ -5,6 +5,7 @@
 //! tokenizer finds them in prompts.
 
 use super::key_mapping::{self, Layout};
+use super::model_files::file_name;
 use super::safetensors::SafetensorsFile;
 use super::{ENCODERS, family_name};
 use crate::hex::hex;
@@ -39,19 +40,7 @@ impl Embedding {
     /// Reads the embedding that `FILE:TOKEN` names, or `FILE` alone, whose token is the file's name
     /// without extension. Errors say what the file is if it is not an embedding.
     pub fn asked(text: &OsStr) -> Result<Self> {
-        let split = text
-            .to_str()
-            .filter(|text| !Path::new(text).exists())
-            .and_then(|text| text.rsplit_once(':'));
-        let (path, token) = split.map_or((Path::new(text), None), |(path, token)| {
-            (Path::new(path), Some(token))
-        });
-        let stem = || {
-            path.file_stem()
-                .map(|stem| stem.to_string_lossy().into_owned())
-                .unwrap_or_default()
-        };
-        let token = token.map_or_else(stem, |token| token.trim().into());
+        let (path, token) = file_and_token(text);
         let file = path.display().to_string();
         ensure!(
             !token.is_empty(),
@@ -67,14 +56,12 @@ impl Embedding {
         let mut parts = BTreeMap::new();
         for (encoder, key) in keys {
             let tensor = source.read(&key)?;
-            parts.insert(
-                encoder,
-                if tensor.rank() == 1 {
-                    tensor.unsqueeze(0)?
-                } else {
-                    tensor
-                },
-            );
+            let vectors = if tensor.rank() == 1 {
+                tensor.unsqueeze(0)?
+            } else {
+                tensor
+            }; // [vectors, width]
+            parts.insert(encoder, vectors);
         }
         let counts: Vec<usize> = parts
             .values()
@@ -144,6 +131,18 @@ impl Embedding {
             self.file,
             widths.join(" and ")
         )
+    }
+}
+
+/// Splits `FILE:TOKEN`; a file of that whole name is taken first, and a file's token is its name.
+fn file_and_token(text: &OsStr) -> (&Path, String) {
+    let split = text
+        .to_str()
+        .filter(|text| !Path::new(text).exists())
+        .and_then(|text| text.rsplit_once(':'));
+    match split {
+        Some((path, token)) => (Path::new(path), token.trim().into()),
+        None => (Path::new(text), file_name(Path::new(text))),
     }
 }
 

@@ -31,8 +31,8 @@ pub mod family_name {
     pub const SDXL_REFINER: &str = "Stable Diffusion XL refiner";
 }
 
-/// Marks an error as the model's fault, whose exit code it decides: a setting or a weight that
-/// cannot be used.
+/// The context of errors that are the model's fault, such as a setting or a weight that cannot be
+/// used; the command has an exit code for them.
 #[derive(Debug)]
 pub struct ModelError;
 
@@ -42,25 +42,25 @@ impl std::fmt::Display for ModelError {
     }
 }
 
-/// The tokenizer's files as a checkpoint holds them.
+/// The files of a checkpoint's tokenizer.
 pub enum TokenizerFiles {
     /// `tokenizer.json`
     Json(String),
     /// `vocab.json` and `merges.txt`
     VocabMerges { vocab: String, merges: String },
-    /// none of its own: CLIP's vocabulary
+    /// none: CLIP's vocabulary is used
     Clip,
 }
 
-/// A tokenizer as a checkpoint holds it.
+/// The tokenizer of a checkpoint.
 pub struct TokenizerSource {
     pub files: TokenizerFiles,
-    /// `tokenizer_config.json`, empty if there is none
+    /// `tokenizer_config.json`, or empty
     pub config: Value,
 }
 
-/// The parts that hold weights. The first or the second encoder may be missing, and a refiner needs
-/// no VAE.
+/// The components that have weights. The first or the second text encoder may be missing, and a
+/// refiner does not need a VAE.
 pub const PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "unet", "vae"];
-/// The parts that read a prompt; the second projects it too.
+/// The text encoders; the second also projects the whole text.
 pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];

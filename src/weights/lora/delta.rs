@@ -176,14 +176,10 @@ impl Lora {
 
     /// Reads a tensor [rows, ..] as a matrix in f32.
     fn matrix(&self, layer: &Layer, slot: &str) -> Result<Tensor> {
-        let tensor = self
-            .source
-            .read(
-                layer
-                    .get(slot)
-                    .with_context(|| format!("the layer has no tensor `{slot}`"))?,
-            )?
-            .to_dtype(DType::F32)?;
+        let key = layer
+            .get(slot)
+            .with_context(|| format!("the layer has no tensor `{slot}`"))?;
+        let tensor = self.source.read(key)?.to_dtype(DType::F32)?;
         let rows = tensor.dim(0)?;
         Ok(tensor.reshape((rows, ()))?)
     }
@@ -202,12 +198,14 @@ pub(super) enum Method {
     Difference,
 }
 
-/// The slots (left, right, core) of a product.
+/// The slots (left, right, core) of LoRA's product.
 const LOW_RANK: [&str; 3] = [UP, DOWN, MID];
+/// The slots of LoHa's two products.
 const HADAMARD: [[&str; 3]; 2] = [
     ["hada_w1_a", "hada_w1_b", "hada_t1"],
     ["hada_w2_a", "hada_w2_b", "hada_t2"],
 ];
+/// The slots of LoKr's two factors: one matrix, or a product.
 const KRONECKER: [(&str, [&str; 3]); 2] = [
     ("lokr_w1", ["lokr_w1_a", "lokr_w1_b", "no core"]),
     ("lokr_w2", ["lokr_w2_a", "lokr_w2_b", LOKR_CORE]),

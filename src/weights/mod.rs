@@ -308,7 +308,7 @@ impl Checkpoint {
     }
 
     /// Decodes with another VAE: a folder with its config.json, a model's folder, or one
-    /// .safetensors file, which brings no scaling factor and takes this model's. Errors if there is
+    /// .safetensors file, which brings no scaling and shift factor and takes this model's. Errors if there is
     /// none at `path`, or one for other latents.
     pub fn use_vae(&mut self, path: &Path) -> Result<()> {
         let own = self.configs.get("vae").filter(|own| {
@@ -316,10 +316,17 @@ impl Checkpoint {
                 .is_none_or(|class| class != "AutoencoderTiny")
         });
         let scale = own.and_then(|own| own.get("scaling_factor")?.as_f64());
+        let shift = own.and_then(|own| own.get("shift_factor").cloned());
         let vae = Self::open_vae(path, scale.unwrap_or_else(|| infer_config::vae_scale(self)))?;
         let channels =
             |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
-        let config = vae.config("vae")?.clone();
+        let mut config = vae.config("vae")?.clone();
+        let is_tiny = config["_class_name"] == "AutoencoderTiny";
+        if let (true, false, Some(config), Some(shift)) =
+            (path.is_file(), is_tiny, config.as_object_mut(), shift)
+        {
+            config.insert("shift_factor".into(), shift);
+        }
         let (decodes, draws) = (
             channels(&config, "latent_channels"),
             channels(self.config("unet")?, "out_channels"),

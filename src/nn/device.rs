@@ -5,7 +5,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use std::str::FromStr;
 
-/// `--device`.
+/// The device that a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
     Auto,
@@ -32,7 +32,7 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// `--dtype`.
+/// The type of weights and activations that a user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum DTypeChoice {
@@ -43,7 +43,8 @@ pub enum DTypeChoice {
 }
 
 impl DTypeChoice {
-    /// By itself f32, which is as fast as any other on a CPU; f16 where tensor cores take that.
+    /// Chooses f32 where no type is named, which is as fast as any other on a CPU; f16 on a GPU with
+    /// tensor cores.
     fn on(self, backend: Backend) -> DType {
         match self {
             Self::Auto if backend == Backend::Gpu => DType::F16,
@@ -59,7 +60,7 @@ impl DTypeChoice {
 #[derive(Debug, Clone)]
 pub struct Compute {
     pub device: Device,
-    /// On CPUs the arithmetic is f32 all the same, and f32 means that weights stay as narrow as
+    /// On CPUs the arithmetic is f32 in any case, and f32 here means that weights keep the type of
     /// their file.
     pub dtype: DType,
 }
@@ -161,7 +162,7 @@ fn gpu(index: usize) -> Option<Device> {
     cuda.or_else(metal)
 }
 
-/// `--threads`: limits the pool that all kernels share. Errors if it is set twice.
+/// Limits the threads of the pool that all kernels share. Errors if it is set twice.
 pub fn limit_threads(threads: usize) -> Result<()> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -169,8 +170,7 @@ pub fn limit_threads(threads: usize) -> Result<()> {
         .context("the thread pool cannot be made")
 }
 
-/// Errors if the system says that it has less memory left than `needed` bytes. Where it says
-/// nothing, all is well.
+/// Errors if less than `needed` bytes of memory are available. Where that is unknown, succeeds.
 pub fn require_memory(needed: u64) -> Result<()> {
     let Some(available) = available_memory() else {
         return Ok(());
@@ -186,17 +186,17 @@ pub fn require_memory(needed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Bytes that can be had without swapping (Linux).
+/// The memory that is available without swapping, in bytes (Linux).
 pub fn available_memory() -> Option<u64> {
     proc_bytes("/proc/meminfo", "MemAvailable:")
 }
 
-/// The most memory that this process ever held, in bytes (Linux).
+/// The peak memory of this process, in bytes (Linux).
 pub fn peak_memory() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmHWM:")
 }
 
-/// The most memory of a GPU that was ever taken for tensors and recorded steps, in bytes (CUDA).
+/// The peak memory of tensors and graphs on a GPU, in bytes (CUDA).
 pub fn peak_gpu_memory(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -221,7 +221,7 @@ pub fn peak_gpu_memory(device: &Device) -> Option<u64> {
     None
 }
 
-/// A line of one of Linux's memory tables, which count in kB.
+/// Reads a line of one of Linux's memory tables, which count in kB.
 fn proc_bytes(table: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(table).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix(key))?;

@@ -48,7 +48,10 @@ impl PipelineConfig {
             .map(|refiner| base.refined_by(refiner))
             .transpose()?;
         let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
-        let (latent, out) = (vae.latent_channels(), base.backbone.latent_channels());
+        let (latent, out) = (
+            vae.latent_format().channels,
+            base.backbone.latent_channels(),
+        );
         if latent != out {
             bail!("the U-Net of `{name}` draws in {out} channels, its VAE has {latent}");
         }

@@ -13,7 +13,7 @@ use super::job::Job;
 use super::prompt_cache::PromptCache;
 use super::settings::Settings;
 use crate::error::{Cancelled, NotFinite};
-use crate::model::{Backbone, ExtraInputs, ModelKind, Posterior};
+use crate::model::{Backbone, ExtraInputs, LatentFormat, ModelKind, Posterior};
 use crate::nn::layers::is_finite;
 use crate::sampling::noise::Generator;
 use crate::sampling::sampler::{self, Step};
@@ -213,12 +213,12 @@ impl Denoising {
         let image = init_image(images, config, settings.strength, &mut draw)?;
         let noise = with_variations(draw()?, batch)?;
         let mask = inpaint_mask(images)?;
-        let scaling_factor = run.pipeline.config.vae.scaling_factor();
+        let latent_format = run.pipeline.config.vae.latent_format();
         let concat = Concat {
             images,
             config,
             guidance: *guidance,
-            scaling_factor,
+            latent_format,
         };
         let concat = concat.make(mask.as_ref(), &mut draw)?;
         if self.done == 0 {
@@ -300,7 +300,7 @@ struct Concat<'a> {
     images: &'a [Arc<InitLatents>],
     config: &'a ModelConfig,
     guidance: Guidance,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Concat<'_> {
@@ -327,7 +327,8 @@ impl Concat<'_> {
             return Ok(None);
         }
         let image = Posterior::cat(self.images.iter().map(|init| &init.image))?;
-        let image = (image.mean / self.scaling_factor)?;
+        // the network sees it as the VAE encodes it
+        let image = self.latent_format.process_out(&image.mean)?;
         let unconditional = image.zeros_like()?;
         let row = |pass| {
             if pass == 0 && passes > 1 {

@@ -177,22 +177,25 @@ impl Checkpoint {
     }
 
     /// Decodes with another VAE: a folder with its config.json, a model's folder, or one
-    /// .safetensors file, which brings no scaling factor and takes this model's. Errors if there is
-    /// none at `path`, or one for other latents.
+    /// .safetensors file, which brings no scaling and shift factor and takes this model's. Errors
+    /// if there is none at `path`, or one for other latents.
     pub fn use_vae(&mut self, path: &Path) -> Result<()> {
-        let is_tiny = |vae: &&Value| {
+        let is_tiny = |vae: &Value| {
             vae.get("_class_name")
                 .is_some_and(|class| class == "AutoencoderTiny")
         };
-        let scaling_factor = self
-            .optional_config("vae")
-            .filter(|own| !is_tiny(own))
+        let own = self.optional_config("vae").filter(|own| !is_tiny(own));
+        let scaling_factor = own
             .and_then(|own| own.get("scaling_factor")?.as_f64())
             .unwrap_or_else(|| infer_config::vae_scale(self));
+        let shift_factor = own.and_then(|own| own.get("shift_factor").cloned());
         let vae = Self::open_vae(path, scaling_factor)?;
         let channels =
             |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
-        let config = vae.config("vae")?.clone();
+        let mut config = vae.config("vae")?.clone();
+        if let (true, Some(shift_factor)) = (path.is_file() && !is_tiny(&config), shift_factor) {
+            config["shift_factor"] = shift_factor;
+        }
         let decoded = channels(&config, "latent_channels");
         let drawn = channels(self.config("unet")?, "out_channels");
         if decoded != drawn {

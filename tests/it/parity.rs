@@ -394,12 +394,12 @@ fn the_vae_encodes_the_same() {
                 NETWORK,
             );
             assert_eq!(
-                posterior.deviation.is_some(),
+                posterior.std.is_some(),
                 matches!(config, Autoencoder::Kl(_)),
                 "{model}"
             );
-            if let Some(deviation) = posterior.deviation {
-                let logvar = (unscaled(deviation).log().unwrap() * 2.0).unwrap();
+            if let Some(std) = posterior.std {
+                let logvar = (unscaled(std).log().unwrap() * 2.0).unwrap();
                 compare(
                     &format!("{model} vae.{shape}.logvar"),
                     &logvar,

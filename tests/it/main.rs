@@ -11,6 +11,7 @@ mod distilled;
 mod dynamic;
 mod embeddings;
 mod from_picture;
+#[cfg(feature = "hub")]
 mod hub;
 mod input;
 mod lora;

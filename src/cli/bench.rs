@@ -8,7 +8,7 @@ use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, pea
 use crate::nn::profile::{self, Profile};
 use crate::nn::{Forward, cpu};
 use crate::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
-use crate::sampling::schedule::Prediction;
+use crate::sampling::prediction::Prediction;
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin, Weights};
 use anyhow::{Result, bail};

@@ -2,7 +2,7 @@
 //! calls `denoise`.
 
 use crate::model::Denoiser;
-use crate::sampling::schedule::Prediction;
+use crate::sampling::prediction::Prediction;
 use candle_core::{D, Result, Tensor};
 
 /// A network with its conditioning, seen as a denoiser.

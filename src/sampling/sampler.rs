@@ -15,7 +15,8 @@ use anyhow::Context;
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::sampling::schedule::{Algorithm, Plan, Prediction, SolverType, ancestral_step};
+use crate::sampling::prediction::Prediction;
+use crate::sampling::schedule::{Algorithm, Plan, SolverType, ancestral_step};
 
 /// The algorithms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -11,7 +11,6 @@
 //!
 //! Read next: `sampler`, which walks a [`Plan`].
 
-use std::f64::consts::FRAC_PI_2;
 use std::fmt;
 use std::str::FromStr;
 
@@ -20,94 +19,18 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::sampling::noise_levels::{BetaSchedule, DiscreteLevels};
+use crate::sampling::prediction::Prediction;
 use crate::sampling::sampler::{Sampler, nearest};
-
-/// What the network predicts; read as diffusers writes it, written as `--prediction` takes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Prediction {
-    /// The noise.
-    Epsilon,
-    /// The velocity of Salimans and Ho 2022 (arXiv 2202.00512).
-    #[serde(rename(serialize = "v", deserialize = "v_prediction"), alias = "v")]
-    V,
-    /// The picture itself.
-    #[serde(alias = "original_sample")]
-    Sample,
-}
-
-/// The three numbers of `denoised = c_skip * x + c_out * network(c_in * x, timestep)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scalings {
-    /// Weight of the input.
-    pub c_skip: f64,
-    /// Weight of the network's output.
-    pub c_out: f64,
-    /// Factor of the network's input.
-    pub c_in: f64,
-}
-
-impl fmt::Display for Prediction {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Epsilon => "epsilon",
-            Self::V => "v",
-            Self::Sample => "sample",
-        })
-    }
-}
-
-impl Prediction {
-    /// Karras et al. 2022, eq. 7, for x = x0 + sigma * noise and a network trained on
-    /// variance-preserving inputs.
-    pub fn scalings(self, sigma: f64) -> Scalings {
-        let variance = sigma * sigma + 1.0;
-        let c_in = variance.sqrt().recip();
-        let (c_skip, c_out) = match self {
-            Self::Epsilon => (1.0, -sigma),
-            Self::V => (variance.recip(), -sigma * c_in),
-            Self::Sample => (0.0, 1.0),
-        };
-        Scalings {
-            c_skip,
-            c_out,
-            c_in,
-        }
-    }
-}
-
-/// How the betas of training were spread over its timesteps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum BetaSchedule {
-    Linear,
-    ScaledLinear,
-    #[serde(rename = "squaredcos_cap_v2")]
-    Cosine,
-    Exp,
-    Laplace,
-    Sigmoid,
-}
+use crate::sampling::sigmas::{AYS_SD, AYS_SDXL, SigmaSchedule, exponential, linspace};
 
 /// How the timesteps of a run are spread over those of training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Spacing {
+enum TimestepSpacing {
     Leading,
     Linspace,
     Trailing,
-}
-
-/// A law that replaces the sigmas found at the spaced timesteps.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum SigmaLaw {
-    Karras,
-    Exponential,
-    Beta,
-    /// Log-linear in sigma, Lu et al. 2022 (DPM-Solver).
-    Lu,
-    /// A published list of sigmas, the last of them replaced by 0.
-    Table(&'static [f64]),
 }
 
 /// Where the last step ends.
@@ -188,12 +111,12 @@ pub struct SchedulerConfig {
     beta_schedule: Option<BetaSchedule>,
     trained_betas: Option<Vec<f32>>,
     rescale_betas_zero_snr: bool,
-    spacing: Option<Spacing>,
+    spacing: Option<TimestepSpacing>,
     steps_offset: Option<usize>,
     set_alpha_to_one: Option<bool>,
     clip_sample: Option<bool>,
     clip_sample_range: f64,
-    law: Option<SigmaLaw>,
+    law: Option<SigmaSchedule>,
     sigma_min: Option<f64>,
     sigma_max: Option<f64>,
     final_sigma: FinalSigma,
@@ -367,12 +290,12 @@ fn read_class(keys: &Keys, solver: &SolverConfig) -> Result<Sampler> {
         })
 }
 
-fn read_law(keys: &Keys) -> Result<Option<SigmaLaw>> {
+fn read_law(keys: &Keys) -> Result<Option<SigmaSchedule>> {
     let flags = [
-        ("use_karras_sigmas", SigmaLaw::Karras),
-        ("use_lu_lambdas", SigmaLaw::Lu),
-        ("use_exponential_sigmas", SigmaLaw::Exponential),
-        ("use_beta_sigmas", SigmaLaw::Beta),
+        ("use_karras_sigmas", SigmaSchedule::Karras),
+        ("use_lu_lambdas", SigmaSchedule::Lu),
+        ("use_exponential_sigmas", SigmaSchedule::Exponential),
+        ("use_beta_sigmas", SigmaSchedule::Beta),
     ];
     let mut law = None;
     for (key, value) in flags {
@@ -409,14 +332,6 @@ pub enum Schedule {
     AysSdxl,
 }
 
-/// Noise levels of Align Your Steps, as its authors published them for ten steps.
-const AYS_SD: [f64; 11] = [
-    14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
-];
-const AYS_SDXL: [f64; 11] = [
-    14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029,
-];
-
 impl Schedule {
     /// Every schedule, in the order of the help text.
     pub const ALL: [Self; 8] = [
@@ -443,22 +358,22 @@ impl Schedule {
         }
     }
 
-    fn law(self) -> Option<SigmaLaw> {
+    fn law(self) -> Option<SigmaSchedule> {
         match self {
-            Self::Karras => Some(SigmaLaw::Karras),
-            Self::Exponential => Some(SigmaLaw::Exponential),
-            Self::Beta => Some(SigmaLaw::Beta),
-            Self::Ays => Some(SigmaLaw::Table(&AYS_SD)),
-            Self::AysSdxl => Some(SigmaLaw::Table(&AYS_SDXL)),
+            Self::Karras => Some(SigmaSchedule::Karras),
+            Self::Exponential => Some(SigmaSchedule::Exponential),
+            Self::Beta => Some(SigmaSchedule::Beta),
+            Self::Ays => Some(SigmaSchedule::Table(&AYS_SD)),
+            Self::AysSdxl => Some(SigmaSchedule::Table(&AYS_SDXL)),
             Self::Trailing | Self::Leading | Self::Linspace => None,
         }
     }
 
-    fn spacing(self) -> Option<Spacing> {
+    fn spacing(self) -> Option<TimestepSpacing> {
         match self {
-            Self::Trailing => Some(Spacing::Trailing),
-            Self::Leading => Some(Spacing::Leading),
-            Self::Linspace => Some(Spacing::Linspace),
+            Self::Trailing => Some(TimestepSpacing::Trailing),
+            Self::Leading => Some(TimestepSpacing::Leading),
+            Self::Linspace => Some(TimestepSpacing::Linspace),
             _ => None,
         }
     }
@@ -545,8 +460,8 @@ impl Sampler {
 struct Settings<'a> {
     config: &'a SchedulerConfig,
     sampler: Sampler,
-    spacing: Spacing,
-    law: Option<SigmaLaw>,
+    spacing: TimestepSpacing,
+    law: Option<SigmaSchedule>,
     steps_offset: usize,
     final_sigma: FinalSigma,
     /// Whether this is the checkpoint's own scheduler as it is, corrected by the pipeline.
@@ -563,8 +478,8 @@ impl<'a> Settings<'a> {
         // anything else is a new scheduler, made with `from_config`
         let own = sampler == config.sampler && schedule.is_none();
         let default_spacing = match grid {
-            Grid::Discrete | Grid::Distilled => Spacing::Leading,
-            Grid::Fractional | Grid::Multistep => Spacing::Linspace,
+            Grid::Discrete | Grid::Distilled => TimestepSpacing::Leading,
+            Grid::Fractional | Grid::Multistep => TimestepSpacing::Linspace,
         };
         let fixed_steps = matches!(sampler, Sampler::Pndm | Sampler::Lcm | Sampler::Tcd);
         if let Some(chosen) = schedule
@@ -579,9 +494,9 @@ impl<'a> Settings<'a> {
             matches!(grid, Grid::Fractional | Grid::Multistep) && sampler != Sampler::EulerA;
         let law = match schedule {
             Some(chosen) => chosen.law(),
-            None => config
-                .law
-                .filter(|law| knows_laws && (*law != SigmaLaw::Lu || sampler.is_dpm_multistep())),
+            None => config.law.filter(|law| {
+                knows_laws && (*law != SigmaSchedule::Lu || sampler.is_dpm_multistep())
+            }),
         };
         let knows_final =
             sampler.is_dpm_multistep() || matches!(sampler, Sampler::Euler | Sampler::UniPc);
@@ -605,8 +520,7 @@ impl<'a> Settings<'a> {
         })
     }
 
-    /// The product of the alphas, f32 as torch has it: `sigma^2 = (1 - a) / a`.
-    fn alphas_cumprod(&self) -> Vec<f32> {
+    fn noise_levels(&self) -> DiscreteLevels {
         let knows_zero_snr = match self.sampler.grid() {
             Grid::Discrete => self.sampler != Sampler::Pndm,
             Grid::Distilled => true,
@@ -616,22 +530,18 @@ impl<'a> Settings<'a> {
             ),
             Grid::Multistep => self.sampler != Sampler::Deis,
         };
-        let mut betas = self.betas();
+        let betas = self.betas();
         if !(knows_zero_snr && self.config.rescale_betas_zero_snr) {
-            return cumulative_product(betas.iter().map(|beta| 1.0 - beta));
+            return DiscreteLevels::from_betas(&betas);
         }
-        rescale_zero_terminal_snr(&mut betas);
-        let mut alphas = cumulative_product(betas.iter().map(|beta| 1.0 - beta));
-        if let Some(last) = alphas.last_mut() {
-            *last = match self.sampler.grid() {
-                // diffusers' stand-in for an infinite sigma
-                Grid::Fractional | Grid::Multistep => 2_f32.powi(-24),
-                // there diffusers divides by it only where the network predicts noise, which has
-                // no answer; this is near enough to infinity and leaves x finite in f32
-                Grid::Discrete | Grid::Distilled => 1e-16,
-            };
-        }
-        alphas
+        let last = match self.sampler.grid() {
+            // diffusers' stand-in for an infinite sigma
+            Grid::Fractional | Grid::Multistep => 2_f32.powi(-24),
+            // there diffusers divides by it only where the network predicts noise, which has
+            // no answer; this is near enough to infinity and leaves x finite in f32
+            Grid::Discrete | Grid::Distilled => 1e-16,
+        };
+        DiscreteLevels::with_zero_terminal_snr(betas, last)
     }
 
     fn betas(&self) -> Vec<f32> {
@@ -653,53 +563,34 @@ impl<'a> Settings<'a> {
         } else {
             (0.0001, 0.02)
         };
-        let start = config.beta_start.unwrap_or(default_start);
-        let end = config.beta_end.unwrap_or(default_end);
         let distilled = self.sampler.grid() == Grid::Distilled;
         let default = if distilled {
             BetaSchedule::ScaledLinear
         } else {
             BetaSchedule::Linear
         };
-        let n = config.train_timesteps;
-        match config.beta_schedule.unwrap_or(default) {
-            BetaSchedule::Linear => linspace_f32(start, end, n),
-            BetaSchedule::ScaledLinear => linspace_f32(start.sqrt(), end.sqrt(), n)
-                .into_iter()
-                .map(|root| root * root)
-                .collect(),
-            BetaSchedule::Sigmoid => linspace_f32(-6.0, 6.0, n)
-                .into_iter()
-                .map(|x| 1.0 / (1.0 + (-x).exp()) * (end - start) as f32 + start as f32)
-                .collect(),
-            BetaSchedule::Cosine => {
-                betas_for_alpha_bar(n, |t| ((t + 0.008) / 1.008 * FRAC_PI_2).cos().powi(2))
-            }
-            BetaSchedule::Exp => betas_for_alpha_bar(n, |t| (-12.0 * t).exp()),
-            BetaSchedule::Laplace => betas_for_alpha_bar(n, |t| {
-                let half = 0.5 - t;
-                let log_snr = -0.5 * 1_f64.copysign(half) * (1.0 - 2.0 * half.abs() + 1e-6).ln();
-                let snr = log_snr.exp();
-                (snr / (1.0 + snr)).sqrt()
-            }),
-        }
+        config.beta_schedule.unwrap_or(default).betas(
+            config.beta_start.unwrap_or(default_start),
+            config.beta_end.unwrap_or(default_end),
+            config.train_timesteps,
+        )
     }
 
     /// The timesteps of `n` steps, descending. Errors if there are too few to choose from.
-    fn spaced(&self, n: usize, table: &Table) -> Result<Vec<f64>> {
+    fn spaced(&self, n: usize, levels: &DiscreteLevels) -> Result<Vec<f64>> {
         let train = self.config.train_timesteps;
-        let last = train - self.clipped(table).min(train - 1);
+        let last = train - self.clipped(levels).min(train - 1);
         // a multistep grid has one more point, and drops the last
         let points = n + usize::from(self.sampler.grid() == Grid::Multistep);
         let whole = self.sampler.grid() != Grid::Fractional;
         let round = |t: f64| if whole { t.round_ties_even() } else { t };
         let mut timesteps: Vec<f64> = match self.spacing {
-            Spacing::Linspace => linspace(0.0, (last - 1) as f64, points)
+            TimestepSpacing::Linspace => linspace(0.0, (last - 1) as f64, points)
                 .into_iter()
                 .rev()
                 .map(round)
                 .collect(),
-            Spacing::Leading => {
+            TimestepSpacing::Leading => {
                 let ratio = last / points;
                 ensure!(
                     ratio > 0,
@@ -710,7 +601,7 @@ impl<'a> Settings<'a> {
                     .map(|i| (i * ratio + self.steps_offset) as f64)
                     .collect()
             }
-            Spacing::Trailing => {
+            TimestepSpacing::Trailing => {
                 let ratio = train as f64 / n as f64;
                 // numpy.arange: as many as fit, each a multiple of the first difference
                 let stride = last as f64 - (last as f64 - ratio);
@@ -725,10 +616,9 @@ impl<'a> Settings<'a> {
     }
 
     /// How many of the noisiest timesteps are left out: those whose lambda = -log(sigma) is low.
-    fn clipped(&self, table: &Table) -> usize {
-        let is_low = |sigma: &&f64| -sigma.ln() < self.config.lambda_min_clipped;
+    fn clipped(&self, levels: &DiscreteLevels) -> usize {
         if self.sampler.is_dpm_multistep() {
-            table.sigmas.iter().filter(is_low).count()
+            levels.timesteps_below(self.config.lambda_min_clipped)
         } else {
             0
         }
@@ -737,19 +627,19 @@ impl<'a> Settings<'a> {
     /// Sigmas and timesteps of a law; `spaced` are the sigmas at the spaced timesteps.
     fn follow(
         &self,
-        law: SigmaLaw,
+        law: SigmaSchedule,
         n: usize,
         spaced: &[f64],
-        table: &Table,
+        levels: &DiscreteLevels,
     ) -> (Vec<f64>, Vec<f64>) {
         let multistep = self.sampler.grid() == Grid::Multistep;
         let (first, last) = match multistep {
-            true => (table.sigmas.last().copied(), table.sigmas.first().copied()),
+            true => (Some(levels.sigma_max()), Some(levels.sigma_min())),
             false => (spaced.first().copied(), spaced.last().copied()),
         };
         // two classes of diffusers do not look at these settings here
-        let limits = law != SigmaLaw::Lu
-            && !(law == SigmaLaw::Karras
+        let limits = law != SigmaSchedule::Lu
+            && !(law == SigmaSchedule::Karras
                 && matches!(self.sampler, Sampler::Lms | Sampler::DpmppSde));
         let high = self
             .config
@@ -763,25 +653,20 @@ impl<'a> Settings<'a> {
             .filter(|_| limits)
             .or(last)
             .unwrap_or(1.0);
-        let sigmas = match law {
-            SigmaLaw::Karras => karras(high, low, n),
-            SigmaLaw::Exponential => exponential(high, low, n),
-            SigmaLaw::Lu => {
-                let logs = linspace(f64::from(high.ln() as f32), f64::from(low.ln() as f32), n);
-                logs.into_iter().map(f64::exp).collect()
-            }
-            SigmaLaw::Beta => beta(high, low, n),
-            SigmaLaw::Table(levels) => log_linear(levels, n),
-        };
+        let sigmas = law.sigmas(high, low, n);
         let cosine = self.config.beta_schedule == Some(BetaSchedule::Cosine);
         let rounds = match (self.sampler, law) {
-            (Sampler::Dpm2 | Sampler::Dpm2A, SigmaLaw::Karras) => true,
-            (sampler, SigmaLaw::Karras | SigmaLaw::Lu) if sampler.is_dpm_multistep() => !cosine,
-            (_, SigmaLaw::Karras | SigmaLaw::Table(_)) => self.sampler.grid() != Grid::Fractional,
+            (Sampler::Dpm2 | Sampler::Dpm2A, SigmaSchedule::Karras) => true,
+            (sampler, SigmaSchedule::Karras | SigmaSchedule::Lu) if sampler.is_dpm_multistep() => {
+                !cosine
+            }
+            (_, SigmaSchedule::Karras | SigmaSchedule::Table(_)) => {
+                self.sampler.grid() != Grid::Fractional
+            }
             _ => self.sampler.grid() == Grid::Discrete,
         };
         let timesteps = sigmas.iter().map(|sigma| {
-            let t = table.timestep(*sigma);
+            let t = levels.timestep(*sigma);
             match (rounds, multistep) {
                 (true, _) => t.round_ties_even(),
                 (false, true) => t.trunc(), // diffusers stores whole numbers
@@ -793,8 +678,8 @@ impl<'a> Settings<'a> {
     }
 
     /// The sigma after the last step.
-    fn last_sigma(&self, sigmas: &[f64], table: &Table) -> f64 {
-        let lowest = table.sigmas.first().copied().unwrap_or(0.0);
+    fn last_sigma(&self, sigmas: &[f64], levels: &DiscreteLevels) -> f64 {
+        let lowest = levels.sigma_min();
         let repeated = sigmas.last().copied().unwrap_or(lowest);
         match (self.sampler, self.final_sigma) {
             (Sampler::Deis, _) if self.law.is_some() => repeated,
@@ -826,62 +711,6 @@ impl<'a> Settings<'a> {
         let stride = original as f64 / n as f64;
         let pick = |i: usize| original - (i as f64 * stride).floor() as usize;
         Ok((0..n).map(|i| (pick(i) * ratio - 1) as f64).collect())
-    }
-}
-
-/// The noise levels of training, by timestep.
-struct Table {
-    sigmas: Vec<f64>,
-    /// Rounded to f32, as numpy leaves them, because timesteps are cut to whole numbers later. (At
-    /// the very top the last bit decides between two timesteps, and there numpy's own logarithm
-    /// can be off by one: not with Stable Diffusion's betas.)
-    logs: Vec<f64>,
-}
-
-impl Table {
-    fn new(alphas: &[f32]) -> Self {
-        let sigmas: Vec<f64> = alphas
-            .iter()
-            .map(|a| f64::from(((1.0 - a) / a).sqrt()))
-            .collect();
-        let logs = sigmas
-            .iter()
-            .map(|sigma| f64::from(sigma.ln() as f32))
-            .collect();
-        Self { sigmas, logs }
-    }
-
-    /// The sigma at a whole timestep. Errors beyond those of training.
-    fn at(&self, timestep: f64) -> Result<f64> {
-        let found = self
-            .sigmas
-            .get(timestep as usize)
-            .filter(|_| timestep >= 0.0)
-            .copied();
-        found.with_context(|| {
-            format!(
-                "the schedule asks for timestep {timestep} of {}\n\nhint: use fewer steps",
-                self.sigmas.len()
-            )
-        })
-    }
-
-    /// The sigma between two timesteps, linearly interpolated.
-    fn interpolate(&self, timestep: f64) -> f64 {
-        let low = (timestep.max(0.0) as usize).min(self.sigmas.len() - 1);
-        let high = (low + 1).min(self.sigmas.len() - 1);
-        let fraction = (timestep - low as f64).clamp(0.0, 1.0);
-        self.sigmas[low] + fraction * (self.sigmas[high] - self.sigmas[low])
-    }
-
-    /// The timestep of a sigma, interpolated in log(sigma).
-    fn timestep(&self, sigma: f64) -> f64 {
-        let log_sigma = sigma.max(1e-10).ln();
-        let below = self.logs.partition_point(|log| *log <= log_sigma);
-        let low = below.saturating_sub(1).min(self.logs.len() - 2);
-        let (a, b) = (self.logs[low], self.logs[low + 1]);
-        let weight = ((a - log_sigma) / (a - b)).clamp(0.0, 1.0);
-        (1.0 - weight) * low as f64 + weight * (low + 1) as f64
     }
 }
 
@@ -1090,7 +919,7 @@ fn plan_late(
         "{steps} steps are not possible\n\nhint: use 1 to {train}"
     );
     let settings = Settings::resolve(config, sampler, schedule)?;
-    let table = Table::new(&settings.alphas_cumprod());
+    let levels = settings.noise_levels();
     let mut plan = Plan {
         sampler,
         timesteps: Vec::new(),
@@ -1111,26 +940,26 @@ fn plan_late(
         init_noise_sigma: 1.0,
     };
     match sampler.grid() {
-        Grid::Distilled => plan.lay_distilled(&settings, &table, steps, share)?,
+        Grid::Distilled => plan.lay_distilled(&settings, &levels, steps, share)?,
         Grid::Discrete if sampler == Sampler::Pndm => {
-            plan.lay_pndm(&settings, &table, steps, skipped)?
+            plan.lay_pndm(&settings, &levels, steps, skipped)?
         }
-        Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &table, steps)?,
-        _ => plan.lay_interpolated(&settings, &table, steps)?,
+        Grid::Discrete if settings.law.is_none() => plan.lay_discrete(&settings, &levels, steps)?,
+        _ => plan.lay_interpolated(&settings, &levels, steps)?,
     }
-    let levels = &plan.sigmas[..plan.timesteps.len()];
-    let falling = levels.windows(2).all(|pair| pair[0] > pair[1])
-        && levels.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
+    let sigmas = &plan.sigmas[..plan.timesteps.len()];
+    let falling = sigmas.windows(2).all(|pair| pair[0] > pair[1])
+        && sigmas.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
     ensure!(
         falling || sampler == Sampler::Pndm,
         "{steps} steps of `{sampler}` do not give falling noise levels here\n\nhint: use fewer steps, or another `--schedule`"
     );
-    plan.lay_middles(&table);
+    plan.lay_middles(&levels);
     if sampler != Sampler::Pndm {
         plan.drop_first(skipped);
     }
     let top = plan.first_sigma();
-    let added = plan.is_variance_preserving() || settings.spacing == Spacing::Leading;
+    let added = plan.is_variance_preserving() || settings.spacing == TimestepSpacing::Leading;
     plan.init_noise_sigma = if added { top.hypot(1.0) } else { top };
     Ok(plan)
 }
@@ -1214,23 +1043,29 @@ impl Settings<'_> {
 
 impl Plan {
     /// Noise levels at timesteps, or those of a law with the timesteps that fit them.
-    fn lay_interpolated(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
+    fn lay_interpolated(
+        &mut self,
+        settings: &Settings,
+        levels: &DiscreteLevels,
+        n: usize,
+    ) -> Result<()> {
         let config = settings.config;
-        let mut timesteps = settings.spaced(n, table)?;
+        let mut timesteps = settings.spaced(n, levels)?;
         timesteps.iter_mut().for_each(|t| *t = f64::from(*t as f32));
-        let mut sigmas: Vec<f64> = timesteps.iter().map(|t| table.interpolate(*t)).collect();
+        let mut sigmas: Vec<f64> = timesteps
+            .iter()
+            .map(|t| levels.interpolated_sigma(*t))
+            .collect();
         let euler = self.sampler == Sampler::Euler;
         let log_linear = euler && config.interpolation == Interpolation::LogLinear;
-        if let (true, Some(high), Some(low)) =
-            (log_linear, table.sigmas.last(), table.sigmas.first())
-        {
-            sigmas = exponential(*high, *low, n + 1);
+        if log_linear {
+            sigmas = exponential(levels.sigma_max(), levels.sigma_min(), n + 1);
         }
         if let Some(law) = settings.law {
-            (sigmas, timesteps) = settings.follow(law, n, &sigmas, table);
+            (sigmas, timesteps) = settings.follow(law, n, &sigmas, levels);
         }
         if sigmas.len() == timesteps.len() {
-            sigmas.push(settings.last_sigma(&sigmas, table));
+            sigmas.push(settings.last_sigma(&sigmas, levels));
         }
         if euler
             && config.timestep_type == TimestepType::Continuous
@@ -1251,22 +1086,27 @@ impl Plan {
     }
 
     /// Whole timesteps, each with its training noise level.
-    fn lay_discrete(&mut self, settings: &Settings, table: &Table, n: usize) -> Result<()> {
-        self.timesteps = settings.spaced(n, table)?;
+    fn lay_discrete(
+        &mut self,
+        settings: &Settings,
+        levels: &DiscreteLevels,
+        n: usize,
+    ) -> Result<()> {
+        self.timesteps = settings.spaced(n, levels)?;
         self.sigmas = self
             .timesteps
             .iter()
-            .map(|t| table.at(*t))
+            .map(|t| levels.sigma_at(*t))
             .collect::<Result<_>>()?;
         if self.sampler == Sampler::Ddpm {
             self.sigmas.push(0.0);
             return Ok(());
         }
-        let end = settings.final_discrete_sigma(table);
+        let end = settings.final_discrete_sigma(levels);
         let stride = (settings.config.train_timesteps / n) as f64;
         for (t, sigma) in self.timesteps.iter().zip(&self.sigmas) {
             let target = if *t >= stride {
-                table.at(t - stride)?
+                levels.sigma_at(t - stride)?
             } else {
                 end
             };
@@ -1280,7 +1120,7 @@ impl Plan {
     fn lay_distilled(
         &mut self,
         settings: &Settings,
-        table: &Table,
+        levels: &DiscreteLevels,
         n: usize,
         share: f64,
     ) -> Result<()> {
@@ -1288,10 +1128,10 @@ impl Plan {
         self.sigmas = self
             .timesteps
             .iter()
-            .map(|t| table.at(*t))
+            .map(|t| levels.sigma_at(*t))
             .collect::<Result<_>>()?;
         let end = if self.sampler == Sampler::Tcd {
-            table.at(0.0)?
+            levels.sigma_at(0.0)?
         } else {
             0.0
         };
@@ -1300,7 +1140,8 @@ impl Plan {
             let next = self.timesteps.get(i + 1).copied().unwrap_or(0.0);
             // TCD's timestep s, in f32 as torch multiplies
             let s = ((1.0 - self.eta) as f32 * next as f32).floor();
-            self.transfers.push((*sigma, table.at(f64::from(s))?));
+            self.transfers
+                .push((*sigma, levels.sigma_at(f64::from(s))?));
         }
         Ok(())
     }
@@ -1311,7 +1152,7 @@ impl Plan {
     fn lay_pndm(
         &mut self,
         settings: &Settings,
-        table: &Table,
+        levels: &DiscreteLevels,
         n: usize,
         skipped: usize,
     ) -> Result<()> {
@@ -1320,10 +1161,10 @@ impl Plan {
             config.prediction != Prediction::Sample,
             "`pndm` does not work with the scheduler's `prediction_type` \"sample\""
         );
-        let spaced = settings.spaced(n, table)?;
+        let spaced = settings.spaced(n, levels)?;
         let stride = (config.train_timesteps / n) as f64;
-        let end = settings.final_discrete_sigma(table);
-        let level = |t: f64| if t < 0.0 { Ok(end) } else { table.at(t) };
+        let end = settings.final_discrete_sigma(levels);
+        let level = |t: f64| if t < 0.0 { Ok(end) } else { levels.sigma_at(t) };
         let mut transfers = Vec::new();
         if config.skip_prk_steps {
             self.timesteps = spaced.clone();
@@ -1367,7 +1208,7 @@ impl Plan {
         self.sigmas = self
             .timesteps
             .iter()
-            .map(|t| table.at(*t))
+            .map(|t| levels.sigma_at(*t))
             .collect::<Result<_>>()?;
         self.sigmas
             .extend(self.transfers.last().map(|(_, target)| *target));
@@ -1375,7 +1216,7 @@ impl Plan {
     }
 
     /// The middles of the steps, geometric in sigma, for the samplers that evaluate there.
-    fn lay_middles(&mut self, table: &Table) {
+    fn lay_middles(&mut self, levels: &DiscreteLevels) {
         let ancestral = match self.sampler {
             Sampler::Dpm2A | Sampler::Dpmpp2sA => true,
             Sampler::Dpm2 | Sampler::DpmppSde => false,
@@ -1390,23 +1231,19 @@ impl Plan {
             };
             let middle = (sigma * target).sqrt();
             self.middle_sigmas.push(middle);
-            self.middle_timesteps.push(table.timestep(middle));
+            self.middle_timesteps.push(levels.timestep(middle));
         }
     }
 }
 
 impl Settings<'_> {
     /// The noise level "before" timestep 0.
-    fn final_discrete_sigma(&self, table: &Table) -> f64 {
+    fn final_discrete_sigma(&self, levels: &DiscreteLevels) -> f64 {
         let zero = self
             .config
             .set_alpha_to_one
             .unwrap_or(self.sampler != Sampler::Pndm);
-        if zero {
-            0.0
-        } else {
-            table.sigmas.first().copied().unwrap_or(0.0)
-        }
+        if zero { 0.0 } else { levels.sigma_min() }
     }
 }
 
@@ -1417,130 +1254,4 @@ pub(crate) fn ancestral_step(sigma: f64, next: f64, eta: f64) -> (f64, f64) {
     let up = next.min(eta * fresh.max(0.0).sqrt());
     let down = (next * next - up * up).max(0.0).sqrt();
     (down, up)
-}
-
-/// torch.linspace in f32: from both ends towards the middle.
-fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
-    let (start, end) = (start as f32, end as f32);
-    let step = (end - start) / (n - 1) as f32;
-    let at = |i: usize| match i < n / 2 {
-        true => start + step * i as f32,
-        false => end - step * (n - 1 - i) as f32,
-    };
-    (0..n).map(at).collect()
-}
-
-/// numpy.linspace.
-fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
-    let step = (end - start) / n.saturating_sub(1).max(1) as f64;
-    let at = |i: usize| {
-        if i > 0 && i + 1 == n {
-            end
-        } else {
-            start + i as f64 * step
-        }
-    };
-    (0..n).map(at).collect()
-}
-
-/// Nichol and Dhariwal 2021 (arXiv 2102.09672), with betas of at most 0.999.
-fn betas_for_alpha_bar(n: usize, alpha_bar: impl Fn(f64) -> f64) -> Vec<f32> {
-    let at = |i: usize| alpha_bar(i as f64 / n as f64);
-    (0..n)
-        .map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32)
-        .collect()
-}
-
-/// torch.cumprod of f32, which accumulates in f64 on the CPU.
-fn cumulative_product(alphas: impl Iterator<Item = f32>) -> Vec<f32> {
-    let products = alphas.scan(1_f64, |product, alpha| {
-        *product *= f64::from(alpha);
-        Some(*product as f32)
-    });
-    products.collect()
-}
-
-/// Lin et al. 2023 (arXiv 2305.08891), algorithm 1: no signal at the last timestep.
-fn rescale_zero_terminal_snr(betas: &mut [f32]) {
-    let products = cumulative_product(betas.iter().map(|beta| 1.0 - beta));
-    let roots: Vec<f32> = products.iter().map(|product| product.sqrt()).collect();
-    let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else {
-        return;
-    };
-    let scale = first / (first - last);
-    let mut previous = 1_f32;
-    for (beta, root) in betas.iter_mut().zip(roots) {
-        let root = (root - last) * scale;
-        *beta = 1.0 - root * root / previous;
-        previous = root * root;
-    }
-}
-
-/// Karras et al. 2022, eq. 5, rho = 7.
-fn karras(high: f64, low: f64, n: usize) -> Vec<f64> {
-    let rho = 7.0;
-    let (high, low) = (high.powf(1.0 / rho), low.powf(1.0 / rho));
-    let ramp = linspace(0.0, 1.0, n);
-    ramp.into_iter()
-        .map(|t| (high + t * (low - high)).powf(rho))
-        .collect()
-}
-
-fn exponential(high: f64, low: f64, n: usize) -> Vec<f64> {
-    linspace(high.ln(), low.ln(), n)
-        .into_iter()
-        .map(f64::exp)
-        .collect()
-}
-
-/// Lee et al. 2024 (arXiv 2407.12173): alpha = beta = 0.6.
-fn beta(high: f64, low: f64, n: usize) -> Vec<f64> {
-    let ramp = linspace(0.0, 1.0, n);
-    ramp.into_iter()
-        .map(|t| low + beta_quantile(1.0 - t) * (high - low))
-        .collect()
-}
-
-/// A published list of noise levels stretched to n steps, log-linearly, as its authors do; the
-/// last level gives way to the end of the run.
-fn log_linear(levels: &[f64], n: usize) -> Vec<f64> {
-    let at = |position: f64| {
-        let low = (position as usize).min(levels.len() - 2);
-        let (a, b) = (levels[low].ln(), levels[low + 1].ln());
-        (a + (position - low as f64) * (b - a)).exp()
-    };
-    let positions = linspace(0.0, (levels.len() - 1) as f64, n + 1);
-    positions.into_iter().take(n).map(at).collect()
-}
-
-/// The quantile of the symmetric beta distribution with both parameters 0.6, by bisection on its
-/// distribution function.
-fn beta_quantile(p: f64) -> f64 {
-    if p > 0.5 {
-        return 1.0 - beta_quantile(1.0 - p);
-    }
-    let (mut low, mut high) = (0.0, 0.5);
-    for _ in 0..100 {
-        let middle = 0.5 * (low + high);
-        if beta_distribution(middle) < p {
-            low = middle
-        } else {
-            high = middle
-        }
-    }
-    0.5 * (low + high)
-}
-
-/// The distribution function of that beta distribution for x in 0..=0.5: the power series of the
-/// incomplete beta function (Abramowitz and Stegun 26.5.4).
-fn beta_distribution(x: f64) -> f64 {
-    const A: f64 = 0.6;
-    /// The beta function B(0.6, 0.6).
-    const B: f64 = 2.415_344_208_002_472_3;
-    let (mut sum, mut power) = (0.0, 1.0);
-    for k in 0..64 {
-        sum += power / (A + f64::from(k));
-        power *= x * (f64::from(k) + 1.0 - A) / (f64::from(k) + 1.0);
-    }
-    x.powf(A) * sum / B
 }

@@ -6,8 +6,9 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use sdgen::sampling::noise::Generator;
+use sdgen::sampling::prediction::Prediction;
 use sdgen::sampling::sampler::{Sampler, Step, sample};
-use sdgen::sampling::schedule::{Plan, Prediction, Schedule, SchedulerConfig, plan};
+use sdgen::sampling::schedule::{Plan, Schedule, SchedulerConfig, plan};
 use serde_json::{Value, json};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/samplers/");

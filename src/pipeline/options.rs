@@ -8,8 +8,7 @@
 use crate::image::load::Fit;
 use crate::pipeline::settings::{Border, Point, Size, Tile};
 use crate::sampling::noise::Variation;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::Schedule;
+use crate::sampling::{Sampler, Schedule};
 use crate::text::prompt::Syntax;
 use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail};

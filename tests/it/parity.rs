@@ -13,8 +13,7 @@ use sdgen::nn::Forward;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
-use sdgen::sampling::sampler::{self, Sampler};
-use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
+use sdgen::sampling::{self, Sampler, Schedule, SchedulerConfig, plan};
 use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
 use sdgen::text::prompt::Syntax;
 use sdgen::text::tokenizer::Tokenizer;
@@ -623,11 +622,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 negative.map(|negative| told(&negative, run, None)),
             );
             let deep_cache = DeepCache::every(1);
-            let (scale, rescale, prediction) = (
-                guidance,
-                run["guidance_rescale"].as_f64().unwrap_or(0.0),
-                config.prediction,
-            );
+            let (scale, rescale) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0));
             let kind = if negative.is_some() {
                 Guidance::Text(1)
             } else {
@@ -644,7 +639,6 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 weights: vec![1.0],
                 scale,
                 rescale,
-                prediction,
                 deep_cache,
             };
             let first = f.golden(&format!("run.{name}.noise"));
@@ -672,10 +666,10 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             compare(&format!("{model} run.{name}.noise"), &unit, first, 1e-6);
             let golden = f.golden(&format!("run.{name}.latents"));
             let mut compared = 0;
-            let result = sampler::sample(
+            let result = sampling::sample(
                 &plan,
                 (unit * plan.init_noise_sigma()).unwrap(),
-                &mut |x, sigma, timestep| guided.denoise(x, sigma, timestep),
+                &mut |x, sigma, timestep| guided.denoise(x, plan.scalings(sigma), timestep),
                 &mut noise,
                 &mut |step| {
                     compare(
@@ -777,7 +771,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
             let (conditioning, deep_cache) = (told(&prompt, run, scores[0]), DeepCache::every(1));
-            let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
+            let (scale, rescale) = (guidance, 0.0);
             let kind = if negative.is_some() {
                 Guidance::Text(1)
             } else {
@@ -794,7 +788,6 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 weights: vec![1.0],
                 scale,
                 rescale,
-                prediction,
                 deep_cache,
             };
             let first = match latents.take() {
@@ -805,9 +798,10 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 }
                 Some(begun) => (begun * plan.handover_scale()).unwrap(),
             };
-            let mut denoise =
-                |x: &Tensor, sigma: f64, timestep: f64| guided.denoise(x, sigma, timestep);
-            let mut on_step = |step: &sampler::Step| {
+            let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
+                guided.denoise(x, plan.scalings(sigma), timestep)
+            };
+            let mut on_step = |step: &sampling::Step| {
                 compare(
                     &format!("run.{name}.latents[{compared}]"),
                     step.latents,
@@ -819,7 +813,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let mut no_noise = || candle_core::bail!("none of these draws noise");
             latents = Some(
-                sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap(),
+                sampling::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap(),
             );
         }
         assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");

@@ -6,9 +6,9 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use sdgen::sampling::noise::Generator;
-use sdgen::sampling::prediction::Prediction;
-use sdgen::sampling::sampler::{Sampler, Step, sample};
-use sdgen::sampling::schedule::{Plan, Schedule, SchedulerConfig, plan};
+use sdgen::sampling::{
+    Prediction, Sampler, SamplingPlan, Schedule, SchedulerConfig, Step, plan, sample,
+};
 use serde_json::{Value, json};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/samplers/");
@@ -45,13 +45,13 @@ fn network(x: &Tensor, timestep: f64) -> candle_core::Result<Tensor> {
 }
 
 /// The latents after every evaluation, [evaluations, h, w, c] flattened, and the result.
-fn run(plan: &Plan, prediction: Prediction, seed: u64) -> (Vec<Vec<f64>>, Vec<f64>) {
+fn run(plan: &SamplingPlan, seed: u64) -> (Vec<Vec<f64>>, Vec<f64>) {
     let generator = std::cell::RefCell::new(Generator::new(seed));
     let mut noise = || generator.borrow_mut().latents(2, 3, 4);
     let x = (noise().unwrap() * plan.init_noise_sigma()).unwrap();
     let mut latents = Vec::new();
     let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
-        let scalings = prediction.scalings(sigma);
+        let scalings = plan.scalings(sigma);
         let output = network(&(x * scalings.c_in)?, timestep)?;
         (x * scalings.c_skip)? + (output * scalings.c_out)?
     };
@@ -66,16 +66,13 @@ fn run(plan: &Plan, prediction: Prediction, seed: u64) -> (Vec<Vec<f64>>, Vec<f6
     (latents, values(&result.unwrap()))
 }
 
-fn plan_of(case: &Value, configs: &HashMap<String, Value>) -> (Plan, Prediction) {
+fn plan_of(case: &Value, configs: &HashMap<String, Value>) -> SamplingPlan {
     let config = SchedulerConfig::from_json(&configs[case["config"].as_str().unwrap()]).unwrap();
     let sampler: Sampler = case["sampler"].as_str().unwrap().parse().unwrap();
     let schedule: Option<Schedule> = case["schedule"].as_str().map(|name| name.parse().unwrap());
     let steps = case["steps"].as_u64().unwrap() as usize;
     let plan = plan(&config, sampler, schedule, steps, case["eta"].as_f64());
-    (
-        plan.unwrap_or_else(|error| panic!("{case}: {error:#}")),
-        config.prediction,
-    )
+    plan.unwrap_or_else(|error| panic!("{case}: {error:#}"))
 }
 
 fn difference(actual: &[f64], expected: &[f64], scale: f64) -> f64 {
@@ -107,9 +104,9 @@ fn tolerance(case: &Value) -> f64 {
 fn latents_after_every_evaluation_equal_diffusers() {
     let goldens = goldens();
     for case in &goldens.runs {
-        let (plan, prediction) = plan_of(case, &goldens.configs);
+        let plan = plan_of(case, &goldens.configs);
         let seed = case["seed"].as_u64().unwrap();
-        let (latents, result) = run(&plan, prediction, seed);
+        let (latents, result) = run(&plan, seed);
         let golden = &goldens.tensors[&format!("{seed}.latents")];
         assert_eq!(latents.len(), golden.dims()[0], "evaluations of {case}");
         for (i, actual) in latents.iter().enumerate() {
@@ -142,7 +139,7 @@ fn levels(list: Vec<f64>, n: usize) -> Vec<f64> {
 fn sigmas_and_timesteps_equal_diffusers() {
     let goldens = goldens();
     for case in &goldens.runs {
-        let (plan, _) = plan_of(case, &goldens.configs);
+        let plan = plan_of(case, &goldens.configs);
         let n = plan.timesteps.len();
         let golden = |key: &str| {
             goldens
@@ -329,10 +326,10 @@ fn a_sampler_keeps_nothing_from_one_run_to_the_next() {
     let config = sd1();
     for sampler in Sampler::ALL {
         let plan = plan(&config, sampler, None, 6, None).unwrap();
-        let first = run(&plan, Prediction::Epsilon, 3);
-        let other = run(&plan, Prediction::Epsilon, 4);
+        let first = run(&plan, 3);
+        let other = run(&plan, 4);
         assert_ne!(first, other, "{sampler}");
-        assert_eq!(first, run(&plan, Prediction::Epsilon, 3), "{sampler}");
+        assert_eq!(first, run(&plan, 3), "{sampler}");
     }
 }
 
@@ -369,7 +366,7 @@ fn every_sampler_is_finite_with_every_schedule_and_number_of_steps() {
                     plan.timesteps.len() + 1,
                     "{sampler} {schedule:?} {steps}"
                 );
-                let (_, result) = run(&plan, Prediction::Epsilon, 1);
+                let (_, result) = run(&plan, 1);
                 assert!(
                     result.iter().all(|value| value.is_finite()),
                     "{sampler} {schedule:?} {steps}: {result:?}"
@@ -693,11 +690,7 @@ fn eta_is_refused_where_it_would_do_nothing() {
             Ok(half) => {
                 let full = plan(&config, sampler, None, 5, Some(1.0)).unwrap();
                 assert!(takes, "{name}");
-                assert_ne!(
-                    run(&half, Prediction::Epsilon, 1),
-                    run(&full, Prediction::Epsilon, 1),
-                    "{name}"
-                );
+                assert_ne!(run(&half, 1), run(&full, 1), "{name}");
             }
             Err(error) => assert!(
                 !takes

@@ -50,6 +50,11 @@ macro_rules! table {
             pub fn name(self) -> &'static str {
                 self.spec().name
             }
+
+            /// The names of all, with commas between them.
+            pub fn names() -> String {
+                Self::ALL.map(Self::name).join(", ")
+            }
         }
 
         impl fmt::Display for $kind {
@@ -110,6 +115,33 @@ pub struct SamplerSpec {
     pub(super) traits: ClassTraits,
 }
 
+impl SamplerSpec {
+    /// Whether it takes `--eta`, the fraction of the noise that is drawn anew in each step.
+    pub fn takes_eta(&self) -> bool {
+        self.eta.is_some()
+    }
+
+    /// Whether the network runs twice in every step but the last.
+    pub fn is_two_stage(&self) -> bool {
+        self.second_stage.is_some()
+    }
+
+    /// Whether diffusers' latents are variance-preserving, x / sqrt(1 + sigma^2), and not
+    /// x = x0 + sigma * noise.
+    pub fn is_variance_preserving(&self) -> bool {
+        self.traits.grid != Grid::Fractional
+    }
+
+    /// Whether it can follow a schedule, or has steps of its own that this one would replace.
+    pub fn accepts(&self, schedule: Schedule) -> bool {
+        match self.traits.grid {
+            Grid::Distilled => false,
+            Grid::Pndm => schedule.spec().sigmas.is_none(),
+            Grid::Discrete | Grid::Fractional | Grid::Multistep => true,
+        }
+    }
+}
+
 /// Where in a step a sampler of two stages evaluates the network for the second time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SecondStage {
@@ -141,20 +173,6 @@ impl Grid {
             Self::Discrete | Self::Pndm | Self::Distilled => TimestepSpacing::Leading,
             Self::Fractional | Self::Multistep => TimestepSpacing::Linspace,
         }
-    }
-
-    /// Whether such a run can take the levels of a schedule of this kind.
-    pub(super) fn accepts(self, schedule: Schedule) -> bool {
-        match self {
-            Self::Distilled => false,
-            Self::Pndm => schedule.spec().sigmas.is_none(),
-            Self::Discrete | Self::Fractional | Self::Multistep => true,
-        }
-    }
-
-    /// Whether diffusers' latents are variance-preserving: x / sqrt(1 + sigma^2).
-    pub(super) fn is_variance_preserving(self) -> bool {
-        self != Self::Fractional
     }
 
     /// What stands in for the product of the alphas at the last timestep under a zero terminal

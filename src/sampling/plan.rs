@@ -79,7 +79,7 @@ impl SamplingPlan {
 
     /// What x = x0 + sigma * noise is divided by to give diffusers' latents of this sampler.
     pub fn latents_scale(&self, sigma: f64) -> f64 {
-        if self.is_variance_preserving() {
+        if self.sampler.spec().is_variance_preserving() {
             self.noise_levels.variance_preserving_scale(sigma)
         } else {
             1.0
@@ -93,29 +93,22 @@ impl SamplingPlan {
 
     /// In which step of the whole run, from 0, an evaluation is.
     pub fn step_of(&self, evaluation: usize) -> usize {
-        let per_step = if self.is_two_stage() { 2 } else { 1 };
+        let per_step = if self.sampler.spec().is_two_stage() {
+            2
+        } else {
+            1
+        };
         self.before + evaluation / per_step
     }
 
     /// How often the network runs.
     pub fn evaluations(&self) -> usize {
         let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));
-        if self.is_two_stage() {
+        if self.sampler.spec().is_two_stage() {
             2 * steps - usize::from(ends)
         } else {
             steps
         }
-    }
-
-    /// Whether the network runs twice in every step but the last.
-    pub(super) fn is_two_stage(&self) -> bool {
-        self.sampler.spec().second_stage.is_some()
-    }
-
-    /// Whether diffusers' latents for this sampler are variance-preserving:
-    /// x / sqrt(1 + sigma^2).
-    pub(super) fn is_variance_preserving(&self) -> bool {
-        self.sampler.spec().traits.grid.is_variance_preserving()
     }
 
     fn own_steps(&self) -> usize {
@@ -148,7 +141,7 @@ impl SamplingPlan {
         // methods of two stages look at the timestep where a step ends
         first
             .timesteps
-            .truncate(k + usize::from(self.is_two_stage()));
+            .truncate(k + usize::from(self.sampler.spec().is_two_stage()));
         first.sigmas.truncate(k + 1);
         first.after = steps - k;
         second.drop_first(k);
@@ -280,7 +273,8 @@ fn plan_part(
         plan.drop_first(skipped);
     }
     let top = plan.first_sigma();
-    let added = plan.is_variance_preserving() || settings.spacing == TimestepSpacing::Leading;
+    let added =
+        sampler.spec().is_variance_preserving() || settings.spacing == TimestepSpacing::Leading;
     plan.init_noise_sigma = if added { top.hypot(1.0) } else { top };
     Ok(plan)
 }
@@ -288,7 +282,7 @@ fn plan_part(
 /// The fraction of fresh noise. Errors if the sampler has none to choose, or beyond 0..=1.
 fn resolve_eta(sampler: Sampler, eta: Option<f64>) -> Result<f64> {
     let Some(default) = sampler.spec().eta else {
-        let takers = Sampler::ALL.into_iter().filter(|s| s.spec().eta.is_some());
+        let takers = Sampler::ALL.into_iter().filter(|s| s.spec().takes_eta());
         let names: Vec<String> = takers.map(|taker| format!("`{taker}`")).collect();
         ensure!(
             eta.is_none(),
@@ -315,7 +309,7 @@ fn middle_sigmas(sampler: Sampler, sigmas: &[f64], eta: f64) -> Vec<f64> {
     let steps = sigmas.windows(2).filter(|pair| pair[1] > 0.0);
     let middles = steps.map(|pair| {
         let (sigma, next) = (pair[0], pair[1]);
-        let target = if spec.eta.is_some() {
+        let target = if spec.takes_eta() {
             ancestral_step(sigma, next, eta).0
         } else {
             next

@@ -55,7 +55,7 @@ pub fn sample(
     };
     let x = (plan.sampler.spec().run)(&mut run, x)?;
     let end = plan.sigmas.last().copied().unwrap_or(0.0);
-    match plan.is_variance_preserving() && end > 0.0 {
+    match plan.sampler.spec().is_variance_preserving() && end > 0.0 {
         true => x / end.hypot(1.0),
         false => Ok(x),
     }
@@ -92,7 +92,7 @@ impl Run<'_> {
     fn report(&mut self, x: Tensor, sigma: f64, denoised: &Tensor) -> Result<Tensor> {
         let (plan, index, total) = (self.plan, self.done, self.plan.evaluations());
         let scale = plan.latents_scale(sigma);
-        let next = match plan.is_two_stage() {
+        let next = match plan.sampler.spec().is_two_stage() {
             // between two levels
             true => sigma,
             // not always `sigma`: PNDM begun late evaluates at other levels than it reaches

@@ -243,8 +243,9 @@ impl SchedulerConfig {
         sampler: Sampler,
         schedule: Option<Schedule>,
     ) -> Result<SamplerConfig<'_>> {
-        let traits = &sampler.spec().traits;
-        if let Some(chosen) = schedule.filter(|chosen| !traits.grid.accepts(*chosen)) {
+        let spec = sampler.spec();
+        let traits = &spec.traits;
+        if let Some(chosen) = schedule.filter(|chosen| !spec.accepts(*chosen)) {
             bail!(
                 "`{sampler}` has steps of its own and cannot follow the schedule `{chosen}`\n\n\
                  hint: leave `--schedule` out, or choose another sampler, such as `dpmpp-2m`"

@@ -3,7 +3,7 @@
 //! and what was allowed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use crate::common::with_base;
+use crate::common::{sampler_of, with_base};
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::Picture;
 use sdgen::model::unet::{UNet, UNetInputs};
@@ -13,7 +13,7 @@ use sdgen::nn::Forward;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
-use sdgen::sampling::{self, Sampler, Schedule, SchedulerConfig, plan};
+use sdgen::sampling::{self, Sampler, SchedulerConfig, plan};
 use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
 use sdgen::text::prompt::Syntax;
 use sdgen::text::tokenizer::Tokenizer;
@@ -410,33 +410,6 @@ fn the_vae_encodes_the_same() {
     }
 }
 
-/// The sampler and schedule of our names for one of diffusers' schedulers.
-fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
-    let Some(class) = run["scheduler"].as_str() else {
-        return (default, None);
-    };
-    let sampler = match class {
-        "DDIMScheduler" => "ddim",
-        "PNDMScheduler" => "pndm",
-        "EulerDiscreteScheduler" => "euler",
-        "EulerAncestralDiscreteScheduler" => "euler-a",
-        "DPMSolverMultistepScheduler" => "dpmpp-2m",
-        "HeunDiscreteScheduler" => "heun",
-        "LMSDiscreteScheduler" => "lms",
-        "UniPCMultistepScheduler" => "unipc",
-        "DEISMultistepScheduler" => "deis",
-        "DDPMScheduler" => "ddpm",
-        "LCMScheduler" => "lcm",
-        "TCDScheduler" => "tcd",
-        other => panic!("no name for {other}, default {default}"),
-    };
-    let karras = run["scheduler_kwargs"]["use_karras_sigmas"].as_bool() == Some(true);
-    (
-        sampler.parse().unwrap(),
-        karras.then(|| "karras".parse().unwrap()),
-    )
-}
-
 /// What all pictures of a run are told, a refiner's with a score.
 fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
     let count = run["count"].as_u64().unwrap() as usize;
@@ -600,7 +573,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
         for run in f.json["runs"].as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
             let count = run["count"].as_u64().unwrap() as usize;
-            let (sampler, schedule) = our_names(run, config.sampler());
+            let (sampler, schedule) = sampler_of(run).unwrap_or((config.sampler(), None));
             let steps = run["steps"].as_u64().unwrap() as usize;
             let eta = run["eta"].as_f64().filter(|e| *e > 0.0);
             let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
@@ -737,7 +710,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap())
                 .unwrap()
                 .for_pipeline();
-            let (sampler, schedule) = our_names(run, Sampler::Euler);
+            let (sampler, schedule) = sampler_of(run).unwrap_or((Sampler::Euler, None));
             let whole = plan(
                 &config,
                 sampler,

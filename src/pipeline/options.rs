@@ -105,15 +105,15 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = fraction))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub guidance_rescale: Option<f64>,
-    /// ddim, pndm, euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun, lms, unipc, deis, ddpm, lcm, ...
-    /// [default: the checkpoint's]
+    /// The sampler by name
     #[serde(alias = "sampling_method", alias = "sampling-method")]
+    #[cfg_attr(feature = "cli", arg(help = names_help(Sampler::names())))]
     #[cfg_attr(feature = "cli", arg(long, alias = "sampling-method"))]
     #[cfg_attr(feature = "cli", arg(value_name = "NAME", help_heading = "Sampling"))]
     pub sampler: Option<Sampler>,
-    /// karras, exponential, beta, sgm-uniform, trailing, leading, linspace, ays [default: the
-    /// checkpoint's]
+    /// The schedule by name
     #[serde(alias = "scheduler")]
+    #[cfg_attr(feature = "cli", arg(help = names_help(Schedule::names())))]
     #[cfg_attr(feature = "cli", arg(long, alias = "scheduler"))]
     #[cfg_attr(feature = "cli", arg(value_name = "NAME", help_heading = "Sampling"))]
     pub schedule: Option<Schedule>,
@@ -410,6 +410,12 @@ impl From<Seeds> for String {
             .collect();
         parts.join(",")
     }
+}
+
+/// The help text of an option that takes one of these names.
+#[cfg(feature = "cli")]
+fn names_help(names: String) -> String {
+    format!("{names} [default: the checkpoint's]")
 }
 
 /// Reads a whole number from 1 to a million.

@@ -1,8 +1,8 @@
 //! The samplers and schedules that can be chosen by name: each is declared here, and only here.
 //!
 //! A new sampler is a row of the table below and a function in `sampler`; a new schedule is a row.
-//! The rows hold what diffusers' classes differ in, so that no other module asks for a sampler by
-//! its name. The module hides how names are matched.
+//! The rows hold what diffusers' classes differ in, so that no other file of this folder asks for a
+//! sampler by its name. The module hides how names are matched.
 //!
 //! Read next: `scheduler_config`, which reads a checkpoint's settings by a row, and `sampler`.
 
@@ -218,6 +218,8 @@ pub(super) struct ClassTraits {
     pub(super) repeats_last_sigma: bool,
     /// Whether each step goes down by the same number of timesteps, even past the next one.
     pub(super) fixed_stride: bool,
+    /// Whether it can take all its steps over what an img2img strength leaves.
+    pub(super) fits_strength: bool,
     /// The default of `clip_sample`, if it knows that.
     pub(super) clip_sample: Option<bool>,
     /// Whether it knows `interpolation_type` and `timestep_type`.
@@ -245,6 +247,7 @@ const DISCRETE: ClassTraits = ClassTraits {
     final_level: FinalLevel::Zero,
     repeats_last_sigma: false,
     fixed_stride: false,
+    fits_strength: false,
     clip_sample: Some(true),
     continuous: false,
     solver_types: &[],
@@ -479,7 +482,7 @@ table! {
         run: sampler::lcm,
         eta: None,
         second_stage: None,
-        traits: ClassTraits { clip_sample: Some(false), ..DISTILLED },
+        traits: ClassTraits { fits_strength: true, clip_sample: Some(false), ..DISTILLED },
     };
     /// Zheng et al. 2024 (arXiv 2402.19159).
     Tcd = SamplerSpec {

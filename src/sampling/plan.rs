@@ -184,9 +184,9 @@ pub fn plan(
 }
 
 /// The same without its first steps, for a run that begins with an image to which the noise of
-/// that level is added: those that a strength (0..=1) leaves out, as in diffusers. `in_all_steps`,
-/// as in its pipeline of latent consistency models: `lcm` takes as many steps over what the
-/// strength leaves. Errors too if it leaves out all of them.
+/// that level is added: those that a strength (0..=1) leaves out, as in diffusers. With
+/// `in_all_steps`, as in its pipeline of latent consistency models, `lcm` takes as many steps over
+/// what the strength leaves. Errors too if it leaves out all of them.
 pub fn plan_img2img(
     config: &SchedulerConfig,
     sampler: Sampler,
@@ -202,7 +202,7 @@ pub fn plan_img2img(
         taken > 0,
         "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`"
     );
-    let part = if in_all_steps && sampler == Sampler::Lcm {
+    let part = if in_all_steps && sampler.spec().traits.fits_strength {
         (0, strength)
     } else {
         (steps.saturating_sub(taken), 1.0)

@@ -1,9 +1,10 @@
 //! Samplers: from noise to latents, one function per algorithm.
 //!
-//! Each walks the noise levels of a [`SamplingPlan`] in the form x = x0 + sigma * noise, asks `denoise`
-//! for x0 and draws unit normals from `noise`. Where diffusers has the sampler, the latents after
-//! every evaluation of the network are diffusers' own, else k-diffusion's. History belongs to one
-//! call: nothing is kept between runs. The module hides the arithmetic of the solvers.
+//! Each walks the noise levels of a [`SamplingPlan`] in the form x = x0 + sigma * noise, asks
+//! `denoise` for x0 and draws unit normals from `noise`. Where diffusers has the sampler, the
+//! latents after every evaluation of the network are diffusers' own, else k-diffusion's. History
+//! belongs to one call: nothing is kept between runs. The module hides the arithmetic of the
+//! solvers.
 //!
 //! Read next: `plan`, which lays out the levels.
 
@@ -16,15 +17,15 @@ use crate::sampling::scheduler_config::{Algorithm, SolverType};
 
 /// What a caller sees after each evaluation of the network.
 pub struct Step<'a> {
-    /// From 0.
+    /// The evaluation, counted from 0.
     pub index: usize,
-    /// How many evaluations there are.
+    /// The number of evaluations of the run.
     pub total: usize,
-    /// [b, h, w, c], scaled as diffusers' scheduler of this sampler scales them.
+    /// The noisy latents, [b, h, w, c], scaled as diffusers' scheduler of this sampler scales them.
     pub latents: &'a Tensor,
-    /// The noise level that the next evaluation takes `latents` for; 0 where none comes.
+    /// The noise level at which the next evaluation takes `latents`; 0 after the last one.
     pub sigma: f64,
-    /// The network's present guess of the finished latents, [b, h, w, c].
+    /// The network's estimate of the finished latents, [b, h, w, c].
     pub denoised: &'a Tensor,
 }
 
@@ -32,7 +33,7 @@ type Denoise<'a> = dyn FnMut(&Tensor, f64, f64) -> Result<Tensor> + 'a;
 type Noise<'a> = dyn FnMut() -> Result<Tensor> + 'a;
 type OnStep<'a> = dyn FnMut(&Step) -> Result<Option<Tensor>> + 'a;
 
-/// Walks a plan.
+/// Runs the sampler of a plan from noise to latents.
 ///
 /// `x` is unit noise times [`SamplingPlan::init_noise_sigma`], f32, [b, h, w, c].
 /// `denoise(x, sigma, timestep)` gives x0 for x = x0 + sigma * noise. `noise()` gives unit normals
@@ -55,9 +56,10 @@ pub fn sample(
     };
     let x = (plan.sampler.spec().run)(&mut run, x)?;
     let end = plan.sigmas.last().copied().unwrap_or(0.0);
-    match plan.sampler.spec().is_variance_preserving() && end > 0.0 {
-        true => x / end.hypot(1.0),
-        false => Ok(x),
+    if plan.sampler.spec().is_variance_preserving() && end > 0.0 {
+        x / end.hypot(1.0)
+    } else {
+        Ok(x)
     }
 }
 
@@ -78,25 +80,26 @@ pub(super) struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// Estimates x0 between the levels of the plan.
     fn denoised(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         (self.denoise)(x, sigma, timestep)
     }
 
-    /// x0 at level i of the plan.
+    /// Estimates x0 at level i of the plan.
     fn denoised_at(&mut self, x: &Tensor, i: usize) -> Result<Tensor> {
         (self.denoise)(x, self.plan.sigmas[i], self.plan.timesteps[i])
     }
 
-    /// Tells the caller of `x` at noise level `sigma`, after one evaluation, and goes on with what
-    /// it makes of that.
+    /// Shows the caller `x`, at noise level `sigma`, after one evaluation. Returns it, or what the
+    /// caller puts in its place.
     fn report(&mut self, x: Tensor, sigma: f64, denoised: &Tensor) -> Result<Tensor> {
         let (plan, index, total) = (self.plan, self.done, self.plan.evaluations());
         let scale = plan.latents_scale(sigma);
-        let next = match plan.sampler.spec().is_two_stage() {
-            // between two levels
-            true => sigma,
+        let next = if plan.sampler.spec().is_two_stage() {
+            sigma // may lie between two levels
+        } else {
             // not always `sigma`: PNDM begun late evaluates at other levels than it reaches
-            false => plan.sigmas.get(index + 1).copied().unwrap_or(0.0),
+            plan.sigmas.get(index + 1).copied().unwrap_or(0.0)
         };
         let latents = if scale == 1.0 {
             x.clone()
@@ -117,14 +120,16 @@ impl Run<'_> {
         }
     }
 
-    /// x + sigma * fresh noise; none is drawn for sigma 0.
+    /// Adds sigma * fresh noise to x; draws none for sigma 0.
     fn add_noise(&mut self, x: Tensor, sigma: f64) -> Result<Tensor> {
-        match sigma > 0.0 {
-            true => sum(&[(1.0, &x), (sigma, &(self.noise)()?)]),
-            false => Ok(x),
+        if sigma > 0.0 {
+            sum(&[(1.0, &x), (sigma, &(self.noise)()?)])
+        } else {
+            Ok(x)
         }
     }
 
+    /// Clips estimated latents to the plan's range, if it has one.
     fn clip(&self, denoised: &Tensor) -> Result<Tensor> {
         match self.plan.clip {
             Some(range) => denoised.clamp(-range, range),
@@ -145,7 +150,7 @@ fn sum(terms: &[(f64, &Tensor)]) -> Result<Tensor> {
     Ok(total)
 }
 
-/// (x - denoised) / sigma: the noise in x, which is also dx/dsigma of the ODE.
+/// The noise in x, (x - denoised) / sigma, which is also dx/dsigma of the ODE.
 fn derivative(x: &Tensor, denoised: &Tensor, sigma: f64) -> Result<Tensor> {
     (x - denoised)? / sigma
 }
@@ -212,16 +217,15 @@ pub(super) fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.clip(&denoised)?;
         let kept = (next / sigma).powi(2);
         x = sum(&[(1.0 - kept, &denoised), (kept, &x)])?;
-        let spread = match plan.large_variance {
+        let std = if plan.large_variance {
             // beta of the step, 1 - alpha / alpha_next, over alpha_next
-            true => {
-                let ratio = (1.0 + next * next) / (1.0 + sigma * sigma);
-                ((1.0 - ratio) * (1.0 + next * next)).sqrt()
-            }
-            false => ancestral_step(sigma, next, 1.0).1,
+            let ratio = (1.0 + next * next) / (1.0 + sigma * sigma);
+            ((1.0 - ratio) * (1.0 + next * next)).sqrt()
+        } else {
+            ancestral_step(sigma, next, 1.0).1
         };
         if plan.timesteps[i] > 0.0 {
-            x = run.add_noise(x, spread)?;
+            x = run.add_noise(x, std)?;
         }
         x = run.report(x, next, &denoised)?;
     }
@@ -259,7 +263,7 @@ pub(super) fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
     x * end.hypot(1.0)
 }
 
-/// What the network itself gave for `denoised`.
+/// The network's output, from the estimate of x0 that was made of it.
 fn network_output(
     plan: &SamplingPlan,
     x: &Tensor,
@@ -484,18 +488,18 @@ pub(super) fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor>
         }
         let (down, up) = ancestral_step(sigma, next, plan.eta);
         let middle = plan.middle_sigmas[i];
-        let halfway = shrink(&x, &denoised, middle / sigma)?;
+        let halfway = exponential_step(&x, &denoised, middle / sigma)?;
         let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
-        x = shrink(&x, &denoised, down / sigma)?;
+        x = exponential_step(&x, &denoised, down / sigma)?;
         x = run.add_noise(x, up)?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
 
-/// The exact step of x towards a constant `denoised`.
-fn shrink(x: &Tensor, denoised: &Tensor, ratio: f64) -> Result<Tensor> {
+/// The exact step of x towards a constant `denoised`; `ratio` is the next sigma over the present.
+fn exponential_step(x: &Tensor, denoised: &Tensor, ratio: f64) -> Result<Tensor> {
     sum(&[(ratio, x), (1.0 - ratio, denoised)])
 }
 
@@ -514,14 +518,17 @@ pub(super) fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let middle = plan.middle_sigmas[i];
         let first = (run.noise)()?;
         let (down, up) = ancestral_step(sigma, middle, 1.0);
-        let halfway = sum(&[(1.0, &shrink(&x, &denoised, down / sigma)?), (up, &first)])?;
+        let halfway = sum(&[
+            (1.0, &exponential_step(&x, &denoised, down / sigma)?),
+            (up, &first),
+        ])?;
         let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         let second = (run.noise)()?;
         let (before, after) = ((sigma - middle).sqrt(), (middle - next).sqrt());
         let (down, up) = ancestral_step(sigma, next, 1.0);
         let unit = up / (sigma - next).sqrt();
-        let moved = shrink(&x, &denoised, down / sigma)?;
+        let moved = exponential_step(&x, &denoised, down / sigma)?;
         x = sum(&[
             (1.0, &moved),
             (before * unit, &first),
@@ -623,9 +630,10 @@ pub(super) fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let mut last: Option<(Tensor, usize)> = None;
     for i in 0..n {
         let denoised = run.denoised_at(&x, i)?;
-        let output = match solver.predict_x0 {
-            true => denoised.clone(),
-            false => derivative(&x, &denoised, plan.sigmas[i])?,
+        let output = if solver.predict_x0 {
+            denoised.clone()
+        } else {
+            derivative(&x, &denoised, plan.sigmas[i])?
         };
         if let Some((before, order)) = last
             .take()
@@ -668,10 +676,10 @@ impl UniPcStep {
         let back = |k: usize| (sigma / plan.sigmas[i - k]).ln() / h;
         let mut ratios: Vec<f64> = (1..order).map(back).collect();
         ratios.push(1.0);
-        let hh = if plan.solver.predict_x0 { -h } else { h };
-        let phi_1 = match plan.solver.predict_x0 {
-            true => next / sigma - 1.0,
-            false => sigma / next - 1.0,
+        let (hh, phi_1) = if plan.solver.predict_x0 {
+            (-h, next / sigma - 1.0)
+        } else {
+            (h, sigma / next - 1.0)
         };
         let b_h = if plan.solver.solver_type == SolverType::Bh1 {
             hh
@@ -685,9 +693,10 @@ impl UniPcStep {
             factorial *= (k + 1) as f64;
             phi = phi / hh - 1.0 / factorial;
         }
-        let weights = match plan.solver.predict_x0 {
-            true => (next / sigma, -phi_1, -b_h),
-            false => (1.0, -next * phi_1, -next * b_h),
+        let weights = if plan.solver.predict_x0 {
+            (next / sigma, -phi_1, -b_h)
+        } else {
+            (1.0, -next * phi_1, -next * b_h)
         };
         Self {
             ratios,
@@ -796,7 +805,7 @@ pub(super) fn tcd(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (sigma, next) = (pair[0], pair[1]);
         let target = plan.transfers[i].1;
         let denoised = run.denoised_at(&x, i)?;
-        x = shrink(&x, &denoised, target / sigma)?;
+        x = exponential_step(&x, &denoised, target / sigma)?;
         x = run.add_noise(x, (next * next - target * target).max(0.0).sqrt())?;
         x = run.report(x, next, &denoised)?;
     }

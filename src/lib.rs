@@ -3,7 +3,7 @@
 //!
 //! The command line is the interface; this library is what the command, its tests and its
 //! benchmarks share. Start at [`cli::draw::draw`], which tells the whole story, and go down one
-//! level at a time: [`pipeline::generate`], [`sampling::sampler::sample`],
+//! level at a time: [`pipeline::generate`], [`sampling::sample`],
 //! [`pipeline::guidance::Guided`], [`model::unet::UNet`].
 
 pub mod alloc;

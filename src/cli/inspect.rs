@@ -5,7 +5,7 @@ use crate::cli::model_args::ModelFinder;
 use crate::cli::stdout::say;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::pipeline::family::Family;
-use crate::sampling::schedule::SchedulerConfig;
+use crate::sampling::SchedulerConfig;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, PARTS};

@@ -12,8 +12,6 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::hex::hex;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::Schedule;
 use anyhow::{Context, bail};
 use candle_core::{Device, Tensor};
 use image::codecs::jpeg::JpegEncoder;
@@ -534,42 +532,5 @@ fn quote(value: &str) -> String {
         serde_json::Value::from(value).to_string()
     } else {
         value.to_owned()
-    }
-}
-
-/// What A1111 calls a sampler.
-pub fn a1111_sampler(sampler: Sampler) -> &'static str {
-    match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Pndm => "PLMS",
-        Sampler::Euler => "Euler",
-        Sampler::EulerA => "Euler a",
-        Sampler::Dpmpp2m => "DPM++ 2M",
-        Sampler::Dpmpp2mSde => "DPM++ 2M SDE",
-        Sampler::DpmppSde => "DPM++ SDE",
-        Sampler::Dpmpp3mSde => "DPM++ 3M SDE",
-        Sampler::Dpmpp2sA => "DPM++ 2S a",
-        Sampler::Heun => "Heun",
-        Sampler::Dpm2 => "DPM2",
-        Sampler::Dpm2A => "DPM2 a",
-        Sampler::Lms => "LMS",
-        Sampler::UniPc => "UniPC",
-        Sampler::Deis => "DEIS",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Lcm => "LCM",
-        Sampler::Tcd => "TCD",
-    }
-}
-
-/// What A1111 calls a schedule.
-pub fn a1111_schedule(schedule: Schedule) -> &'static str {
-    match schedule {
-        Schedule::Karras => "Karras",
-        Schedule::Exponential => "Exponential",
-        Schedule::Beta => "Beta",
-        Schedule::Trailing => "SGM Uniform",
-        Schedule::Leading => "DDIM",
-        Schedule::Linspace => "Uniform",
-        Schedule::Ays | Schedule::AysSdxl => "Align Your Steps",
     }
 }

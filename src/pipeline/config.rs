@@ -4,7 +4,7 @@ use super::family::Family;
 use super::preview::PreviewMap;
 use super::settings::Settings;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
-use crate::sampling::schedule::SchedulerConfig;
+use crate::sampling::SchedulerConfig;
 use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};

@@ -30,7 +30,7 @@ use crate::nn::Forward;
 use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
 use crate::nn::layers::is_finite;
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Prediction;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};

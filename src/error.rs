@@ -52,11 +52,6 @@ impl Error {
     pub fn remedy(&self) -> Option<String> {
         split(&self.cause).1
     }
-
-    /// The error with its whole chain of causes.
-    pub(crate) fn into_cause(self) -> anyhow::Error {
-        self.cause
-    }
 }
 
 impl fmt::Display for Error {

@@ -21,38 +21,63 @@
 //! `mini` (the embedded model), all on by default; `cuda`, `cudnn` and `metal` for GPUs.
 #![cfg_attr(not(feature = "internals"), deny(missing_docs))]
 
-/// Modules are private; the crate's own tests and benchmarks see them by the feature `internals`.
-macro_rules! modules {
-    ($($(#[$attribute:meta])* $name:ident),* $(,)?) => {
-        $(
-            $(#[$attribute])*
-            #[cfg(feature = "internals")]
-            #[allow(missing_docs)]
-            pub mod $name;
-            $(#[$attribute])*
-            #[cfg(not(feature = "internals"))]
-            mod $name;
-        )*
-    };
-}
-
-modules! {
-    alloc,
-    #[cfg(feature = "cli")]
-    batch,
-    #[cfg(feature = "cli")]
-    cli,
-    error,
-    hex,
-    hub,
-    image,
-    model,
-    nn,
-    pipeline,
-    sampling,
-    text,
-    weights,
-}
+// Modules are private. The crate's own tests and benchmarks see them by the feature `internals`.
+#[cfg(feature = "internals")]
+pub mod alloc;
+#[cfg(not(feature = "internals"))]
+mod alloc;
+#[cfg(all(feature = "cli", feature = "internals"))]
+pub mod batch;
+#[cfg(all(feature = "cli", not(feature = "internals")))]
+mod batch;
+#[cfg(all(feature = "cli", feature = "internals"))]
+pub mod cli;
+#[cfg(all(feature = "cli", not(feature = "internals")))]
+mod cli;
+#[cfg(feature = "internals")]
+pub mod error;
+#[cfg(not(feature = "internals"))]
+mod error;
+#[cfg(feature = "internals")]
+pub mod hex;
+#[cfg(not(feature = "internals"))]
+mod hex;
+#[cfg(feature = "internals")]
+pub mod hub;
+#[cfg(not(feature = "internals"))]
+mod hub;
+#[cfg(feature = "internals")]
+pub mod image;
+#[cfg(not(feature = "internals"))]
+mod image;
+#[cfg(feature = "internals")]
+pub mod model;
+#[cfg(not(feature = "internals"))]
+mod model;
+#[cfg(feature = "internals")]
+pub mod nn;
+#[cfg(not(feature = "internals"))]
+mod nn;
+#[cfg(feature = "internals")]
+pub mod pipeline;
+#[cfg(not(feature = "internals"))]
+mod pipeline;
+#[cfg(feature = "internals")]
+pub mod sampling;
+#[cfg(not(feature = "internals"))]
+mod sampling;
+#[cfg(feature = "internals")]
+pub mod suggest;
+#[cfg(not(feature = "internals"))]
+mod suggest;
+#[cfg(feature = "internals")]
+pub mod text;
+#[cfg(not(feature = "internals"))]
+mod text;
+#[cfg(feature = "internals")]
+pub mod weights;
+#[cfg(not(feature = "internals"))]
+mod weights;
 
 pub use crate::error::{Error, ErrorKind};
 pub use crate::image::{Format, Picture as Image};
@@ -62,8 +87,7 @@ pub use crate::pipeline::event::{Event, Preview};
 pub use crate::pipeline::model_spec::{LoraSpec, ModelSpec};
 pub use crate::pipeline::options::VaeTiling;
 pub use crate::pipeline::resolve::Params;
-pub use crate::sampling::sampler::Sampler;
-pub use crate::sampling::schedule::{Prediction, Schedule};
+pub use crate::sampling::{Prediction, Sampler, Schedule};
 
 #[doc(hidden)]
 pub use crate::alloc::Reuse;

@@ -6,7 +6,7 @@
 //! run away. What a template draws depends on its own text and a seed alone. Used by
 //! [`crate::batch::jobs`], before there are pictures to speak of.
 
-use crate::weights::nearest;
+use crate::suggest::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};

@@ -32,8 +32,10 @@ pub fn announce(
         progress.note(format!("{skipped} of {total} pictures are there already"));
     }
     warn_of_no_effect(work, checkpoint, progress);
-    if let (Some(doubt), None) = (&checkpoint.doubt, args.prediction) {
-        progress.note(format!("warning: {doubt}"));
+    for warning in checkpoint.warnings() {
+        if args.prediction.is_none() {
+            progress.note(format!("warning: {warning}"));
+        }
     }
     if args.vae_tiling == VaeTiling::Auto {
         tell_of_tiles(work, pipeline, progress);
@@ -111,23 +113,24 @@ fn tell_of_tiles(work: &WorkList, pipeline: &Pipeline, progress: &Progress) {
 /// Says how LoRAs fit, how the model was distilled, and what was assumed of it.
 fn tell_of_model(checkpoint: &Checkpoint, progress: &Progress) {
     for lora in &checkpoint.loras {
-        progress.detail(lora.coverage());
-        if let Some(misfit) = lora.misfit() {
-            progress.note(format!("warning: {misfit}"));
+        progress.detail(lora.describe_matched());
+        if let Some(unexpected) = lora.describe_unexpected() {
+            progress.note(format!("warning: {unexpected}"));
         }
     }
     let family = Family::detect(checkpoint).ok();
     if let Some(distilled) = family.and_then(|family| family.defaults(checkpoint).distilled) {
         progress.detail(format!("distilled: {distilled}"));
     }
-    for assumed in &checkpoint.assumed {
+    for assumed in checkpoint.assumptions() {
         progress.detail(format!("assumed: {assumed}"));
     }
-    if !checkpoint.ignored.is_empty() {
+    let unexpected = checkpoint.unexpected_keys();
+    if !unexpected.is_empty() {
         progress.detail(format!(
             "{} tensors are not needed: {}",
-            checkpoint.ignored.len(),
-            checkpoint.ignored.join(", ")
+            unexpected.len(),
+            unexpected.join(", ")
         ));
     }
 }

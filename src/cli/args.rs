@@ -17,7 +17,7 @@ use crate::image::Format;
 use crate::nn::device::{DTypeChoice, DeviceChoice};
 use crate::pipeline::PipelineOptions;
 use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one};
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Prediction;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -6,11 +6,12 @@ use crate::model::vae::{Decoder, VaeConfig};
 use crate::model::{AddedCond, BackboneConfig, Conditioning, ExtraInputs};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
 use crate::nn::profile::{self, Profile};
+use crate::nn::weights::Weights;
 use crate::nn::{Forward, cpu};
 use crate::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Prediction;
 use crate::text::clip::ClipConfig;
-use crate::weights::{Checkpoint, Origin, Weights};
+use crate::weights::{Checkpoint, Origin};
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
@@ -279,14 +280,13 @@ fn time_unet(
             weights: vec![1.0],
             scale: 7.5,
             rescale: 0.0,
-            prediction: Prediction::Epsilon,
             deep_cache: DeepCache::every(1),
         })
     };
     let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
     let step = |guided: &mut CfgDenoiser| -> Result<f32> {
         Ok(guided
-            .denoise(&latents, 1.0, 500.0)?
+            .denoise(&latents, Prediction::Epsilon.scalings(1.0), 500.0)?
             .sum_all()?
             .to_scalar::<f32>()?)
     };

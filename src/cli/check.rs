@@ -4,7 +4,6 @@
 use crate::batch::resume::{UNREADABLE, settings_of};
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::model_args::ModelArgs;
-use crate::pipeline::model_spec::LoraSpec;
 use crate::cli::progress::{Progress, ProgressMode};
 use crate::cli::stdout::say;
 use crate::cli::upscale::Upscaler;
@@ -13,6 +12,7 @@ use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::job::Job;
+use crate::pipeline::model_spec::LoraSpec;
 use crate::pipeline::options::VaeTiling;
 use crate::pipeline::resolve::Resolver;
 use crate::pipeline::settings::{Settings, UsedEmbedding, UsedLora};

@@ -1,11 +1,11 @@
 //! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
 
 use crate::cli::exit_code::{Code, Failure};
-use crate::pipeline::model_spec::ModelFinder;
 use crate::cli::stdout::say;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::pipeline::family::Family;
-use crate::sampling::schedule::SchedulerConfig;
+use crate::pipeline::model_spec::ModelFinder;
+use crate::sampling::SchedulerConfig;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, PARTS};
@@ -71,8 +71,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
     let unet = BackboneConfig::from_json(checkpoint.config("unet")?)?;
     let factor = checkpoint
-        .configs
-        .get("vae")
+        .optional_config("vae")
         .map_or(Ok(USUAL_FACTOR), |vae| {
             Ok::<_, anyhow::Error>(Autoencoder::from_json(vae)?.factor())
         })?;
@@ -96,7 +95,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
             ModelKind::InstructPix2Pix => "a picture, which it edits".into(),
         },
         "parts": parts,
-        "assumed": checkpoint.doubt.iter().chain(&checkpoint.assumed).collect::<Vec<_>>(), "unused_tensors": checkpoint.ignored.len(),
+        "assumed": checkpoint.warnings().iter().chain(checkpoint.assumptions()).collect::<Vec<_>>(), "unused_tensors": checkpoint.unexpected_keys().len(),
     }))
 }
 
@@ -146,7 +145,7 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
     if checkpoint.require_vae().is_err() {
         out += "  vae           none: this model cannot draw by itself\n";
     }
-    for assumed in checkpoint.doubt.iter().chain(&checkpoint.assumed) {
+    for assumed in checkpoint.warnings().iter().chain(checkpoint.assumptions()) {
         out += &format!(
             "  assumed       {}\n",
             assumed.trim_start_matches("assumed ")
@@ -158,11 +157,11 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
 /// Describes a LoRA as one object: name, family that it seems to be for, format of its names,
 /// methods, ranks, alphas, parts with their layers.
 pub fn lora_as_json(lora: &Lora) -> Result<Value> {
-    let defaults = lora.distillation().map(|named| named.defaults);
+    let distillation = lora.distillation();
     Ok(json!({
         "name": lora.name, "kind": "LoRA", "family": lora.family(), "format": lora.format(), "methods": lora.methods(),
-        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "unknown_tensors": lora.strange(),
-        "distilled": defaults.and_then(|defaults| defaults.distilled), "steps": defaults.map(|defaults| defaults.steps),
+        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "unknown_tensors": lora.unknown_keys().len(),
+        "distilled": distillation.as_ref().map(|named| named.method), "steps": distillation.as_ref().map(|named| named.steps),
         "bytes": lora.bytes(), "hash": lora.hash()?,
     }))
 }
@@ -202,15 +201,11 @@ pub fn lora_as_text(lora: &Lora) -> Result<String> {
     for (part, layers) in lora.parts() {
         out += &format!("  {part:<14}{layers} layers\n");
     }
-    if let Some(defaults) = lora.distillation().map(|named| named.defaults) {
-        out += &format!(
-            "  distilled     {}: {} steps\n",
-            defaults.distilled.unwrap_or_default(),
-            defaults.steps
-        );
+    if let Some(named) = lora.distillation() {
+        out += &format!("  distilled     {}: {} steps\n", named.method, named.steps);
     }
-    if lora.strange() > 0 {
-        out += &format!("  unknown       {} tensors\n", lora.strange());
+    if !lora.unknown_keys().is_empty() {
+        out += &format!("  unknown       {} tensors\n", lora.unknown_keys().len());
     }
     Ok(out + &format!("  file size     {:.1} MB\n", lora.bytes() as f64 / 1e6))
 }

@@ -18,9 +18,9 @@ pub mod upscale;
 
 use crate::cli::args::{Cli, Command};
 use crate::cli::exit_code::{Code, Failure};
-use crate::pipeline::model_spec::ModelFinder;
 use crate::cli::stdout::say;
 use crate::nn::device::limit_threads;
+use crate::pipeline::model_spec::ModelFinder;
 use clap::CommandFactory;
 use std::process::ExitCode;
 

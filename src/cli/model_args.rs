@@ -65,7 +65,8 @@ impl ModelArgs {
         strict: bool,
         shows_progress: bool,
     ) -> Result<Checkpoint> {
-        self.spec().open_with(loras, embeddings, strict, shows_progress)
+        self.spec()
+            .open_with(loras, embeddings, strict, shows_progress)
     }
 
     /// The model as the library knows it.

@@ -12,8 +12,6 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::hex::hex;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::Schedule;
 use anyhow::{Context, bail};
 use candle_core::{Device, Tensor};
 use image::codecs::jpeg::JpegEncoder;
@@ -207,7 +205,7 @@ impl Picture {
         metadata: Option<&Metadata>,
     ) -> anyhow::Result<()> {
         if let Some(metadata) = metadata {
-            encoder.set_exif_metadata(exif::write(metadata))?;
+            encoder.set_exif_metadata(exif::write(metadata)?)?;
         }
         encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8)?;
         Ok(())
@@ -295,7 +293,7 @@ impl Metadata {
     pub fn check(&self, format: Format) -> anyhow::Result<()> {
         // A segment's length counts itself (2 bytes) and `Exif\0\0` (6).
         const MOST_BYTES: usize = u16::MAX as usize - 8;
-        if format == Format::Jpg && exif::write(self).len() > MOST_BYTES {
+        if format == Format::Jpg && exif::write(self)?.len() > MOST_BYTES {
             bail!(
                 "prompt and settings are too long to be stored in a JPEG\n\nhint: use `--format png`, or leave them out with `--no-metadata`"
             );
@@ -351,34 +349,26 @@ fn read_text_chunks(bytes: &[u8]) -> anyhow::Result<(Option<String>, Option<Stri
     Ok((text(PARAMETERS_KEYWORD)?, text(SDGEN_KEYWORD)?))
 }
 
-/// The EXIF block of JPEG and WebP, a small TIFF (CIPA DC-008-2023, "Exif 3.0", section 4.6): the
-/// `parameters` text is its UserComment in UTF-16, as A1111 writes it through piexif; the `sdgen`
-/// JSON is its MakerNote, the place for a program's own data.
+/// The EXIF block of JPEG and WebP (CIPA DC-008-2023, "Exif 3.0", section 4.6): the `parameters`
+/// text is its UserComment in UTF-16, as A1111 writes it through piexif; the `sdgen` JSON is its
+/// MakerNote, the place for a program's own data.
 mod exif {
+    use std::io::Cursor;
+
+    use exif::experimental::Writer;
+    use exif::{Error, Exif, Field, In, Reader, Tag, Value};
+
     use super::Metadata;
 
-    const EXIF_IFD: u16 = 0x8769;
-    const MAKER_NOTE: u16 = 0x927c;
-    const USER_COMMENT: u16 = 0x9286;
-    const LONG: u16 = 4;
-    const UNDEFINED: u16 = 7;
-    const ENTRY_BYTES: usize = 12;
     const UNICODE: &[u8] = b"UNICODE\0";
     const ASCII: &[u8] = b"ASCII\0\0\0";
     const UNSPECIFIED: &[u8] = b"\0\0\0\0\0\0\0\0";
     /// Marks the MakerNote as ours; UTF-8 JSON follows.
     const SIGNATURE: &[u8] = b"sdgen\0";
 
-    /// A big-endian TIFF of two directories: the root with a pointer, the EXIF one with both texts.
-    pub fn write(metadata: &Metadata) -> Vec<u8> {
-        const ROOT: u32 = 8;
-        const EXIF: u32 = ROOT + 2 + 12 + 4;
-        const DATA: u32 = EXIF + 2 + 2 * 12 + 4;
-        let mut note = [SIGNATURE, metadata.sdgen.to_string().as_bytes()].concat();
-        let note_bytes = note.len() as u32;
-        if note.len() % 2 == 1 {
-            note.push(0); // values start at even offsets
-        }
+    /// Returns the bytes of a block with both texts. Errors if they are larger than 4 GB.
+    pub fn write(metadata: &Metadata) -> Result<Vec<u8>, Error> {
+        let note = [SIGNATURE, metadata.sdgen.to_string().as_bytes()].concat();
         let mut comment = UNICODE.to_vec();
         comment.extend(
             metadata
@@ -386,50 +376,45 @@ mod exif {
                 .encode_utf16()
                 .flat_map(u16::to_be_bytes),
         );
-
-        let entry = |tag: u16, kind: u16, count: u32, value: u32| {
-            [
-                &tag.to_be_bytes()[..],
-                &kind.to_be_bytes(),
-                &count.to_be_bytes(),
-                &value.to_be_bytes(),
-            ]
-            .concat()
-        };
-        let last: [u8; 4] = [0; 4]; // offset of the next directory: none
-        [
-            b"MM\0*".as_slice(),
-            &ROOT.to_be_bytes(),
-            &1u16.to_be_bytes(),
-            &entry(EXIF_IFD, LONG, 1, EXIF),
-            &last,
-            &2u16.to_be_bytes(),
-            &entry(MAKER_NOTE, UNDEFINED, note_bytes, DATA),
-            &entry(
-                USER_COMMENT,
-                UNDEFINED,
-                comment.len() as u32,
-                DATA + note.len() as u32,
-            ),
-            &last,
-            &note,
-            &comment,
-        ]
-        .concat()
+        let fields =
+            [(Tag::MakerNote, note), (Tag::UserComment, comment)].map(|(tag, bytes)| Field {
+                tag,
+                ifd_num: In::PRIMARY,
+                value: Value::Undefined(bytes, 0),
+            });
+        let mut writer = Writer::new();
+        for field in &fields {
+            writer.push_field(field);
+        }
+        let mut block = Cursor::new(Vec::new());
+        let little_endian = false;
+        writer.write(&mut block, little_endian)?;
+        Ok(block.into_inner())
     }
 
-    /// `parameters` and `sdgen` text; each `None` where the block lacks or garbles it.
+    /// Reads the `parameters` and the `sdgen` text; each is `None` where the block lacks or garbles
+    /// it.
     pub fn read(block: &[u8]) -> (Option<String>, Option<String>) {
-        let tiff = Tiff::new(block.strip_prefix(b"Exif\0\0").unwrap_or(block)); // as Pillow has it in WebP
-        let Some((tiff, ifd)) = tiff.and_then(|tiff| Some((tiff, tiff.exif_ifd()?))) else {
+        let tiff = block.strip_prefix(b"Exif\0\0").unwrap_or(block); // as Pillow has it in WebP
+        let Ok(exif) = Reader::new()
+            .continue_on_error(true)
+            .read_raw(tiff.to_vec())
+            .or_else(|error| error.distill_partial_result(|_| {}))
+        else {
             return (None, None);
         };
-        let parameters = tiff.value(ifd, USER_COMMENT).map(comment_text);
-        let sdgen = tiff
-            .value(ifd, MAKER_NOTE)
+        let parameters = bytes_of(&exif, Tag::UserComment).map(comment_text);
+        let sdgen = bytes_of(&exif, Tag::MakerNote)
             .and_then(|note| note.strip_prefix(SIGNATURE))
             .map(|json| String::from_utf8_lossy(json).into_owned());
         (parameters, sdgen)
+    }
+
+    fn bytes_of(exif: &Exif, tag: Tag) -> Option<&[u8]> {
+        match &exif.get_field(tag, In::PRIMARY)?.value {
+            Value::Undefined(bytes, _) | Value::Byte(bytes) => Some(bytes),
+            _ => None,
+        }
     }
 
     fn comment_text(comment: &[u8]) -> String {
@@ -447,68 +432,24 @@ mod exif {
         String::from_utf8_lossy(text).into_owned()
     }
 
-    /// Bounds-checked reads: the bytes may come from anywhere.
-    #[derive(Clone, Copy)]
-    struct Tiff<'a> {
-        bytes: &'a [u8],
-        big_endian: bool,
-    }
+    #[cfg(test)]
+    mod tests {
+        use super::*;
 
-    impl<'a> Tiff<'a> {
-        fn new(bytes: &'a [u8]) -> Option<Tiff<'a>> {
-            match bytes.get(..4)? {
-                b"MM\0*" => Some(Tiff {
-                    bytes,
-                    big_endian: true,
-                }),
-                b"II*\0" => Some(Tiff {
-                    bytes,
-                    big_endian: false,
-                }),
-                _ => None,
-            }
-        }
-
-        fn array<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
-            self.bytes.get(at..at.checked_add(N)?)?.try_into().ok()
-        }
-
-        fn u16(&self, at: usize) -> Option<u16> {
-            let bytes = self.array(at)?;
-            Some(if self.big_endian {
-                u16::from_be_bytes(bytes)
-            } else {
-                u16::from_le_bytes(bytes)
-            })
-        }
-
-        fn u32(&self, at: usize) -> Option<usize> {
-            let bytes = self.array(at)?;
-            let value = if self.big_endian {
-                u32::from_be_bytes(bytes)
-            } else {
-                u32::from_le_bytes(bytes)
+        #[test]
+        fn the_block_has_the_bytes_that_it_always_had() {
+            let metadata = Metadata {
+                parameters: "a".to_owned(),
+                sdgen: serde_json::json!([1]),
             };
-            usize::try_from(value).ok()
-        }
-
-        /// Where the entry with this tag starts in the directory at `ifd`.
-        fn entry(&self, ifd: usize, tag: u16) -> Option<usize> {
-            let count = usize::from(self.u16(ifd)?);
-            (0..count)
-                .map_while(|i| ifd.checked_add(2 + i * ENTRY_BYTES))
-                .find(|&entry| self.u16(entry) == Some(tag))
-        }
-
-        fn exif_ifd(&self) -> Option<usize> {
-            self.u32(self.entry(self.u32(4)?, EXIF_IFD)? + 8)
-        }
-
-        /// The bytes of an entry that does not fit in its own four.
-        fn value(&self, ifd: usize, tag: u16) -> Option<&'a [u8]> {
-            let entry = self.entry(ifd, tag)?;
-            let (count, offset) = (self.u32(entry + 4)?, self.u32(entry + 8)?);
-            self.bytes.get(offset..offset.checked_add(count)?)
+            let expected = [
+                b"MM\0*\0\0\0\x08\0\x01\x87\x69\0\x04\0\0\0\x01\0\0\0\x1a\0\0\0\0".as_slice(),
+                b"\0\x02\x92\x7c\0\x07\0\0\0\x09\0\0\0\x38",
+                b"\x92\x86\0\x07\0\0\0\x0a\0\0\0\x42\0\0\0\0",
+                b"sdgen\0[1]\0UNICODE\0\0a",
+            ];
+            let block = write(&metadata).ok();
+            assert_eq!(block, Some(expected.concat()));
         }
     }
 }
@@ -597,42 +538,5 @@ fn quote(value: &str) -> String {
         serde_json::Value::from(value).to_string()
     } else {
         value.to_owned()
-    }
-}
-
-/// What A1111 calls a sampler.
-pub fn a1111_sampler(sampler: Sampler) -> &'static str {
-    match sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Pndm => "PLMS",
-        Sampler::Euler => "Euler",
-        Sampler::EulerA => "Euler a",
-        Sampler::Dpmpp2m => "DPM++ 2M",
-        Sampler::Dpmpp2mSde => "DPM++ 2M SDE",
-        Sampler::DpmppSde => "DPM++ SDE",
-        Sampler::Dpmpp3mSde => "DPM++ 3M SDE",
-        Sampler::Dpmpp2sA => "DPM++ 2S a",
-        Sampler::Heun => "Heun",
-        Sampler::Dpm2 => "DPM2",
-        Sampler::Dpm2A => "DPM2 a",
-        Sampler::Lms => "LMS",
-        Sampler::UniPc => "UniPC",
-        Sampler::Deis => "DEIS",
-        Sampler::Ddpm => "DDPM",
-        Sampler::Lcm => "LCM",
-        Sampler::Tcd => "TCD",
-    }
-}
-
-/// What A1111 calls a schedule.
-pub fn a1111_schedule(schedule: Schedule) -> &'static str {
-    match schedule {
-        Schedule::Karras => "Karras",
-        Schedule::Exponential => "Exponential",
-        Schedule::Beta => "Beta",
-        Schedule::Trailing => "SGM Uniform",
-        Schedule::Leading => "DDIM",
-        Schedule::Linspace => "Uniform",
-        Schedule::Ays | Schedule::AysSdxl => "Align Your Steps",
     }
 }

@@ -3,7 +3,7 @@
 use super::unet::{ConditionedUNet, UNet, UNetInputs};
 use super::unet_config::UNetConfig;
 use crate::nn::Forward;
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;

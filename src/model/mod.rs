@@ -4,6 +4,7 @@
 //! that denoises. Here: which of the two autoencoders a checkpoint has.
 
 pub mod backbone;
+pub mod latent_format;
 pub mod taesd;
 pub mod tiles;
 pub mod unet;
@@ -12,7 +13,7 @@ pub mod upscaler;
 pub mod vae;
 
 use crate::nn::Forward;
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -20,12 +21,13 @@ use serde_json::Value;
 pub use backbone::{
     AddedCond, Backbone, BackboneConfig, Conditioning, Denoiser, ExtraInputs, ModelKind,
 };
+pub use latent_format::LatentFormat;
 
-/// Side of a tile in pixels where a configuration gives none: diffusers' of TAESD, and SD1.5's
-/// VAE's own.
+/// The side of a tile in pixels where a configuration gives none: diffusers' for TAESD, and that of
+/// SD1.5's VAE.
 const TILE_PX: usize = 512;
 
-/// `vae/config.json`, by the class that it names.
+/// `vae/config.json` of either class of autoencoder.
 #[derive(Debug, Clone)]
 pub enum Autoencoder {
     Kl(vae::VaeConfig),
@@ -42,7 +44,7 @@ impl Autoencoder {
         }
     }
 
-    /// Pixels a latent, in each direction.
+    /// Pixels per latent, in each direction.
     pub fn factor(&self) -> usize {
         match self {
             Self::Kl(config) => config.factor(),
@@ -50,23 +52,15 @@ impl Autoencoder {
         }
     }
 
-    /// Channels of its latents.
-    pub fn latent_channels(&self) -> usize {
+    /// The scale of its latents.
+    pub fn latent_format(&self) -> LatentFormat {
         match self {
-            Self::Kl(config) => config.latent_channels,
-            Self::Tiny(config) => config.latent_channels,
+            Self::Kl(config) => config.latent_format(),
+            Self::Tiny(config) => config.latent_format(),
         }
     }
 
-    /// What its own latents are multiplied by for the diffusion.
-    pub fn scaling_factor(&self) -> f64 {
-        match self {
-            Self::Kl(config) => config.scaling_factor,
-            Self::Tiny(config) => config.scaling_factor,
-        }
-    }
-
-    /// Side of the tiles of a tiled decode, in latents.
+    /// The side of the tiles of a tiled decode, in latents.
     pub fn tile(&self) -> usize {
         let side = match self {
             Self::Kl(config) => config.tile_px(),
@@ -75,15 +69,15 @@ impl Autoencoder {
         (side / self.factor()).max(1)
     }
 
-    /// About what decoding latents [h, w] holds at its peak besides the weights, in bytes:
-    /// activations in f32, and the picture three times, in parts, whole, and on its way to bytes.
+    /// Estimates the peak memory of decoding latents [h, w] besides the weights, in bytes:
+    /// activations in f32, and the image three times, in bands, whole, and on its way to bytes.
     pub fn decode_bytes(&self, h: usize, w: usize, tiled: bool) -> u64 {
         let pixels = |h: usize, w: usize| (h * w * self.factor() * self.factor()) as u64;
         // at full size; the last upsampling keeps the width of the size before
         let widest =
             |channels: &[usize]| channels.iter().take(2).copied().max().unwrap_or(1) as u64;
         let bytes_a_pixel = match self {
-            // one activation, and a quarter of the next, as it goes in strips
+            // one activation, and a quarter of the next, as it goes in bands
             Self::Kl(config) => widest(&config.block_out_channels).saturating_mul(5),
             Self::Tiny(config) => widest(&config.decoder_block_out_channels).saturating_mul(5 * 4),
         };
@@ -110,15 +104,15 @@ impl Autoencoder {
     }
 }
 
-/// What turns pictures into latents.
+/// The network that encodes images to latents.
 pub enum Encoder {
     Kl(Box<vae::Encoder>),
     Tiny(taesd::Encoder),
 }
 
 impl Encoder {
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
-    /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution of the model's latents [b,
+    /// h, w, c], if asked to in tiles of this many latents a side.
     pub fn encode(
         &self,
         cx: Forward,
@@ -132,51 +126,48 @@ impl Encoder {
     }
 }
 
-/// What a picture may be in latents: normally distributed, each [b, h, w, c].
+/// The normal distribution of images' latents, each [b, h, w, c].
 #[derive(Debug, Clone)]
 pub struct Posterior {
     pub mean: Tensor,
-    /// none of an autoencoder that knows only one
-    pub deviation: Option<Tensor>,
+    /// none if the autoencoder is deterministic
+    pub std: Option<Tensor>,
 }
 
 impl Posterior {
-    /// Those of several pictures in one.
+    /// Concatenates the distributions of several images along the batch.
     pub fn cat<'a>(each: impl Iterator<Item = &'a Self>) -> TensorResult<Self> {
         let each: Vec<&Self> = each.collect();
         let means: Vec<&Tensor> = each.iter().map(|one| &one.mean).collect();
-        let deviations: Vec<&Tensor> = each
-            .iter()
-            .filter_map(|one| one.deviation.as_ref())
-            .collect();
-        let deviation = if deviations.is_empty() {
+        let stds: Vec<&Tensor> = each.iter().filter_map(|one| one.std.as_ref()).collect();
+        let std = if stds.is_empty() {
             None
         } else {
-            Some(Tensor::cat(&deviations, 0)?)
+            Some(Tensor::cat(&stds, 0)?)
         };
         Ok(Self {
             mean: Tensor::cat(&means, 0)?,
-            deviation,
+            std,
         })
     }
 
-    /// One of them, by unit normals, which are drawn if they are needed.
+    /// Draws latents; `noise`, unit normals, is called only if the distribution has a spread.
     pub fn sample(&self, noise: &mut dyn FnMut() -> TensorResult<Tensor>) -> TensorResult<Tensor> {
-        match &self.deviation {
-            Some(deviation) => &self.mean + (deviation * noise()?)?,
+        match &self.std {
+            Some(std) => &self.mean + (std * noise()?)?,
             None => Ok(self.mean.clone()),
         }
     }
 }
 
-/// What turns latents into pictures.
+/// The network that decodes latents to images.
 pub enum Decoder {
     Kl(Box<vae::Decoder>),
     Tiny(taesd::Decoder),
 }
 
 impl Decoder {
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// Decodes the model's latents [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
         match self {

@@ -1,21 +1,20 @@
 //! TAESD, a tiny distilled autoencoder (Bohan 2023, github.com/madebyollin/taesd), diffusers'
 //! `AutoencoderTiny`.
 //!
-//! Three convolutions a block, no norm and no attention; the range of its pictures is 0..=1 by
-//! training.
+//! Three convolutions a block, no norm and no attention; its images are in 0..=1 by training.
 
-use super::{Posterior, require_neutral, tiles};
+use super::{LatentFormat, Posterior, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d};
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Latents are squeezed into -3..=3, softly.
+/// Latents are clamped to -3..=3, softly.
 const LATENT_MAGNITUDE: f64 = 3.0;
-/// Sizes between latents and picture; more are mistakes.
+/// The most sizes from latents to image; a configuration with more is a mistake.
 const MAX_STAGES: usize = 8;
 
 /// `vae/config.json`, with diffusers' defaults.
@@ -30,6 +29,7 @@ pub struct TaesdConfig {
     pub num_decoder_blocks: Vec<usize>,
     pub act_fn: String,
     pub scaling_factor: f64,
+    pub shift_factor: Option<f64>,
 }
 
 impl Default for TaesdConfig {
@@ -43,6 +43,7 @@ impl Default for TaesdConfig {
             num_decoder_blocks: vec![3, 3, 3, 1],
             act_fn: "relu".into(),
             scaling_factor: 1.0,
+            shift_factor: None,
         }
     }
 }
@@ -84,14 +85,23 @@ impl TaesdConfig {
         }
         if config.out_channels != 3 {
             bail!(
-                "out_channels of the VAE is {}, pictures need 3",
+                "out_channels of the VAE is {}, images need 3",
                 config.out_channels
             );
         }
         Ok(config)
     }
 
-    /// Pixels a latent, in each direction.
+    /// The scale of its latents.
+    pub fn latent_format(&self) -> LatentFormat {
+        LatentFormat {
+            channels: self.latent_channels,
+            scaling_factor: self.scaling_factor,
+            shift_factor: self.shift_factor.unwrap_or(0.0),
+        }
+    }
+
+    /// Pixels per latent, in each direction.
     pub fn factor(&self) -> usize {
         1 << (self.num_decoder_blocks.len() - 1)
     }
@@ -102,11 +112,11 @@ pub struct Encoder {
     /// the convolution to each size, and the blocks there
     stages: Vec<(Conv2d, Vec<Block>)>,
     conv_out: Conv2d,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Encoder {
-    /// Reads the encoder of the VAE at `w`. Its layers are numbered through.
+    /// Reads the encoder of the VAE at `w`, whose layers are numbered consecutively.
     pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let width = config
@@ -134,12 +144,12 @@ impl Encoder {
         Ok(Self {
             stages,
             conv_out,
-            scaling_factor: config.scaling_factor,
+            latent_format: config.latent_format(),
         })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to latents of the diffusion [b, h, w, c],
-    /// perhaps in tiles with this many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to the model's latents [b, h, w, c], if asked
+    /// to in tiles of this many latents a side.
     pub fn encode(
         &self,
         cx: Forward,
@@ -156,8 +166,8 @@ impl Encoder {
             None => self.forward(cx, rgb)?,
         };
         Ok(Posterior {
-            mean: (latents * self.scaling_factor)?,
-            deviation: None,
+            mean: self.latent_format.process_in(&latents)?,
+            std: None,
         })
     }
 
@@ -179,13 +189,12 @@ pub struct Decoder {
     /// the blocks of one size, and the convolution to the next
     stages: Vec<(Vec<Block>, Conv2d)>,
     activation: Activation,
-    latent_channels: usize,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Decoder {
-    /// Reads the decoder of the VAE at `w`. Its layers are numbered through, those without weights
-    /// too.
+    /// Reads the decoder of the VAE at `w`, whose layers are numbered consecutively, including
+    /// those without weights.
     pub fn new(w: &Weights, config: &TaesdConfig) -> Result<Self> {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
         let width = config
@@ -214,22 +223,22 @@ impl Decoder {
             conv_in: Conv2d::new(&at(0), config.latent_channels, width, 3)?,
             stages,
             activation,
-            latent_channels: config.latent_channels,
-            scaling_factor: config.scaling_factor,
+            latent_format: config.latent_format(),
         })
     }
 
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// Decodes the model's latents [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
         let channels = latents.dim(3)?;
-        if channels != self.latent_channels {
+        if channels != self.latent_format.channels {
             candle_core::bail!(
                 "the VAE decodes {} channels, the latents have {channels}",
-                self.latent_channels
+                self.latent_format.channels
             );
         }
-        let z = ((latents / (self.scaling_factor * LATENT_MAGNITUDE))?.tanh()? * LATENT_MAGNITUDE)?;
+        let z = self.latent_format.process_out(latents)?;
+        let z = ((z / LATENT_MAGNITUDE)?.tanh()? * LATENT_MAGNITUDE)?;
         let mut x = self.activation.forward(&self.conv_in.forward(cx, &z)?)?;
         for (i, (blocks, conv)) in self.stages.iter().enumerate() {
             for block in blocks {

@@ -1,11 +1,11 @@
-//! Encoding and decoding in overlapping tiles, for pictures that are too large to be done whole:
+//! Encoding and decoding in overlapping tiles, for images that are too large to be processed whole:
 //! diffusers' `AutoencoderKL.tiled_encode` and `tiled_decode`. Norms and attention see one tile, so
-//! the picture is a slightly other one.
+//! the result differs slightly.
 
 use crate::nn::Forward;
 use candle_core::{Result, Tensor};
 
-/// Tiles overlap by one part in this many.
+/// Tiles overlap by their side divided by this.
 const OVERLAP: usize = 4;
 
 /// Applies `f` to x [b, h, w, c] in tiles of this `side` and blends what comes out: about `f` of
@@ -75,8 +75,8 @@ fn each(x: &Tensor, side: usize, f: impl Fn(&Tensor) -> Result<Tensor>) -> Resul
     Tensor::cat(&rows, 1)?.contiguous()
 }
 
-/// `tile`, whose first `overlap` rows (`dim` 1) or columns (2) come gradually from the end of the
-/// one `before` it.
+/// Blends the first `overlap` rows (`dim` 1) or columns (2) of `tile` with the last ones of the tile
+/// `before` it, with linear weights.
 fn blend(before: &Tensor, tile: &Tensor, dim: usize, overlap: usize) -> Result<Tensor> {
     let (ends, length) = (before.dim(dim)?, tile.dim(dim)?);
     let overlap = overlap.min(ends).min(length);
@@ -85,13 +85,13 @@ fn blend(before: &Tensor, tile: &Tensor, dim: usize, overlap: usize) -> Result<T
     }
     let mut shape = [1; 4];
     shape[dim] = overlap;
-    let share = Tensor::arange(0f32, overlap as f32, tile.device())?
+    let weight = Tensor::arange(0f32, overlap as f32, tile.device())?
         .affine(1.0 / overlap as f64, 0.0)?
         .reshape(&shape)?;
     let (old, new) = (
         before.narrow(dim, ends - overlap, overlap)?,
         tile.narrow(dim, 0, overlap)?,
     );
-    let mixed = (&old + (new - &old)?.broadcast_mul(&share)?)?;
+    let mixed = (&old + (new - &old)?.broadcast_mul(&weight)?)?;
     Tensor::cat(&[mixed, tile.narrow(dim, overlap, length - overlap)?], dim)
 }

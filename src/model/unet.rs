@@ -7,10 +7,10 @@
 use super::backbone::{AddedCond, Conditioning};
 use super::unet_config::{AttentionConfig, UNetConfig};
 use crate::nn::attention::attention;
-use crate::nn::gpu::Recorder;
+use crate::nn::gpu::GraphCapture;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, concat};
+use crate::nn::weights::Weights;
 use crate::nn::{Forward, embed};
-use crate::weights::Weights;
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Result as TensorResult, Tensor};
 use std::cell::{Cell, RefCell};
@@ -42,7 +42,6 @@ impl UNet {
     /// Reads the network at `w`.
     pub fn new(w: &Weights, config: &UNetConfig) -> Result<Self> {
         let activation = Activation::named(&config.act_fn, "act_fn")?;
-        let blocks = config.block_out_channels.len();
         let time_dim = config.time_embedding_dim.unwrap_or(4 * config.width(0)?);
         let shared = Shared {
             groups: config.norm_num_groups,
@@ -51,83 +50,21 @@ impl UNet {
             time_projections: RefCell::default(),
             cross_attentions: Cell::new(0),
         };
-        let (conv_in, first) = (config.conv_in_kernel, config.width(0)?);
+        let first = config.width(0)?;
         let mut skips = vec![first];
-        let mut width = first;
-        let mut down_blocks = vec![];
-        for (i, kind) in config.down_block_types.iter().enumerate() {
-            let (out, layers) = (
-                config.width(i)?,
-                config.layers_per_block.get(i, "layers_per_block")?,
-            );
-            let attention = config.attention(
-                i,
-                kind,
-                config
-                    .transformer_layers_per_block
-                    .get(i, "transformer_layers_per_block")?,
-            )?;
-            let w = w.at(format!("down_blocks.{i}"));
-            let downsample = i + 1 < blocks;
-            down_blocks.push(DownBlock::new(
-                &w,
-                width,
-                out,
-                layers,
-                attention,
-                &shared,
-                downsample.then_some(config.downsample_padding),
-            )?);
-            skips.extend(std::iter::repeat_n(out, layers + usize::from(downsample)));
-            width = out;
-        }
+        let down_blocks = down_blocks(w, config, &shared, &mut skips)?;
         let mid_block = match config.mid_block_type.as_deref() {
+            Some(kind) => Some(MidBlock::read(w, config, &shared, kind)?),
             None => None,
-            Some(kind) => {
-                let depths = config
-                    .transformer_layers_per_block
-                    .get(blocks - 1, "transformer_layers_per_block")?;
-                Some(MidBlock::new(
-                    &w.at("mid_block"),
-                    width,
-                    config.attention(blocks - 1, kind, depths)?,
-                    &shared,
-                )?)
-            }
         };
-        let mut up_blocks = vec![];
-        for (i, kind) in config.up_block_types.iter().enumerate() {
-            let level = blocks - 1 - i;
-            let (out, layers) = (
-                config.width(level)?,
-                config.layers_per_block.get(level, "layers_per_block")? + 1,
-            );
-            let depths = match &config.reverse_transformer_layers_per_block {
-                Some(depths) => depths.get(i, "reverse_transformer_layers_per_block")?,
-                None => config
-                    .transformer_layers_per_block
-                    .get(level, "transformer_layers_per_block")?,
-            };
-            let attention = config.attention(level, kind, depths)?;
-            let from = skips
-                .len()
-                .checked_sub(layers)
-                .context("the U-Net's layers_per_block do not mirror")?;
-            let mut skip = skips.split_off(from);
-            skip.reverse();
-            up_blocks.push(UpBlock::new(
-                &w.at(format!("up_blocks.{i}")),
-                width,
-                out,
-                &skip,
-                attention,
-                &shared,
-                i + 1 < blocks,
-            )?);
-            width = out;
-        }
+        let up_blocks = up_blocks(w, config, &shared, skips)?;
         Ok(Self {
-            conv_in: Conv2d::new(&w.at("conv_in"), config.in_channels, first, conv_in)?,
+            conv_in: Conv2d::new(
+                &w.at("conv_in"),
+                config.in_channels,
+                first,
+                config.conv_in_kernel,
+            )?,
             time_embedding: TimeEmbedding::new(
                 &w.at("time_embedding"),
                 config,
@@ -186,7 +123,7 @@ impl UNet {
             added_cond,
             guidance: conditioning.guidance,
             concat,
-            recorder: Recorder::default(),
+            graph: GraphCapture::default(),
         })
     }
 }
@@ -202,7 +139,7 @@ pub struct ConditionedUNet<'a> {
     guidance: Option<f64>,
     /// [b, h, w, k]
     concat: Option<Tensor>,
-    recorder: Recorder,
+    graph: GraphCapture,
 }
 
 /// The inputs of one step.
@@ -255,10 +192,10 @@ impl ConditionedUNet<'_> {
         };
         let has_residuals = !inputs.down_residuals.is_empty() || inputs.mid_residual.is_some();
         if has_residuals || self.cx.profile.is_some() {
-            // a recording reads no other inputs, and its layers cannot be timed
+            // a captured graph reads no other inputs, and its layers cannot be timed
             run([&sample, &time])
         } else {
-            self.recorder.call([&sample, &time], run)
+            self.graph.call([&sample, &time], run)
         }
     }
 
@@ -281,6 +218,7 @@ impl ConditionedUNet<'_> {
 
     /// [`Self::forward`], calling `trace` with the name and output of each block: what the parity
     /// tests compare.
+    #[cfg(any(feature = "internals", test))]
     pub fn forward_traced(
         &self,
         inputs: UNetInputs,
@@ -509,6 +447,91 @@ impl AddEmbedding {
     }
 }
 
+/// Reads the down blocks, and adds the widths of their skip connections.
+fn down_blocks<'a>(
+    w: &Weights<'a>,
+    config: &UNetConfig,
+    shared: &Shared<'a>,
+    skips: &mut Vec<usize>,
+) -> Result<Vec<DownBlock>> {
+    let (levels, mut width) = (config.block_out_channels.len(), config.width(0)?);
+    let block = |(i, kind): (usize, &String)| {
+        let (out, layers) = (
+            config.width(i)?,
+            config.layers_per_block.get(i, "layers_per_block")?,
+        );
+        let depths = config
+            .transformer_layers_per_block
+            .get(i, "transformer_layers_per_block")?;
+        let is_last = i + 1 == levels;
+        let block = DownBlock::new(
+            &w.at(format!("down_blocks.{i}")),
+            width,
+            out,
+            layers,
+            config.attention(i, kind, depths)?,
+            shared,
+            (!is_last).then_some(config.downsample_padding),
+        )?;
+        skips.extend(std::iter::repeat_n(out, layers + usize::from(!is_last)));
+        width = out;
+        Ok(block)
+    };
+    config
+        .down_block_types
+        .iter()
+        .enumerate()
+        .map(block)
+        .collect()
+}
+
+/// Reads the up blocks, which take the skip connections in reverse.
+fn up_blocks<'a>(
+    w: &Weights<'a>,
+    config: &UNetConfig,
+    shared: &Shared<'a>,
+    mut skips: Vec<usize>,
+) -> Result<Vec<UpBlock>> {
+    let levels = config.block_out_channels.len();
+    let mut width = config.width(levels - 1)?;
+    let block = |(i, kind): (usize, &String)| {
+        let level = levels - 1 - i;
+        let (out, layers) = (
+            config.width(level)?,
+            config.layers_per_block.get(level, "layers_per_block")? + 1,
+        );
+        let depths = match &config.reverse_transformer_layers_per_block {
+            Some(depths) => depths.get(i, "reverse_transformer_layers_per_block")?,
+            None => config
+                .transformer_layers_per_block
+                .get(level, "transformer_layers_per_block")?,
+        };
+        let from = skips
+            .len()
+            .checked_sub(layers)
+            .context("the U-Net's layers_per_block do not mirror")?;
+        let mut skip = skips.split_off(from);
+        skip.reverse();
+        let block = UpBlock::new(
+            &w.at(format!("up_blocks.{i}")),
+            width,
+            out,
+            &skip,
+            config.attention(level, kind, depths)?,
+            shared,
+            i + 1 < levels,
+        )?;
+        width = out;
+        Ok(block)
+    };
+    config
+        .up_block_types
+        .iter()
+        .enumerate()
+        .map(block)
+        .collect()
+}
+
 struct DownBlock {
     layers: Vec<(Resnet, Option<Transformer>)>,
     downsample: Option<Conv2d>,
@@ -601,6 +624,21 @@ struct MidBlock {
 }
 
 impl MidBlock {
+    /// Reads the mid block, of the width and depths of the last level.
+    fn read<'a>(
+        w: &Weights<'a>,
+        config: &UNetConfig,
+        shared: &Shared<'a>,
+        kind: &str,
+    ) -> Result<Self> {
+        let last = config.block_out_channels.len() - 1;
+        let depths = config
+            .transformer_layers_per_block
+            .get(last, "transformer_layers_per_block")?;
+        let attention = config.attention(last, kind, depths)?;
+        Self::new(&w.at("mid_block"), config.width(last)?, attention, shared)
+    }
+
     fn new<'a>(
         w: &Weights<'a>,
         width: usize,

@@ -1,60 +1,63 @@
-//! Networks that enlarge pictures: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Everything about
-//! them is read from names and shapes of their tensors. [`Upscaler::upscale`] goes in tiles, so
-//! that memory does not grow with the picture.
+//! Networks that enlarge images: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Their
+//! configuration is inferred from the names and shapes of their tensors. [`Upscaler::upscale`] works
+//! in tiles, so that memory does not grow with the image.
 
 use crate::error::NotFinite;
 use crate::image::Picture;
 use crate::nn::Forward;
 use crate::nn::layers::{Conv2d, concat, is_finite};
-use crate::weights::{Checkpoint, UPSCALERS, Weights};
+use crate::nn::weights::Weights;
+use crate::weights::{Checkpoint, UPSCALERS};
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use std::ops::Range;
 
-/// Longest side of what a tile sees, in pixels of the input: 576 pixels of an RRDBNet of the usual
-/// width are 0.8 GB.
+/// The longest side of a tile with its margin, in pixels of the input: 576 pixels of an RRDBNet of
+/// the usual width are 0.8 GB.
 pub const TILE_PX: usize = 576;
-/// Pixels of the input that a tile sees around itself. The networks could see farther: with their
-/// published weights, a photograph in such tiles differs by a level of 255 in some places from one
-/// that is enlarged whole.
+/// The margin around a tile, in pixels of the input. The networks' receptive field is larger: with
+/// their published weights, a photograph enlarged in tiles differs in some places by a level of 255
+/// from one that is enlarged whole.
 const MARGIN_PX: usize = 64;
-/// Longest side of a part whose features become pixels at once, in pixels of the input.
+/// The longest side of a part whose features are turned into pixels at once, in pixels of the
+/// input.
 const PART_PX: usize = 128;
-/// Pixels of the features that decide on a pixel of the picture, in each direction.
+/// The receptive field of a pixel of the result in the features, in each direction.
 const REACH: usize = 2;
-/// Doublings, and pixels a side that become channels; more are mistakes.
+/// The most doublings, and pixels a side that become channels; a file with more is a mistake.
 const MOST: usize = 4;
-/// What is below 0 is multiplied by this in RRDBNet.
+/// The slope of RRDBNet's leaky ReLUs.
 const SLOPE: f64 = 0.2;
-/// The share of a block that is added to what it was made from.
-const SHARE: f64 = 0.2;
+/// The factor of a block's output where it is added to the block's input.
+const RESIDUAL_SCALE: f64 = 0.2;
 
-/// What an upscaler is made of.
+/// The architecture and sizes of an upscaler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpscalerConfig {
-    kind: Kind,
+    architecture: Architecture,
     /// channels inside
     width: usize,
-    /// pixels a side of the picture that become channels of one pixel
+    /// pixels a side of the image that become channels of one pixel
     unshuffle: usize,
-    /// how many times larger it makes a picture
+    /// the scale of the result
     pub factor: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Kind {
-    /// residual blocks, channels that a layer adds in them, and doublings after them
+enum Architecture {
+    /// RRDBNet: residual blocks, growth channels of their layers, and doublings after them
     Rrdb {
         blocks: usize,
         growth: usize,
         doublings: usize,
     },
-    /// convolutions, the last one included
+    /// SRVGGNetCompact: convolutions, the last one included
     Compact { convolutions: usize },
 }
 
 impl UpscalerConfig {
-    /// By the tensors' names and shapes. Errors if they are of no network that is known here.
+    /// Infers the configuration from the tensors' names and shapes. Errors if they are not those of a
+    /// known network.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let shape = |name: &str| match checkpoint.shape(&format!("upscaler.{name}.weight")) {
             Some(&[outputs, inputs, 3, 3]) => Some((outputs, inputs)),
@@ -70,7 +73,7 @@ impl UpscalerConfig {
                 };
                 let (outputs, _) = shape(&format!("body.{}", 2 * convolutions.checked_sub(1)?))?;
                 return Some(Self {
-                    kind: Kind::Compact { convolutions },
+                    architecture: Architecture::Compact { convolutions },
                     width,
                     unshuffle: 1,
                     factor: root(outputs)?,
@@ -81,7 +84,7 @@ impl UpscalerConfig {
             let factor = (doublings <= MOST && (1usize << doublings).is_multiple_of(unshuffle))
                 .then(|| (1 << doublings) / unshuffle)?;
             Some(Self {
-                kind: Kind::Rrdb {
+                architecture: Architecture::Rrdb {
                     blocks: children("body"),
                     growth,
                     doublings,
@@ -100,7 +103,7 @@ impl UpscalerConfig {
     }
 }
 
-/// A network that makes pictures larger.
+/// A network that enlarges images.
 pub struct Upscaler {
     network: Network,
     config: UpscalerConfig,
@@ -110,8 +113,8 @@ pub struct Upscaler {
 impl Upscaler {
     /// Reads the weights of the upscaler at `w`.
     pub fn new(w: &Weights, config: UpscalerConfig) -> Result<Self> {
-        let network = match config.kind {
-            Kind::Rrdb {
+        let network = match config.architecture {
+            Architecture::Rrdb {
                 blocks,
                 growth,
                 doublings,
@@ -120,7 +123,7 @@ impl Upscaler {
                 &config,
                 [blocks, growth, doublings],
             )?)),
-            Kind::Compact { convolutions } => {
+            Architecture::Compact { convolutions } => {
                 Network::Compact(Compact::new(w, &config, convolutions)?)
             }
         };
@@ -136,28 +139,28 @@ impl Upscaler {
         &self.device
     }
 
-    /// About what enlarging a picture [height, width] takes at its peak besides pictures, in bytes.
+    /// Estimates the peak memory of enlarging an image [height, width] besides images, in bytes.
     pub fn bytes(&self, height: usize, width: usize) -> u64 {
         let UpscalerConfig {
-            ref kind,
+            ref architecture,
             width: channels,
             unshuffle,
             factor,
         } = self.config;
         let side = |n: usize| n.min(TILE_PX) / unshuffle;
-        // the channels of all that a block works on: what it has, gets and joins, and what it began
-        // with
-        let features = match kind {
-            Kind::Rrdb { growth, .. } => 5 * channels + 8 * growth,
-            Kind::Compact { .. } => 2 * channels,
+        // the channels of a block's tensors: its input, features, their concatenation, and the
+        // network's input
+        let features = match architecture {
+            Architecture::Rrdb { growth, .. } => 5 * channels + 8 * growth,
+            Architecture::Compact { .. } => 2 * channels,
         };
         let part = (PART_PX + 2 * REACH * unshuffle) * factor;
         4 * (side(height) * side(width) * features + 2 * part * part * channels) as u64
     }
 
-    /// A picture of any size, `factor` times larger in both directions; in tiles that see up to
-    /// `side` pixels. `done` is told of its steps: so many of so many. Errors if the result is not
-    /// finite.
+    /// Enlarges an image of any size by `factor` in both directions, in tiles of up to `side` pixels
+    /// with their margins. Calls `done` with the number of steps done and of all. Errors if the result
+    /// is not finite.
     pub fn upscale(
         &self,
         cx: Forward,
@@ -228,15 +231,15 @@ impl Upscaler {
 
 /// A tile along one side, in pixels of the input.
 struct Tile {
-    /// what it gives
+    /// the pixels that it covers
     own: Range<usize>,
-    /// the same with what is around; it may go beyond the picture's end, to a multiple of the
-    /// pixels that become one
+    /// the same with the margin; it may go beyond the image's end, to a multiple of the pixels that
+    /// become one
     seen: Range<usize>,
 }
 
 impl Tile {
-    /// What its features are turned into pixels in.
+    /// Row or column ranges whose features are turned into pixels at once.
     fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let Range { start, end } = self.own;
         (start..end)
@@ -244,7 +247,7 @@ impl Tile {
             .map(move |start| start..(start + PART_PX).min(end))
     }
 
-    /// A part of it, with all that decides on its pixels once the features are there.
+    /// A part with its receptive field in the features.
     fn around(&self, part: &Range<usize>, unshuffle: usize) -> Range<usize> {
         let reach = REACH * unshuffle;
         let (start, end) = (
@@ -255,8 +258,8 @@ impl Tile {
     }
 }
 
-/// Cuts a length of `n` pixels into tiles about as long as each other, which see up to `side`
-/// pixels, if that is possible.
+/// Cuts a length of `n` pixels into tiles of about the same length, which are up to `side` pixels
+/// long with their margins, if that is possible.
 fn tiles(n: usize, side: usize, unshuffle: usize) -> Vec<Tile> {
     let padded = n.next_multiple_of(unshuffle);
     let own = |count: usize| padded.div_ceil(count).next_multiple_of(unshuffle);
@@ -277,8 +280,7 @@ fn tiles(n: usize, side: usize, unshuffle: usize) -> Vec<Tile> {
     (0..n).step_by(step).map(tile).collect()
 }
 
-/// A part of a picture as RGB [1, rows, columns, 3] in 0..=1, mirrored where it goes beyond the
-/// end.
+/// A part of an image as RGB [1, rows, columns, 3] in 0..=1, mirrored beyond the end.
 fn patch(
     picture: &Picture,
     rows: Range<usize>,
@@ -313,7 +315,7 @@ enum Network {
 }
 
 impl Network {
-    /// How many layers' ends [`Self::features`] tells of.
+    /// The number of times that [`Self::features`] calls `done`.
     fn layers(&self) -> usize {
         match self {
             Self::Rrdb(network) => network.blocks.len(),
@@ -321,7 +323,7 @@ impl Network {
         }
     }
 
-    /// RGB [b, h, w, 3] in 0..=1 -> [b, h / unshuffle, w / unshuffle, c]: all that sees far.
+    /// The body of the network: RGB [b, h, w, 3] in 0..=1 -> [b, h / unshuffle, w / unshuffle, c].
     fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
         match self {
             Self::Rrdb(network) => network.features(cx, rgb, done),
@@ -329,8 +331,8 @@ impl Network {
         }
     }
 
-    /// Features [b, h / unshuffle, w / unshuffle, c] and the RGB [b, h, w, 3] they are of -> [b,
-    /// factor*h, factor*w, 3].
+    /// The upsampling head: features [b, h / unshuffle, w / unshuffle, c] and the RGB [b, h, w, 3] they
+    /// are of -> [b, factor*h, factor*w, 3].
     fn enlarge(&self, cx: Forward, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         match self {
             Self::Rrdb(network) => network.enlarge(cx, features),
@@ -339,8 +341,8 @@ impl Network {
     }
 }
 
-/// RRDBNet, Wang et al. 2018 (ESRGAN, arXiv 1809.00219), figure 4; pixels become channels first in
-/// Real-ESRGAN's for 2x.
+/// RRDBNet, Wang et al. 2018 (ESRGAN, arXiv 1809.00219), figure 4; Real-ESRGAN's for 2x begins with
+/// a pixel unshuffle.
 struct Rrdb {
     unshuffle: usize,
     conv_first: Conv2d,
@@ -390,7 +392,7 @@ impl Rrdb {
         let mut x = first.clone();
         for [one, two, three] in &self.blocks {
             let y = three.forward(cx, &two.forward(cx, &one.forward(cx, &x)?)?)?;
-            x = (x + (y * SHARE)?)?;
+            x = (x + (y * RESIDUAL_SCALE)?)?;
             done();
         }
         self.conv_body.forward_add(cx, &x, None, Some(&first))
@@ -406,7 +408,7 @@ impl Rrdb {
     }
 }
 
-/// A dense block: each convolution sees what all before it have given.
+/// A dense block: each convolution takes the block's input and the outputs of all before it.
 struct Dense {
     convs: Vec<Conv2d>,
     last: Conv2d,
@@ -429,7 +431,7 @@ impl Dense {
             seen(Self::CONVS),
             width,
             3,
-            SHARE,
+            RESIDUAL_SCALE,
         )?;
         Ok(Self {
             convs: (0..Self::CONVS).map(conv).collect::<Result<_>>()?,
@@ -447,8 +449,8 @@ impl Dense {
     }
 }
 
-/// Real-ESRGAN's SRVGGNetCompact (Wang et al. 2021, arXiv 2107.10833, and its code): convolutions
-/// at the size of the input, whose result is added to its pixels, enlarged.
+/// Real-ESRGAN's SRVGGNetCompact (Wang et al. 2021, arXiv 2107.10833, and its code): convolutions at
+/// the size of the input, whose result, shuffled to pixels, is added to the enlarged input.
 struct Compact {
     convs: Vec<Conv2d>,
     factor: usize,
@@ -473,7 +475,7 @@ impl Compact {
             Ok(Conv2d::new(&w.at(format!("body.{}", 2 * i)), inputs, width, 3)?.leaky(slope))
         };
         if convolutions < 2 {
-            bail!("an upscaler of {convolutions} convolution is none");
+            bail!("an upscaler needs at least two convolutions, this one has {convolutions}");
         }
         Ok(Self {
             convs: (0..convolutions).map(conv).collect::<Result<_>>()?,
@@ -502,7 +504,7 @@ impl Compact {
     }
 }
 
-/// [b, r*h, r*w, c] -> [b, h, w, c*r*r], in torch's order: channel, row, column.
+/// Pixel unshuffle of [b, r*h, r*w, c] -> [b, h, w, c*r*r], in torch's order: channel, row, column.
 fn pixel_unshuffle(x: &Tensor, r: usize) -> TensorResult<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     let x = x

@@ -1,11 +1,11 @@
 //! The latent autoencoder (Rombach et al. 2022), diffusers' `AutoencoderKL`.
 
-use super::{Posterior, TILE_PX, require_neutral, tiles};
+use super::{LatentFormat, Posterior, TILE_PX, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -25,12 +25,13 @@ pub struct VaeConfig {
     pub norm_num_groups: usize,
     pub act_fn: String,
     pub scaling_factor: f64,
+    pub shift_factor: Option<f64>,
     pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
     pub down_block_types: Vec<String>,
     pub up_block_types: Vec<String>,
-    /// side of the pictures that it was trained on, or height and width
+    /// side of the images that it was trained on, or height and width
     pub sample_size: Value,
 }
 
@@ -44,12 +45,13 @@ impl Default for VaeConfig {
             norm_num_groups: 32,
             act_fn: "silu".into(),
             scaling_factor: 0.18215,
+            shift_factor: None,
             use_quant_conv: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
             down_block_types: vec![],
             up_block_types: vec![],
-            // not diffusers' 32, whose tiles of 4 latents nobody means
+            // diffusers' default is 32, whose tiles of 4 latents are of no use
             sample_size: TILE_PX.into(),
         }
     }
@@ -84,19 +86,28 @@ impl VaeConfig {
         }
         if config.out_channels != 3 {
             bail!(
-                "out_channels of the VAE is {}, pictures need 3",
+                "out_channels of the VAE is {}, images need 3",
                 config.out_channels
             );
         }
         Ok(config)
     }
 
-    /// Pixels a latent, in each direction.
+    /// The scale of its latents.
+    pub fn latent_format(&self) -> LatentFormat {
+        LatentFormat {
+            channels: self.latent_channels,
+            scaling_factor: self.scaling_factor,
+            shift_factor: self.shift_factor.unwrap_or(0.0),
+        }
+    }
+
+    /// Pixels per latent, in each direction.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    /// Side of the tiles of a tiled decode in pixels, as in diffusers.
+    /// The side of the tiles of a tiled decode in pixels, as in diffusers.
     pub fn tile_px(&self) -> usize {
         let side = self.sample_size.get(0).unwrap_or(&self.sample_size);
         side.as_u64()
@@ -114,7 +125,7 @@ pub struct Encoder {
     conv_out: Conv2d,
     quant_conv: Option<Conv2d>,
     activation: Activation,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Encoder {
@@ -162,12 +173,12 @@ impl Encoder {
             conv_out: Conv2d::new(&w.at("conv_out"), last, moments, 3)?,
             quant_conv,
             activation,
-            scaling_factor: config.scaling_factor,
+            latent_format: config.latent_format(),
         })
     }
 
-    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution over latents of the
-    /// diffusion [b, h, w, c], perhaps in tiles with this many latents a side.
+    /// Encodes RGB [b, factor*h, factor*w, 3] in 0..=1 to a distribution of the model's latents [b,
+    /// h, w, c], if asked to in tiles of this many latents a side.
     pub fn encode(
         &self,
         cx: Forward,
@@ -189,15 +200,15 @@ impl Encoder {
             moments.narrow(3, 0, c)?.contiguous()?,
             moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?,
         );
-        let deviation = (logvar * 0.5)?.exp()?;
+        let std = (logvar * 0.5)?.exp()?;
         Ok(Posterior {
-            mean: (mean * self.scaling_factor)?,
-            deviation: Some((deviation * self.scaling_factor)?),
+            mean: self.latent_format.process_in(&mean)?,
+            std: Some((std * self.latent_format.scaling_factor)?),
         })
     }
 
-    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and logarithm of the variance of unscaled
-    /// latents [b, h, w, 2c].
+    /// RGB [b, factor*h, factor*w, 3] in -1..=1 -> mean and log variance of the VAE's latents [b, h,
+    /// w, 2c].
     fn moments(&self, cx: Forward, rgb: &Tensor) -> TensorResult<Tensor> {
         let mut x = RowBands::split(cx, &self.conv_in.forward(cx, rgb)?)?;
         for block in &self.down_blocks {
@@ -229,8 +240,7 @@ pub struct Decoder {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     activation: Activation,
-    latent_channels: usize,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Decoder {
@@ -279,25 +289,24 @@ impl Decoder {
             conv_norm_out: GroupNorm::new(&w.at("conv_norm_out"), groups, last, NORM_EPS)?,
             conv_out: Conv2d::new(&w.at("conv_out"), last, 3, 3)?,
             activation,
-            latent_channels: latent,
-            scaling_factor: config.scaling_factor,
+            latent_format: config.latent_format(),
         })
     }
 
-    /// Decodes the latents of the diffusion [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
+    /// Decodes the model's latents [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
-        let rgb = self.forward(cx, &(latents / self.scaling_factor)?)?;
+        let rgb = self.forward(cx, &self.latent_format.process_out(latents)?)?;
         (rgb / 2.0)? + 0.5
     }
 
-    /// Unscaled latents [b, h, w, c] -> RGB [b, factor*h, factor*w, 3] around -1..=1.
+    /// The VAE's latents [b, h, w, c] -> RGB [b, factor*h, factor*w, 3] around -1..=1.
     pub fn forward(&self, cx: Forward, z: &Tensor) -> TensorResult<Tensor> {
         let channels = z.dim(3)?;
-        if channels != self.latent_channels {
+        if channels != self.latent_format.channels {
             candle_core::bail!(
                 "the VAE decodes {} channels, the latents have {channels}",
-                self.latent_channels
+                self.latent_format.channels
             );
         }
         let z = match &self.post_quant_conv {
@@ -344,7 +353,7 @@ impl DownBlock {
     }
 }
 
-/// In the deepest level, of all widths the last.
+/// The blocks of the deepest level, whose width is the last one.
 struct MidBlock {
     resnets: [Resnet; 2],
     attention: Option<Attention>,

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_none_are_not_hidden() {
+    fn nan_is_not_hidden() {
         let (q, k, v) = (random(1, 20, 16), random(1, 33, 16), random(1, 33, 16));
         for (row, of_k) in [(0, true), (32, true), (3, false)] {
             let mut x = if of_k { &k } else { &q }

@@ -181,7 +181,7 @@ mod tests {
     use super::*;
     use crate::nn::PaddingMode;
     use crate::nn::layers::GroupNorm;
-    use crate::weights::Weights;
+    use crate::nn::weights::Weights;
     use candle_core::{DType, Device};
 
     fn cut(x: &Tensor, rows: usize) -> RowBands {

@@ -34,8 +34,8 @@ pub fn sinusoids(
     )
 }
 
-/// Embeds a scale of guidance as [1, dim] in f32, as latent consistency models take it (Luo et al.
-/// 2023, arXiv 2310.04378): they count from 0 where classifier-free guidance is off at 1.
+/// Embeds a guidance scale as [1, dim] in f32, as latent consistency models take it (Luo et al.
+/// 2023, arXiv 2310.04378): w = scale - 1, which is 0 where classifier-free guidance is off.
 pub fn guidance(scale: f64, dim: usize, device: &Device) -> Result<Tensor> {
     sinusoids(&[1000.0 * (scale - 1.0)], dim, false, 1.0, device)
 }

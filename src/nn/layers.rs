@@ -2,7 +2,7 @@
 
 use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout};
 use super::{Backend, Forward};
-use crate::weights::Weights;
+use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
 use candle_core::{DType, Result as TensorResult, Tensor};
 use std::ops::Range;
@@ -524,7 +524,7 @@ mod tests {
     use crate::nn::{PaddingMode, plain};
     use candle_core::{Device, IndexOp, Tensor};
 
-    /// The largest difference; NaN where there is one, which is what a weight did not write.
+    /// The largest difference; NaN where there is one, where a kernel did not write.
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         values(&(a - b).unwrap().abs().unwrap())
             .into_iter()

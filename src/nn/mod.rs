@@ -13,13 +13,20 @@ pub mod cpu;
 pub mod device;
 pub mod embed;
 pub mod forward;
+#[cfg_attr(
+    not(any(feature = "cuda", feature = "internals", test)),
+    expect(
+        dead_code,
+        reason = "launched with CUDA only; tests run the kernels on the CPU"
+    )
+)]
 pub mod gpu;
 pub mod layers;
 pub mod padding;
 pub mod plain;
 pub mod profile;
+pub mod weights;
 
 pub use backend::Backend;
 pub use forward::Forward;
 pub use padding::PaddingMode;
-pub use profile::Profile;

@@ -67,7 +67,7 @@ mod tests {
     use super::*;
     use crate::nn::Forward;
     use crate::nn::layers::Linear;
-    use crate::weights::Weights;
+    use crate::nn::weights::Weights;
     use candle_core::{DType, Tensor};
 
     #[test]

@@ -4,8 +4,8 @@ use super::family::Family;
 use super::preview::PreviewMap;
 use super::settings::Settings;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
-use crate::sampling::schedule::SchedulerConfig;
-use crate::text::encoder::{EncoderConfig, Finder};
+use crate::sampling::SchedulerConfig;
+use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
 
@@ -24,7 +24,7 @@ pub struct PipelineConfig {
     /// a linear map from latents to small images, if one is known for this VAE
     pub preview: Option<PreviewMap>,
     /// what finds the checkpoint's learned words in prompts
-    pub learned_words: Option<Finder>,
+    pub learned_words: Option<AddedTokens>,
 }
 
 impl PipelineConfig {
@@ -48,13 +48,16 @@ impl PipelineConfig {
             .map(|refiner| base.refined_by(refiner))
             .transpose()?;
         let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;
-        let (latent, out) = (vae.latent_channels(), base.backbone.latent_channels());
+        let (latent, out) = (
+            vae.latent_format().channels,
+            base.backbone.latent_channels(),
+        );
         if latent != out {
             bail!("the U-Net of `{name}` draws in {out} channels, its VAE has {latent}");
         }
         Ok(Self {
             preview: PreviewMap::of(&vae, base.added_ids > 0),
-            learned_words: base.encoder.finder(checkpoint)?,
+            learned_words: base.encoder.added_tokens(checkpoint)?,
             base,
             refiner,
             vae,
@@ -80,7 +83,7 @@ impl PipelineConfig {
 /// The parsed configuration of a denoising network with its text encoders and its scheduler.
 pub struct ModelConfig {
     pub backbone: BackboneConfig,
-    pub encoder: EncoderConfig,
+    pub encoder: TextEncoderConfigs,
     pub scheduler: SchedulerConfig,
     /// how many time ids the network takes (SDXL: sizes and crop); 0 for none
     pub added_ids: usize,
@@ -93,11 +96,11 @@ pub struct ModelConfig {
 impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
-        let encoder = EncoderConfig::of(checkpoint)?;
+        let encoder = TextEncoderConfigs::of(checkpoint)?;
         let added_ids = encoder
-            .pooled()
+            .pooled_dim()
             .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
-        let pipeline = checkpoint.configs.get("pipeline");
+        let pipeline = checkpoint.optional_config("pipeline");
         let force_zeros =
             pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
         Ok(Self {

@@ -13,11 +13,10 @@ use super::job::Job;
 use super::prompt_cache::PromptCache;
 use super::settings::Settings;
 use crate::error::{Cancelled, NotFinite};
-use crate::model::{Backbone, ExtraInputs, ModelKind, Posterior};
+use crate::model::{Backbone, ExtraInputs, LatentFormat, ModelKind, Posterior};
 use crate::nn::layers::is_finite;
 use crate::sampling::noise::Generator;
-use crate::sampling::sampler::{self, Step};
-use crate::sampling::schedule::Plan;
+use crate::sampling::{self, SamplingPlan, Step};
 use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
 use std::sync::Arc;
@@ -92,9 +91,9 @@ impl Denoising {
         let Job {
             settings, guidance, ..
         } = first;
-        let (plan, prediction) = match (&first.refiner_plan, init) {
-            (Some(plan), Init::Handover(_)) => (plan, prompts.config.scheduler.prediction),
-            _ => (&first.plan, settings.prediction),
+        let plan = match (&first.refiner_plan, init) {
+            (Some(plan), Init::Handover(_)) => plan,
+            _ => &first.plan,
         };
         let cx = run.forward(settings);
         let mut texts = prompts.at(batch, plan.before());
@@ -109,7 +108,6 @@ impl Denoising {
             weights: first.prompt_weights().collect(),
             scale: settings.guidance,
             rescale: settings.guidance_rescale,
-            prediction,
             deep_cache: DeepCache::every(settings.deep_cache),
         };
         let Self {
@@ -128,7 +126,7 @@ impl Denoising {
                 denoiser.model = backbone.bind(cx, &conditioning, extra.clone())?;
                 texts = now;
             }
-            let denoised = denoiser.denoise(x, sigma, timestep)?;
+            let denoised = denoiser.denoise(x, plan.scalings(sigma), timestep)?;
             *done += 1;
             let step = Event::Step { done: *done, total };
             if run.events.emit(step).is_break() {
@@ -156,7 +154,7 @@ impl Denoising {
                 .transpose()
         };
         let mut noise = || draw_noise(generators, *latent_shape, run);
-        let result = sampler::sample(plan, state.latents, &mut denoise, &mut noise, &mut on_step);
+        let result = sampling::sample(plan, state.latents, &mut denoise, &mut noise, &mut on_step);
         match failure {
             Some(failure) => Err(failure),
             None => Ok(result?),
@@ -167,7 +165,7 @@ impl Denoising {
     fn init(
         &mut self,
         init: Init,
-        plan: &Plan,
+        plan: &SamplingPlan,
         batch: &[&Job],
         prompts: &PromptCache,
         run: &Run,
@@ -192,7 +190,7 @@ impl Denoising {
     fn init_from_images(
         &mut self,
         images: &[Arc<InitLatents>],
-        plan: &Plan,
+        plan: &SamplingPlan,
         batch: &[&Job],
         prompts: &PromptCache,
         run: &Run,
@@ -213,12 +211,12 @@ impl Denoising {
         let image = init_image(images, config, settings.strength, &mut draw)?;
         let noise = with_variations(draw()?, batch)?;
         let mask = inpaint_mask(images)?;
-        let scaling_factor = run.pipeline.config.vae.scaling_factor();
+        let latent_format = run.pipeline.config.vae.latent_format();
         let concat = Concat {
             images,
             config,
             guidance: *guidance,
-            scaling_factor,
+            latent_format,
         };
         let concat = concat.make(mask.as_ref(), &mut draw)?;
         if self.done == 0 {
@@ -231,7 +229,7 @@ impl Denoising {
         let latents = match &image {
             // diffusers' inpainting forgets an image of which all is repainted
             Some(image) if mask.is_none() || settings.strength < Some(1.0) => {
-                (image + (&noise * plan.first_sigma())?)?
+                plan.add_noise(image, &noise, plan.first_sigma())?
             }
             _ => (&noise * plan.init_noise_sigma())?,
         };
@@ -300,7 +298,7 @@ struct Concat<'a> {
     images: &'a [Arc<InitLatents>],
     config: &'a ModelConfig,
     guidance: Guidance,
-    scaling_factor: f64,
+    latent_format: LatentFormat,
 }
 
 impl Concat<'_> {
@@ -327,7 +325,8 @@ impl Concat<'_> {
             return Ok(None);
         }
         let image = Posterior::cat(self.images.iter().map(|init| &init.image))?;
-        let image = (image.mean / self.scaling_factor)?;
+        // the network sees it as the VAE encodes it
+        let image = self.latent_format.process_out(&image.mean)?;
         let unconditional = image.zeros_like()?;
         let row = |pass| {
             if pass == 0 && passes > 1 {
@@ -351,8 +350,8 @@ struct InpaintState {
 
 impl InpaintState {
     /// A step's latents with the unmasked ones put back.
-    fn restore(&self, step: &Step, plan: &Plan) -> TensorResult<Tensor> {
-        let noisy = (&self.image + (&self.noise * step.sigma)?)?;
+    fn restore(&self, step: &Step, plan: &SamplingPlan) -> TensorResult<Tensor> {
+        let noisy = plan.add_noise(&self.image, &self.noise, step.sigma)?;
         let noisy = (noisy / plan.latents_scale(step.sigma))?;
         &noisy + (step.latents - &noisy)?.broadcast_mul(&self.mask)?
     }

@@ -1,11 +1,12 @@
 //! The families of models, as data: how each is recognised and what it draws by default.
 
 use crate::model::BackboneConfig;
-use crate::text::encoder::EncoderConfig;
-use crate::weights::Checkpoint;
+use crate::text::encoder::TextEncoderConfigs;
+use crate::weights::distillation::{Distillation, TCD_ETA};
 use crate::weights::lora::Lora;
+use crate::weights::{Checkpoint, family_name};
 use anyhow::{Result, bail};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// A family of checkpoints that share their way of conditioning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +91,7 @@ impl Family {
     /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
-        if let Some(pooled) = EncoderConfig::of(checkpoint)?.pooled() {
+        if let Some(pooled) = TextEncoderConfigs::of(checkpoint)?.pooled_dim() {
             return match BackboneConfig::from_json(unet)?.time_ids(pooled)? {
                 BASE_IDS => Ok(Self::Sdxl),
                 REFINER_IDS => Ok(Self::SdxlRefiner),
@@ -110,17 +111,17 @@ impl Family {
     /// For people.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Sd1 => "Stable Diffusion 1.x",
-            Self::Sd2 => "Stable Diffusion 2.x",
-            Self::Sdxl => "Stable Diffusion XL",
-            Self::SdxlRefiner => "Stable Diffusion XL refiner",
+            Self::Sd1 => family_name::SD1,
+            Self::Sd2 => family_name::SD2,
+            Self::Sdxl => family_name::SDXL,
+            Self::SdxlRefiner => family_name::SDXL_REFINER,
         }
     }
 
     /// Steps and guidance of the family, of the model's distillation, or the checkpoint's own (the
     /// embedded model brings some).
     pub fn defaults(self, checkpoint: &Checkpoint) -> Defaults {
-        let own = checkpoint.configs.get("defaults");
+        let own = checkpoint.optional_config("defaults");
         let number = |key: &str| own.and_then(|d| d.get(key)?.as_f64());
         let family = match self {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
@@ -141,8 +142,7 @@ impl Family {
 fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
     let config = |part: &str, key: &str| {
         checkpoint
-            .configs
-            .get(part)?
+            .optional_config(part)?
             .get(key)
             .filter(|value| !value.is_null())
     };
@@ -162,7 +162,12 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
     let loras = checkpoint.loras.iter().find_map(Lora::distillation);
     let by_name = loras
         .or_else(|| Distillation::named(&checkpoint.name))
-        .map(|named| named.defaults);
+        .map(|named| Defaults {
+            steps: named.steps,
+            guidance: named.guidance,
+            eta: Some(named.eta),
+            distilled: Some(named.method),
+        });
     match scheduler("_class_name") {
         _ if config("unet", "time_cond_proj_dim").is_some() => {
             of(4, 8.5, None, "latent consistency, guidance built in")
@@ -181,138 +186,4 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
         }
         _ => None,
     }
-}
-
-/// Of the examples of Zheng et al. 2024 (arXiv 2402.19159).
-const TCD_ETA: f64 = 0.3;
-
-/// Distillations by what names have in them, punctuation left out: what it is, steps where the name
-/// says none, scheduler of single files. Those of one step begin a name, as others only trained
-/// like them.
-const DISTILLATIONS: [(&str, &str, usize, &str); 9] = [
-    (
-        "sdturbo",
-        "adversarial distillation, by its name",
-        1,
-        "EulerDiscreteScheduler",
-    ),
-    (
-        "sdxlturbo",
-        "adversarial distillation, by its name",
-        1,
-        "EulerDiscreteScheduler",
-    ),
-    (
-        "sdxs",
-        "one-step distillation, by its name",
-        1,
-        "EulerDiscreteScheduler",
-    ),
-    (
-        "turbo",
-        "adversarial distillation, by its name",
-        4,
-        "EulerDiscreteScheduler",
-    ),
-    (
-        "lightning",
-        "progressive adversarial distillation, by its name",
-        4,
-        "EulerDiscreteScheduler",
-    ),
-    (
-        "hypersd",
-        "trajectory segmented consistency, by its name",
-        8,
-        "DDIMScheduler",
-    ),
-    (
-        "tcd",
-        "trajectory consistency, by its name",
-        4,
-        "TCDScheduler",
-    ),
-    ("lcm", "latent consistency, by its name", 4, "LCMScheduler"),
-    (
-        "dmd2",
-        "distribution matching, by its name",
-        4,
-        "LCMScheduler",
-    ),
-];
-
-/// A distillation that a model's name tells of: neither weights nor the scheduler of a folder say
-/// for how many steps.
-pub struct Distillation {
-    pub defaults: Defaults,
-    /// pixels of a side that the model was distilled at, where they are not its family's
-    pub side_px: Option<usize>,
-    /// what a single file's scheduler is then, over that of its family; diffusers' keys
-    pub scheduler: Value,
-}
-
-impl Distillation {
-    /// Reads a model's name; an owner before it does not count.
-    pub fn named(name: &str) -> Option<Self> {
-        let name = name.rsplit('/').next().unwrap_or(name).to_lowercase();
-        let said = steps_said(&name);
-        let mut letters: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
-        // models with Hyper-SD merged in; without a number of steps this may be `hyperrealism`
-        if said.is_some() && !letters.contains("hypersd") {
-            letters = letters.replace("hyper", "hypersd");
-        }
-        let has = |word: &str| letters.contains(word);
-        let fits = |word: &str, steps| {
-            if steps == 1 {
-                letters.starts_with(word)
-            } else {
-                has(word)
-            }
-        };
-        let (word, distilled, steps, class) = DISTILLATIONS
-            .into_iter()
-            .find(|(word, _, steps, _)| fits(word, *steps))?;
-        let mut scheduler = json!({ "_class_name": class, "timestep_spacing": "trailing" });
-        let mut defaults = Defaults {
-            steps: said.unwrap_or(steps),
-            guidance: 1.0,
-            eta: Some(TCD_ETA),
-            distilled: Some(distilled),
-        };
-        match word {
-            "lightning" if has("x0") => scheduler["prediction_type"] = "sample".into(),
-            "hypersd" => {
-                // weights for any number of steps were made with all of TCD's noise, some to be
-                // guided
-                (defaults.eta, defaults.guidance) = (Some(1.0), if has("cfg") { 5.0 } else { 1.0 });
-                if said == Some(1) {
-                    // its one step is from timestep 800; this is from the one below
-                    scheduler =
-                        json!({ "_class_name": "LCMScheduler", "original_inference_steps": 800 });
-                }
-            }
-            _ => (),
-        }
-        Some(Self {
-            defaults,
-            side_px: (steps == 1).then_some(512),
-            scheduler,
-        })
-    }
-}
-
-/// The number in `4step`, `8-steps` and the like; those of a training are larger.
-fn steps_said(name: &str) -> Option<usize> {
-    let before = |(end, _)| {
-        name.get(..end)
-            .unwrap_or_default()
-            .trim_end_matches(['-', '_', ' '])
-    };
-    let numbers = name.match_indices("step").map(before).filter_map(|text| {
-        text.rsplit(|c: char| !c.is_ascii_digit())
-            .next()?
-            .parse()
-            .ok()
-    });
-    numbers.into_iter().find(|steps| (1..=16).contains(steps))
 }

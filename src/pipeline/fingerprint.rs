@@ -7,7 +7,7 @@
 
 use crate::hex::hex;
 use crate::image::Picture;
-use crate::text::encoder::Embedded;
+use crate::text::encoder::PromptEmbeds;
 use candle_core::{DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -52,16 +52,22 @@ impl Trace {
     }
 
     /// Takes the prompt (`nth` 0) or the negative one (1) as the model reads it, or its refiner.
-    pub fn text(&mut self, nth: usize, by_refiner: bool, text: &Embedded) -> Result<()> {
+    pub fn text(&mut self, nth: usize, by_refiner: bool, text: &PromptEmbeds) -> Result<()> {
         let Some([tokens, embedding]) = text_stages(nth, by_refiner) else {
             return Ok(());
         };
-        self.keep(tokens, text.ids.iter().flat_map(|id| id.to_le_bytes()));
-        let parts: Vec<Tensor> = [Some(&text.context), text.pooled.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(Tensor::flatten_all)
-            .collect::<Result<_>>()?;
+        self.keep(
+            tokens,
+            text.token_ids.iter().flat_map(|id| id.to_le_bytes()),
+        );
+        let parts: Vec<Tensor> = [
+            Some(&text.prompt_embeds),
+            text.pooled_prompt_embeds.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(Tensor::flatten_all)
+        .collect::<Result<_>>()?;
         self.keep_values(embedding, &Tensor::cat(&parts, 0)?)
     }
 

@@ -2,7 +2,7 @@
 //! calls `denoise`.
 
 use crate::model::Denoiser;
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Scalings;
 use candle_core::{D, Result, Tensor};
 
 /// A network with its conditioning, seen as a denoiser.
@@ -15,7 +15,6 @@ pub struct CfgDenoiser<'a> {
     pub scale: f64,
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
-    pub prediction: Prediction,
     pub deep_cache: DeepCache,
 }
 
@@ -75,10 +74,9 @@ impl DeepCache {
 }
 
 impl CfgDenoiser<'_> {
-    /// Noisy latents [b, h, w, c] = x0 + sigma * noise, at `timestep` -> the estimate of x0, in
-    /// f32.
-    pub fn denoise(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
-        let scalings = self.prediction.scalings(sigma);
+    /// Noisy latents [b, h, w, c] with the scalings of their noise level, at `timestep` -> the
+    /// estimate of the clean latents x0, in f32.
+    pub fn denoise(&mut self, x: &Tensor, scalings: Scalings, timestep: f64) -> Result<Tensor> {
         let input = (x * scalings.c_in)?;
         let passes = self.guidance.passes();
         let input = if passes > 1 {

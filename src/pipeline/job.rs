@@ -2,7 +2,7 @@
 
 use super::guidance::Guidance;
 use super::settings::{Hires, Settings};
-use crate::sampling::schedule::Plan;
+use crate::sampling::SamplingPlan;
 use crate::text::prompt::Prompts;
 use std::sync::Arc;
 
@@ -16,11 +16,11 @@ pub struct Job {
     /// its prompts, parsed
     pub prompts: Arc<Prompts>,
     /// the noise levels of the base model
-    pub plan: Arc<Plan>,
+    pub plan: Arc<SamplingPlan>,
     /// those of the refiner that takes over
-    pub refiner_plan: Option<Arc<Plan>>,
+    pub refiner_plan: Option<Arc<SamplingPlan>>,
     /// those of the second, larger pass
-    pub hires_plan: Option<Arc<Plan>>,
+    pub hires_plan: Option<Arc<SamplingPlan>>,
 }
 
 impl Job {

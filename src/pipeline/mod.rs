@@ -31,7 +31,7 @@ use crate::nn::Forward;
 use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
 use crate::nn::layers::is_finite;
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Prediction;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
@@ -44,8 +44,8 @@ use job::Job;
 use networks::{Model, Networks};
 use options::VaeTiling;
 use prompt_cache::PromptCache;
-use resolve::{Params, Resolver};
 use queue::{BatchQueue, Queued};
+use resolve::{Params, Resolver};
 use settings::{Merged, Settings, UsedLora};
 use std::cell::RefCell;
 use std::ops::ControlFlow;
@@ -203,7 +203,9 @@ impl Pipeline {
         on_event: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Picture, Error> {
         let mut images = self.generate_batch(std::slice::from_ref(params), on_event)?;
-        images.pop().unwrap_or_else(|| Err(Error::new(ErrorKind::Cancelled, Cancelled.into())))
+        images
+            .pop()
+            .unwrap_or_else(|| Err(Error::new(ErrorKind::Cancelled, Cancelled.into())))
     }
 
     /// Generates several images, those that are alike in batches, and returns them in their order,
@@ -217,7 +219,10 @@ impl Pipeline {
     ) -> Result<Vec<Result<Picture, Error>>, Error> {
         let resolve = || {
             let mut resolver = Resolver::new(self)?;
-            params.iter().map(|params| resolver.resolve(params)).collect::<Result<Vec<_>>>()
+            params
+                .iter()
+                .map(|params| resolver.resolve(params))
+                .collect::<Result<Vec<_>>>()
         };
         let jobs = resolve().map_err(|error| Error::new(ErrorKind::Params, error))?;
         let jobs: Vec<&Job> = jobs.iter().collect();

@@ -6,10 +6,11 @@ use super::{Pipeline, PipelineOptions};
 use crate::error::{Error, ErrorKind};
 use crate::hub::Hub;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice};
-use crate::sampling::schedule::Prediction;
+use crate::sampling::Prediction;
+use crate::suggest::nearest;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
-use crate::weights::{Checkpoint, Merge, Origin, nearest};
+use crate::weights::{Checkpoint, Merge, Origin};
 use anyhow::{Context, Result, bail};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -92,23 +93,35 @@ impl ModelSpec {
 
     /// The model of this name: a folder, a file, a hub id or a short name.
     pub fn new(model: impl Into<OsString>) -> Self {
-        Self { model: Some(model.into()), ..Self::default() }
+        Self {
+            model: Some(model.into()),
+            ..Self::default()
+        }
     }
 
     /// Adds a LoRA, with a strength of which 1 is its whole change.
     pub fn lora(mut self, path: impl Into<PathBuf>, strength: f64) -> Self {
-        self.loras.push(LoraSpec { path: path.into(), strength });
+        self.loras.push(LoraSpec {
+            path: path.into(),
+            strength,
+        });
         self
     }
 
     /// Decodes with another VAE.
     pub fn vae(self, vae: impl Into<OsString>) -> Self {
-        Self { vae: Some(vae.into()), ..self }
+        Self {
+            vae: Some(vae.into()),
+            ..self
+        }
     }
 
     /// Has another model draw the last steps.
     pub fn refiner(self, refiner: impl Into<OsString>) -> Self {
-        Self { refiner: Some(refiner.into()), ..self }
+        Self {
+            refiner: Some(refiner.into()),
+            ..self
+        }
     }
 
     /// Runs on this device.
@@ -130,7 +143,10 @@ impl ModelSpec {
         strict: bool,
         shows_progress: bool,
     ) -> Result<Checkpoint> {
-        let finder = ModelFinder { offline: self.offline, shows_progress };
+        let finder = ModelFinder {
+            offline: self.offline,
+            shows_progress,
+        };
         let mut checkpoint = finder.open(self.model.as_deref())?;
         if let Some(refiner) = &self.refiner {
             checkpoint.refiner = Some(Box::new(finder.open(Some(refiner))?));
@@ -147,7 +163,10 @@ impl ModelSpec {
     }
 
     fn open(&self) -> Result<Checkpoint> {
-        let loras = self.loras.iter().map(|lora| Lora::open(&lora.path, lora.strength));
+        let loras = self
+            .loras
+            .iter()
+            .map(|lora| Lora::open(&lora.path, lora.strength));
         let embeddings = self.embeddings.iter().map(|asked| Embedding::asked(asked));
         self.open_with(loras, embeddings.collect::<Result<_>>()?, false, false)
     }
@@ -162,9 +181,13 @@ impl Pipeline {
     pub fn load(spec: &ModelSpec) -> Result<Self, Error> {
         let compute = Compute::choose(spec.device, spec.dtype)
             .map_err(|error| Error::new(ErrorKind::Params, error))?;
-        let options =
-            PipelineOptions { prediction: spec.prediction, vae_tiling: spec.vae_tiling };
-        let checkpoint = spec.open().and_then(|model| Self::new(model, compute, options));
+        let options = PipelineOptions {
+            prediction: spec.prediction,
+            vae_tiling: spec.vae_tiling,
+        };
+        let checkpoint = spec
+            .open()
+            .and_then(|model| Self::new(model, compute, options));
         checkpoint.map_err(|error| Error::new(ErrorKind::Model, error))
     }
 }
@@ -234,7 +257,7 @@ impl ModelFinder {
         Ok(Merge {
             other: self.open(Some(OsStr::new(model)))?,
             minus: minus.map(|minus| self.open(Some(minus))).transpose()?,
-            share,
+            weight: share,
         })
     }
 

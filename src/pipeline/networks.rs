@@ -4,7 +4,7 @@ use super::config::{ModelConfig, PipelineConfig};
 use super::event::Events;
 use crate::model::{Backbone, Decoder, Encoder};
 use crate::nn::device::Compute;
-use crate::text::encoder::Encoder as TextEncoder;
+use crate::text::encoder::PromptEncoder;
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -43,7 +43,7 @@ impl<T> Slot<T> {
 /// A denoising network with its text encoders.
 #[derive(Default)]
 pub struct ModelNetworks {
-    pub text_encoder: Slot<TextEncoder>,
+    pub text_encoder: Slot<PromptEncoder>,
     pub backbone: Slot<Backbone>,
 }
 
@@ -54,10 +54,10 @@ impl ModelNetworks {
         model: &Model,
         compute: &Compute,
         events: &Events,
-    ) -> Result<Arc<TextEncoder>> {
+    ) -> Result<Arc<PromptEncoder>> {
         self.text_encoder.get_or_read(|| {
             events.stage("encoding the prompt");
-            TextEncoder::new(model.checkpoint, &model.config.encoder, compute)
+            PromptEncoder::new(model.checkpoint, &model.config.encoder, compute)
         })
     }
 

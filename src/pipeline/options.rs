@@ -8,10 +8,9 @@
 use crate::image::load::Fit;
 use crate::pipeline::settings::{Border, Point, Size, Tile};
 use crate::sampling::noise::Variation;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::Schedule;
+use crate::sampling::{Sampler, Schedule};
+use crate::suggest::nearest;
 use crate::text::prompt::Syntax;
-use crate::weights::nearest;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, forward_to_deserialize_any};
@@ -106,15 +105,15 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = fraction))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub guidance_rescale: Option<f64>,
-    /// ddim, pndm, euler, euler-a, dpmpp-2m, dpmpp-2m-sde, heun, lms, unipc, deis, ddpm, lcm, ...
-    /// [default: the checkpoint's]
+    /// The sampler by name
     #[serde(alias = "sampling_method", alias = "sampling-method")]
+    #[cfg_attr(feature = "cli", arg(help = names_help(Sampler::names())))]
     #[cfg_attr(feature = "cli", arg(long, alias = "sampling-method"))]
     #[cfg_attr(feature = "cli", arg(value_name = "NAME", help_heading = "Sampling"))]
     pub sampler: Option<Sampler>,
-    /// karras, exponential, beta, sgm-uniform, trailing, leading, linspace, ays [default: the
-    /// checkpoint's]
+    /// The schedule by name
     #[serde(alias = "scheduler")]
+    #[cfg_attr(feature = "cli", arg(help = names_help(Schedule::names())))]
     #[cfg_attr(feature = "cli", arg(long, alias = "scheduler"))]
     #[cfg_attr(feature = "cli", arg(value_name = "NAME", help_heading = "Sampling"))]
     pub schedule: Option<Schedule>,
@@ -316,14 +315,16 @@ impl JobOptions {
     }
 }
 
-/// `--vae-tiling`: whether the VAE decodes in tiles.
+/// Whether the VAE decodes in tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum VaeTiling {
     /// where the whole does not fit into memory; on CPUs, as GPUs do not say what they have left
     #[default]
     Auto,
+    /// always
     On,
+    /// never
     Off,
 }
 
@@ -411,6 +412,12 @@ impl From<Seeds> for String {
             .collect();
         parts.join(",")
     }
+}
+
+/// The help text of an option that takes one of these names.
+#[cfg(feature = "cli")]
+fn names_help(names: String) -> String {
+    format!("{names} [default: the checkpoint's]")
 }
 
 /// Reads a whole number from 1 to a million.

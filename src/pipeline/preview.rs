@@ -1,11 +1,15 @@
 //! What pictures will be, while they are denoised: a linear map from latents to small pictures.
 
 use crate::image::Picture;
-use crate::model::Autoencoder;
+use crate::model::{Autoencoder, LatentFormat};
 use candle_core::{DType, Result, Tensor};
 
-/// Latent channels and scaling factor of Stable Diffusion 1.x's and 2.x's VAEs.
-const STABLE_DIFFUSION: (usize, f64) = (4, 0.18215);
+/// The latents of Stable Diffusion 1.x's and 2.x's VAEs.
+const STABLE_DIFFUSION: LatentFormat = LatentFormat {
+    channels: 4,
+    scaling_factor: 0.18215,
+    shift_factor: 0.0,
+};
 /// Each latent's share of red, green and blue in -1..=1, K. Turner 2022
 /// (discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204).
 const SHARES: [[f32; 3]; 4] = [
@@ -14,8 +18,11 @@ const SHARES: [[f32; 3]; 4] = [
     [-0.158, 0.189, 0.264],
     [-0.184, -0.271, -0.473],
 ];
-/// Of SDXL's VAE.
-const SDXL: (usize, f64) = (4, 0.13025);
+/// The latents of SDXL's VAE.
+const SDXL: LatentFormat = LatentFormat {
+    scaling_factor: 0.13025,
+    ..STABLE_DIFFUSION
+};
 /// The same shares of its latents and, last, a constant: those that are published with ComfyUI
 /// (comfy/latent_formats.py).
 const SDXL_SHARES: [[f32; 3]; 5] = [
@@ -25,8 +32,12 @@ const SDXL_SHARES: [[f32; 3]; 5] = [
     [-0.3165, -0.2492, -0.2188],
     [0.1084, -0.0175, -0.0011],
 ];
-/// Of the embedded model's VAE.
-const MINI: (usize, f64) = (32, 0.7492);
+/// The latents of the embedded model's VAE.
+const MINI: LatentFormat = LatentFormat {
+    channels: 32,
+    scaling_factor: 0.7492,
+    shift_factor: 0.0,
+};
 /// Fitted by `assets/mini/preview.py`: a row for each value of [4, 4, 3], with a share for each
 /// latent and a constant.
 const MINI_ROWS: &str = include_str!("../../assets/mini/preview.json");
@@ -42,23 +53,26 @@ impl PreviewMap {
     /// The map of a VAE's latents, if one is known. TAESD's own scale does not tell whose latents
     /// it decodes: those of its model, which may be of SDXL's family.
     pub fn of(vae: &Autoencoder, is_sdxl: bool) -> Option<Self> {
-        let known = match vae {
-            Autoencoder::Kl(vae) => (vae.latent_channels, vae.scaling_factor),
-            Autoencoder::Tiny(vae) => (
-                vae.latent_channels,
-                if is_sdxl { SDXL.1 } else { STABLE_DIFFUSION.1 },
-            ),
+        let format = match vae {
+            Autoencoder::Kl(vae) => vae.latent_format(),
+            Autoencoder::Tiny(vae) => LatentFormat {
+                channels: vae.latent_channels,
+                ..if is_sdxl { SDXL } else { STABLE_DIFFUSION }
+            },
         };
-        match known {
-            STABLE_DIFFUSION => Some(Self::of_shares(&SHARES, [0.0; 3])),
-            SDXL => SDXL_SHARES
+        if format == STABLE_DIFFUSION {
+            Some(Self::of_shares(&SHARES, [0.0; 3]))
+        } else if format == SDXL {
+            SDXL_SHARES
                 .split_last()
-                .map(|(constant, shares)| Self::of_shares(shares, *constant)),
-            MINI => Some(Self {
+                .map(|(constant, shares)| Self::of_shares(shares, *constant))
+        } else if format == MINI {
+            Some(Self {
                 side: 4,
                 rows: serde_json::from_str(MINI_ROWS).ok()?,
-            }),
-            _ => None,
+            })
+        } else {
+            None
         }
     }
 

@@ -10,8 +10,8 @@ use super::fingerprint::Trace;
 use super::guidance::Guidance;
 use super::job::Job;
 use crate::model::{AddedCond, Conditioning};
-use crate::text::encoder::{Embedded, Encoder};
-use crate::text::prompt::{Changing, Syntax};
+use crate::text::encoder::{PromptEmbeds, PromptEncoder};
+use crate::text::prompt::{ScheduledPrompt, Syntax};
 use anyhow::{Context, Error, Result};
 use candle_core::Tensor;
 use std::collections::HashMap;
@@ -36,7 +36,7 @@ struct Text {
 /// The embeddings of the texts that a model reads in a run.
 pub struct PromptCache<'a> {
     pub config: &'a ModelConfig,
-    embeds: HashMap<Key, Embedded>,
+    embeds: HashMap<Key, PromptEmbeds>,
 }
 
 impl<'a> PromptCache<'a> {
@@ -76,7 +76,7 @@ impl<'a> PromptCache<'a> {
             .map(|part| &part.prompt)
             .chain(job.prompts.to.iter().map(|(to, _)| to));
         let positive = prompts
-            .flat_map(Changing::texts)
+            .flat_map(ScheduledPrompt::texts)
             .map(|text| self.positive(job, text));
         negative.into_iter().flatten().chain(positive).collect()
     }
@@ -92,7 +92,7 @@ impl<'a> PromptCache<'a> {
     pub fn encode<'j>(
         &mut self,
         jobs: impl Iterator<Item = &'j Job>,
-        encoder: &Encoder,
+        encoder: &PromptEncoder,
         events: &Events,
     ) -> Result<()> {
         let mut before = std::mem::take(&mut self.embeds);
@@ -106,7 +106,7 @@ impl<'a> PromptCache<'a> {
                 (None, Some((text, skip, syntax))) => {
                     let (embedded, cut) = encoder.encode(text, *skip, *syntax)?;
                     if let Some(cut) = cut {
-                        let tokens = embedded.context.dim(1)?;
+                        let tokens = embedded.prompt_embeds.dim(1)?;
                         events.warn(format!(
                             "the prompt is longer than {tokens} tokens; this was cut off: {cut}"
                         ));
@@ -119,29 +119,29 @@ impl<'a> PromptCache<'a> {
         Ok(())
     }
 
-    fn embedded(&self, key: &Key) -> Result<&Embedded> {
+    fn embedded(&self, key: &Key) -> Result<&PromptEmbeds> {
         self.embeds.get(key).context("a prompt was not encoded")
     }
 
     /// A text's embedding padded to `tokens` by repetition: keys and values that are there twice
     /// change no attention.
-    fn get(&self, text: &Text, tokens: usize) -> Result<Embedded> {
-        let repeated = |key: &Key| -> Result<Embedded> {
+    fn get(&self, text: &Text, tokens: usize) -> Result<PromptEmbeds> {
+        let repeated = |key: &Key| -> Result<PromptEmbeds> {
             let embeds = self.embedded(key)?;
-            let own = embeds.context.dim(1)?;
-            let context = if own == tokens {
-                embeds.context.clone()
+            let own = embeds.prompt_embeds.dim(1)?;
+            let prompt_embeds = if own == tokens {
+                embeds.prompt_embeds.clone()
             } else {
-                embeds.context.repeat((1, tokens / own, 1))?
+                embeds.prompt_embeds.repeat((1, tokens / own, 1))?
             };
-            Ok(Embedded {
-                context,
+            Ok(PromptEmbeds {
+                prompt_embeds,
                 ..embeds.clone()
             })
         };
         let embedded = repeated(&text.key)?;
         match &text.to {
-            Some((to, weight)) => Ok(embedded.toward(&repeated(to)?, *weight)?),
+            Some((to, weight)) => Ok(embedded.lerp(&repeated(to)?, *weight)?),
             None => Ok(embedded),
         }
     }
@@ -150,7 +150,7 @@ impl<'a> PromptCache<'a> {
     pub fn tokens(&self, job: &Job) -> Result<usize> {
         let mut all = 1;
         for key in self.keys(job) {
-            let tokens = self.embedded(&key)?.context.dim(1)?;
+            let tokens = self.embedded(&key)?.prompt_embeds.dim(1)?;
             all = all / greatest_common_divisor(all, tokens) * tokens;
         }
         Ok(all)
@@ -171,7 +171,7 @@ impl<'a> PromptCache<'a> {
             if let Some(text) = text {
                 let tokens = match &text.to {
                     Some(_) => self.tokens(job)?,
-                    None => self.embedded(&text.key)?.context.dim(1)?,
+                    None => self.embedded(&text.key)?.prompt_embeds.dim(1)?,
                 };
                 trace.text(nth, by_refiner, &self.get(text, tokens)?)?;
             }
@@ -187,7 +187,7 @@ impl<'a> PromptCache<'a> {
         let parts = first.prompts.parts.len();
         let negatives = first.guidance.passes().saturating_sub(parts);
         let row = |job: &Job, row: usize| {
-            let at = |prompt: &Changing| prompt.at(step).clone();
+            let at = |prompt: &ScheduledPrompt| prompt.at(step).clone();
             match row
                 .checked_sub(negatives)
                 .and_then(|i| job.prompts.parts.get(i))
@@ -232,10 +232,13 @@ impl<'a> PromptCache<'a> {
             .iter()
             .map(|text| self.get(text, tokens))
             .collect::<Result<Vec<_>>>()?;
-        let contexts: Vec<&Tensor> = embedded.iter().map(|embedded| &embedded.context).collect();
+        let contexts: Vec<&Tensor> = embedded
+            .iter()
+            .map(|embedded| &embedded.prompt_embeds)
+            .collect();
         let pooled: Vec<&Tensor> = embedded
             .iter()
-            .filter_map(|embedded| embedded.pooled.as_ref())
+            .filter_map(|embedded| embedded.pooled_prompt_embeds.as_ref())
             .collect();
         let numbers = |(job, Text { is_negative, .. }): (&&Job, &Text)| match (
             job.settings.sizes(),

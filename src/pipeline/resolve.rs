@@ -7,12 +7,11 @@ use super::guidance::Guidance;
 use super::inpaint::InitImageFinder;
 use super::job::Job;
 use super::options::{JobOptions, VaeTiling};
-use super::settings::{Tile, Hires, PromptBlend, Settings, UsedEmbedding};
+use super::settings::{Hires, PromptBlend, Settings, Tile, UsedEmbedding};
 use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::{Plan, Prediction, Schedule, plan, plan_from_picture};
+use crate::sampling::{Prediction, Sampler, SamplingPlan, Schedule, plan, plan_img2img};
 use crate::text::prompt::{Prompts, Syntax};
 use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result, bail};
@@ -47,7 +46,13 @@ impl Params {
     /// An image of this prompt, with seed 0.
     pub fn new(prompt: impl Into<Arc<str>>) -> Self {
         let (prompt, seed, options) = (prompt.into(), 0, Arc::default());
-        Self { prompt, seed, blend: None, variation: None, options }
+        Self {
+            prompt,
+            seed,
+            blend: None,
+            variation: None,
+            options,
+        }
     }
 
     /// The seed of the noise. The same seed gives the same image, alone or in any batch.
@@ -124,9 +129,9 @@ struct PlanKey {
 /// The sampling plans of a job, in the order of [`Job`].
 #[derive(Clone)]
 struct Plans {
-    base: Arc<Plan>,
-    refiner: Option<Arc<Plan>>,
-    hires: Option<Arc<Plan>>,
+    base: Arc<SamplingPlan>,
+    refiner: Option<Arc<SamplingPlan>>,
+    hires: Option<Arc<SamplingPlan>>,
 }
 
 /// Resolves the images of a run, which share plans, parsed prompts and source images.
@@ -469,7 +474,7 @@ impl<'a> Resolver<'a> {
         let takes_all_steps = config.base.backbone.embeds_guidance();
         let from_image = |strength| {
             let all = takes_all_steps;
-            plan_from_picture(&scheduler, sampler, schedule, steps, eta, strength, all)
+            plan_img2img(&scheduler, sampler, schedule, steps, eta, strength, all)
         };
         let whole = match key.strength {
             Some(strength) => from_image(strength)?,

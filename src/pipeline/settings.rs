@@ -2,11 +2,10 @@
 
 use super::fingerprint::Trace;
 use crate::image::load::Fit;
-use crate::image::{MAX_SIDE_PX, Metadata, Parameters, a1111_sampler, a1111_schedule, parameters};
+use crate::image::{MAX_SIDE_PX, Metadata, Parameters, parameters};
 use crate::nn::PaddingMode;
 use crate::sampling::noise::Variation;
-use crate::sampling::sampler::Sampler;
-use crate::sampling::schedule::{Prediction, Schedule};
+use crate::sampling::{Prediction, Sampler, Schedule};
 use crate::text::prompt::Syntax;
 use crate::weights::{Checkpoint, Merge};
 use anyhow::Result;
@@ -122,7 +121,7 @@ impl Merged {
         let one = |Merge {
                        other,
                        minus,
-                       share,
+                       weight,
                    }: &Merge| {
             let minus_hash = minus
                 .as_ref()
@@ -133,7 +132,7 @@ impl Merged {
             Ok(Self {
                 model,
                 hash,
-                share: *share,
+                share: *weight,
                 minus: minus.as_ref().map(|minus| minus.name.as_str().into()),
                 minus_hash,
             })
@@ -487,8 +486,8 @@ impl Settings {
             prompt: &self.prompt,
             negative: &self.negative,
             steps: self.steps,
-            sampler: a1111_sampler(self.sampler),
-            schedule: self.schedule.map(a1111_schedule),
+            sampler: self.sampler.spec().a1111,
+            schedule: self.schedule.map(|schedule| schedule.spec().a1111),
             guidance: self.guidance,
             seed: self.seed,
             width: self.width,

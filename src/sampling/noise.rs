@@ -2,7 +2,7 @@
 //!
 //! A seed is a promise: the same seed starts from the same noise as
 //! `torch.Generator("cpu").manual_seed(seed)` and `torch.randn`, on every device. The module hides
-//! the Mersenne Twister (Matsumoto and Nishimura 1998) and torch's two ways of turning its output
+//! torch's two ways of turning the output of the Mersenne Twister (Matsumoto and Nishimura 1998)
 //! into normals (ATen's `DistributionTemplates.h` and `DistributionsHelper.h`): blocks of sixteen
 //! values for sixteen and more, one double-precision pair at a time for fewer. Uniform draws are
 //! equal bit for bit; normals to a few units in the last place, because torch itself rounds
@@ -16,87 +16,41 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{DType, Device, Result, Tensor};
+use rand_mt::Mt;
 use serde::{Deserialize, Serialize};
 
-/// Words of state of MT19937.
-const STATE: usize = 624;
-/// The offset of the word that each word is mixed with.
-const SHIFT: usize = 397;
 /// Values that torch's vectorised Box-Muller transform makes together.
 const BLOCK: usize = 16;
 /// Cosine beyond which the angle between two noises is too small to divide by its sine: A1111's.
 const NEARLY_PARALLEL: f64 = 0.9995;
 
-/// MT19937 with torch's seeding: the low 32 bits of the seed, Knuth's multiplier.
-struct MersenneTwister {
-    state: [u32; STATE],
-    next: usize,
+/// A float uniform in 0..1, made of 24 bits as torch makes it.
+fn uniform_f32(bits: &mut Mt) -> f32 {
+    (bits.next_u32() & 0x00ff_ffff) as f32 / 16_777_216.0
 }
 
-impl MersenneTwister {
-    fn new(seed: u64) -> Self {
-        let mut state = [0; STATE];
-        let mut word = (seed & 0xffff_ffff) as u32;
-        for (i, slot) in state.iter_mut().enumerate() {
-            if i > 0 {
-                word = 1_812_433_253_u32
-                    .wrapping_mul(word ^ (word >> 30))
-                    .wrapping_add(i as u32);
-            }
-            *slot = word;
-        }
-        Self { state, next: STATE }
-    }
-
-    fn refill(&mut self) {
-        for i in 0..STATE {
-            let joined =
-                (self.state[i] & 0x8000_0000) | (self.state[(i + 1) % STATE] & 0x7fff_ffff);
-            let mixed = if joined & 1 == 1 { 0x9908_b0df } else { 0 };
-            self.state[i] = self.state[(i + SHIFT) % STATE] ^ (joined >> 1) ^ mixed;
-        }
-        self.next = 0;
-    }
-
-    /// The next 32 uniform bits.
-    fn bits32(&mut self) -> u32 {
-        if self.next == STATE {
-            self.refill();
-        }
-        let mut word = self.state[self.next];
-        self.next += 1;
-        word ^= word >> 11;
-        word ^= (word << 7) & 0x9d2c_5680;
-        word ^= (word << 15) & 0xefc6_0000;
-        word ^ (word >> 18)
-    }
-
-    /// A float uniform in 0..1, made of 24 bits.
-    fn uniform_f32(&mut self) -> f32 {
-        (self.bits32() & 0x00ff_ffff) as f32 / 16_777_216.0
-    }
-
-    /// A double uniform in 0..1, made of 53 bits: the first word drawn is the high one.
-    fn uniform_f64(&mut self) -> f64 {
-        let high = u64::from(self.bits32());
-        let bits = (high << 32) | u64::from(self.bits32());
-        (bits & ((1 << 53) - 1)) as f64 / 9_007_199_254_740_992.0
-    }
+/// A double uniform in 0..1, made of 53 bits as torch makes it: the first word drawn is the high
+/// one.
+fn uniform_f64(bits: &mut Mt) -> f64 {
+    let high = u64::from(bits.next_u32());
+    let word = (high << 32) | u64::from(bits.next_u32());
+    (word & ((1 << 53) - 1)) as f64 / 9_007_199_254_740_992.0
 }
 
-/// Another seed, and how far the first noise of a picture goes towards that seed's. A1111's
-/// variation seed does so for each column of the latents by itself; at 512x512 its noise is 0.02
-/// (strength 0.1) to 0.06 (0.5) of a unit from ours.
+/// A1111's variation seed: another seed, and how far the initial noise of an image is moved towards
+/// that seed's. A1111 interpolates each column of the latents by itself; at 512x512 its noise is
+/// 0.02 (strength 0.1) to 0.06 (0.5) of a unit from ours.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Variation {
+    /// The other seed.
     pub seed: u64,
-    /// 0 to 1: all the way
+    /// The weight of its noise, 0 to 1.
     pub strength: f64,
 }
 
 impl Variation {
-    /// Takes the first noise of a picture [1, h, w, c] that far.
+    /// Moves the initial noise of one image, [1, h, w, c]. Errors are those of the tensors.
     pub fn of(self, noise: &Tensor) -> Result<Tensor> {
         let (_, h, w, c) = noise.dims4()?;
         slerp(
@@ -147,7 +101,7 @@ impl From<Variation> for String {
 
 /// A source of normal noise equal to `torch.Generator("cpu").manual_seed(seed)`.
 pub struct Generator {
-    bits: MersenneTwister,
+    bits: Mt,
     /// The second normal of the last double-precision pair, kept for the next short draw.
     spare: Option<f64>,
 }
@@ -156,7 +110,7 @@ impl Generator {
     /// Starts from a seed. Like torch's twister, only its low 32 bits count.
     pub fn new(seed: u64) -> Self {
         Self {
-            bits: MersenneTwister::new(seed),
+            bits: Mt::new(seed as u32),
             spare: None,
         }
     }
@@ -166,19 +120,19 @@ impl Generator {
         if n < BLOCK {
             return (0..n).map(|_| self.normal() as f32).collect();
         }
-        let mut values: Vec<f32> = (0..n).map(|_| self.bits.uniform_f32()).collect();
+        let mut values: Vec<f32> = (0..n).map(|_| uniform_f32(&mut self.bits)).collect();
         let mut blocks = values.chunks_exact_mut(BLOCK);
         blocks.by_ref().for_each(box_muller);
         if !n.is_multiple_of(BLOCK) {
             // torch draws the last sixteen values anew, over what the full blocks left there
             let tail = &mut values[n - BLOCK..];
-            tail.fill_with(|| self.bits.uniform_f32());
+            tail.fill_with(|| uniform_f32(&mut self.bits));
             box_muller(tail);
         }
         values
     }
 
-    /// The noise of one picture, drawn as `torch.randn((1, c, h, w))`, laid out `[1, h, w, c]`.
+    /// The noise of one image, drawn as `torch.randn((1, c, h, w))`, laid out `[1, h, w, c]`.
     /// Errors if the tensor cannot be made.
     pub fn latents(&mut self, h: usize, w: usize, c: usize) -> Result<Tensor> {
         let noise = self.randn(c * h * w);
@@ -192,29 +146,29 @@ impl Generator {
         if let Some(spare) = self.spare.take() {
             return spare;
         }
-        let angle = TAU * self.bits.uniform_f64();
-        let radius = (-2.0 * (-self.bits.uniform_f64()).ln_1p()).sqrt();
+        let angle = TAU * uniform_f64(&mut self.bits);
+        let radius = (-2.0 * (-uniform_f64(&mut self.bits)).ln_1p()).sqrt();
         self.spare = Some(radius * angle.sin());
         radius * angle.cos()
     }
 }
 
-/// Spherical interpolation (Shoemake 1985) between two tensors, each seen as one vector: `a` at 0,
-/// `b` at 1, and between them as long as they are, where their mean would be too short to be unit
-/// noise. Of nearly parallel ones the mean.
-fn slerp(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
+/// Interpolates spherically (Shoemake 1985) between two tensors, each seen as one vector: `a` at
+/// weight 0, `b` at 1, and in between a vector of their length, where a weighted mean would be too
+/// short to be unit noise. Nearly parallel ones are averaged.
+fn slerp(a: &Tensor, b: &Tensor, weight: f64) -> Result<Tensor> {
     let wide = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let dot = |a: &Tensor, b: &Tensor| -> Result<f64> {
         (wide(a)? * wide(b)?)?.sum_all()?.to_scalar::<f64>()
     };
     let cosine = dot(a, b)? / (dot(a, a)? * dot(b, b)?).sqrt();
     let (of_a, of_b) = if cosine > NEARLY_PARALLEL {
-        (1.0 - share, share)
+        (1.0 - weight, weight)
     } else {
         let angle = cosine.acos();
         (
-            ((1.0 - share) * angle).sin() / angle.sin(),
-            (share * angle).sin() / angle.sin(),
+            ((1.0 - weight) * angle).sin() / angle.sin(),
+            (weight * angle).sin() / angle.sin(),
         )
     };
     (a * of_a)? + (b * of_b)?

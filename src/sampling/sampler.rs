@@ -1,217 +1,29 @@
 //! Samplers: from noise to latents, one function per algorithm.
 //!
-//! Each walks the noise levels of a [`Plan`] in the form x = x0 + sigma * noise, asks `denoise`
-//! for x0 and draws unit normals from `noise`. Where diffusers has the sampler, the latents after
-//! every evaluation of the network are diffusers' own, else k-diffusion's. History belongs to one
-//! call: nothing is kept between runs. The module hides the arithmetic of the solvers.
+//! Each walks the noise levels of a [`SamplingPlan`] in the form x = x0 + sigma * noise, asks
+//! `denoise` for x0 and draws unit normals from `noise`. Where diffusers has the sampler, the
+//! latents after every evaluation of the network are diffusers' own, else k-diffusion's. History
+//! belongs to one call: nothing is kept between runs. The module hides the arithmetic of the
+//! solvers.
 //!
-//! Read next: `schedule`, which makes the plan.
+//! Read next: `plan`, which lays out the levels.
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::str::FromStr;
 
-use anyhow::Context;
 use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
 
-use crate::sampling::schedule::{Algorithm, Plan, Prediction, SolverType, ancestral_step};
-
-/// The algorithms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(into = "&str", try_from = "String")]
-pub enum Sampler {
-    /// Song et al. 2020 (arXiv 2010.02502).
-    Ddim,
-    /// Liu et al. 2022 (arXiv 2202.09778), also known as PLMS.
-    Pndm,
-    /// Karras et al. 2022 (arXiv 2206.00364), algorithm 2 without churn.
-    Euler,
-    /// Euler with noise added back after each step (k-diffusion).
-    EulerA,
-    /// DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095).
-    Dpmpp2m,
-    /// SDE-DPM-Solver++(2M), same paper.
-    Dpmpp2mSde,
-    /// DPM-Solver++ for the stochastic equation, single step (k-diffusion).
-    DpmppSde,
-    /// SDE-DPM-Solver++ of third order.
-    Dpmpp3mSde,
-    /// DPM-Solver++(2S) with noise added back after each step (k-diffusion).
-    Dpmpp2sA,
-    /// Karras et al. 2022, algorithm 1.
-    Heun,
-    /// DPM-Solver-2, Lu et al. 2022 (arXiv 2206.00927), as Karras et al. write it.
-    Dpm2,
-    /// DPM-Solver-2 with noise added back after each step.
-    Dpm2A,
-    /// Linear multistep, of order four (k-diffusion).
-    Lms,
-    /// Zhao et al. 2023 (arXiv 2302.04867).
-    UniPc,
-    /// Zhang and Chen 2022 (arXiv 2204.13902).
-    Deis,
-    /// Ho et al. 2020 (arXiv 2006.11239).
-    Ddpm,
-    /// Luo et al. 2023 (arXiv 2310.04378).
-    Lcm,
-    /// Zheng et al. 2024 (arXiv 2402.19159).
-    Tcd,
-}
-
-impl Sampler {
-    /// Every sampler, in the order of the help text.
-    pub const ALL: [Self; 18] = [
-        Self::Ddim,
-        Self::Pndm,
-        Self::Euler,
-        Self::EulerA,
-        Self::Dpmpp2m,
-        Self::Dpmpp2mSde,
-        Self::DpmppSde,
-        Self::Dpmpp3mSde,
-        Self::Dpmpp2sA,
-        Self::Heun,
-        Self::Dpm2,
-        Self::Dpm2A,
-        Self::Lms,
-        Self::UniPc,
-        Self::Deis,
-        Self::Ddpm,
-        Self::Lcm,
-        Self::Tcd,
-    ];
-
-    /// The name on the command line, then what else people write, as [`simplify`] leaves it.
-    fn names(self) -> &'static [&'static str] {
-        match self {
-            Self::Ddim => &["ddim"],
-            Self::Pndm => &["pndm", "plms"],
-            Self::Euler => &["euler", "keuler"],
-            Self::EulerA => &["euler-a", "eulerancestral", "keulera", "keulerancestral"],
-            Self::Dpmpp2m => &["dpmpp-2m", "kdpmpp2m", "dpmsolver", "dpmsolverpp", "dpmpp"],
-            Self::Dpmpp2mSde => &["dpmpp-2m-sde", "kdpmpp2msde"],
-            Self::DpmppSde => &["dpmpp-sde", "kdpmppsde"],
-            Self::Dpmpp3mSde => &["dpmpp-3m-sde", "kdpmpp3msde"],
-            Self::Dpmpp2sA => &[
-                "dpmpp-2s-a",
-                "dpmpp2sancestral",
-                "kdpmpp2sa",
-                "kdpmpp2sancestral",
-            ],
-            Self::Heun => &["heun", "kheun"],
-            Self::Dpm2 => &["dpm2", "kdpm2"],
-            Self::Dpm2A => &["dpm2-a", "dpm2ancestral", "kdpm2a", "kdpm2ancestral"],
-            Self::Lms => &["lms", "klms"],
-            Self::UniPc => &["unipc"],
-            Self::Deis => &["deis"],
-            Self::Ddpm => &["ddpm"],
-            Self::Lcm => &["lcm"],
-            Self::Tcd => &["tcd"],
-        }
-    }
-
-    /// As `--sampler` takes it.
-    pub fn name(self) -> &'static str {
-        self.names()[0]
-    }
-
-    /// The class of diffusers that this sampler equals, where there is one.
-    pub(crate) fn class(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Ddim => "DDIMScheduler",
-            Self::Pndm => "PNDMScheduler",
-            Self::Euler => "EulerDiscreteScheduler",
-            Self::EulerA => "EulerAncestralDiscreteScheduler",
-            Self::Dpmpp2m | Self::Dpmpp2mSde | Self::Dpmpp3mSde => "DPMSolverMultistepScheduler",
-            Self::DpmppSde => "DPMSolverSDEScheduler",
-            Self::Dpmpp2sA => return None,
-            Self::Heun => "HeunDiscreteScheduler",
-            Self::Dpm2 => "KDPM2DiscreteScheduler",
-            Self::Dpm2A => "KDPM2AncestralDiscreteScheduler",
-            Self::Lms => "LMSDiscreteScheduler",
-            Self::UniPc => "UniPCMultistepScheduler",
-            Self::Deis => "DEISMultistepScheduler",
-            Self::Ddpm => "DDPMScheduler",
-            Self::Lcm => "LCMScheduler",
-            Self::Tcd => "TCDScheduler",
-        })
-    }
-
-    /// Whether the network runs twice in every step but the last.
-    pub(crate) fn is_two_stage(self) -> bool {
-        matches!(
-            self,
-            Self::Heun | Self::Dpm2 | Self::Dpm2A | Self::DpmppSde | Self::Dpmpp2sA
-        )
-    }
-}
-
-impl fmt::Display for Sampler {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl From<Sampler> for &str {
-    fn from(sampler: Sampler) -> Self {
-        sampler.name()
-    }
-}
-
-impl TryFrom<String> for Sampler {
-    type Error = anyhow::Error;
-
-    fn try_from(name: String) -> anyhow::Result<Self> {
-        name.parse()
-    }
-}
-
-impl FromStr for Sampler {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        let wanted = simplify(text);
-        let found = Self::ALL
-            .into_iter()
-            .find(|sampler| sampler.names().iter().any(|name| simplify(name) == wanted));
-        found.with_context(|| {
-            let close = nearest(&wanted, Self::ALL.iter().map(|sampler| sampler.names()[0]));
-            format!("unknown sampler `{text}`\n\nhint: did you mean {close}?")
-        })
-    }
-}
-
-/// Lower case, `+` as `p`, letters and digits only: `DPM++ 2M` and `dpmpp_2m` become one.
-fn simplify(name: &str) -> String {
-    name.to_lowercase()
-        .replace('+', "p")
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric())
-        .collect()
-}
-
-/// The three nearest of some names to a mistyped one: "`a`, `b` or `c`".
-pub(crate) fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> String {
-    let mut names: Vec<&str> = names.collect();
-    names.sort_by_key(|name| strsim::levenshtein(&simplify(wanted), &simplify(name)));
-    match names[..] {
-        [a, b, c, ..] => format!("`{a}`, `{b}` or `{c}`"),
-        _ => names.join(", "),
-    }
-}
+use crate::sampling::plan::{SamplingPlan, ancestral_step};
+use crate::sampling::scheduler_config::{Algorithm, SolverType};
 
 /// What a caller sees after each evaluation of the network.
 pub struct Step<'a> {
-    /// From 0.
+    /// The evaluation, counted from 0.
     pub index: usize,
-    /// How many evaluations there are.
-    pub total: usize,
-    /// [b, h, w, c], scaled as diffusers' scheduler of this sampler scales them.
+    /// The noisy latents, [b, h, w, c], scaled as diffusers' scheduler of this sampler scales them.
     pub latents: &'a Tensor,
-    /// The noise level that the next evaluation takes `latents` for; 0 where none comes.
+    /// The noise level at which the next evaluation takes `latents`; 0 after the last one.
     pub sigma: f64,
-    /// The network's present guess of the finished latents, [b, h, w, c].
+    /// The network's estimate of the finished latents, [b, h, w, c].
     pub denoised: &'a Tensor,
 }
 
@@ -219,15 +31,15 @@ type Denoise<'a> = dyn FnMut(&Tensor, f64, f64) -> Result<Tensor> + 'a;
 type Noise<'a> = dyn FnMut() -> Result<Tensor> + 'a;
 type OnStep<'a> = dyn FnMut(&Step) -> Result<Option<Tensor>> + 'a;
 
-/// Walks a plan.
+/// Runs the sampler of a plan from noise to latents.
 ///
-/// `x` is unit noise times [`Plan::init_noise_sigma`], f32, [b, h, w, c].
+/// `x` is unit noise times [`SamplingPlan::init_noise_sigma`], f32, [b, h, w, c].
 /// `denoise(x, sigma, timestep)` gives x0 for x = x0 + sigma * noise. `noise()` gives unit normals
 /// like `x`, asked for in diffusers' order. `on_step` sees the latents after every evaluation, and
 /// may put others in their place. Returns the latents that diffusers would decode. Errors are those
 /// of the closures and of the tensors.
 pub fn sample(
-    plan: &Plan,
+    plan: &SamplingPlan,
     x: Tensor,
     denoise: &mut dyn FnMut(&Tensor, f64, f64) -> Result<Tensor>,
     noise: &mut dyn FnMut() -> Result<Tensor>,
@@ -240,59 +52,52 @@ pub fn sample(
         on_step,
         done: 0,
     };
-    let x = match plan.sampler {
-        Sampler::Ddim => ddim(&mut run, x),
-        Sampler::Pndm => pndm(&mut run, x),
-        Sampler::Euler => euler(&mut run, x),
-        Sampler::EulerA => euler_ancestral(&mut run, x),
-        Sampler::Dpmpp2m | Sampler::Dpmpp2mSde | Sampler::Dpmpp3mSde => dpm_multistep(&mut run, x),
-        Sampler::DpmppSde => dpmpp_sde(&mut run, x),
-        Sampler::Dpmpp2sA => dpmpp_2s_ancestral(&mut run, x),
-        Sampler::Heun => heun(&mut run, x),
-        Sampler::Dpm2 | Sampler::Dpm2A => dpm2(&mut run, x),
-        Sampler::Lms => lms(&mut run, x),
-        Sampler::UniPc => unipc(&mut run, x),
-        Sampler::Deis => deis(&mut run, x),
-        Sampler::Ddpm => ddpm(&mut run, x),
-        Sampler::Lcm => lcm(&mut run, x),
-        Sampler::Tcd => tcd(&mut run, x),
-    }?;
+    let x = (plan.sampler.spec().run)(&mut run, x)?;
     let end = plan.sigmas.last().copied().unwrap_or(0.0);
-    match plan.is_variance_preserving() && end > 0.0 {
-        true => x / end.hypot(1.0),
-        false => Ok(x),
+    if plan.sampler.spec().is_variance_preserving() && end > 0.0 {
+        x / end.hypot(1.0)
+    } else {
+        Ok(x)
     }
 }
 
-/// The caller's closures, and how far the run is.
-struct Run<'a> {
-    plan: &'a Plan,
+/// One run of a sampler: its plan, the caller's closures, and how far it is.
+///
+/// A sampler asks [`Run::denoised_at`] for an estimate of x0 at each level of the plan, and calls
+/// [`Run::report`] once after every evaluation of the network.
+pub(super) struct Run<'a> {
+    plan: &'a SamplingPlan,
+    /// (x, sigma, timestep) to x0.
     denoise: &'a mut Denoise<'a>,
+    /// Unit normals like x.
     noise: &'a mut Noise<'a>,
+    /// Sees the latents after every evaluation, and may replace them.
     on_step: &'a mut OnStep<'a>,
+    /// Evaluations of the network so far.
     done: usize,
 }
 
 impl Run<'_> {
+    /// Estimates x0 between the levels of the plan.
     fn denoised(&mut self, x: &Tensor, sigma: f64, timestep: f64) -> Result<Tensor> {
         (self.denoise)(x, sigma, timestep)
     }
 
-    /// x0 at level i of the plan.
+    /// Estimates x0 at level i of the plan.
     fn denoised_at(&mut self, x: &Tensor, i: usize) -> Result<Tensor> {
         (self.denoise)(x, self.plan.sigmas[i], self.plan.timesteps[i])
     }
 
-    /// Tells the caller of `x` at noise level `sigma`, after one evaluation, and goes on with what
-    /// it makes of that.
+    /// Shows the caller `x`, at noise level `sigma`, after one evaluation. Returns it, or what the
+    /// caller puts in its place.
     fn report(&mut self, x: Tensor, sigma: f64, denoised: &Tensor) -> Result<Tensor> {
         let (plan, index, total) = (self.plan, self.done, self.plan.evaluations());
         let scale = plan.latents_scale(sigma);
-        let next = match plan.sampler.is_two_stage() {
-            // between two levels
-            true => sigma,
+        let next = if plan.sampler.spec().is_two_stage() {
+            sigma // may lie between two levels
+        } else {
             // not always `sigma`: PNDM begun late evaluates at other levels than it reaches
-            false => plan.sigmas.get(index + 1).copied().unwrap_or(0.0),
+            plan.sigmas.get(index + 1).copied().unwrap_or(0.0)
         };
         let latents = if scale == 1.0 {
             x.clone()
@@ -303,7 +108,6 @@ impl Run<'_> {
         self.done += 1;
         match (self.on_step)(&Step {
             index,
-            total,
             latents: &latents,
             sigma: next,
             denoised,
@@ -313,14 +117,16 @@ impl Run<'_> {
         }
     }
 
-    /// x + sigma * fresh noise; none is drawn for sigma 0.
+    /// Adds sigma * fresh noise to x; draws none for sigma 0.
     fn add_noise(&mut self, x: Tensor, sigma: f64) -> Result<Tensor> {
-        match sigma > 0.0 {
-            true => sum(&[(1.0, &x), (sigma, &(self.noise)()?)]),
-            false => Ok(x),
+        if sigma > 0.0 {
+            sum(&[(1.0, &x), (sigma, &(self.noise)()?)])
+        } else {
+            Ok(x)
         }
     }
 
+    /// Clips estimated latents to the plan's range, if it has one.
     fn clip(&self, denoised: &Tensor) -> Result<Tensor> {
         match self.plan.clip {
             Some(range) => denoised.clamp(-range, range),
@@ -341,13 +147,13 @@ fn sum(terms: &[(f64, &Tensor)]) -> Result<Tensor> {
     Ok(total)
 }
 
-/// (x - denoised) / sigma: the noise in x, which is also dx/dsigma of the ODE.
+/// The noise in x, (x - denoised) / sigma, which is also dx/dsigma of the ODE.
 fn derivative(x: &Tensor, denoised: &Tensor, sigma: f64) -> Result<Tensor> {
     (x - denoised)? / sigma
 }
 
 /// Euler's method on dx/dsigma, Karras et al. 2022.
-fn euler(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn euler(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan
         .sigmas
@@ -365,7 +171,7 @@ fn euler(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 }
 
 /// Euler's method down to less noise than the next level has, then fresh noise up to it.
-fn euler_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn euler_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
@@ -380,7 +186,7 @@ fn euler_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 }
 
 /// Song et al. 2020, eq. 12. Clipping changes x0 but not the noise, as in diffusers.
-fn ddim(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn ddim(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = plan.transfers.get(i).copied().unwrap_or((pair[0], pair[1]));
@@ -400,7 +206,7 @@ fn ddim(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 }
 
 /// Ho et al. 2020, algorithm 2, on a subset of the timesteps.
-fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
@@ -408,16 +214,15 @@ fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let denoised = run.clip(&denoised)?;
         let kept = (next / sigma).powi(2);
         x = sum(&[(1.0 - kept, &denoised), (kept, &x)])?;
-        let spread = match plan.large_variance {
+        let std = if plan.large_variance {
             // beta of the step, 1 - alpha / alpha_next, over alpha_next
-            true => {
-                let ratio = (1.0 + next * next) / (1.0 + sigma * sigma);
-                ((1.0 - ratio) * (1.0 + next * next)).sqrt()
-            }
-            false => ancestral_step(sigma, next, 1.0).1,
+            let ratio = (1.0 + next * next) / (1.0 + sigma * sigma);
+            ((1.0 - ratio) * (1.0 + next * next)).sqrt()
+        } else {
+            ancestral_step(sigma, next, 1.0).1
         };
         if plan.timesteps[i] > 0.0 {
-            x = run.add_noise(x, spread)?;
+            x = run.add_noise(x, std)?;
         }
         x = run.report(x, next, &denoised)?;
     }
@@ -426,7 +231,7 @@ fn ddpm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 
 /// Liu et al. 2022: multistep on the network's output, which is then moved from one noise level
 /// to another. A network that predicts v has its v extrapolated, as in diffusers.
-fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
+pub(super) fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let mut x = (x / plan.sigmas[0].hypot(1.0))?; // variance preserving
     let mut history: VecDeque<Tensor> = VecDeque::new();
@@ -436,7 +241,7 @@ fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
         let sigma = plan.sigmas[i];
         let scaled = (&x * sigma.hypot(1.0))?;
         let denoised = run.denoised_at(&scaled, i)?;
-        let output = network_output(plan.prediction, &scaled, &denoised, sigma)?;
+        let output = network_output(plan, &scaled, &denoised, sigma)?;
         let output = if i < plan.prk_evaluations {
             if i % 4 == 0 {
                 start = x.clone();
@@ -447,7 +252,7 @@ fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
             start = if i == 1 { start } else { x.clone() };
             linear_multistep(&mut history, output, i == 1)?
         };
-        x = move_level(plan.prediction, &start, &output, from, to)?;
+        x = move_level(plan, &start, &output, from, to)?;
         let level = run.report((&x * to.hypot(1.0))?, to, &denoised)?;
         x = (level / to.hypot(1.0))?;
     }
@@ -455,14 +260,14 @@ fn pndm(run: &mut Run, x: Tensor) -> Result<Tensor> {
     x * end.hypot(1.0)
 }
 
-/// What the network itself gave for `denoised`.
+/// The network's output, from the estimate of x0 that was made of it.
 fn network_output(
-    prediction: Prediction,
+    plan: &SamplingPlan,
     x: &Tensor,
     denoised: &Tensor,
     sigma: f64,
 ) -> Result<Tensor> {
-    let scalings = prediction.scalings(sigma);
+    let scalings = plan.scalings(sigma);
     sum(&[
         (-scalings.c_skip / scalings.c_out, x),
         (scalings.c_out.recip(), denoised),
@@ -471,14 +276,14 @@ fn network_output(
 
 /// Moves a variance-preserving x along one network output (Liu et al. 2022, eq. 9).
 fn move_level(
-    prediction: Prediction,
+    plan: &SamplingPlan,
     x: &Tensor,
     output: &Tensor,
     from: f64,
     to: f64,
 ) -> Result<Tensor> {
     let scaled = (x * from.hypot(1.0))?;
-    let scalings = prediction.scalings(from);
+    let scalings = plan.scalings(from);
     let denoised = sum(&[(scalings.c_skip, &scaled), (scalings.c_out, output)])?;
     let slope = derivative(&scaled, &denoised, from)?;
     sum(&[(1.0, &scaled), (to - from, &slope)])? / to.hypot(1.0)
@@ -536,7 +341,7 @@ struct Weights {
 
 /// DPM-Solver++ and DPM-Solver, multistep, for the ODE and the SDE: Lu et al. 2022 (arXiv
 /// 2211.01095), algorithm 2 and appendix; the orders at start and end are diffusers'.
-fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let n = plan.timesteps.len();
     let short = plan.solver.lower_order_final && plan.steps() < 15;
@@ -568,7 +373,7 @@ fn dpm_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 ///
 /// With h the step in -log(sigma), D0 the newest output and D1, D2 the divided differences, the
 /// step is x * c_x + c_0 * D0 + c_1 * D1 + c_2 * D2 + c_n * noise.
-fn dpm_weights(plan: &Plan, i: usize, order: usize) -> Weights {
+fn dpm_weights(plan: &SamplingPlan, i: usize, order: usize) -> Weights {
     let (sigma, next) = (plan.sigmas[i], plan.sigmas[i + 1]);
     let step = |j: usize| (plan.sigmas[i - j] / plan.sigmas[i + 1 - j]).ln();
     let h = step(0);
@@ -623,7 +428,7 @@ fn dpm_weights(plan: &Plan, i: usize, order: usize) -> Weights {
 }
 
 /// Karras et al. 2022, algorithm 1: Euler, then the trapezoid with the slope found there.
-fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
@@ -647,13 +452,8 @@ fn heun(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 
 /// DPM-Solver-2: the slope in the middle of the step, geometric in sigma; the ancestral form
 /// steps to less noise and adds fresh noise.
-fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
-    let eta = if plan.sampler == Sampler::Dpm2A {
-        plan.eta
-    } else {
-        0.0
-    };
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
@@ -666,7 +466,7 @@ fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         }
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         let slope = derivative(&halfway, &denoised, middle)?;
-        let (down, up) = ancestral_step(sigma, next, eta);
+        let (down, up) = ancestral_step(sigma, next, plan.eta);
         x = sum(&[(1.0, &x), (down - sigma, &slope)])?;
         x = run.add_noise(x, up)?;
         x = run.report(x, next, &denoised)?;
@@ -675,7 +475,7 @@ fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 }
 
 /// DPM-Solver++(2S) with ancestral noise, after k-diffusion's `sample_dpmpp_2s_ancestral`.
-fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
@@ -685,18 +485,18 @@ fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         }
         let (down, up) = ancestral_step(sigma, next, plan.eta);
         let middle = plan.middle_sigmas[i];
-        let halfway = shrink(&x, &denoised, middle / sigma)?;
+        let halfway = exponential_step(&x, &denoised, middle / sigma)?;
         let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
-        x = shrink(&x, &denoised, down / sigma)?;
+        x = exponential_step(&x, &denoised, down / sigma)?;
         x = run.add_noise(x, up)?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
 }
 
-/// The exact step of x towards a constant `denoised`.
-fn shrink(x: &Tensor, denoised: &Tensor, ratio: f64) -> Result<Tensor> {
+/// The exact step of x towards a constant `denoised`; `ratio` is the next sigma over the present.
+fn exponential_step(x: &Tensor, denoised: &Tensor, ratio: f64) -> Result<Tensor> {
     sum(&[(ratio, x), (1.0 - ratio, denoised)])
 }
 
@@ -704,7 +504,7 @@ fn shrink(x: &Tensor, denoised: &Tensor, ratio: f64) -> Result<Tensor> {
 ///
 /// Both stages ride one Brownian path over sigma, drawn here from left to right: one unit normal
 /// for the half before the middle, one for the half after it.
-fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
@@ -715,14 +515,17 @@ fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let middle = plan.middle_sigmas[i];
         let first = (run.noise)()?;
         let (down, up) = ancestral_step(sigma, middle, 1.0);
-        let halfway = sum(&[(1.0, &shrink(&x, &denoised, down / sigma)?), (up, &first)])?;
+        let halfway = sum(&[
+            (1.0, &exponential_step(&x, &denoised, down / sigma)?),
+            (up, &first),
+        ])?;
         let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         let second = (run.noise)()?;
         let (before, after) = ((sigma - middle).sqrt(), (middle - next).sqrt());
         let (down, up) = ancestral_step(sigma, next, 1.0);
         let unit = up / (sigma - next).sqrt();
-        let moved = shrink(&x, &denoised, down / sigma)?;
+        let moved = exponential_step(&x, &denoised, down / sigma)?;
         x = sum(&[
             (1.0, &moved),
             (before * unit, &first),
@@ -734,7 +537,7 @@ fn dpmpp_sde(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 }
 
 /// Linear multistep: Adams-Bashforth over uneven sigmas, of order four.
-fn lms(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn lms(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let mut slopes: VecDeque<Tensor> = VecDeque::new();
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
@@ -769,7 +572,7 @@ fn lagrange_integrals(sigmas: &[f64], order: usize, next: f64) -> Vec<f64> {
 
 /// Zhang and Chen 2022, in log(rho): the noise predictions' Lagrange polynomial in log(sigma),
 /// integrated over sigma.
-fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let n = plan.timesteps.len();
     let mut slopes: VecDeque<Tensor> = VecDeque::new();
@@ -817,16 +620,17 @@ fn deis_weight(nodes: &[f64], k: usize, rho: f64) -> f64 {
 }
 
 /// Zhao et al. 2023: a predictor and a corrector that share their evaluations.
-fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn unipc(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     let (n, solver) = (plan.timesteps.len(), &plan.solver);
     let mut history: VecDeque<Tensor> = VecDeque::new(); // newest first
     let mut last: Option<(Tensor, usize)> = None;
     for i in 0..n {
         let denoised = run.denoised_at(&x, i)?;
-        let output = match solver.predict_x0 {
-            true => denoised.clone(),
-            false => derivative(&x, &denoised, plan.sigmas[i])?,
+        let output = if solver.predict_x0 {
+            denoised.clone()
+        } else {
+            derivative(&x, &denoised, plan.sigmas[i])?
         };
         if let Some((before, order)) = last
             .take()
@@ -863,16 +667,16 @@ struct UniPcStep {
 }
 
 impl UniPcStep {
-    fn new(plan: &Plan, i: usize, order: usize) -> Self {
+    fn new(plan: &SamplingPlan, i: usize, order: usize) -> Self {
         let (sigma, next) = (plan.sigmas[i], plan.sigmas[i + 1]);
         let h = (sigma / next).ln();
         let back = |k: usize| (sigma / plan.sigmas[i - k]).ln() / h;
         let mut ratios: Vec<f64> = (1..order).map(back).collect();
         ratios.push(1.0);
-        let hh = if plan.solver.predict_x0 { -h } else { h };
-        let phi_1 = match plan.solver.predict_x0 {
-            true => next / sigma - 1.0,
-            false => sigma / next - 1.0,
+        let (hh, phi_1) = if plan.solver.predict_x0 {
+            (-h, next / sigma - 1.0)
+        } else {
+            (h, sigma / next - 1.0)
         };
         let b_h = if plan.solver.solver_type == SolverType::Bh1 {
             hh
@@ -886,9 +690,10 @@ impl UniPcStep {
             factorial *= (k + 1) as f64;
             phi = phi / hh - 1.0 / factorial;
         }
-        let weights = match plan.solver.predict_x0 {
-            true => (next / sigma, -phi_1, -b_h),
-            false => (1.0, -next * phi_1, -next * b_h),
+        let weights = if plan.solver.predict_x0 {
+            (next / sigma, -phi_1, -b_h)
+        } else {
+            (1.0, -next * phi_1, -next * b_h)
         };
         Self {
             ratios,
@@ -971,7 +776,7 @@ fn vandermonde(nodes: &[f64], values: &[f64]) -> Vec<f64> {
 }
 
 /// Luo et al. 2023, algorithm 3: jump to the end, then add noise again.
-fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     /// The standard deviation of the data that the boundary condition assumes.
     const SIGMA_DATA: f64 = 0.5;
     let plan = run.plan;
@@ -991,13 +796,13 @@ fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 
 /// Zheng et al. 2024, algorithm 4: DDIM to timestep s, then noise up to the next level; eta is
 /// their gamma.
-fn tcd(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+pub(super) fn tcd(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     let plan = run.plan;
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
         let target = plan.transfers[i].1;
         let denoised = run.denoised_at(&x, i)?;
-        x = shrink(&x, &denoised, target / sigma)?;
+        x = exponential_step(&x, &denoised, target / sigma)?;
         x = run.add_noise(x, (next * next - target * target).max(0.0).sqrt())?;
         x = run.report(x, next, &denoised)?;
     }

@@ -1,15 +1,15 @@
 //! CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), OpenAI's and OpenCLIP's alike.
 
 use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::weights::Weights;
 use crate::nn::{Forward, plain};
-use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 use std::ops::Range;
 
-/// `text_encoder/config.json`, with transformers' defaults.
+/// The fields of `text_encoder/config.json`, with transformers' defaults.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
 pub struct ClipConfig {
@@ -43,7 +43,7 @@ impl Default for ClipConfig {
 }
 
 impl ClipConfig {
-    /// Parses config.json; errors name what cannot be right.
+    /// Parses config.json. Errors name the field that is wrong.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = serde_json::from_value(value.clone())
             .context("the text encoder's config.json is damaged")?;
@@ -62,7 +62,7 @@ impl ClipConfig {
     }
 }
 
-/// What configurations of before transformers 4.31 say, whatever the token is.
+/// The `eos_token_id` in configurations of before transformers 4.31, whatever the token is.
 const WRONG_EOS: u32 = 2;
 
 /// The text encoder.
@@ -104,8 +104,8 @@ impl Clip {
         })
     }
 
-    /// The same with `text_projection`, which [`Self::penultimate`] then applies.
-    pub fn projected(w: &Weights, config: &ClipConfig) -> Result<Self> {
+    /// Reads the encoder together with its `text_projection`, which [`Self::penultimate`] applies.
+    pub fn with_projection(w: &Weights, config: &ClipConfig) -> Result<Self> {
         let projection = Linear::without_bias(
             &w.at("text_projection"),
             config.hidden_size,
@@ -117,8 +117,8 @@ impl Clip {
         })
     }
 
-    /// Has the ids from the vocabulary's end on stand for these [rows, hidden].
-    pub fn learn(&mut self, rows: &[&Tensor]) -> Result<()> {
+    /// Adds embeddings, each [n, hidden], for the ids that follow the vocabulary's.
+    pub fn add_embeddings(&mut self, rows: &[&Tensor]) -> Result<()> {
         let (dtype, device) = (self.tokens.dtype(), self.tokens.device().clone());
         let rows = rows
             .iter()
@@ -135,7 +135,7 @@ impl Clip {
         Ok(())
     }
 
-    /// Token ids [n] -> hidden states [1, n, hidden] after the final norm, leaving out the last
+    /// Encodes token ids [n] to hidden states [1, n, hidden] after the final norm, without the last
     /// `skip` layers. Errors if an id is outside of the vocabulary or `skip` is not below the
     /// number of layers.
     pub fn forward(&self, cx: Forward, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
@@ -144,9 +144,9 @@ impl Clip {
             .forward(cx, &self.run(cx, self.embed(ids)?, 0..depth)?)
     }
 
-    /// Token ids [n] -> hidden states [1, n, hidden] as they enter the last layer, or one `skip`
-    /// layers before it, without the final norm; and of an encoder with a projection that of the
-    /// whole text, [1, projection]. Errors as `forward`.
+    /// Encodes token ids [n] to hidden states [1, n, hidden] as they enter the last layer, or the one
+    /// `skip` layers before it, without the final norm. An encoder with a projection also returns
+    /// the projection [1, projection] of the whole text. Errors as [`Self::forward`] does.
     pub fn penultimate(
         &self,
         cx: Forward,
@@ -166,19 +166,19 @@ impl Clip {
         Ok((hidden, Some(projection.forward(cx, &end)?)))
     }
 
-    /// Where the text ends, whose state stands for all of it: padding may be the same token, and
-    /// learned ones are larger.
+    /// The position of the end token, whose hidden state stands for the whole text: the first one,
+    /// as padding may be the same token; ids of added tokens are larger than it.
     fn end(&self, ids: &[u32]) -> usize {
-        let usual = ids.iter().filter(|id| (**id as usize) < self.vocab_size);
+        let in_vocabulary = ids.iter().filter(|id| (**id as usize) < self.vocab_size);
         let end = if self.eos_token_id == WRONG_EOS {
-            usual.max()
+            in_vocabulary.max()
         } else {
             Some(&self.eos_token_id)
         };
         ids.iter().position(|id| Some(id) == end).unwrap_or(0)
     }
 
-    /// Token ids [n] -> [1, n, hidden].
+    /// Sums token and position embeddings of ids [n] to [1, n, hidden].
     fn embed(&self, ids: &[u32]) -> TensorResult<Tensor> {
         let positions = self.positions.narrow(0, 0, ids.len())?;
         self.tokens
@@ -187,7 +187,7 @@ impl Clip {
             .unsqueeze(0)
     }
 
-    /// [1, n, hidden] through some of the layers.
+    /// Runs hidden states [1, n, hidden] through some of the layers.
     fn run(&self, cx: Forward, mut x: Tensor, layers: Range<usize>) -> TensorResult<Tensor> {
         let mask = causal_mask(x.dim(1)?, x.device())?.to_dtype(x.dtype())?;
         for layer in self.layers.get(layers).unwrap_or_default() {
@@ -197,7 +197,7 @@ impl Clip {
     }
 }
 
-/// [n, n]: 0 where a token may look, minus infinity ahead of it.
+/// The causal mask [n, n]: 0 up to a token itself, minus infinity after it.
 fn causal_mask(n: usize, device: &Device) -> TensorResult<Tensor> {
     let values: Vec<f32> = (0..n * n)
         .map(|i| {

@@ -1,104 +1,150 @@
-//! All text encoders of a checkpoint: from a prompt to what its U-Net is told of it.
+//! All text encoders of a checkpoint: from a prompt to the embeddings that its U-Net attends to.
 //!
-//! Hides that SDXL has two encoders, which are asked for other hidden states than a single one is.
+//! Hides of which architecture an encoder is (`TextEncoder`), and that SDXL has two, of which other
+//! hidden states are taken than of a single one. Start at [`PromptEncoder::encode`].
 
 use super::clip::{Clip, ClipConfig};
-use super::prompt::{Piece, Syntax, pieces};
+use super::prompt::{Segment, Syntax, segments};
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
+use crate::nn::weights::Weights;
 use crate::weights::{Checkpoint, ENCODERS};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use std::sync::Arc;
 
-/// What a U-Net is told of a prompt.
+/// The embeddings of a prompt, under diffusers' names.
 #[derive(Clone)]
-pub struct Embedded {
-    /// token ids of all encoders, one after the other, those of learned words all the same; none
-    /// for nothing at all
-    pub ids: Vec<u32>,
+pub struct PromptEmbeds {
+    /// token ids of all encoders, one after the other, where all learned tokens have the same id;
+    /// empty where the embeddings are zeros
+    pub token_ids: Vec<u32>,
     /// [1, n, d]
-    pub context: Tensor,
-    /// of the whole text, [1, p], where an encoder gives it
-    pub pooled: Option<Tensor>,
+    pub prompt_embeds: Tensor,
+    /// [1, p], where an encoder projects the whole text
+    pub pooled_prompt_embeds: Option<Tensor>,
 }
 
-impl Embedded {
-    /// What lies between this (`share` 0) and another (1), on the straight line.
-    pub fn toward(&self, other: &Self, share: f64) -> TensorResult<Self> {
-        let mix = |a: &Tensor, b: &Tensor| (a * (1.0 - share))? + (b * share)?;
-        let pooled = self.pooled.as_ref().zip(other.pooled.as_ref());
+impl PromptEmbeds {
+    /// Interpolates linearly to `other`, which has the same shapes: `weight` 0 is this, 1 the other.
+    pub fn lerp(&self, other: &Self, weight: f64) -> TensorResult<Self> {
+        let mix = |a: &Tensor, b: &Tensor| (a * (1.0 - weight))? + (b * weight)?;
+        let pooled = self
+            .pooled_prompt_embeds
+            .as_ref()
+            .zip(other.pooled_prompt_embeds.as_ref());
         Ok(Self {
-            ids: [&*self.ids, &other.ids].concat(),
-            context: mix(&self.context, &other.context)?,
-            pooled: pooled.map(|(a, b)| mix(a, b)).transpose()?,
+            token_ids: [&*self.token_ids, &other.token_ids].concat(),
+            prompt_embeds: mix(&self.prompt_embeds, &other.prompt_embeds)?,
+            pooled_prompt_embeds: pooled.map(|(a, b)| mix(a, b)).transpose()?,
         })
     }
 
-    /// Nothing at all, in the shape of this.
+    /// Returns zeros of the same shapes.
     pub fn zeros_like(&self) -> TensorResult<Self> {
+        let pooled = self.pooled_prompt_embeds.as_ref();
         Ok(Self {
-            ids: vec![],
-            context: self.context.zeros_like()?,
-            pooled: self.pooled.as_ref().map(Tensor::zeros_like).transpose()?,
+            token_ids: vec![],
+            prompt_embeds: self.prompt_embeds.zeros_like()?,
+            pooled_prompt_embeds: pooled.map(Tensor::zeros_like).transpose()?,
         })
     }
 }
 
-/// The encoders that a checkpoint has, by their component.
+/// The configuration of one text encoder, by its architecture.
 #[derive(Debug, Clone)]
-pub struct EncoderConfig(Vec<(&'static str, ClipConfig)>);
+enum TextEncoderConfig {
+    Clip(ClipConfig),
+}
 
-impl EncoderConfig {
+impl TextEncoderConfig {
+    /// The most tokens that it takes at once.
+    fn max_tokens(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.max_position_embeddings,
+        }
+    }
+
+    fn vocab_size(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.vocab_size,
+        }
+    }
+
+    /// The width of its token embeddings and hidden states.
+    fn hidden_size(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.hidden_size,
+        }
+    }
+
+    fn layers(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.num_hidden_layers,
+        }
+    }
+
+    /// The width of the projection of the whole text.
+    fn projection_dim(&self) -> usize {
+        match self {
+            Self::Clip(config) => config.projection_dim,
+        }
+    }
+}
+
+/// The configurations of all text encoders that a checkpoint has, by their component.
+#[derive(Debug, Clone)]
+pub struct TextEncoderConfigs(Vec<(&'static str, TextEncoderConfig)>);
+
+impl TextEncoderConfigs {
     /// Parses the configuration of every text encoder.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        let there = ENCODERS
-            .into_iter()
-            .filter(|name| checkpoint.configs.contains_key(*name));
-        Ok(Self(
-            there
-                .map(|name| Ok((name, ClipConfig::from_json(checkpoint.config(name)?)?)))
-                .collect::<Result<_>>()?,
-        ))
+        let mut configs = vec![];
+        for name in ENCODERS {
+            if let Some(config) = checkpoint.optional_config(name) {
+                let config = TextEncoderConfig::Clip(ClipConfig::from_json(config)?);
+                configs.push((name, config));
+            }
+        }
+        Ok(Self(configs))
     }
 
-    /// Width of the pooled embedding: none unless there is a second encoder, which projects.
-    pub fn pooled(&self) -> Option<usize> {
+    /// The width of the pooled embedding, if there is one: only the second encoder projects the
+    /// whole text.
+    pub fn pooled_dim(&self) -> Option<usize> {
         self.0
             .iter()
             .find(|(name, _)| *name == ENCODERS[1])
-            .map(|(_, config)| config.projection_dim)
+            .map(|(_, config)| config.projection_dim())
     }
 
-    /// How many layers can be counted back from the last one that is used.
+    /// The largest `clip_skip`: one more would leave an encoder without layers.
     pub fn layers(&self) -> usize {
-        let unused = usize::from(self.pooled().is_some());
+        let unused = usize::from(self.pooled_dim().is_some());
         self.0
             .iter()
-            .map(|(_, config)| config.num_hidden_layers.saturating_sub(unused))
+            .map(|(_, config)| config.layers().saturating_sub(unused))
             .min()
             .unwrap_or(0)
     }
 
-    /// The tokenizer of each encoder, which knows the checkpoint's embeddings too: their ids follow
-    /// the vocabulary's. Errors if one of them is not made for these encoders.
+    /// Builds the tokenizer of each encoder, which knows the checkpoint's textual inversions too:
+    /// their ids follow the vocabulary's. Errors if one of them was not made for these encoders.
     fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
-        let tokenizer = |(name, config): &(&'static str, ClipConfig)| {
-            let source = checkpoint.tokenizers.get(*name).with_context(|| {
-                format!("`{}` has no tokenizer for its {name}", checkpoint.name)
-            })?;
+        let tokenizer = |(name, config): &(&'static str, TextEncoderConfig)| {
+            let source = checkpoint.tokenizer(name)?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
-            let mut next = config.vocab_size as u32;
+            let mut next = config.vocab_size() as u32;
             for embedding in &checkpoint.embeddings {
-                embedding.rows(name, config.hidden_size)?;
+                embedding.vectors_for(name, config.hidden_size())?;
                 ensure!(
-                    self.pooled().is_some() || embedding.parts.len() == 1,
+                    self.pooled_dim().is_some() || embedding.parts.len() == 1,
                     "{}",
-                    embedding.misfit("the one encoder of this model takes one kind")
+                    embedding.mismatch("the one encoder of this model takes one kind")
                 );
                 let end = next + embedding.vectors as u32;
-                tokenizer.learn(&embedding.token, next..end, config.max_position_embeddings)?;
+                tokenizer.add_token(&embedding.token, next..end, config.max_tokens())?;
                 next = end;
             }
             Ok(tokenizer)
@@ -106,93 +152,153 @@ impl EncoderConfig {
         self.0.iter().map(tokenizer).collect()
     }
 
-    /// What finds the checkpoint's embeddings in prompts; none where it has none. Errors as
-    /// [`Self::tokenizers`].
-    pub fn finder(&self, checkpoint: &Checkpoint) -> Result<Option<Finder>> {
+    /// The added tokens of the checkpoint's textual inversions, if it has any. Errors if one of them
+    /// was not made for these encoders.
+    pub fn added_tokens(&self, checkpoint: &Checkpoint) -> Result<Option<AddedTokens>> {
         if checkpoint.embeddings.is_empty() {
             return Ok(None);
         }
-        Ok(self.tokenizers(checkpoint)?.into_iter().next().map(Finder))
+        let tokenizers = self.tokenizers(checkpoint)?;
+        Ok(tokenizers.into_iter().next().map(AddedTokens))
     }
 }
 
-/// Finds learned words in prompts.
-pub struct Finder(Tokenizer);
+/// The tokens that textual inversions add to a vocabulary.
+pub struct AddedTokens(Tokenizer);
 
-impl Finder {
-    /// The tokens of those that stand in a text. Errors if that cannot be read.
+impl AddedTokens {
+    /// Returns those that a text contains. Errors if the text cannot be parsed or tokenized.
     pub fn find(&self, text: &str, syntax: Syntax) -> Result<Vec<Arc<str>>> {
         if syntax == Syntax::Plain {
-            return self.0.learned(text);
+            return self.0.added_tokens(text);
         }
         let mut found = vec![];
-        for piece in pieces(text)? {
-            if let Piece::Text { text, .. } = piece {
-                found.extend(self.0.learned(&text)?);
+        for segment in segments(text)? {
+            if let Segment::Text { text, .. } = segment {
+                found.extend(self.0.added_tokens(&text)?);
             }
         }
         Ok(found)
     }
 }
 
-/// The text encoders with their tokenizers.
-pub struct Encoder {
-    parts: Vec<(Tokenizer, Clip, ClipConfig)>,
-    device: Device,
-    /// whether the U-Net is told of the whole text too
-    is_pooled: bool,
+/// Which hidden states of an encoder become the prompt's embeddings.
+#[derive(Clone, Copy)]
+enum HiddenStates {
+    /// the last layer's after the final norm
+    Last,
+    /// the last layer's input, and the projection of the whole text where the encoder has one
+    Penultimate,
 }
 
-impl Encoder {
+/// A text encoder of any architecture.
+enum TextEncoder {
+    Clip { clip: Clip, output: HiddenStates },
+}
+
+impl TextEncoder {
+    /// Reads an encoder; `has_projection` says whether it projects the whole text.
+    fn new(
+        weights: &Weights,
+        config: &TextEncoderConfig,
+        output: HiddenStates,
+        has_projection: bool,
+    ) -> Result<Self> {
+        match config {
+            TextEncoderConfig::Clip(config) => {
+                let clip = if has_projection {
+                    Clip::with_projection(weights, config)
+                } else {
+                    Clip::new(weights, config)
+                }?;
+                Ok(Self::Clip { clip, output })
+            }
+        }
+    }
+
+    /// Adds embeddings [n, hidden] for the ids that follow the vocabulary's.
+    fn add_embeddings(&mut self, rows: &[&Tensor]) -> Result<()> {
+        match self {
+            Self::Clip { clip, .. } => clip.add_embeddings(rows),
+        }
+    }
+
+    /// Encodes token ids [n]: hidden states [1, n, hidden] as they are `skip` layers before the
+    /// usual ones, and the pooled projection [1, projection] where there is one.
+    fn encode(
+        &self,
+        cx: Forward,
+        ids: &[u32],
+        skip: usize,
+    ) -> TensorResult<(Tensor, Option<Tensor>)> {
+        match self {
+            Self::Clip { clip, output } => match output {
+                HiddenStates::Last => Ok((clip.forward(cx, ids, skip)?, None)),
+                HiddenStates::Penultimate => clip.penultimate(cx, ids, skip),
+            },
+        }
+    }
+}
+
+/// All text encoders of a checkpoint, with their tokenizers.
+pub struct PromptEncoder {
+    parts: Vec<(Tokenizer, TextEncoder, TextEncoderConfig)>,
+    device: Device,
+}
+
+impl PromptEncoder {
     /// Reads the encoders.
-    pub fn new(checkpoint: &Checkpoint, config: &EncoderConfig, compute: &Compute) -> Result<Self> {
-        let part = |((name, config), tokenizer): (&(&'static str, ClipConfig), Tokenizer)| {
+    pub fn new(
+        checkpoint: &Checkpoint,
+        configs: &TextEncoderConfigs,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let output = if configs.pooled_dim().is_some() {
+            HiddenStates::Penultimate
+        } else {
+            HiddenStates::Last
+        };
+        let mut parts = vec![];
+        for ((name, config), tokenizer) in configs.0.iter().zip(configs.tokenizers(checkpoint)?) {
             let weights = checkpoint.weights(name, &compute.device, compute.dtype);
-            let mut clip = if *name == ENCODERS[1] {
-                Clip::projected(&weights, config)
-            } else {
-                Clip::new(&weights, config)
-            }?;
+            let has_projection = *name == ENCODERS[1];
+            let mut encoder = TextEncoder::new(&weights, config, output, has_projection)?;
             let learned = checkpoint
                 .embeddings
                 .iter()
-                .map(|embedding| embedding.rows(name, config.hidden_size));
-            clip.learn(&learned.collect::<Result<Vec<_>>>()?)?;
-            Ok((tokenizer, clip, config.clone()))
-        };
-        let tokenizers = config.tokenizers(checkpoint)?;
+                .map(|embedding| embedding.vectors_for(name, config.hidden_size()))
+                .collect::<Result<Vec<_>>>()?;
+            encoder.add_embeddings(&learned)?;
+            parts.push((tokenizer, encoder, config.clone()));
+        }
         Ok(Self {
-            parts: config
-                .0
-                .iter()
-                .zip(tokenizers)
-                .map(part)
-                .collect::<Result<_>>()?,
+            parts,
             device: compute.device.clone(),
-            is_pooled: config.pooled().is_some(),
         })
     }
 
-    /// Embeds a text as the model was trained to see it, or as it is `skip` layers earlier; and
-    /// what of it did not fit, which is none in A1111's syntax. Errors if that cannot be read.
+    /// Encodes a text as the model was trained on it, or from `skip` layers earlier. The second
+    /// value is the text that was cut off because it did not fit, which happens in plain syntax
+    /// only. Errors if the text cannot be parsed or tokenized.
     pub fn encode(
         &self,
         text: &str,
         skip: usize,
         syntax: Syntax,
-    ) -> Result<(Embedded, Option<String>)> {
-        let pieces = match syntax {
-            Syntax::A1111 => Some(pieces(text)?),
+    ) -> Result<(PromptEmbeds, Option<String>)> {
+        let segments = match syntax {
+            Syntax::A1111 => Some(segments(text)?),
             Syntax::Plain => None,
         };
+        let (mut token_ids, mut prompt_embeds) = (vec![], vec![]);
+        let (mut pooled_prompt_embeds, mut cut) = (None, None);
         let cx = Forward::on(&self.device);
-        let (mut ids, mut contexts, mut whole, mut rest) = (vec![], vec![], None, None);
-        for (tokenizer, clip, config) in &self.parts {
-            let chunks = match &pieces {
-                Some(pieces) => tokenizer.chunks(pieces, config.max_position_embeddings)?,
+        for (tokenizer, encoder, config) in &self.parts {
+            let chunks = match &segments {
+                Some(segments) => tokenizer.chunks(segments, config.max_tokens())?,
                 None => {
-                    let tokens = tokenizer.encode(text, config.max_position_embeddings)?;
-                    rest = rest.or(tokens.cut);
+                    let tokens = tokenizer.encode(text, config.max_tokens())?;
+                    cut = cut.or(tokens.cut);
                     vec![Chunk {
                         weights: vec![1.0; tokens.ids.len()],
                         ids: tokens.ids,
@@ -200,39 +306,36 @@ impl Encoder {
                 }
             };
             let mut hidden = vec![];
-            for Chunk { ids: own, weights } in chunks {
-                if self.is_pooled {
-                    let (one, pooled) = clip.penultimate(cx, &own, skip)?;
-                    hidden.push(weighted(&one, &weights)?);
-                    whole = whole.or(pooled);
-                } else {
-                    hidden.push(weighted(&clip.forward(cx, &own, skip)?, &weights)?);
-                }
-                // a learned word has another id beside others, and is the same all the same
-                ids.extend(own.into_iter().map(|id| id.min(config.vocab_size as u32)));
+            for Chunk { ids, weights } in chunks {
+                let (states, pooled) = encoder.encode(cx, &ids, skip)?;
+                hidden.push(weighted(&states, &weights)?);
+                pooled_prompt_embeds = pooled_prompt_embeds.or(pooled);
+                // which id a learned token has depends on the others that were loaded
+                let unknown = config.vocab_size() as u32;
+                token_ids.extend(ids.into_iter().map(|id| id.min(unknown)));
             }
-            contexts.push(Tensor::cat(&hidden, 1)?);
+            prompt_embeds.push(Tensor::cat(&hidden, 1)?); // [1, n, hidden]
         }
         Ok((
-            Embedded {
-                ids,
-                context: Tensor::cat(&contexts, 2)?,
-                pooled: whole,
+            PromptEmbeds {
+                token_ids,
+                prompt_embeds: Tensor::cat(&prompt_embeds, 2)?, // [1, n, d]
+                pooled_prompt_embeds,
             },
-            rest,
+            cut,
         ))
     }
 }
 
-/// [1, n, d] with each token's embedding times its weight [n], and the mean of all that it had
-/// before.
+/// Multiplies each token's hidden state [1, n, d] by its weight [n], and then all of them by one
+/// number that brings their mean back to what it was, as A1111 does.
 fn weighted(hidden: &Tensor, weights: &[f32]) -> TensorResult<Tensor> {
     if weights.iter().all(|weight| *weight == 1.0) {
         return Ok(hidden.clone());
     }
     let weights = Tensor::new(weights, hidden.device())?
         .to_dtype(hidden.dtype())?
-        .reshape((1, (), 1))?;
+        .reshape((1, (), 1))?; // [1, n, 1]
     let scaled = hidden.broadcast_mul(&weights)?;
     let mean = |x: &Tensor| x.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>();
     let ratio = mean(hidden)? / mean(&scaled)?;

@@ -1,5 +1,5 @@
-//! From a prompt to the embedding that the U-Net attends to: [`prompt`], then [`tokenizer`], then
-//! [`clip`], put together in [`encoder`].
+//! From a prompt to the embeddings that the U-Net attends to: [`prompt`] parses it, [`tokenizer`]
+//! makes token ids, [`clip`] is the network, and [`encoder`] puts them together.
 
 pub mod clip;
 pub mod encoder;

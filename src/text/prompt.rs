@@ -1,21 +1,20 @@
-//! The grammar of prompts that people paste, A1111's: weights, parts that change on the way,
-//! several prompts at once.
+//! The grammar of A1111's prompts: attention weights, prompt editing, alternating words, and `AND`.
 //!
-//! Pure text: what becomes of it in tokens is [`super::tokenizer`]'s, in embeddings
-//! [`super::encoder`]'s. Whatever is no syntax stands for itself, as there; the errors are numbers
-//! that are none, and they name the place.
+//! Only text goes in and out; [`super::tokenizer`] makes tokens of it and [`super::encoder`]
+//! embeddings. As in A1111 everything that is not syntax stands for itself. Malformed numbers are
+//! errors with their position; nothing else is.
 
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// What a pair of brackets without a number does to a weight.
+/// The factors of round and square brackets without a number.
 const ROUND: f32 = 1.1;
 const SQUARE: f32 = 1.0 / 1.1;
-/// Brackets within brackets; more stand for themselves.
+/// The deepest nesting of square brackets that is parsed; deeper ones stand for themselves.
 const MAX_DEPTH: usize = 64;
 
-/// How a prompt is read.
+/// The syntax of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -28,30 +27,30 @@ pub enum Syntax {
     Plain,
 }
 
-/// Part of a prompt, in order.
+/// A part of a prompt, in order.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Piece {
+pub enum Segment {
     Text {
         text: String,
         weight: f32,
     },
-    /// the next chunk of tokens begins
+    /// `BREAK`: the next chunk of tokens begins
     Break,
 }
 
-/// What a picture is drawn from.
+/// All prompts of one image.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompts {
     /// at least one
-    pub parts: Vec<Composed>,
-    pub negative: Changing,
-    /// where the prompt goes, and how far, 0..=1
-    pub to: Option<(Changing, f64)>,
+    pub parts: Vec<ComposablePrompt>,
+    pub negative: ScheduledPrompt,
+    /// the prompt to interpolate to, and its weight 0..=1
+    pub to: Option<(ScheduledPrompt, f64)>,
 }
 
 impl Prompts {
-    /// Reads a prompt and a negative one for a run of so many steps, and perhaps one that it goes
-    /// to. Errors name what cannot be read, and where.
+    /// Parses a prompt, a negative prompt and perhaps one to interpolate to, for a run of `steps`
+    /// steps. Errors name what cannot be parsed, and where.
     pub fn parse(
         prompt: &Arc<str>,
         negative: &Arc<str>,
@@ -60,18 +59,18 @@ impl Prompts {
         steps: usize,
     ) -> Result<Self> {
         let one = |text: &Arc<str>| match syntax {
-            Syntax::A1111 => Changing::parse(text, steps),
-            Syntax::Plain => Ok(Changing::never(text.clone())),
+            Syntax::A1111 => ScheduledPrompt::parse(text, steps),
+            Syntax::Plain => Ok(ScheduledPrompt::constant(text.clone())),
         };
         let parts = match syntax {
-            Syntax::A1111 => composed(prompt, steps)?,
-            Syntax::Plain => vec![Composed {
+            Syntax::A1111 => composable(prompt, steps)?,
+            Syntax::Plain => vec![ComposablePrompt {
                 prompt: one(prompt)?,
                 weight: 1.0,
             }],
         };
         let to = to
-            .map(|(text, share)| Ok::<_, anyhow::Error>((one(text)?, share)))
+            .map(|(text, weight)| Ok::<_, anyhow::Error>((one(text)?, weight)))
             .transpose()?;
         ensure!(
             to.is_none() || parts.len() == 1,
@@ -85,12 +84,12 @@ impl Prompts {
         if syntax == Syntax::A1111 {
             prompts
                 .texts()
-                .try_for_each(|text| pieces(text).map(|_| ()))?;
+                .try_for_each(|text| segments(text).map(|_| ()))?;
         }
         Ok(prompts)
     }
 
-    /// Every text of every step.
+    /// Iterates over every text of every step.
     pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
         let prompts = self
             .parts
@@ -98,34 +97,34 @@ impl Prompts {
             .map(|part| &part.prompt)
             .chain([&self.negative])
             .chain(self.to.iter().map(|(to, _)| to));
-        prompts.flat_map(Changing::texts)
+        prompts.flat_map(ScheduledPrompt::texts)
     }
 }
 
-/// A prompt and how strongly it counts beside others.
+/// One of the prompts that `AND` joins, with its weight.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Composed {
-    pub prompt: Changing,
+pub struct ComposablePrompt {
+    pub prompt: ScheduledPrompt,
     pub weight: f64,
 }
 
-/// A prompt that may change from step to step: from which step on, from 0, which text. The first
-/// begins at 0.
+/// A prompt that may change from step to step (A1111's prompt editing): the texts, each with the
+/// first step that it is used in. The first text begins at step 0.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Changing(Vec<(usize, Arc<str>)>);
+pub struct ScheduledPrompt(Vec<(usize, Arc<str>)>);
 
-impl Changing {
-    /// One text for all steps.
-    pub fn never(text: Arc<str>) -> Self {
+impl ScheduledPrompt {
+    /// Returns a prompt that is the same in all steps.
+    pub fn constant(text: Arc<str>) -> Self {
         Self(vec![(0, text)])
     }
 
-    /// Reads `[a:b:when]` and `[a|b]` for a run of so many steps.
+    /// Parses `[a:b:when]` and `[a|b]` for a run of `steps` steps.
     pub fn parse(prompt: &str, steps: usize) -> Result<Self> {
         if !prompt.contains('[') {
-            return Ok(Self::never(prompt.into()));
+            return Ok(Self::constant(prompt.into()));
         }
-        let nodes = Reader::new(prompt).nodes(prompt, steps)?;
+        let nodes = Parser::new(prompt).nodes(prompt, steps)?;
         let mut texts: Vec<(usize, Arc<str>)> = vec![];
         for step in 0..steps.max(1) {
             let mut text = String::new();
@@ -143,15 +142,15 @@ impl Changing {
         &self.0[after.saturating_sub(1).min(self.0.len() - 1)].1
     }
 
-    /// Every text.
+    /// Iterates over all texts.
     pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
         self.0.iter().map(|(_, text)| text)
     }
 }
 
-/// The prompts that `AND` joins (Liu et al. 2022, arXiv 2206.01714), with the weights behind them
-/// (`a cat AND a dog:0.5`).
-fn composed(prompt: &str, steps: usize) -> Result<Vec<Composed>> {
+/// Splits a prompt at `AND` (Liu et al. 2022, arXiv 2206.01714) and parses the weights behind its
+/// parts (`a cat AND a dog:0.5`).
+fn composable(prompt: &str, steps: usize) -> Result<Vec<ComposablePrompt>> {
     let mut parts = vec![];
     let mut rest = prompt;
     while let Some(at) = word(rest, "AND") {
@@ -170,8 +169,8 @@ fn composed(prompt: &str, steps: usize) -> Result<Vec<Composed>> {
             }
             _ => (text, 1.0),
         };
-        Ok(Composed {
-            prompt: Changing::parse(text, steps)?,
+        Ok(ComposablePrompt {
+            prompt: ScheduledPrompt::parse(text, steps)?,
             weight,
         })
     };
@@ -185,7 +184,7 @@ fn is_plain_number(text: &str) -> bool {
         && digits.matches('.').count() < 2
 }
 
-/// Where a word stands by itself.
+/// The position of a word that stands by itself.
 fn word(text: &str, wanted: &str) -> Option<usize> {
     let is_letter = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
     text.match_indices(wanted).map(|(at, _)| at).find(|at| {
@@ -194,11 +193,11 @@ fn word(text: &str, wanted: &str) -> Option<usize> {
     })
 }
 
-/// Reads the weights of a prompt. Brackets that are never closed reach to its end. Errors name a
-/// weight that is no number.
-pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
-    let mut pieces: Vec<Piece> = vec![];
-    // where brackets have been opened, in pieces
+/// Parses the weights of a prompt. Brackets that are never closed reach to its end. Errors name a
+/// weight that is not a number.
+pub fn segments(prompt: &str) -> Result<Vec<Segment>> {
+    let mut segments: Vec<Segment> = vec![];
+    // the segments at which brackets were opened
     let (mut round, mut square): (Vec<usize>, Vec<usize>) = (vec![], vec![]);
     let mut at = 0;
     while let Some(c) = prompt[at..].chars().next() {
@@ -206,18 +205,18 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
         let mut length = c.len_utf8();
         match c {
             '\\' => {
-                // it takes the meaning from what follows, and goes away
+                // a backslash escapes a bracket that follows it, and is removed
                 let escaped = rest[1..]
                     .chars()
                     .next()
                     .filter(|next| r"()[]\".contains(*next));
                 length += escaped.map_or(0, char::len_utf8);
-                push(&mut pieces, &rest[1..length]);
+                push(&mut segments, &rest[1..length]);
             }
-            '(' => round.push(pieces.len()),
-            '[' => square.push(pieces.len()),
-            ')' if !round.is_empty() => multiply(&mut pieces, round.pop(), ROUND),
-            ']' if !square.is_empty() => multiply(&mut pieces, square.pop(), SQUARE),
+            '(' => round.push(segments.len()),
+            '[' => square.push(segments.len()),
+            ')' if !round.is_empty() => multiply(&mut segments, round.pop(), ROUND),
+            ']' if !square.is_empty() => multiply(&mut segments, square.pop(), SQUARE),
             ':' if !round.is_empty() && weight_length(rest).is_some() => {
                 length = weight_length(rest).unwrap_or(1);
                 let number = rest[1..length - 1].trim();
@@ -228,23 +227,23 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
                 let Some(weight) = weight else {
                     let place = prompt[..at].chars().count() + 2;
                     bail!(
-                        "`{number}` is no weight, at character {place} of the prompt `{prompt}`\n\nhint: `(word:1.2)`, or `\\(` for a bracket itself"
+                        "`{number}` is not a weight, at character {place} of the prompt `{prompt}`\n\nhint: `(word:1.2)`, or `\\(` for a bracket itself"
                     );
                 };
-                multiply(&mut pieces, round.pop(), weight);
+                multiply(&mut segments, round.pop(), weight);
             }
-            ')' | ']' | ':' => push(&mut pieces, &rest[..length]),
+            ')' | ']' | ':' => push(&mut segments, &rest[..length]),
             _ => {
                 length = rest
                     .find(['\\', '(', ')', '[', ']', ':'])
                     .unwrap_or(rest.len());
                 let mut text = &rest[..length];
                 while let Some(place) = word(text, "BREAK") {
-                    push(&mut pieces, text[..place].trim_end());
-                    pieces.push(Piece::Break);
+                    push(&mut segments, text[..place].trim_end());
+                    segments.push(Segment::Break);
                     text = text[place + 5..].trim_start();
                 }
-                push(&mut pieces, text);
+                push(&mut segments, text);
             }
         }
         at += length;
@@ -254,41 +253,41 @@ pub fn pieces(prompt: &str) -> Result<Vec<Piece>> {
         .map(|at| (at, ROUND))
         .chain(square.into_iter().map(|at| (at, SQUARE)))
     {
-        multiply(&mut pieces, Some(opened), factor);
+        multiply(&mut segments, Some(opened), factor);
     }
     // neighbours of one weight are one text, whose words may run on
-    let mut joined: Vec<Piece> = vec![];
-    for piece in pieces {
-        match (joined.last_mut(), piece) {
+    let mut joined: Vec<Segment> = vec![];
+    for segment in segments {
+        match (joined.last_mut(), segment) {
             (
-                Some(Piece::Text { text, weight }),
-                Piece::Text {
+                Some(Segment::Text { text, weight }),
+                Segment::Text {
                     text: more,
                     weight: other,
                 },
             ) if *weight == other => text.push_str(&more),
-            (_, piece) => joined.push(piece),
+            (_, segment) => joined.push(segment),
         }
     }
     Ok(joined)
 }
 
-fn push(pieces: &mut Vec<Piece>, text: &str) {
-    pieces.push(Piece::Text {
+fn push(segments: &mut Vec<Segment>, text: &str) {
+    segments.push(Segment::Text {
         text: text.into(),
         weight: 1.0,
     });
 }
 
-fn multiply(pieces: &mut [Piece], from: Option<usize>, factor: f32) {
-    for piece in pieces.iter_mut().skip(from.unwrap_or(usize::MAX)) {
-        if let Piece::Text { weight, .. } = piece {
+fn multiply(segments: &mut [Segment], from: Option<usize>, factor: f32) {
+    for segment in segments.iter_mut().skip(from.unwrap_or(usize::MAX)) {
+        if let Segment::Text { weight, .. } = segment {
             *weight *= factor;
         }
     }
 }
 
-/// How long `: 1.2 )` is, if that is what a text begins with.
+/// The length of `: 1.2 )` at the beginning of a text, if it is there.
 fn weight_length(text: &str) -> Option<usize> {
     let after = text.strip_prefix(':')?;
     let number = after.trim_start();
@@ -302,17 +301,17 @@ fn weight_length(text: &str) -> Option<usize> {
         .map(|rest| text.len() - rest.len())
 }
 
-/// A part of a prompt that may change.
+/// A node of the syntax tree of prompt editing.
 enum Node {
     Text(String),
-    /// what is there before a step, and from it on
-    Switch {
+    /// `[before:after:step]`
+    EditAt {
         before: Vec<Node>,
         after: Vec<Node>,
         step: usize,
     },
-    /// what is there by turns
-    Turns(Vec<Vec<Node>>),
+    /// `[a|b]`: one after the other, step by step
+    Alternate(Vec<Vec<Node>>),
 }
 
 impl Node {
@@ -320,27 +319,27 @@ impl Node {
         let mut write = |nodes: &[Node]| nodes.iter().for_each(|node| node.write(step, to));
         match self {
             Self::Text(text) => to.push_str(text),
-            Self::Switch {
+            Self::EditAt {
                 before,
                 after,
                 step: at,
             } => write(if step < *at { before } else { after }),
-            Self::Turns(turns) => write(
-                turns
-                    .get(step % turns.len().max(1))
+            Self::Alternate(alternatives) => write(
+                alternatives
+                    .get(step % alternatives.len().max(1))
                     .map_or(&[], Vec::as_slice),
             ),
         }
     }
 }
 
-/// Reads brackets that change with the step; those that only weigh stay as they are.
-struct Reader<'a> {
+/// Parses prompt editing and alternating words; brackets that only weigh stay as they are.
+struct Parser<'a> {
     rest: &'a str,
     depth: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> Parser<'a> {
     fn new(text: &'a str) -> Self {
         Self {
             rest: text,
@@ -364,7 +363,7 @@ impl<'a> Reader<'a> {
         taken
     }
 
-    /// Reads up to one of these characters, which it leaves there, or to the end.
+    /// Parses up to one of these characters, which is left there, or to the end.
     fn until(&mut self, ends: &[char], prompt: &str, steps: usize) -> Result<Vec<Node>> {
         let mut nodes = vec![];
         let mut text = String::new();
@@ -396,7 +395,7 @@ impl<'a> Reader<'a> {
         Ok(nodes)
     }
 
-    /// Reads `[...]` of any kind.
+    /// Parses `[...]` of any kind.
     fn brackets(&mut self, prompt: &str, steps: usize) -> Result<Vec<Node>> {
         let begun = self.rest;
         let opening = self.take(1);
@@ -422,7 +421,7 @@ impl<'a> Reader<'a> {
         self.depth -= 1;
         let has = |c: char| separators.iter().all(|other| *other == c) && !separators.is_empty();
         if closed && has('|') {
-            return Ok(vec![Node::Turns(
+            return Ok(vec![Node::Alternate(
                 parts.into_iter().map(|(nodes, _)| nodes).collect(),
             )]);
         }
@@ -438,24 +437,25 @@ impl<'a> Reader<'a> {
                 .map_or(0, |before| before.chars().count())
                 + 1;
             let at = when.parse().ok().filter(|at: &f64| at.is_finite());
-            let hint = "a share of the steps below 1, or a step: `[cat:dog:0.5]`, `[cat:dog:12]`";
+            let hint =
+                "a fraction of the steps below 1, or a step: `[cat:dog:0.5]`, `[cat:dog:12]`";
             ensure!(
                 at.is_some(),
-                "`{when}` is no step, in the brackets at character {place} of the prompt `{prompt}`\n\nhint: {hint}"
+                "`{when}` is not a step, in the brackets at character {place} of the prompt `{prompt}`\n\nhint: {hint}"
             );
             let at = at.unwrap_or(0.0);
-            let share = at < 1.0 || when.contains('.');
-            let step = if share { at * steps as f64 } else { at } as usize;
+            let is_fraction = at < 1.0 || when.contains('.');
+            let step = if is_fraction { at * steps as f64 } else { at } as usize;
             parts.pop();
             let after = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
             let before = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
-            return Ok(vec![Node::Switch {
+            return Ok(vec![Node::EditAt {
                 before,
                 after,
                 step,
             }]);
         }
-        // weights, or nothing that is known: as it was typed, with what changes inside
+        // weights or no syntax at all: as typed, with the nodes that are inside
         let mut nodes = vec![Node::Text(opening.into())];
         for (i, (part, _)) in parts.into_iter().enumerate() {
             nodes.extend(

@@ -1,9 +1,10 @@
 //! CLIP's byte-level BPE (Radford et al. 2021) on the `tokenizers` crate.
 //!
 //! Built from a checkpoint's `tokenizer.json`, or `vocab.json` and `merges.txt`, or CLIP's own
-//! vocabulary, which is part of the program: a single-file checkpoint brings none.
+//! vocabulary, which is part of the program: a single-file checkpoint brings none. It also knows the
+//! tokens of textual inversions.
 
-use super::prompt::Piece;
+use super::prompt::Segment;
 use crate::weights::TokenizerFiles;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
@@ -29,7 +30,7 @@ const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 /// Tokens that CLIP was trained on, start and end included.
 const CLIP_TOKENS: usize = 77;
 
-/// A prompt's token ids, and what did not fit.
+/// The token ids of a prompt, and what did not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokens {
     /// start, text, end, padding: always the model's number of tokens
@@ -38,31 +39,31 @@ pub struct Tokens {
     pub cut: Option<String>,
 }
 
-/// Some of a long prompt's tokens: as many as the model takes at once.
+/// As many tokens of a long prompt as the model takes at once.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chunk {
     /// start, text, end, padding
     pub ids: Vec<u32>,
-    /// what the embedding of each is multiplied by
+    /// the factor of each token's embedding
     pub weights: Vec<f32>,
 }
 
-/// A chunk is left early at a comma among so many of its last tokens, as A1111 does, so that a
-/// phrase stays whole.
+/// The number of last tokens among which a chunk may end early at a comma, so that a phrase stays
+/// whole; A1111's default.
 const COMMA_REACH: usize = 20;
 
-/// What stands together in a text: a token, or all vectors of a word that was learned.
+/// Tokens that stay in one chunk: a single one, or all vectors of a textual inversion.
 struct Word {
     ids: Vec<u32>,
-    /// its place in the text, in bytes
+    /// the position in the text, in bytes
     from: usize,
 }
 
-/// A word beyond the vocabulary.
-struct Learned {
+/// A token of a textual inversion, beyond the vocabulary.
+struct TextualInversion {
     token: Arc<str>,
-    /// the token as the tokenizer reads text: in lower case
-    normal: String,
+    /// the token as the tokenizer normalizes text: in lower case
+    normalized: String,
     ids: Range<u32>,
 }
 
@@ -75,7 +76,7 @@ pub struct Tokenizer {
     pad: u32,
     max_tokens: usize,
     /// the longest first
-    learned: Vec<Learned>,
+    inversions: Vec<TextualInversion>,
 }
 
 impl Tokenizer {
@@ -146,42 +147,43 @@ impl Tokenizer {
             max_tokens,
             comma: inner.token_to_id(",</w>"),
             inner,
-            learned: vec![],
+            inversions: vec![],
         })
     }
 
-    /// Has these ids stand for a token, wherever that stands by itself. Errors if it is none, or if
-    /// they do not fit into a chunk.
-    pub fn learn(&mut self, token: &Arc<str>, ids: Range<u32>, positions: usize) -> Result<()> {
-        let normal = self.normalized(token)?.get().trim().to_string();
+    /// Adds a token of these ids, which is matched wherever it stands by itself. Errors if no text
+    /// can contain it, or if the ids do not fit into a chunk.
+    pub fn add_token(&mut self, token: &Arc<str>, ids: Range<u32>, positions: usize) -> Result<()> {
+        let normalized = self.normalized(token)?.get().trim().to_string();
         ensure!(
-            !normal.is_empty(),
-            "`{token}` is no word that could stand in a prompt"
+            !normalized.is_empty(),
+            "`{token}` is not a word that a prompt can contain"
         );
         let (n, room) = (ids.len(), self.room(positions));
         ensure!(
             n <= room,
             "`{token}` has {n} vectors, the model takes {room} tokens at once"
         );
-        self.learned.push(Learned {
+        self.inversions.push(TextualInversion {
             token: token.clone(),
-            normal,
+            normalized,
             ids,
         });
-        self.learned
-            .sort_by_key(|learned| std::cmp::Reverse(learned.normal.len()));
+        self.inversions
+            .sort_by_key(|inversion| std::cmp::Reverse(inversion.normalized.len()));
         Ok(())
     }
 
-    /// The learned tokens that stand in a text.
-    pub fn learned(&self, text: &str) -> Result<Vec<Arc<str>>> {
+    /// Returns the added tokens that a text contains, in order.
+    pub fn added_tokens(&self, text: &str) -> Result<Vec<Arc<str>>> {
         Ok(self
-            .places(&self.normalized(text)?)
+            .find_inversions(&self.normalized(text)?)
             .into_iter()
-            .map(|(_, learned)| learned.token.clone())
+            .map(|(_, inversion)| inversion.token.clone())
             .collect())
     }
 
+    /// The number of tokens in a chunk, without start and end.
     fn room(&self, positions: usize) -> usize {
         self.max_tokens.min(positions).saturating_sub(2)
     }
@@ -195,63 +197,63 @@ impl Tokenizer {
         Ok(normalized)
     }
 
-    /// Where learned tokens stand in a text, in the bytes of its normal form: the first that can,
-    /// of those the longest.
-    fn places(&self, text: &NormalizedString) -> Vec<(Range<usize>, &Learned)> {
+    /// Finds textual inversions in a normalized text, leftmost-longest: their byte ranges in it.
+    fn find_inversions(&self, text: &NormalizedString) -> Vec<(Range<usize>, &TextualInversion)> {
         let text = text.get();
-        let mut places: Vec<(Range<usize>, &Learned)> = vec![];
-        for (from, _) in text.char_indices().filter(|_| !self.learned.is_empty()) {
+        let mut found: Vec<(Range<usize>, &TextualInversion)> = vec![];
+        for (from, _) in text.char_indices().filter(|_| !self.inversions.is_empty()) {
             let (before, rest) = text.split_at(from);
-            let stands = |learned: &&Learned| {
-                rest.strip_prefix(&*learned.normal).is_some_and(|after| {
-                    !runs_on(before, &learned.normal) && !runs_on(&learned.normal, after)
-                })
+            let matches = |inversion: &&TextualInversion| {
+                let token = &*inversion.normalized;
+                rest.strip_prefix(token)
+                    .is_some_and(|after| !runs_on(before, token) && !runs_on(token, after))
             };
-            if places.last().is_none_or(|(last, _)| last.end <= from)
-                && let Some(learned) = self.learned.iter().find(stands)
+            if found.last().is_none_or(|(last, _)| last.end <= from)
+                && let Some(inversion) = self.inversions.iter().find(matches)
             {
-                places.push((from..from + learned.normal.len(), learned));
+                found.push((from..from + inversion.normalized.len(), inversion));
             }
         }
-        places
+        found
     }
 
-    /// The text between start and end.
+    /// Tokenizes a text, without start and end.
     fn words(&self, text: &str) -> Result<Vec<Word>> {
         let (mut words, mut at) = (vec![], 0);
-        if !self.learned.is_empty() {
+        if !self.inversions.is_empty() {
             let normalized = self.normalized(text)?;
-            for (place, learned) in self.places(&normalized) {
-                let place = normalized
-                    .convert_offsets(In::Normalized(place))
-                    .context("a word lost its place in the prompt")?;
-                self.usual(text, at..place.start, &mut words)?;
+            for (range, inversion) in self.find_inversions(&normalized) {
+                let range = normalized
+                    .convert_offsets(In::Normalized(range))
+                    .context("an added token lies outside of the prompt")?;
+                self.push_words(text, at..range.start, &mut words)?;
                 words.push(Word {
-                    ids: learned.ids.clone().collect(),
-                    from: place.start,
+                    ids: inversion.ids.clone().collect(),
+                    from: range.start,
                 });
-                at = place.end;
+                at = range.end;
             }
         }
-        self.usual(text, at..text.len(), &mut words)?;
+        self.push_words(text, at..text.len(), &mut words)?;
         Ok(words)
     }
 
-    /// Adds what stands at a place of a text, as the vocabulary has it.
-    fn usual(&self, text: &str, place: Range<usize>, words: &mut Vec<Word>) -> Result<()> {
+    /// Tokenizes a byte range of a text with the vocabulary alone.
+    fn push_words(&self, text: &str, range: Range<usize>, words: &mut Vec<Word>) -> Result<()> {
         let encoding = self
             .inner
-            .encode(text.get(place.clone()).unwrap_or_default(), false)
+            .encode(text.get(range.clone()).unwrap_or_default(), false)
             .map_err(unreadable)?;
         let each = encoding.get_ids().iter().zip(encoding.get_offsets());
         words.extend(each.map(|(id, (from, _))| Word {
             ids: vec![*id],
-            from: place.start + from,
+            from: range.start + from,
         }));
         Ok(())
     }
 
-    /// All ids with start and end, neither cut nor padded.
+    /// Returns all ids with start and end, neither cut nor padded: what tests compare.
+    #[cfg(any(feature = "internals", test))]
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
         let words = self.words(text)?.into_iter().flat_map(|word| word.ids);
         Ok(std::iter::once(self.start)
@@ -260,8 +262,8 @@ impl Tokenizer {
             .collect())
     }
 
-    /// Exactly `max_tokens` ids (at most the encoder's positions): cut after the last that fits, or
-    /// padded.
+    /// Returns exactly `max_tokens` ids (at most `positions`, the encoder's): cut after the last that
+    /// fits, or padded.
     pub fn encode(&self, text: &str, positions: usize) -> Result<Tokens> {
         let length = self.max_tokens.min(positions);
         let words = self.words(text)?;
@@ -281,46 +283,46 @@ impl Tokenizer {
         Ok(Tokens { ids, cut })
     }
 
-    /// All of a prompt, in chunks of `max_tokens` ids (at most the encoder's positions), at least
-    /// one. As in A1111 each piece is tokenized by itself.
-    pub fn chunks(&self, pieces: &[Piece], positions: usize) -> Result<Vec<Chunk>> {
+    /// Splits a whole prompt into chunks of `max_tokens` ids (at most `positions`, the encoder's), at
+    /// least one. As in A1111 each segment is tokenized by itself.
+    pub fn chunks(&self, segments: &[Segment], positions: usize) -> Result<Vec<Chunk>> {
         let room = self.room(positions).max(1);
-        let mut filling = Filling {
+        let mut chunker = Chunker {
             tokenizer: self,
             room,
             done: vec![],
             open: vec![],
             comma: None,
         };
-        for piece in pieces {
-            match piece {
-                Piece::Break => filling.close(),
-                Piece::Text { text, weight } => self
+        for segment in segments {
+            match segment {
+                Segment::Break => chunker.close(),
+                Segment::Text { text, weight } => self
                     .words(text)?
                     .iter()
-                    .for_each(|word| filling.push(&word.ids, *weight)),
+                    .for_each(|word| chunker.push(&word.ids, *weight)),
             }
         }
-        if !filling.open.is_empty() || filling.done.is_empty() {
-            filling.close();
+        if !chunker.open.is_empty() || chunker.done.is_empty() {
+            chunker.close();
         }
-        Ok(filling.done)
+        Ok(chunker.done)
     }
 }
 
-/// What [`Tokenizer::chunks`] has so far.
-struct Filling<'a> {
+/// The chunks that [`Tokenizer::chunks`] has filled so far.
+struct Chunker<'a> {
     tokenizer: &'a Tokenizer,
     room: usize,
     done: Vec<Chunk>,
     /// tokens of the chunk that is filled, with their weights
     open: Vec<(u32, f32)>,
-    /// where in it its last comma stands
+    /// the position of its last comma
     comma: Option<usize>,
 }
 
-impl Filling<'_> {
-    /// Adds what stands together.
+impl Chunker<'_> {
+    /// Adds tokens that stay together.
     fn push(&mut self, ids: &[u32], weight: f32) {
         if self.tokenizer.comma.is_some_and(|comma| ids == [comma]) {
             self.comma = Some(self.open.len());
@@ -337,6 +339,7 @@ impl Filling<'_> {
         self.open.extend(ids.iter().map(|id| (*id, weight)));
     }
 
+    /// Pads the open chunk and begins the next one.
     fn close(&mut self) {
         let Tokenizer {
             start, end, pad, ..
@@ -356,13 +359,13 @@ fn unreadable(e: tokenizers::Error) -> anyhow::Error {
     anyhow!("cannot tokenize the prompt: {e}")
 }
 
-/// Whether one text ends in the word that the next one begins with.
+/// Whether a word of one text continues in the next one.
 fn runs_on(text: &str, next: &str) -> bool {
     text.chars().next_back().is_some_and(char::is_alphabetic)
         && next.chars().next().is_some_and(char::is_alphabetic)
 }
 
-/// The merges file, less its version line.
+/// Parses the merges file, without its version line.
 fn pairs(merges: &str) -> Result<Vec<(String, String)>> {
     let lines = merges
         .lines()
@@ -376,7 +379,7 @@ fn pairs(merges: &str) -> Result<Vec<(String, String)>> {
         .collect()
 }
 
-/// CLIP's vocabulary in its order: bytes, bytes that end a word, merges, start and end.
+/// Builds CLIP's vocabulary in its order: bytes, bytes that end a word, merges, start and end.
 fn clip_vocab(merges: &[(String, String)]) -> HashMap<String, u32> {
     // GPT-2's byte alphabet: printable bytes stand for themselves, the others follow from 256 up
     let printable =

@@ -1,12 +1,13 @@
 //! Textual inversion (Gal et al. 2022, arXiv 2208.01618): vectors that were learned for a word of
 //! the prompt.
 //!
-//! Hides in which of the formats of A1111, diffusers and kohya a file holds them. How they are
-//! found in a prompt is [`crate::text::tokenizer`]'s.
+//! Hides in which of the formats of A1111, diffusers and kohya a file holds them. The text layer's
+//! tokenizer finds them in prompts.
 
-use super::ENCODERS;
 use super::key_mapping::{self, Layout};
-use super::safetensors::Source;
+use super::model_files::file_name;
+use super::safetensors::SafetensorsFile;
+use super::{ENCODERS, family_name};
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
@@ -20,38 +21,26 @@ use std::sync::Arc;
 /// scripts.
 const PAIRS: [[&str; 2]; 2] = [["clip_l", "clip_g"], ["text_encoders_0", "text_encoders_1"]];
 
-/// A word that a model has learned beyond its vocabulary.
+/// A textual inversion: a token beyond the vocabulary, and the vectors that were learned for it.
 #[derive(Clone)]
 pub struct Embedding {
-    /// what stands for it in prompts
+    /// the word that stands for it in prompts
     pub token: Arc<str>,
-    /// SHA-256 of the file, by which sites that share models know it
+    /// SHA-256 of the file, as sites that share models list it
     pub hash: Arc<str>,
     /// the file, for people
     pub file: String,
     /// how many vectors it has
     pub vectors: usize,
-    /// [vectors, width] by their encoder, the first one's where there is only one
+    /// the vectors [vectors, width] for each text encoder; a single one is the first encoder's
     pub parts: BTreeMap<&'static str, Tensor>,
 }
 
 impl Embedding {
-    /// Reads that of `FILE:TOKEN`, as `--embedding` has it, or of `FILE`, whose token is the file's
-    /// name without extension. Errors say what the file is if it is no embedding.
+    /// Reads the embedding that `FILE:TOKEN` names, or `FILE` alone, whose token is the file's name
+    /// without extension. Errors say what the file is if it is not an embedding.
     pub fn asked(text: &OsStr) -> Result<Self> {
-        let split = text
-            .to_str()
-            .filter(|text| !Path::new(text).exists())
-            .and_then(|text| text.rsplit_once(':'));
-        let (path, token) = split.map_or((Path::new(text), None), |(path, token)| {
-            (Path::new(path), Some(token))
-        });
-        let stem = || {
-            path.file_stem()
-                .map(|stem| stem.to_string_lossy().into_owned())
-                .unwrap_or_default()
-        };
-        let token = token.map_or_else(stem, |token| token.trim().into());
+        let (path, token) = file_and_token(text);
         let file = path.display().to_string();
         ensure!(
             !token.is_empty(),
@@ -62,19 +51,17 @@ impl Embedding {
             path.is_file(),
             "there is no file `{file}`\n\nhint: `--embedding` takes a .safetensors file, and perhaps its word in prompts: FILE:TOKEN"
         );
-        let source = Source::open(path)?;
+        let source = SafetensorsFile::open(path)?;
         let keys = keys(&source).with_context(|| format!("`{file}` {}", other(&source)))?;
         let mut parts = BTreeMap::new();
         for (encoder, key) in keys {
             let tensor = source.read(&key)?;
-            parts.insert(
-                encoder,
-                if tensor.rank() == 1 {
-                    tensor.unsqueeze(0)?
-                } else {
-                    tensor
-                },
-            );
+            let vectors = if tensor.rank() == 1 {
+                tensor.unsqueeze(0)?
+            } else {
+                tensor
+            }; // [vectors, width]
+            parts.insert(encoder, vectors);
         }
         let counts: Vec<usize> = parts
             .values()
@@ -84,7 +71,7 @@ impl Embedding {
         if vectors == 0 || counts.iter().any(|n| *n != vectors) {
             let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
             bail!(
-                "`{file}` has {} vectors\n\nhint: fetch it again; it is no embedding that could be used",
+                "`{file}` has {} vectors\n\nhint: fetch it again; it is not an embedding that can be used",
                 counts.join(" and ")
             );
         }
@@ -99,12 +86,12 @@ impl Embedding {
         })
     }
 
-    /// Whether that is what a file holds, by its header.
+    /// Whether a file holds an embedding, by its header.
     pub fn is_in(path: &Path) -> bool {
-        path.is_file() && Source::open(path).is_ok_and(|source| keys(&source).is_some())
+        path.is_file() && SafetensorsFile::open(path).is_ok_and(|source| keys(&source).is_some())
     }
 
-    /// Numbers in a vector, of each encoder.
+    /// The widths of its vectors, one for each encoder.
     pub fn widths(&self) -> Vec<usize> {
         self.parts
             .values()
@@ -112,28 +99,28 @@ impl Embedding {
             .collect()
     }
 
-    /// The models that are made for such widths.
+    /// The model family with encoders of these widths.
     pub fn family(&self) -> Option<&'static str> {
         match self.widths()[..] {
-            [768] => Some("Stable Diffusion 1.x"),
-            [1024] => Some("Stable Diffusion 2.x"),
-            [768, 1280] => Some("Stable Diffusion XL"),
+            [768] => Some(family_name::SD1),
+            [1024] => Some(family_name::SD2),
+            [768, 1280] => Some(family_name::SDXL),
             _ => None,
         }
     }
 
-    /// The vectors for an encoder of this width, [vectors, width]. Errors if it has none, or of
-    /// another width.
-    pub fn rows(&self, encoder: &str, width: usize) -> Result<&Tensor> {
+    /// Returns the vectors [vectors, width] for an encoder. Errors if it has none, or of another
+    /// width.
+    pub fn vectors_for(&self, encoder: &str, width: usize) -> Result<&Tensor> {
         let rows = self
             .parts
             .get(encoder)
             .filter(|rows| rows.dim(1).is_ok_and(|own| own == width));
-        rows.with_context(|| self.misfit(&format!("an encoder of this model takes {width}")))
+        rows.with_context(|| self.mismatch(&format!("an encoder of this model takes {width}")))
     }
 
-    /// What is wrong with it for a model.
-    pub fn misfit(&self, wanted: &str) -> String {
+    /// The error for a model that takes other vectors: `wanted` says which.
+    pub fn mismatch(&self, wanted: &str) -> String {
         let widths: Vec<String> = self.widths().iter().map(usize::to_string).collect();
         let hint = match self.family() {
             Some(family) => format!("it was made for {family}"),
@@ -147,8 +134,20 @@ impl Embedding {
     }
 }
 
-/// The tensors of an embedding by their encoder; none if a file holds none.
-fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
+/// Splits `FILE:TOKEN`; a file of that whole name is taken first, and a file's token is its name.
+fn file_and_token(text: &OsStr) -> (&Path, String) {
+    let split = text
+        .to_str()
+        .filter(|text| !Path::new(text).exists())
+        .and_then(|text| text.rsplit_once(':'));
+    match split {
+        Some((path, token)) => (Path::new(path), token.trim().into()),
+        None => (Path::new(text), file_name(Path::new(text))),
+    }
+}
+
+/// The keys of an embedding's tensors by their encoder; nothing if a file does not hold one.
+fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
     let tensors: Vec<_> = source.tensors().collect();
     let is_matrix = |shape: &[usize]| matches!(shape, [_] | [_, _]);
     if tensors.iter().any(|(_, shape, _)| !is_matrix(shape)) {
@@ -167,16 +166,17 @@ fn keys(source: &Source) -> Option<BTreeMap<&'static str, String>> {
     }
 }
 
-/// What a file is that is no embedding.
-fn other(source: &Source) -> String {
-    let keys: Vec<String> = source.tensors().map(|(key, ..)| key).collect();
+/// The error for a file that is not an embedding: what it is instead.
+fn other(source: &SafetensorsFile) -> String {
+    let keys = source.keys();
     let (what, hint) = match key_mapping::layout(keys.iter().map(String::as_str)) {
-        Layout::Original | Layout::Canonical => {
-            ("is a checkpoint, no embedding", "pass it with `--model`")
-        }
-        Layout::Adapter => ("is a LoRA, no embedding", "pass it with `--lora`"),
+        Layout::Original | Layout::Canonical => (
+            "is a checkpoint, not an embedding",
+            "pass it with `--model`",
+        ),
+        Layout::Adapter => ("is a LoRA, not an embedding", "pass it with `--lora`"),
         Layout::Unknown => (
-            "is no embedding",
+            "is not an embedding",
             "those of A1111 and kohya hold `emb_params`, diffusers' one tensor, SDXL's `clip_l` and `clip_g`",
         ),
     };

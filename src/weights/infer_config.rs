@@ -1,10 +1,10 @@
-//! The configuration of a single original file, from its header's shapes: such files bring no
-//! config.json. What shapes cannot tell (heads, norm groups, schedule, prediction) is the family's,
-//! and is listed as assumed.
+//! The configuration of a single original file, from the shapes in its header: such files bring no
+//! config.json. What shapes cannot tell (heads, norm groups, scheduler, prediction) is the family's,
+//! and is listed among the assumptions.
 
-use super::safetensors::Source;
+use super::distillation::Distillation;
+use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
-use crate::pipeline::family::Distillation;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -18,12 +18,12 @@ pub struct Extra {
 impl Extra {
     /// Looks for `v_pred` and `ztsnr` marker keys, ModelSpec's header text and CompVis' step
     /// counter.
-    pub fn of(source: &Source, keys: &[String]) -> Self {
+    pub fn of(source: &SafetensorsFile, keys: &[String]) -> Self {
         let marker = |name: &str| keys.iter().any(|k| k == name);
         let spec = source
             .metadata("modelspec.prediction_type")
             .map(|p| p.starts_with('v'));
-        // 875,000 steps: Stable Diffusion 2.0-base, the one 2.x model that predicts noise
+        // trained for 875,000 steps: Stable Diffusion 2.0-base, the one 2.x model that predicts noise
         let steps = keys.iter().find(|k| *k == "global_step").and_then(|k| {
             source
                 .read(k)
@@ -49,109 +49,119 @@ impl Extra {
     }
 }
 
+/// What a single file's prediction, size and scheduler follow from.
+struct Traits {
+    /// it has SDXL's second text encoder
+    is_xl: bool,
+    /// its text encoder is OpenCLIP's, as in Stable Diffusion 2.x
+    is_second_generation: bool,
+    v_prediction: bool,
+    zero_snr: bool,
+    distillation: Option<Distillation>,
+}
+
+impl Traits {
+    fn of(checkpoint: &mut Checkpoint, unet: &Map<String, Value>, extra: &Extra) -> Self {
+        let is_xl = checkpoint.has(ENCODERS[1]);
+        let is_second_generation =
+            !is_xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
+        let distillation = Distillation::named(&checkpoint.name);
+        // models with a distillation's name were made from ones that predict noise
+        let known = extra.v_prediction.or(distillation.as_ref().map(|_| false));
+        if known.is_none() && is_second_generation {
+            checkpoint.warnings.push(
+                "assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`"
+                    .into(),
+            );
+        }
+        Self {
+            is_xl,
+            is_second_generation,
+            v_prediction: known.unwrap_or(is_second_generation),
+            zero_snr: extra.zero_snr,
+            distillation,
+        }
+    }
+
+    /// The size of the latents that the model was trained on, height and width.
+    fn sample_size(&self) -> usize {
+        match self.distillation.as_ref().and_then(|named| named.side_px) {
+            Some(side_px) => side_px / 8,
+            None if self.is_xl => 128,
+            None if self.is_second_generation && self.v_prediction => 96,
+            None => 64,
+        }
+    }
+
+    /// The scheduler's configuration.
+    fn scheduler(&self) -> Map<String, Value> {
+        let class = if self.is_xl {
+            "EulerDiscreteScheduler"
+        } else if self.is_second_generation || self.zero_snr {
+            // PNDM does not support zero terminal SNR
+            "DDIMScheduler"
+        } else {
+            "PNDMScheduler"
+        };
+        // a model with zero terminal SNR has to start from the very last timestep
+        let spacing = if self.zero_snr { "trailing" } else { "leading" };
+        let prediction = if self.v_prediction {
+            "v_prediction"
+        } else {
+            "epsilon"
+        };
+        let config = json!({
+            "_class_name": class,
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "set_alpha_to_one": false,
+            "clip_sample": false,
+            "skip_prk_steps": true,
+            "steps_offset": 1,
+            "timestep_spacing": spacing,
+            "prediction_type": prediction,
+            "rescale_betas_zero_snr": self.zero_snr,
+        });
+        let mut config = config.as_object().cloned().unwrap_or_default();
+        if let Some(named) = &self.distillation {
+            config.extend(named.scheduler.as_object().cloned().unwrap_or_default());
+        }
+        config
+    }
+}
+
 /// Fills in the configurations that a diffusers folder would hold.
 pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     let mut unet = unet(checkpoint)?;
-    let xl = checkpoint.has(ENCODERS[1]);
-    let second_generation = !xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
-    let distillation = Distillation::named(&checkpoint.name);
-    // those of a distilled model's name were made from ones that predict noise
-    let told = extra.v_prediction.or(distillation.as_ref().map(|_| false));
-    let v_prediction = told.unwrap_or(second_generation);
-    if told.is_none() && second_generation {
-        checkpoint.doubt =
-            Some("assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`".into());
-    }
-    let side = if xl {
-        128
-    } else {
-        [64, 96][usize::from(second_generation && v_prediction)]
-    };
-    let distilled_side = distillation
-        .as_ref()
-        .and_then(|named| named.side_px)
-        .map(|pixels| pixels / 8);
-    unet.insert("sample_size".into(), distilled_side.unwrap_or(side).into());
-    let prediction = if v_prediction {
-        "v_prediction"
-    } else {
-        "epsilon"
-    };
-    // PNDM knows no zero terminal SNR
-    let class = if xl {
-        "EulerDiscreteScheduler"
-    } else {
-        ["PNDMScheduler", "DDIMScheduler"][usize::from(second_generation || extra.zero_snr)]
-    };
-    let mut scheduler = json!({
-        "_class_name": class,
-        "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "set_alpha_to_one": false, "clip_sample": false, "skip_prk_steps": true, "steps_offset": 1,
-        // only a run from the very last timestep starts where such a model saw no picture at all
-        "timestep_spacing": if extra.zero_snr { "trailing" } else { "leading" }, "prediction_type": prediction,
-        "rescale_betas_zero_snr": extra.zero_snr,
-    });
-    if let (Some(scheduler), Some(named)) = (scheduler.as_object_mut(), &distillation) {
-        scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
-    }
-    let said = |key: &str| {
+    let traits = Traits::of(checkpoint, &unet, &extra);
+    unet.insert("sample_size".into(), traits.sample_size().into());
+    let scheduler = traits.scheduler();
+    let setting = |key: &str| {
         scheduler
             .get(key)
             .and_then(Value::as_str)
             .unwrap_or_default()
     };
-    checkpoint.assumed.push(format!(
+    checkpoint.assumptions.push(format!(
         "{}, {} timesteps, predicts {}",
-        said("_class_name"),
-        said("timestep_spacing"),
-        said("prediction_type")
+        setting("_class_name"),
+        setting("timestep_spacing"),
+        setting("prediction_type")
     ));
     let scale = vae_scale(checkpoint);
-    let assumed = format!(
+    checkpoint.assumptions.push(format!(
         "32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}"
-    );
-    checkpoint.assumed.push(assumed);
-    let has_first = checkpoint.has(ENCODERS[0]);
-    for encoder in ENCODERS
-        .into_iter()
-        .filter(|encoder| checkpoint.has(encoder))
-        .collect::<Vec<_>>()
-    {
-        // CLIP-L was trained with quick_gelu and its end as padding, OpenCLIP's encoders with the
-        // exact one and `!`
-        let open_clip = second_generation || encoder == ENCODERS[1];
-        let config = text(
-            checkpoint,
-            encoder,
-            if open_clip { "gelu" } else { "quick_gelu" },
-        )?;
-        let pad = if open_clip { "!" } else { "<|endoftext|>" };
-        let tokenizer =
-            json!({ "pad_token": pad, "model_max_length": config["max_position_embeddings"] });
-        checkpoint.tokenizers.insert(
-            encoder,
-            TokenizerSource {
-                files: TokenizerFiles::Clip,
-                config: tokenizer,
-            },
-        );
-        checkpoint.configs.insert(encoder.into(), config);
+    ));
+    for encoder in ENCODERS {
+        if checkpoint.has(encoder) {
+            let is_open_clip = traits.is_second_generation || encoder == ENCODERS[1];
+            configure_encoder(checkpoint, encoder, is_open_clip)?;
+        }
     }
-    if xl {
-        // pooled text, then numbers: six of a model that starts from noise, five of a refiner
-        let inputs = size(checkpoint, "unet.add_embedding.linear_1.weight", 1)?;
-        let pooled = size(checkpoint, "text_encoder_2.text_projection.weight", 0)?;
-        let dim = inputs.saturating_sub(pooled) / if has_first { 6 } else { 5 };
-        unet.insert("addition_embed_type".into(), "text_time".into());
-        unet.insert("addition_time_embed_dim".into(), dim.into());
-        unet.insert(
-            "projection_class_embeddings_input_dim".into(),
-            inputs.into(),
-        );
-        checkpoint.configs.insert(
-            "pipeline".into(),
-            json!({ "force_zeros_for_empty_prompt": has_first }),
-        );
+    if traits.is_xl {
+        configure_added_conditions(checkpoint, &mut unet)?;
     }
     if checkpoint.has("vae") {
         checkpoint
@@ -160,16 +170,65 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     }
     checkpoint.configs.extend([
         ("unet".into(), unet.into()),
-        ("scheduler".into(), scheduler),
+        ("scheduler".into(), scheduler.into()),
     ]);
     Ok(())
 }
 
-/// Size of one dimension of a tensor that must be there.
+/// Fills in the configuration of a text encoder and its tokenizer. CLIP-L was trained with
+/// quick_gelu and padded with its end token, OpenCLIP's encoders with the exact GELU and `!`.
+fn configure_encoder(
+    checkpoint: &mut Checkpoint,
+    encoder: &'static str,
+    is_open_clip: bool,
+) -> Result<()> {
+    let (activation, pad) = if is_open_clip {
+        ("gelu", "!")
+    } else {
+        ("quick_gelu", "<|endoftext|>")
+    };
+    let config = text(checkpoint, encoder, activation)?;
+    let tokenizer =
+        json!({ "pad_token": pad, "model_max_length": config["max_position_embeddings"] });
+    checkpoint.tokenizers.insert(
+        encoder,
+        TokenizerSource {
+            files: TokenizerFiles::Clip,
+            config: tokenizer,
+        },
+    );
+    checkpoint.configs.insert(encoder.into(), config);
+    Ok(())
+}
+
+/// Fills in how SDXL's U-Net takes the pooled prompt embeddings and the time ids: six of these for a
+/// base model, five for a refiner, which lacks the first text encoder.
+fn configure_added_conditions(
+    checkpoint: &mut Checkpoint,
+    unet: &mut Map<String, Value>,
+) -> Result<()> {
+    let is_base = checkpoint.has(ENCODERS[0]);
+    let inputs = size(checkpoint, "unet.add_embedding.linear_1.weight", 1)?;
+    let pooled = size(checkpoint, "text_encoder_2.text_projection.weight", 0)?;
+    let dim = inputs.saturating_sub(pooled) / if is_base { 6 } else { 5 };
+    unet.insert("addition_embed_type".into(), "text_time".into());
+    unet.insert("addition_time_embed_dim".into(), dim.into());
+    unet.insert(
+        "projection_class_embeddings_input_dim".into(),
+        inputs.into(),
+    );
+    checkpoint.configs.insert(
+        "pipeline".into(),
+        json!({ "force_zeros_for_empty_prompt": is_base }),
+    );
+    Ok(())
+}
+
+/// The size of one dimension of a tensor that must be there.
 fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
     let shape = checkpoint
         .shape(name)
-        .with_context(|| checkpoint.missing(name))?;
+        .with_context(|| checkpoint.missing_tensor(name))?;
     shape.get(dim).copied().with_context(|| {
         format!(
             "tensor `{name}` of `{}` has shape {shape:?}, with too few dimensions",
@@ -178,8 +237,9 @@ fn size(checkpoint: &Checkpoint, name: &str, dim: usize) -> Result<usize> {
     })
 }
 
+/// The U-Net's configuration.
 fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
-    // transformers of each layer's attention; nothing for a block without any
+    // the number of transformer blocks of each layer; empty for a block without attention
     let depths = |block: &str| -> Vec<usize> {
         let attentions = c.count(&format!("{block}.attentions."));
         (0..attentions)
@@ -190,24 +250,24 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
     let blocks = c.count("unet.down_blocks.");
     let (mut widths, mut layers, mut down, mut up) = (vec![], vec![], vec![], vec![]);
     let (mut down_depths, mut up_depths) = (vec![], vec![]);
-    let (mut context, mut linear) = (None, false);
+    let (mut cross_attention_dim, mut linear) = (None, false);
     for i in 0..blocks {
         let block = format!("unet.down_blocks.{i}");
         widths.push(size(c, &format!("{block}.resnets.0.conv1.weight"), 0)?);
         layers.push(c.count(&format!("{block}.resnets.")));
-        let (falling, rising) = (depths(&block), depths(&format!("unet.up_blocks.{i}")));
-        down.push(if falling.is_empty() {
+        let (down_depth, up_depth) = (depths(&block), depths(&format!("unet.up_blocks.{i}")));
+        down.push(if down_depth.is_empty() {
             "DownBlock2D"
         } else {
             "CrossAttnDownBlock2D"
         });
-        up.push(if rising.is_empty() {
+        up.push(if up_depth.is_empty() {
             "UpBlock2D"
         } else {
             "CrossAttnUpBlock2D"
         });
-        if !falling.is_empty() {
-            context = Some(size(
+        if !down_depth.is_empty() {
+            cross_attention_dim = Some(size(
                 c,
                 &format!("{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
                 1,
@@ -216,13 +276,13 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
                 .shape(&format!("{block}.attentions.0.proj_in.weight"))
                 .is_some_and(|s| s.len() == 2);
         }
-        // the middle reads its depth from the last block, which may have no attention itself
-        down_depths.push(if falling.is_empty() {
+        // the mid block takes its depth from the last block, which may have no attention itself
+        down_depths.push(if down_depth.is_empty() {
             json!(middle.unwrap_or(1))
         } else {
-            json!(falling)
+            json!(down_depth)
         });
-        up_depths.push(rising);
+        up_depths.push(up_depth);
     }
     let middle = match (middle, c.count("unet.mid_block.resnets.")) {
         (Some(_), _) => Some("UNetMidBlock2DCrossAttn"),
@@ -240,7 +300,7 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
         "block_out_channels": widths, "layers_per_block": layers,
         "transformer_layers_per_block": down_depths, "reverse_transformer_layers_per_block": up_depths,
         "down_block_types": down, "mid_block_type": middle, "up_block_types": up,
-        "cross_attention_dim": context.context("the U-Net has no cross attention")?,
+        "cross_attention_dim": cross_attention_dim.context("the U-Net has no cross attention")?,
         "use_linear_projection": linear, "attention_head_dim": heads,
     });
     Ok(config.as_object().cloned().unwrap_or_default())
@@ -251,7 +311,7 @@ pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     if c.shape("vae.decoder.layers.0.weight").is_none() {
         return vae(c, scaling_factor);
     }
-    // TAESD: layers are numbered through; blocks, then scaling, which has no weights, and a
+    // TAESD numbers all its layers through: some blocks, then upsampling, which has no weights, and a
     // convolution
     let has = |layer: usize, name: &str| {
         c.shape(&format!("vae.decoder.layers.{layer}.{name}"))
@@ -276,7 +336,7 @@ pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     }))
 }
 
-/// The scale of the latents of a model's family.
+/// The scaling factor of the latents of a model's family.
 pub fn vae_scale(model: &Checkpoint) -> f64 {
     if model.has(ENCODERS[1]) {
         0.13025
@@ -285,6 +345,7 @@ pub fn vae_scale(model: &Checkpoint) -> f64 {
     }
 }
 
+/// The configuration of an AutoencoderKL.
 fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     let blocks = c.count("vae.decoder.up_blocks.");
     let mut widths = vec![];
@@ -305,6 +366,7 @@ fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     }))
 }
 
+/// The configuration of a CLIP text encoder.
 fn text(c: &Checkpoint, component: &str, activation: &str) -> Result<Value> {
     let model = format!("{component}.text_model");
     let width = size(c, &format!("{model}.embeddings.token_embedding.weight"), 1)?;

@@ -1,23 +1,24 @@
 //! Foreign weight names -> the one naming used inside: diffusers' keys, prefixed by their component
 //! (`unet.down_blocks.0...`, `vae.decoder...`, `text_encoder.text_model...`).
 //!
-//! Pure functions over header entries; nothing here reads a weight. [`canonical`] is the entry.
+//! Pure functions over header entries; nothing here reads a weight. [`layout`] tells which of the maps
+//! a file needs.
 
 use super::lora::is_adapter_key;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Where a tensor's values come from inside the stored one.
+/// The part of a stored tensor that a tensor's values come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
     /// all of it, in its stored order
     Whole,
-    /// rows `index * rows / of ..` of the first dimension: one of several matrices stored as one
+    /// block `index` of `of` equal blocks of rows: one of several matrices stored as one
     Rows { index: usize, of: usize },
-    /// all of it, a matrix whose rows are the stored columns
+    /// all of it, transposed
     Transposed,
 }
 
-/// One tensor under its canonical name.
+/// A tensor under its canonical name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
     pub name: String,
@@ -33,7 +34,7 @@ impl Named {
     }
 }
 
-/// What the names in one file say about its layout.
+/// The layout of a single file, by the names in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// CompVis' and Stability's single file: `model.diffusion_model.*`, `first_stage_model.*`,
@@ -43,11 +44,11 @@ pub enum Layout {
     Canonical,
     /// adapter weights: LoRA and its relatives
     Adapter,
-    /// nothing that is known here
+    /// none of these
     Unknown,
 }
 
-/// Recognises a single file by its key names.
+/// Recognizes the layout of a single file by its keys.
 pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
     let mut found = Layout::Unknown;
     for key in keys {
@@ -74,8 +75,8 @@ pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
     found
 }
 
-/// Maps one component of a diffusers folder: today's names, and the older ones that files on the
-/// hub still hold.
+/// Maps a key of one component of a diffusers folder: today's names, and the older ones that files on
+/// the hub still have.
 pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
     if key.ends_with("position_ids") {
         return vec![];
@@ -93,7 +94,7 @@ pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
     Named::whole(format!("{component}.{key}"))
 }
 
-/// Old diffusers names of the VAE's attention, and the newer ones, all to the newer.
+/// Maps old and new diffusers names of the VAE's attention to the new ones.
 fn vae_attention(key: &str) -> String {
     let Some((before, last)) = key.split_once(".attentions.0.") else {
         return key.to_string();
@@ -185,9 +186,9 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
         .collect()
 }
 
-/// Maps every key of a network that enlarges pictures, by basicsr's names or the older ones of
-/// ESRGAN's authors; what is no part of such a network maps to nothing. Of Real-ESRGAN's two copies
-/// the averaged one counts.
+/// Maps every key of an upscaler, under basicsr's names or the older ones of ESRGAN's authors; keys
+/// that are not part of such a network map to nothing. Of Real-ESRGAN's two copies the averaged one
+/// is used.
 pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     let keys: BTreeSet<&str> = keys.collect();
     let has = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
@@ -199,7 +200,7 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
         .iter()
         .filter_map(|key| key.strip_prefix(prefix))
         .collect();
-    // ESRGAN's first code numbers its layers through, those without weights too
+    // ESRGAN's first code also counts layers without weights
     let tail: BTreeSet<usize> = inner
         .iter()
         .filter_map(|key| key.strip_prefix("model.")?.split('.').next()?.parse().ok())
@@ -214,9 +215,9 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
             ["body" | "RRDB_trunk", n, block, conv]
             | ["model", "1", "sub", n, block, conv, "0"] => {
                 let block = block.to_lowercase();
-                let known = kind.contains(&&*block)
+                let is_known = kind.contains(&&*block)
                     && ["conv1", "conv2", "conv3", "conv4", "conv5"].contains(&conv);
-                known.then(|| format!("body.{n}.{block}.{conv}"))?
+                is_known.then(|| format!("body.{n}.{block}.{conv}"))?
             }
             ["trunk_conv"] | ["model", "1", "sub", _] => "conv_body".into(),
             ["HRconv"] => "conv_hr".into(),
@@ -262,7 +263,7 @@ fn max_index(keys: &BTreeSet<&str>, prefix: &str) -> Option<usize> {
         .max()
 }
 
-/// Layers of the U-Net outside of its numbered blocks: original and diffusers' names.
+/// The layers of the U-Net outside of its numbered blocks: original and diffusers' names.
 const UNET_FIXED: [(&str, &str); 8] = [
     ("time_embed.0.", "time_embedding.linear_1."),
     ("time_embed.2.", "time_embedding.linear_2."),
@@ -274,7 +275,7 @@ const UNET_FIXED: [(&str, &str); 8] = [
     ("middle_block.1.", "mid_block.attentions.0."),
 ];
 
-/// The same of a residual block's.
+/// The layers of a residual block: original and diffusers' names.
 const RESNET: [(&str, &str); 6] = [
     ("in_layers.0.", "norm1."),
     ("in_layers.2.", "conv1."),
@@ -284,8 +285,8 @@ const RESNET: [(&str, &str); 6] = [
     ("skip_connection.", "conv_shortcut."),
 ];
 
-/// The original name of a U-Net's layer, both without component and `.weight`. `count` tells how
-/// many numbered children a prefix has in the U-Net.
+/// Maps a layer of the U-Net back to its original name; neither name has a component or `.weight`.
+/// `count` returns the number of a prefix's numbered children in the U-Net.
 pub fn to_original(layer: &str, count: impl Fn(&str) -> usize) -> Option<String> {
     let key = format!("{layer}.");
     let renamed = |names: &[(&str, &str)], key: &str| {
@@ -338,7 +339,7 @@ pub fn to_original(layer: &str, count: impl Fn(&str) -> usize) -> Option<String>
     original.strip_suffix('.').map(String::from)
 }
 
-/// `input_blocks.N` / `output_blocks.N` -> (block, layer), found by walking the numbers once.
+/// The (block, layer) of each `input_blocks.N` and `output_blocks.N`.
 struct UnetMap {
     input: BTreeMap<usize, (usize, usize)>,
     output: BTreeMap<usize, (usize, usize)>,
@@ -415,15 +416,15 @@ impl UnetMap {
     }
 }
 
-/// A U-Net residual block's inner names.
+/// Maps a name inside a residual block of the U-Net.
 fn resnet(key: &str) -> Option<String> {
     RESNET
         .iter()
         .find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
 }
 
-/// One VAE key without its prefix. Decoder levels are numbered from the finest in the original,
-/// from the coarsest here.
+/// Maps a VAE key without its prefix. The original numbers decoder levels from the finest, diffusers
+/// from the coarsest.
 fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
     if key.starts_with("quant_conv.") || key.starts_with("post_quant_conv.") {
         return Some(key.to_string());
@@ -471,7 +472,8 @@ fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
     ))
 }
 
-/// One OpenCLIP text key without its prefix; `last_layer` is left out, and with it the projection.
+/// Maps a key of OpenCLIP's text encoder, without its prefix; `last_layer` is left out, and with it
+/// the projection.
 fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Option<Vec<Named>> {
     let fixed = [
         (
@@ -519,15 +521,6 @@ fn open_clip_key(component: &str, key: &str, last_layer: Option<usize>) -> Optio
         rest.strip_prefix(old)
             .map(|r| Named::whole(format!("{layer}.{new}{r}")))
     })
-}
-
-/// The candidate nearest to `name` by edit distance, if any is near at all.
-pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    candidates
-        .map(|c| (strsim::levenshtein(name, c), c))
-        .min()
-        .filter(|(d, c)| *d <= c.len().max(name.len()) / 3)
-        .map(|(_, c)| c)
 }
 
 #[cfg(test)]

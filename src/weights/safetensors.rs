@@ -1,6 +1,6 @@
 //! One safetensors file: its header, checked, and its bytes on demand. Nothing is mapped: a tensor
-//! is read when asked for, so a file that shrinks under us is an error and no crash, and memory
-//! holds only what was asked for.
+//! is read when asked for, so a file that shrinks meanwhile is an error rather than a crash, and
+//! memory holds only what was asked for.
 
 use super::key_mapping::Part;
 use crate::hex::hex;
@@ -15,33 +15,34 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// Headers beyond this are hostile or broken (safetensors' own limit).
+/// The largest header that is read; larger ones are hostile or broken (safetensors' own limit).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Bytes of a tensor that go into a fingerprint.
+/// The number of bytes of a tensor that go into a fingerprint.
 const SAMPLE_BYTES: usize = 4096;
 
-/// `name` in 8 bits goes with `name_scale` [rows]: what a step is worth in each row of its first
+/// The suffix of the scales [rows] of an 8-bit tensor, one factor for each row of its first
 /// dimension.
 const SCALE: &str = "_scale";
 
 enum Bytes {
     File(Mutex<File>),
+    #[cfg(feature = "mini")]
     Embedded(&'static [u8]),
 }
 
 /// An open safetensors file.
-pub struct Source {
+pub struct SafetensorsFile {
     path: PathBuf,
     bytes: Bytes,
     /// offset of the data behind the header, in bytes
     data_start: u64,
-    /// bytes of the whole file
+    /// size of the whole file in bytes
     pub len: u64,
     header: Metadata,
 }
 
-impl Source {
+impl SafetensorsFile {
     /// Opens a file and checks its header against its size. Errors name the file and what is wrong
     /// with it.
     pub fn open(path: &Path) -> Result<Self> {
@@ -56,9 +57,9 @@ impl Source {
         limited
             .read_to_end(&mut start)
             .with_context(|| format!("cannot read `{shown}`"))?;
-        refuse_pickle(&start, path)?;
-        let header_len =
-            header_len(&start, len).with_context(|| format!("`{shown}` is no safetensors file"))?;
+        refuse_other_formats(&start, path)?;
+        let header_len = header_len(&start, len)
+            .with_context(|| format!("`{shown}` is not a safetensors file"))?;
         (&mut file)
             .take(header_len)
             .read_to_end(&mut start)
@@ -71,7 +72,8 @@ impl Source {
         )
     }
 
-    /// A file that is part of the program.
+    /// Opens a file that is part of the program.
+    #[cfg(feature = "mini")]
     pub fn embedded(name: &str, bytes: &'static [u8]) -> Result<Self> {
         let header_len = header_len(bytes, bytes.len() as u64)?;
         let header = bytes
@@ -118,7 +120,7 @@ impl Source {
         &self.path
     }
 
-    /// The header's own key-value texts.
+    /// The value of a key in the header's metadata.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.header
             .metadata()
@@ -127,8 +129,8 @@ impl Source {
             .map(String::as_str)
     }
 
-    /// (name, shape, stored type) of every tensor; the scales of 8-bit tensors belong to them and
-    /// are not listed.
+    /// Iterates over (name, shape, stored type) of every tensor; the scales of 8-bit tensors belong
+    /// to them and are not listed.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
         let scales = |name: &str| {
             name.strip_suffix(SCALE)
@@ -141,12 +143,17 @@ impl Source {
             .map(|(name, t)| (name, t.shape.clone(), t.dtype))
     }
 
+    /// The names of all tensors that [`Self::tensors`] lists.
+    pub fn keys(&self) -> Vec<String> {
+        self.tensors().map(|(key, ..)| key).collect()
+    }
+
     /// The shape of a tensor.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
         Some(&self.header.info(key)?.shape)
     }
 
-    /// SHA-256 of all behind the header, in hex.
+    /// SHA-256 of the data without the header, in hex.
     pub fn data_hash(&self) -> Result<String> {
         const PIECE: usize = 1 << 22;
         let (mut hash, end) = (Sha256::new(), usize::try_from(self.len - self.data_start)?);
@@ -159,7 +166,7 @@ impl Source {
         Ok(hex(&hash.finalize()))
     }
 
-    /// The first bytes of a tensor's part, for fingerprints.
+    /// Returns the first bytes of a tensor's part, for fingerprints.
     pub fn sample(&self, key: &str, part: &Part) -> Result<Vec<u8>> {
         let info = self
             .header
@@ -191,6 +198,7 @@ impl Source {
 
     fn bytes_of(&self, from: usize, to: usize) -> Result<Vec<u8>> {
         match &self.bytes {
+            #[cfg(feature = "mini")]
             Bytes::Embedded(bytes) => {
                 let start = usize::try_from(self.data_start)?;
                 Ok(bytes
@@ -249,7 +257,7 @@ impl Source {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// Bytes of an 8-bit tensor times the scale of their row.
+    /// Multiplies the bytes of an 8-bit tensor by the scale of their row.
     fn rescale(&self, key: &str, rows: usize, raw: &[u8]) -> Result<Vec<f32>> {
         let name = format!("{key}{SCALE}");
         let scales = match self.header.info(&name) {
@@ -280,7 +288,7 @@ impl Source {
     }
 }
 
-/// Stored elements of N bytes as numbers, in parallel pieces.
+/// Converts stored elements of N bytes to numbers, in parallel.
 fn numbers<const N: usize, T: Send>(raw: &[u8], convert: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
     const PIECE: usize = 1 << 14;
     raw.as_chunks::<N>()
@@ -307,8 +315,8 @@ fn header_len(start: &[u8], len: u64) -> Result<u64> {
     Ok(header)
 }
 
-/// PyTorch pickles can run code when opened, so they are never read.
-fn refuse_pickle(start: &[u8], path: &Path) -> Result<()> {
+/// Errors if a file is a PyTorch pickle, which can run code when it is opened, or a GGUF file.
+fn refuse_other_formats(start: &[u8], path: &Path) -> Result<()> {
     let extension = path
         .extension()
         .and_then(|e| e.to_str())
@@ -366,7 +374,7 @@ mod tests {
             ("w", Dtype::I8, &[2, 3], &bytes),
             ("w_scale", Dtype::F32, &[2], &scales),
         ]);
-        let source = Source::open(file.path()).unwrap();
+        let source = SafetensorsFile::open(file.path()).unwrap();
         assert_eq!(
             source.tensors().map(|(name, ..)| name).collect::<Vec<_>>(),
             ["w"]
@@ -394,7 +402,7 @@ mod tests {
         ];
         for tensors in wrong {
             let file = file(tensors);
-            let error = Source::open(file.path())
+            let error = SafetensorsFile::open(file.path())
                 .unwrap()
                 .read("w")
                 .unwrap_err()

@@ -845,7 +845,7 @@ fn a_refiner_works_in_batches_and_is_a_setting_like_others() {
 fn without_frogs(to: &Path) {
     copy_folder(&fixture("sd1"), to);
     let checkpoint = sdgen::weights::Checkpoint::open(sdgen::weights::Origin::Path(to)).unwrap();
-    let tokenizer = &checkpoint.tokenizers["text_encoder"];
+    let tokenizer = checkpoint.tokenizer("text_encoder").unwrap();
     let ids = |text: &str| {
         sdgen::text::tokenizer::Tokenizer::new(&tokenizer.files, &tokenizer.config)
             .unwrap()

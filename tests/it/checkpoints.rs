@@ -447,7 +447,7 @@ fn damaged_files_are_refused_with_the_reason() {
     fail(
         &mut run("other.safetensors"),
         3,
-        &["no Stable Diffusion checkpoint", "something.else"],
+        &["not a Stable Diffusion checkpoint", "something.else"],
     );
 }
 

@@ -356,7 +356,7 @@ fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
 #[test]
 fn every_sampler_and_schedule_draws() {
     let dir = tempfile::tempdir().unwrap();
-    for sampler in sdgen::sampling::sampler::Sampler::ALL {
+    for sampler in sdgen::sampling::Sampler::ALL {
         succeed(tiny(dir.path(), "x").args([
             "-s",
             "1",
@@ -368,7 +368,7 @@ fn every_sampler_and_schedule_draws() {
             &format!("{sampler}.png"),
         ]));
     }
-    for schedule in sdgen::sampling::schedule::Schedule::ALL {
+    for schedule in sdgen::sampling::Schedule::ALL {
         succeed(tiny(dir.path(), "x").args([
             "-s",
             "1",

@@ -4,7 +4,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::{Picture, read_metadata};
-use sdgen::text::prompt::pieces;
+use sdgen::text::prompt::segments;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, Origin};
 use serde_json::Value;
@@ -158,9 +158,8 @@ fn every_format_draws_the_same_picture() {
 
 #[test]
 fn a_word_stands_by_itself_and_the_longest_wins() {
-    let source = &Checkpoint::open(Origin::Path(&fixture("sd1")))
-        .unwrap()
-        .tokenizers["text_encoder"];
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let source = checkpoint.tokenizer("text_encoder").unwrap();
     let mut tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
     let plain = tokenizer.ids("a cat").unwrap();
     for (token, ids) in [
@@ -169,7 +168,7 @@ fn a_word_stands_by_itself_and_the_longest_wins() {
         ("<toy>", 3000..3001),
         ("été", 4000..4001),
     ] {
-        tokenizer.learn(&token.into(), ids, 77).unwrap();
+        tokenizer.add_token(&token.into(), ids, 77).unwrap();
     }
     let learned = |text: &str| {
         tokenizer
@@ -198,15 +197,16 @@ fn a_word_stands_by_itself_and_the_longest_wins() {
 
 #[test]
 fn vectors_that_do_not_fit_into_a_chunk_begin_the_next_one_with_their_weight() {
-    let source = &Checkpoint::open(Origin::Path(&fixture("sd1")))
-        .unwrap()
-        .tokenizers["text_encoder"];
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+    let source = checkpoint.tokenizer("text_encoder").unwrap();
     let mut tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
-    tokenizer.learn(&"style".into(), 1000..1004, 77).unwrap();
+    tokenizer
+        .add_token(&"style".into(), 1000..1004, 77)
+        .unwrap();
     let chunks = |words: usize| {
         tokenizer
             .chunks(
-                &pieces(&format!("{}(style:1.5) a", "a ".repeat(words))).unwrap(),
+                &segments(&format!("{}(style:1.5) a", "a ".repeat(words))).unwrap(),
                 77,
             )
             .unwrap()
@@ -230,7 +230,7 @@ fn vectors_that_do_not_fit_into_a_chunk_begin_the_next_one_with_their_weight() {
         (&[1.5; 4][..], 1.0)
     );
     let error = tokenizer
-        .learn(&"large".into(), 2000..2076, 77)
+        .add_token(&"large".into(), 2000..2076, 77)
         .unwrap_err();
     assert!(
         error
@@ -465,7 +465,11 @@ fn what_does_not_fit_is_an_error_that_says_why() {
             &["empty.safetensors"],
             &["`empty.safetensors` has 0 vectors"],
         ),
-        ("sd1", &["lora.safetensors"], &["is a LoRA, no embedding"]),
+        (
+            "sd1",
+            &["lora.safetensors"],
+            &["is a LoRA, not an embedding"],
+        ),
         (
             "sd1",
             &["old.pt"],
@@ -500,7 +504,7 @@ fn what_does_not_fit_is_an_error_that_says_why() {
     fail(
         sdgen(dir.path()).args(["a cat", "-m", "a1111.safetensors"]),
         3,
-        &["is an embedding, no model", "`--embedding`"],
+        &["is an embedding, not a model", "`--embedding`"],
     );
 }
 

@@ -59,32 +59,13 @@ fn widened(model: &str, conv_in: &Tensor, to: &Path) {
     });
 }
 
-fn sampler_of(run: &Value) -> Vec<String> {
-    let Some(class) = run["scheduler"].as_str() else {
+/// The options for the sampler and schedule of a run.
+fn sampler_args(run: &Value) -> Vec<String> {
+    let Some((sampler, schedule)) = sampler_of(run) else {
         return vec![];
     };
-    let kwargs = &run["scheduler_kwargs"];
-    let sampler = match class {
-        "DDIMScheduler" => "ddim",
-        "DDPMScheduler" => "ddpm",
-        "EulerDiscreteScheduler" => "euler",
-        "EulerAncestralDiscreteScheduler" => "euler-a",
-        "DPMSolverMultistepScheduler" if kwargs["algorithm_type"] == "sde-dpmsolver++" => {
-            "dpmpp-2m-sde"
-        }
-        "DPMSolverMultistepScheduler" => "dpmpp-2m",
-        "HeunDiscreteScheduler" => "heun",
-        "KDPM2DiscreteScheduler" => "dpm2",
-        "UniPCMultistepScheduler" => "unipc",
-        "DEISMultistepScheduler" => "deis",
-        "LCMScheduler" => "lcm",
-        "TCDScheduler" => "tcd",
-        other => panic!("no name for {other}"),
-    };
-    let mut args = vec!["--sampler".into(), sampler.into()];
-    if kwargs["use_karras_sigmas"] == true {
-        args.extend(["--schedule".into(), "karras".into()]);
-    }
+    let mut args = vec!["--sampler".into(), sampler.to_string()];
+    args.extend(schedule.map(|schedule| format!("--schedule={schedule}")));
     args
 }
 
@@ -130,7 +111,7 @@ fn pictures_from_pictures_are_diffusers_own() {
                 run["negative_prompt"].as_str().unwrap(),
                 run["prompt"].as_str().unwrap(),
             ])
-            .args(sampler_of(run));
+            .args(sampler_args(run));
         if let Some(mask) = golden("mask") {
             save(&dir.path().join("mask.png"), &levels(mask));
             command.args(["--mask", "mask.png", "--feather", "0"]);

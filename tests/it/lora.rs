@@ -295,8 +295,7 @@ fn a_lora_for_another_model_is_an_error_that_says_for_which() {
             .starts_with(&format!("style: LoRA for {family}\n"))
         );
     }
-    let said =
-        "the LoRA `original_names` does not fit `sd1`: it takes texts 96 wide, the model's are 64";
+    let said = "the LoRA `original_names` does not fit `sd1`: it takes text embeddings of width 96, those of the model have 64";
     let sdxl = ["--lora", &lora("original_names")];
     fail(
         &mut command(dir.path(), &fixture("sd1"), &sdxl, "x.png"),
@@ -326,7 +325,7 @@ fn a_lora_for_another_model_is_an_error_that_says_for_which() {
     .into();
     save(&nowhere, &dir.path().join("nowhere.safetensors"));
     let texts =
-        ["none of its 2 tensors is for a layer of it, such as `unet.nowhere.lora_A.weight`"];
+        ["none of its 2 tensors matches one of its layers, such as `unet.nowhere.lora_A.weight`"];
     fail(
         &mut command(
             dir.path(),
@@ -459,9 +458,9 @@ fn every_tensor_of_a_lora_over_all_layers_of_real_checkpoints_fits() {
             layers.len()
         );
         assert!(
-            checkpoint.loras[0].coverage().contains(&said),
+            checkpoint.loras[0].describe_matched().contains(&said),
             "{recipe}: {}",
-            checkpoint.loras[0].coverage()
+            checkpoint.loras[0].describe_matched()
         );
         let family = if encoders.len() == 2 {
             "Stable Diffusion XL"
@@ -490,7 +489,7 @@ fn files_that_are_no_lora_or_not_there_say_so() {
     fail(
         &mut run(unet.to_str().unwrap()),
         3,
-        &["is no LoRA", "`--model`"],
+        &["is not a LoRA", "`--model`"],
     );
     // a file's own colon is no strength
     std::fs::copy(lora("kohya"), dir.path().join("a:2")).unwrap();
@@ -508,7 +507,7 @@ fn files_that_are_no_lora_or_not_there_say_so() {
     fail(
         sdgen(dir.path()).args(["x", "-m", &lora("kohya")]),
         3,
-        &["is a LoRA, no model", &hint],
+        &["is a LoRA, not a model", &hint],
     );
 }
 
@@ -559,7 +558,7 @@ fn tags_in_a_prompt_stand_for_options_and_are_taken_out_of_it() {
     fail(
         &mut run("a frog <lora:kohya:much>", &["--lora-dir", folder], "x.png"),
         2,
-        &["`<lora:kohya:much>` has no number"],
+        &["strength in `<lora:kohya:much>` is not a number"],
     );
     std::fs::write(
         dir.path().join("list.txt"),

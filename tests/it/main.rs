@@ -11,8 +11,10 @@ mod distilled;
 mod dynamic;
 mod embeddings;
 mod from_picture;
+#[cfg(feature = "hub")]
 mod hub;
 mod input;
+mod library;
 mod lora;
 mod memory;
 mod merge;

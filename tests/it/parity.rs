@@ -3,7 +3,7 @@
 //! and what was allowed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use crate::common::with_base;
+use crate::common::{sampler_of, with_base};
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::Picture;
 use sdgen::model::unet::{UNet, UNetInputs};
@@ -13,9 +13,8 @@ use sdgen::nn::Forward;
 use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
-use sdgen::sampling::sampler::{self, Sampler};
-use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
-use sdgen::text::encoder::{Embedded, Encoder, EncoderConfig};
+use sdgen::sampling::{self, Sampler, SchedulerConfig, plan};
+use sdgen::text::encoder::{PromptEmbeds, PromptEncoder, TextEncoderConfigs};
 use sdgen::text::prompt::Syntax;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, ENCODERS, Origin};
@@ -80,14 +79,14 @@ impl Fixture {
             .unwrap_or_else(|| panic!("no golden `{name}`"))
     }
 
-    fn encoder(&self) -> Encoder {
+    fn encoder(&self) -> PromptEncoder {
         let compute = Compute {
             device: device(),
             dtype: DType::F32,
         };
-        Encoder::new(
+        PromptEncoder::new(
             &self.checkpoint,
-            &EncoderConfig::of(&self.checkpoint).unwrap(),
+            &TextEncoderConfigs::of(&self.checkpoint).unwrap(),
             &compute,
         )
         .unwrap()
@@ -181,7 +180,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
             };
             let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
             for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
-                let Some(source) = f.checkpoint.tokenizers.get(part) else {
+                let Ok(source) = f.checkpoint.tokenizer(part) else {
                     continue;
                 };
                 let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
@@ -202,11 +201,11 @@ fn prompts_become_the_same_ids_and_embeddings() {
             }
             compare(
                 &format!("{model} text.{i}.embeds"),
-                &embedded.context,
+                &embedded.prompt_embeds,
                 f.golden(&format!("text.{i}.embeds")),
                 NETWORK,
             );
-            if let Some(pooled) = embedded.pooled {
+            if let Some(pooled) = embedded.pooled_prompt_embeds {
                 compare(
                     &format!("{model} text.{i}.pooled"),
                     &pooled,
@@ -223,7 +222,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
                             .encode(prompt, skip, Syntax::Plain)
                             .unwrap()
                             .0
-                            .context,
+                            .prompt_embeds,
                         f.golden(&name),
                         NETWORK,
                     );
@@ -394,12 +393,12 @@ fn the_vae_encodes_the_same() {
                 NETWORK,
             );
             assert_eq!(
-                posterior.deviation.is_some(),
+                posterior.std.is_some(),
                 matches!(config, Autoencoder::Kl(_)),
                 "{model}"
             );
-            if let Some(deviation) = posterior.deviation {
-                let logvar = (unscaled(deviation).log().unwrap() * 2.0).unwrap();
+            if let Some(std) = posterior.std {
+                let logvar = (unscaled(std).log().unwrap() * 2.0).unwrap();
                 compare(
                     &format!("{model} vae.{shape}.logvar"),
                     &logvar,
@@ -411,35 +410,8 @@ fn the_vae_encodes_the_same() {
     }
 }
 
-/// The sampler and schedule of our names for one of diffusers' schedulers.
-fn our_names(run: &Value, default: Sampler) -> (Sampler, Option<Schedule>) {
-    let Some(class) = run["scheduler"].as_str() else {
-        return (default, None);
-    };
-    let sampler = match class {
-        "DDIMScheduler" => "ddim",
-        "PNDMScheduler" => "pndm",
-        "EulerDiscreteScheduler" => "euler",
-        "EulerAncestralDiscreteScheduler" => "euler-a",
-        "DPMSolverMultistepScheduler" => "dpmpp-2m",
-        "HeunDiscreteScheduler" => "heun",
-        "LMSDiscreteScheduler" => "lms",
-        "UniPCMultistepScheduler" => "unipc",
-        "DEISMultistepScheduler" => "deis",
-        "DDPMScheduler" => "ddpm",
-        "LCMScheduler" => "lcm",
-        "TCDScheduler" => "tcd",
-        other => panic!("no name for {other}, default {default}"),
-    };
-    let karras = run["scheduler_kwargs"]["use_karras_sigmas"].as_bool() == Some(true);
-    (
-        sampler.parse().unwrap(),
-        karras.then(|| "karras".parse().unwrap()),
-    )
-}
-
 /// What all pictures of a run are told, a refiner's with a score.
-fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
+fn told(embedded: &PromptEmbeds, run: &Value, score: Option<f64>) -> Conditioning {
     let count = run["count"].as_u64().unwrap() as usize;
     // (height, width), then (top, left), then (height, width)
     let own = [run["height"].clone(), run["width"].clone()];
@@ -452,12 +424,15 @@ fn told(embedded: &Embedded, run: &Value, score: Option<f64>) -> Conditioning {
     if let Some(score) = score {
         ids.splice(4.., [score]);
     }
-    let added = embedded.pooled.as_ref().map(|pooled| AddedCond {
-        text_embeds: pooled.repeat((count, 1)).unwrap(),
-        time_ids: vec![ids; count],
-    });
+    let added = embedded
+        .pooled_prompt_embeds
+        .as_ref()
+        .map(|pooled| AddedCond {
+            text_embeds: pooled.repeat((count, 1)).unwrap(),
+            time_ids: vec![ids; count],
+        });
     Conditioning {
-        context: embedded.context.repeat((count, 1, 1)).unwrap(),
+        context: embedded.prompt_embeds.repeat((count, 1, 1)).unwrap(),
         added_cond: added,
         guidance: run["guidance"].as_f64(),
     }
@@ -601,7 +576,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
         for run in f.json["runs"].as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
             let count = run["count"].as_u64().unwrap() as usize;
-            let (sampler, schedule) = our_names(run, config.sampler());
+            let (sampler, schedule) = sampler_of(run).unwrap_or((config.sampler(), None));
             let steps = run["steps"].as_u64().unwrap() as usize;
             let eta = run["eta"].as_f64().filter(|e| *e > 0.0);
             let plan = plan(&config, sampler, schedule, steps, eta).unwrap();
@@ -623,11 +598,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 negative.map(|negative| told(&negative, run, None)),
             );
             let deep_cache = DeepCache::every(1);
-            let (scale, rescale, prediction) = (
-                guidance,
-                run["guidance_rescale"].as_f64().unwrap_or(0.0),
-                config.prediction,
-            );
+            let (scale, rescale) = (guidance, run["guidance_rescale"].as_f64().unwrap_or(0.0));
             let kind = if negative.is_some() {
                 Guidance::Text(1)
             } else {
@@ -644,7 +615,6 @@ fn latents_after_every_step_and_pictures_are_the_same() {
                 weights: vec![1.0],
                 scale,
                 rescale,
-                prediction,
                 deep_cache,
             };
             let first = f.golden(&format!("run.{name}.noise"));
@@ -672,10 +642,10 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             compare(&format!("{model} run.{name}.noise"), &unit, first, 1e-6);
             let golden = f.golden(&format!("run.{name}.latents"));
             let mut compared = 0;
-            let result = sampler::sample(
+            let result = sampling::sample(
                 &plan,
                 (unit * plan.init_noise_sigma()).unwrap(),
-                &mut |x, sigma, timestep| guided.denoise(x, sigma, timestep),
+                &mut |x, sigma, timestep| guided.denoise(x, plan.scalings(sigma), timestep),
                 &mut noise,
                 &mut |step| {
                     compare(
@@ -743,7 +713,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             let config = SchedulerConfig::from_json(f.checkpoint.config("scheduler").unwrap())
                 .unwrap()
                 .for_pipeline();
-            let (sampler, schedule) = our_names(run, Sampler::Euler);
+            let (sampler, schedule) = sampler_of(run).unwrap_or((Sampler::Euler, None));
             let whole = plan(
                 &config,
                 sampler,
@@ -777,7 +747,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let negative = (guidance > 1.0).then(|| told(&negative, run, scores[1]));
             let (conditioning, deep_cache) = (told(&prompt, run, scores[0]), DeepCache::every(1));
-            let (scale, rescale, prediction) = (guidance, 0.0, config.prediction);
+            let (scale, rescale) = (guidance, 0.0);
             let kind = if negative.is_some() {
                 Guidance::Text(1)
             } else {
@@ -794,7 +764,6 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 weights: vec![1.0],
                 scale,
                 rescale,
-                prediction,
                 deep_cache,
             };
             let first = match latents.take() {
@@ -805,9 +774,10 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 }
                 Some(begun) => (begun * plan.handover_scale()).unwrap(),
             };
-            let mut denoise =
-                |x: &Tensor, sigma: f64, timestep: f64| guided.denoise(x, sigma, timestep);
-            let mut on_step = |step: &sampler::Step| {
+            let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
+                guided.denoise(x, plan.scalings(sigma), timestep)
+            };
+            let mut on_step = |step: &sampling::Step| {
                 compare(
                     &format!("run.{name}.latents[{compared}]"),
                     step.latents,
@@ -819,7 +789,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let mut no_noise = || candle_core::bail!("none of these draws noise");
             latents = Some(
-                sampler::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap(),
+                sampling::sample(&plan, first, &mut denoise, &mut no_noise, &mut on_step).unwrap(),
             );
         }
         assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");

@@ -6,8 +6,8 @@ use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::Picture;
 use sdgen::nn::device::Compute;
-use sdgen::text::encoder::{Encoder, EncoderConfig};
-use sdgen::text::prompt::{Piece, Prompts, Syntax, pieces};
+use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
+use sdgen::text::prompt::{Prompts, Segment, Syntax, segments};
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, Origin};
 use serde_json::Value;
@@ -32,13 +32,14 @@ fn numbers(value: &Value) -> Vec<f64> {
 
 #[test]
 fn tokens_weights_and_chunks_are_a1111s() {
-    let source = &checkpoint("sd1").tokenizers["text_encoder"];
+    let checkpoint = checkpoint("sd1");
+    let source = checkpoint.tokenizer("text_encoder").unwrap();
     let tokenizer = Tokenizer::new(&source.files, &source.config).unwrap();
     let prompts = goldens()["prompts"].as_array().unwrap().clone();
     assert_eq!(prompts.len(), 300);
     for case in &prompts {
         let prompt = case["prompt"].as_str().unwrap();
-        let chunks = tokenizer.chunks(&pieces(prompt).unwrap(), 77).unwrap();
+        let chunks = tokenizer.chunks(&segments(prompt).unwrap(), 77).unwrap();
         assert_eq!(
             chunks.len(),
             case["ids"].as_array().unwrap().len(),
@@ -101,9 +102,9 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
     };
     for model in ["sd1", "sd2", "sdxl"] {
         let checkpoint = checkpoint(model);
-        let encoder = Encoder::new(
+        let encoder = PromptEncoder::new(
             &checkpoint,
-            &EncoderConfig::of(&checkpoint).unwrap(),
+            &TextEncoderConfigs::of(&checkpoint).unwrap(),
             &compute,
         )
         .unwrap();
@@ -115,7 +116,7 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
                 .encode(prompt.as_str().unwrap(), 0, Syntax::A1111)
                 .unwrap()
                 .0
-                .context;
+                .prompt_embeds;
             assert_eq!(ours.dims(), golden.dims(), "{model}: {prompt}");
             let most = |t: Tensor| {
                 t.abs()
@@ -278,11 +279,11 @@ fn a_number_that_is_none_is_an_error_that_names_the_place() {
     for (prompt, texts) in [
         (
             "a (cat:1.2.3)",
-            ["`1.2.3` is no weight", "at character 8 of the prompt"],
+            ["`1.2.3` is not a weight", "at character 8 of the prompt"],
         ),
         (
             "a [cat:dog:0.5.5]",
-            ["`0.5.5` is no step", "at character 3 of the prompt"],
+            ["`0.5.5` is not a step", "at character 3 of the prompt"],
         ),
     ] {
         fail(
@@ -317,12 +318,12 @@ fn no_text_makes_the_grammar_panic() {
             Syntax::A1111,
             1 + random(9),
         );
-        if let (Ok(read), Ok(found)) = (read, pieces(&prompt)) {
+        if let (Ok(read), Ok(found)) = (read, segments(&prompt)) {
             assert!(!read.parts.is_empty());
             assert!(
-                found
-                    .iter()
-                    .all(|piece| !matches!(piece, Piece::Text { weight, .. } if weight.is_nan())),
+                found.iter().all(
+                    |segment| !matches!(segment, Segment::Text { weight, .. } if weight.is_nan())
+                ),
                 "{prompt:?}"
             );
         }

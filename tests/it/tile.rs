@@ -119,12 +119,12 @@ fn no_network_knows_where_a_seamless_picture_begins() {
         let weights = |part| checkpoint.weights(part, &device, DType::F32);
         let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
         let unet = UNet::new(&weights("unet"), &config).unwrap();
-        let added = checkpoint.configs["unet"]["addition_embed_type"].is_string();
+        let added = checkpoint.config("unet").unwrap()["addition_embed_type"].is_string();
         let added = added.then(|| AddedCond {
             text_embeds: random(&[1, 40]),
             time_ids: vec![vec![16.0; 6]],
         });
-        let width = checkpoint.configs["unet"]["cross_attention_dim"]
+        let width = checkpoint.config("unet").unwrap()["cross_attention_dim"]
             .as_u64()
             .unwrap() as usize;
         let conditioning = Conditioning {
@@ -185,7 +185,7 @@ fn threads_that_share_networks_may_pad_differently() {
     let checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
     let weights = |part| checkpoint.weights(part, &device, DType::F32);
     let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
-    let width = checkpoint.configs["unet"]["cross_attention_dim"]
+    let width = checkpoint.config("unet").unwrap()["cross_attention_dim"]
         .as_u64()
         .unwrap() as usize;
     let unet = UNet::new(&weights("unet"), &config).unwrap();

@@ -38,8 +38,7 @@ use sdgen::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use sdgen::nn::{Forward, embed};
 use sdgen::pipeline::event::Generated;
 use sdgen::pipeline::{Pipeline, RunOptions};
-use sdgen::sampling::sampler::{Sampler, sample};
-use sdgen::sampling::schedule::{Schedule, SchedulerConfig, plan};
+use sdgen::sampling::{Sampler, Schedule, SchedulerConfig, plan, sample};
 use sdgen::text::clip::{Clip, ClipConfig};
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, Origin, TokenizerFiles};
@@ -204,8 +203,8 @@ fn the_program_draws_diffusers_pictures() {
                 "--clip-skip",
                 &(1 + run["clip_skip"].as_u64().unwrap_or(0)).to_string(),
             ]);
-            if !own {
-                command.args(["--sampler", &class(&text("scheduler"))]);
+            if let Some((sampler, _)) = sampler_of(run).filter(|_| !own) {
+                command.args(["--sampler", sampler.name()]);
             }
             if run["eta"].as_f64().unwrap_or(0.0) > 0.0 {
                 command.args(["--eta", &text("eta")]);
@@ -238,19 +237,6 @@ fn the_program_draws_diffusers_pictures() {
                 );
             }
         }
-    }
-}
-
-/// Our name for one of diffusers' schedulers: the class without what surrounds it.
-fn class(scheduler: &str) -> String {
-    let name = scheduler
-        .trim_end_matches("Scheduler")
-        .trim_end_matches("Discrete")
-        .trim_end_matches("Multistep");
-    match name {
-        "EulerAncestral" => "euler-a".into(),
-        "DPMSolver" => "dpmpp-2m".into(),
-        other => other.to_lowercase(),
     }
 }
 
@@ -293,7 +279,7 @@ fn a_text_ends_at_the_first_end_whatever_follows() {
     let config = ClipConfig::from_json(checkpoint.config("text_encoder_2").unwrap()).unwrap();
     let weights = checkpoint.weights("text_encoder_2", &Device::Cpu, DType::F32);
     let pooled = |eos_token_id: u32, ids: &[u32]| {
-        let clip = Clip::projected(
+        let clip = Clip::with_projection(
             &weights,
             &ClipConfig {
                 eos_token_id,

@@ -440,7 +440,7 @@ fn what_is_no_upscaler_is_refused_by_what_it_is() {
         ),
         ("lora_unet_down.lora_up.weight", "is a LoRA"),
         ("layers.0.residual_group.blocks.0.norm1.weight", "SwinIR"),
-        ("something.weight", "no upscaler that sdgen knows"),
+        ("something.weight", "not an upscaler that sdgen knows"),
         ("conv_first.weight", "sizes that no known upscaler has"),
     ] {
         let tensor = Tensor::zeros((8, 4, 3, 3), DType::F32, &Device::Cpu).unwrap();

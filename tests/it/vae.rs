@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
+use candle_core::{DType, Device, Tensor};
 use sdgen::image::read_metadata;
 use sdgen::model::Autoencoder;
+use sdgen::nn::Forward;
+use sdgen::weights::{Checkpoint, Origin};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -104,18 +107,71 @@ fn a_file_without_a_configuration_takes_the_scale_of_the_model_that_it_decodes_f
     edit_json(&dir.path().join("kl/vae/config.json"), |c| {
         drop(c.insert("scaling_factor".into(), 0.13025.into()))
     });
-    let own = draw(dir.path(), "kl", &["--no-metadata"], "own.png");
-    let file = draw(
-        dir.path(),
-        "kl",
-        &[
-            "--no-metadata",
-            "--vae",
-            "kl/vae/diffusion_pytorch_model.safetensors",
-        ],
-        "file.png",
-    );
-    assert!(own == file);
+    let mut pictures = vec![];
+    for shift in [None, Some(0.4)] {
+        edit_json(&dir.path().join("kl/vae/config.json"), |c| {
+            drop(c.insert("shift_factor".into(), shift.into()))
+        });
+        let own = draw(dir.path(), "kl", &["--no-metadata"], "own.png");
+        let file = draw(
+            dir.path(),
+            "kl",
+            &[
+                "--no-metadata",
+                "--vae",
+                "kl/vae/diffusion_pytorch_model.safetensors",
+            ],
+            "file.png",
+        );
+        assert!(own == file, "{shift:?}");
+        pictures.push(own);
+    }
+    assert!(pictures[0] != pictures[1], "the shift changes nothing");
+}
+
+/// diffusers' pipelines: latents = (encoded - shift) * scale, decoded = latents / scale + shift.
+#[test]
+fn the_shift_factor_of_a_vae_is_obeyed_and_one_that_is_not_a_number_is_refused() {
+    for model in ["sd1", "taesd"] {
+        let dir = tempfile::tempdir().unwrap();
+        with_base(model, dir.path());
+        let checkpoint = Checkpoint::open(Origin::Path(dir.path())).unwrap();
+        let cx = Forward::on(&Device::Cpu);
+        let vae = |shift: Value| {
+            let mut config = checkpoint.config("vae").unwrap().clone();
+            config["scaling_factor"] = 0.5.into();
+            config["shift_factor"] = shift;
+            Autoencoder::from_json(&config)
+        };
+        let run = |shift: Value, latents: &Tensor, rgb: &Tensor| {
+            let vae = vae(shift).unwrap();
+            let weights = checkpoint.weights("vae", &Device::Cpu, DType::F32);
+            let (encoder, decoder) = (
+                vae.encoder(&weights).unwrap(),
+                vae.decoder(&weights).unwrap(),
+            );
+            (
+                decoder.decode(cx, latents).unwrap(),
+                encoder.encode(cx, rgb, None).unwrap(),
+            )
+        };
+        let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let same = |a: &Tensor, b: &Tensor| {
+            let pairs = values(a).into_iter().zip(values(b));
+            pairs.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) < 1e-4
+        };
+        let latents = Tensor::randn(0f32, 1.0, (1, 4, 6, 4), &Device::Cpu).unwrap();
+        let rgb = Tensor::rand(0f32, 1.0, (1, 32, 48, 3), &Device::Cpu).unwrap();
+        let (decoded, encoded) = run(0.25.into(), &latents, &rgb);
+        let (of_shifted, unshifted) = run(Value::Null, &(&latents + 0.125).unwrap(), &rgb);
+        assert!(same(&decoded, &of_shifted), "{model}");
+        let mean = (&unshifted.mean - 0.125).unwrap();
+        assert!(same(&encoded.mean, &mean), "{model}");
+        if let (Some(std), Some(unshifted)) = (&encoded.std, &unshifted.std) {
+            assert!(same(std, unshifted), "{model}");
+        }
+        assert!(vae("0.25".into()).is_err(), "{model}");
+    }
 }
 
 #[test]
@@ -206,12 +262,12 @@ fn what_is_no_vae_or_one_for_other_latents_says_so() {
     fail(
         &mut run("kl/tokenizer"),
         3,
-        &["`kl/tokenizer` is no VAE", "config.json"],
+        &["`kl/tokenizer` is not a VAE", "config.json"],
     );
     fail(
         &mut run("kl/unet/diffusion_pytorch_model.safetensors"),
         3,
-        &["is no VAE that sdgen knows"],
+        &["is not a VAE that sdgen knows"],
     );
     fail(
         &mut run("odd/vae"),

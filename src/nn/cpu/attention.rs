@@ -42,7 +42,7 @@ pub struct Attention {
 }
 
 thread_local! {
-    /// What [`Attend`] works in: see [`with_memory`].
+    /// The memory of [`Attend`]: see [`with_memory`].
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
@@ -86,7 +86,7 @@ impl CustomOp3 for Attention {
     }
 }
 
-/// Rows of numbers that stand `stride` apart.
+/// Rows of numbers at a distance of `stride`.
 #[derive(Clone, Copy)]
 struct Rows<'a> {
     numbers: &'a [f32],
@@ -94,7 +94,7 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Those of a tensor [b, n, c], none of which is 0.
+    /// The rows of a tensor [b, n, c], none of whose sides is 0.
     fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         match (storage, layout.dims(), layout.stride()) {
             (CpuStorage::F32(x), [b, n, c], [picture, row, 1])
@@ -111,7 +111,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// What is computed, and how it is cut.
+/// The operands of an attention, and how it is cut into tasks.
 struct Plan<'a> {
     /// [b, n, c]
     q: Rows<'a>,

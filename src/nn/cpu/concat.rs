@@ -1,4 +1,5 @@
-//! Copies that candle does element by element on one thread, by whole rows on all threads.
+//! Concatenation by whole rows on all threads, where candle copies element by element on one; and
+//! memory that is not zeroed.
 
 use super::gemm::slice;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, bail};
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 /// written.
 #[expect(
     clippy::uninit_vec,
-    reason = "zeros would be written once more for nothing"
+    reason = "a kernel writes all of it, zeroing it first would cost time"
 )]
 pub fn uninit(len: usize) -> Vec<f32> {
     if cfg!(debug_assertions) {
@@ -26,7 +27,7 @@ pub fn uninit(len: usize) -> Vec<f32> {
 /// Rows that one task copies.
 const ROWS: usize = 64;
 
-/// a [b, h, w, c] and b [b, h, w, d] -> [b, h, w, c + d].
+/// Concatenates a [b, h, w, c] and b [b, h, w, d] -> [b, h, w, c + d].
 pub struct Concat;
 
 impl CustomOp2 for Concat {

@@ -1,5 +1,5 @@
-//! Convolution of [b, h, w, c] as one product, whose left side is gathered from the picture as it
-//! is needed; by [`super::winograd`] where that is faster.
+//! Convolution of [b, h, w, c] as one product whose left side, im2col's, is gathered from the image
+//! as it is needed; by [`super::winograd`] where that is faster.
 
 use super::gemm::{Epilogue, gemm, slice, with_slice};
 use super::panels::{Panels, WIDTH};
@@ -8,10 +8,10 @@ use crate::nn::PaddingMode;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// Pictures [b, rows, columns, c], seen as if they were scaled to [b, h, w, c]: each pixel from the
+/// Images [b, rows, columns, c], read as if they were scaled to [b, h, w, c]: each pixel from the
 /// nearest one before it.
 #[derive(Clone, Copy)]
-pub struct Pictures<'a> {
+pub struct Images<'a> {
     pub x: &'a [f32],
     pub rows: usize,
     pub columns: usize,
@@ -23,8 +23,8 @@ pub struct Pictures<'a> {
     pub padding_modes: [PaddingMode; 2],
 }
 
-impl<'a> Pictures<'a> {
-    /// The row that row y - `before` is taken from; none if it is outside.
+impl<'a> Images<'a> {
+    /// The stored row of row y - `before`; none in a padding of zeros.
     pub fn row(&self, y: usize, before: usize) -> Option<usize> {
         let y = inside(y, before, self.h, self.padding_modes[0])?;
         Some(if self.rows == self.h {
@@ -34,7 +34,7 @@ impl<'a> Pictures<'a> {
         })
     }
 
-    /// The column that column x - `before` is taken from; none if it is outside.
+    /// The stored column of column x - `before`; none in a padding of zeros.
     pub fn column(&self, x: usize, before: usize) -> Option<usize> {
         let x = inside(x, before, self.w, self.padding_modes[1])?;
         Some(if self.columns == self.w {
@@ -44,9 +44,9 @@ impl<'a> Pictures<'a> {
         })
     }
 
-    /// The pixel [c] of a picture in a row and column of what is stored.
-    pub fn pixel(&self, picture: usize, row: usize, column: usize) -> &'a [f32] {
-        &self.x[((picture * self.rows + row) * self.columns + column) * self.c..][..self.c]
+    /// The pixel [c] of an image at a stored row and column.
+    pub fn pixel(&self, image: usize, row: usize, column: usize) -> &'a [f32] {
+        &self.x[((image * self.rows + row) * self.columns + column) * self.c..][..self.c]
     }
 }
 
@@ -68,14 +68,14 @@ pub struct Conv2d {
     pub padding: (usize, usize),
     /// of rows and of columns
     pub padding_modes: [PaddingMode; 2],
-    /// the rows of the output that are wanted
+    /// the rows of the output that are computed
     pub rows: Range<usize>,
-    /// (height, width) to which the picture is scaled before it is convolved, each pixel from the
+    /// (height, width) to which the image is scaled before it is convolved, each pixel from the
     /// nearest one before it
     pub scaled: Option<(usize, usize)>,
     /// [b, rows, w', out]: added to the result
     pub residual: Option<Tensor>,
-    /// [out]: what is below 0 after that is multiplied by it
+    /// [out]: the slope of a leaky ReLU after that
     pub slope: Option<Tensor>,
 }
 
@@ -113,7 +113,7 @@ impl CustomOp3 for Conv2d {
         {
             bail!("convolution of {:?} with {:?}", lx.shape(), lw.shape());
         }
-        let pictures = Pictures {
+        let images = Images {
             x,
             rows,
             columns,
@@ -126,7 +126,7 @@ impl CustomOp3 for Conv2d {
         let convolved = |residual: Option<&[f32]>, slope: Option<&[f32]>| {
             if self.is_winograd() && winograd::pays(self.rows.len(), w) {
                 winograd::convolve(
-                    pictures,
+                    images,
                     self.rows.clone(),
                     outputs,
                     weight,
@@ -135,8 +135,8 @@ impl CustomOp3 for Conv2d {
                     slope,
                 )
             } else {
-                self.unfolded(
-                    pictures,
+                self.im2col(
+                    images,
                     outputs,
                     weight,
                     Epilogue {
@@ -159,7 +159,7 @@ impl CustomOp3 for Conv2d {
 }
 
 impl Conv2d {
-    /// Whether Winograd's algorithm can do it, for pictures that are large enough.
+    /// Whether Winograd's algorithm can compute it.
     fn is_winograd(&self) -> bool {
         self.size == 3 && self.stride == 1 && self.padding == (1, 1)
     }
@@ -169,23 +169,19 @@ impl Conv2d {
         (n + self.padding.0 + self.padding.1 - self.size) / self.stride + 1
     }
 
-    /// The convolution as a product of what each pixel of the output sees and the weights.
-    pub(super) fn unfolded(
+    /// The convolution as a product of im2col's rows and the weights.
+    pub(super) fn im2col(
         &self,
-        pictures: Pictures,
+        images: Images,
         outputs: usize,
         weight: Panels,
         epilogue: Epilogue,
     ) -> Vec<f32> {
-        let (h, w) = (self.rows.len(), self.out(pictures.w));
-        let shape = (
-            pictures.b * h * w,
-            self.size * self.size * pictures.c,
-            outputs,
-        );
+        let (h, w) = (self.rows.len(), self.out(images.w));
+        let shape = (images.b * h * w, self.size * self.size * images.c, outputs);
         let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
-            self.unfold(
-                pictures,
+            self.im2col_row(
+                images,
                 (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w),
                 terms,
                 patch,
@@ -194,16 +190,16 @@ impl Conv2d {
         gemm(shape, left, weight, epilogue)
     }
 
-    /// Copies a range of what pixel (oy, ox) of the output sees of a picture, [size, size, c], with
-    /// zeros where there is nothing.
-    fn unfold(
+    /// Copies a range of im2col's row of output pixel (oy, ox): the pixels [size, size, c] that it
+    /// sees.
+    fn im2col_row(
         &self,
-        pictures: Pictures,
-        (picture, oy, ox): (usize, usize, usize),
+        images: Images,
+        (image, oy, ox): (usize, usize, usize),
         terms: Range<usize>,
         mut patch: &mut [f32],
     ) {
-        let c = pictures.c;
+        let c = images.c;
         let mut at = terms.start;
         while at < terms.end {
             let (tap, channel) = (at / c, at % c);
@@ -214,11 +210,11 @@ impl Conv2d {
                 ox * self.stride + tap % self.size,
             );
             match (
-                pictures.row(y, self.padding.0),
-                pictures.column(x, self.padding.0),
+                images.row(y, self.padding.0),
+                images.column(x, self.padding.0),
             ) {
                 (Some(row), Some(column)) => {
-                    let pixel = pictures.pixel(picture, row, column);
+                    let pixel = images.pixel(image, row, column);
                     part.copy_from_slice(&pixel[channel..][..len]);
                 }
                 _ => part.fill(0.0),

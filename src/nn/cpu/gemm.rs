@@ -1,6 +1,5 @@
-//! Matrix products with packed weights, after Goto & van de Geijn 2008: what is multiplied stays in
-//! the nearest cache that holds it, and bias, residual and gate are applied to sums that have not
-//! left it yet.
+//! Matrix products with packed weights, after Goto & van de Geijn 2008: operands are blocked for
+//! the caches, and the epilogue (bias, residual, gate) is applied to sums that are still in one.
 
 use super::concat::uninit;
 use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
@@ -14,8 +13,8 @@ use std::ops::Range;
 /// registers hold.
 pub const ROWS: usize = 8;
 
-/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left
-/// side and 320 KiB of sums in the second cache, 32 KiB of weights in the first.
+/// Rows of one task, terms that are summed at once, and panels of one task: 256 KiB of the left side
+/// and 320 KiB of sums in the L2 cache, 32 KiB of weights in L1.
 const BLOCK: usize = 256;
 const DEPTH: usize = 256;
 const GROUP: usize = 10;
@@ -30,8 +29,8 @@ thread_local! {
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
-/// At least `len` vectors of a thread's own memory, for as long as `work` runs: kept, since fresh
-/// memory costs more than the arithmetic on it.
+/// Lends `work` at least `len` vectors of a thread's own memory, which is kept, as new memory costs
+/// more than the arithmetic on it.
 pub fn with_memory<R>(
     memory: &'static std::thread::LocalKey<Cell<Vec<Lanes>>>,
     len: usize,
@@ -121,21 +120,22 @@ pub fn multiply<V: Vector>(
     }
 }
 
-/// What is added to a product, or done with it.
+/// The operations on a product before it is written: bias, residual, leaky ReLU, in this order.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {
     /// [n], or [parts, n]: one for each of as many equal parts of the rows
     pub bias: Option<&'a [f32]>,
     /// [m, n]
     pub residual: Option<&'a [f32]>,
-    /// [n]: what is below 0 after that is multiplied by it
+    /// [n]: the slope of a leaky ReLU after that
     pub slope: Option<&'a [f32]>,
-    /// The first half of the columns times the exact GELU of the second is the result, [m, n/2].
+    /// GEGLU: the first half of the columns times the exact GELU of the second is the result, [m,
+    /// n/2].
     pub gated: bool,
 }
 
-/// left [m, k] times weights of n columns -> [m, n]. `left` fills a slice with a range of terms of
-/// a row.
+/// Multiplies left [m, k] by weights of n columns -> [m, n]. `left` fills a slice with a range of
+/// terms of a row.
 pub fn gemm(
     (m, k, n): (usize, usize, usize),
     left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
@@ -383,7 +383,7 @@ impl CustomOp2 for Gemm {
     }
 }
 
-/// The elements of a tensor on the CPU, if there is one.
+/// Lends `work` the elements of a contiguous f32 tensor on the CPU, if there is one.
 pub fn with_slice<R>(tensor: Option<&Tensor>, work: impl FnOnce(Option<&[f32]>) -> R) -> Result<R> {
     let Some(tensor) = tensor else {
         return Ok(work(None));

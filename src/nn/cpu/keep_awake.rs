@@ -1,25 +1,25 @@
-//! Threads that wait awake: a small kernel takes less time than waking those of the pool.
+//! Keeps the pool's threads from sleeping: a small kernel takes less time than waking them.
 
 use rayon::Yield;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A thread without work for so long is let sleep, and looks for work again after a nap.
+/// A thread that was without work for `PATIENCE` sleeps for a `NAP` before it looks again.
 const PATIENCE: Duration = Duration::from_micros(500);
 const NAP: Duration = Duration::from_micros(50);
 
-/// For as long as it lives, all other threads of the pool look for work without falling asleep.
+/// A guard: while it lives, all other threads of the pool poll for work instead of sleeping.
 pub struct KeepAwake(Arc<AtomicBool>);
 
 impl KeepAwake {
-    /// On the pool of the current thread.
+    /// Wakes the pool of the current thread.
     pub fn start() -> Self {
         let done = Arc::new(AtomicBool::new(false));
         let (mine, flag) = (rayon::current_thread_index(), done.clone());
         rayon::spawn_broadcast(move |context| {
             let mut since = Instant::now();
-            // the one who drew is busy with that
+            // the thread that started it has its own work
             while Some(context.index()) != mine && !flag.load(Ordering::Relaxed) {
                 match rayon::yield_now() {
                     Some(Yield::Executed) => since = Instant::now(),

@@ -10,24 +10,24 @@ use super::vector_math::{layer_norm, moments};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-/// Numbers of one task, about: small enough for a processor's own cache, large enough that handing
-/// it out costs nothing.
+/// About how many elements a task has: few enough for a core's own cache, enough that scheduling it
+/// costs nothing.
 const BLOCK: usize = 1 << 15;
 
-/// Numbers of one task that does the same to each row of n of `len` numbers: so that each thread
-/// has one, and whole rows.
-fn share(len: usize, n: usize) -> usize {
+/// The length of one task over `len` elements in rows of `n`: whole rows, and at least one task for
+/// each thread.
+fn task_len(len: usize, n: usize) -> usize {
     let block = BLOCK.min(len / rayon::current_num_threads());
     block.div_ceil(n).max(1) * n
 }
 
-/// Group normalisation over pictures that may be in several parts.
+/// Group normalisation of images in bands of rows.
 pub struct GroupNorm {
     pub groups: usize,
     pub eps: f64,
 }
 
-/// What normalises an image: per channel, y = (x - center) * scale + shift.
+/// The affine map that normalises an image: per channel, y = (x - center) * scale + shift.
 #[derive(Default)]
 pub struct Affine {
     center: Vec<f32>,
@@ -69,8 +69,7 @@ impl Kernel for Apply<'_> {
     }
 }
 
-/// x [b, h, w, c] -> [b, above + h + below, w, c], normalised: its rows, with some of its
-/// neighbours'.
+/// Normalises x [b, h, w, c] with its halo -> [b, above + h + below, w, c].
 pub struct Normalise<'a> {
     /// one an image
     pub affine: &'a [Affine],
@@ -101,7 +100,7 @@ impl CustomOp1 for Normalise<'_> {
                 let parts = [above.unwrap_or_default(), x, below.unwrap_or_default()];
                 let len = parts.iter().map(|part| part.len()).sum();
                 let mut y = uninit(len);
-                let block = share(len, c);
+                let block = task_len(len, c);
                 let mut tasks = vec![];
                 for ((i, mut y), affine) in y.chunks_exact_mut(len / b).enumerate().zip(self.affine)
                 {
@@ -127,8 +126,8 @@ impl CustomOp1 for Normalise<'_> {
 }
 
 impl GroupNorm {
-    /// What normalises pictures, of which these are the parts from top to bottom: one an image, for
-    /// weight and bias [c].
+    /// Computes the map of each image from its bands of rows from top to bottom, for weight and bias
+    /// [c].
     pub fn statistics(
         &self,
         parts: &[&Tensor],
@@ -260,7 +259,7 @@ impl CustomOp3 for LayerNorm {
             );
         }
         let mut y = uninit(x.len());
-        let block = share(x.len(), n);
+        let block = task_len(x.len(), n);
         y.par_chunks_mut(block)
             .zip(x.par_chunks(block))
             .for_each(|(y, x)| {

@@ -20,8 +20,8 @@ pub fn vectors(outputs: usize, panel: usize) -> usize {
     (outputs - panel * WIDTH).div_ceil(LANES).min(PANEL)
 }
 
-/// Weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32 output
-/// channels, zeros after the last, the right side of one matrix product.
+/// Packs weights [out, in, ..taps] as checkpoints store them -> [panels, taps*in, 32]: for each 32
+/// output channels, with zeros after the last, the right side of one matrix product.
 pub struct Pack {
     /// A gated layer: 16 channels of the first half of the output beside the same 16 of the second.
     pub gated: bool,
@@ -124,7 +124,7 @@ pub enum Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// Those of a contiguous tensor.
+    /// The panels of a contiguous tensor.
     pub fn of(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!("packed weights are contiguous")

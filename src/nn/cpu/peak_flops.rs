@@ -1,4 +1,4 @@
-//! The most that this machine can do: multiply-adds in registers, with nothing to load or store.
+//! The peak arithmetic of this machine: multiply-adds in registers, with no loads and stores.
 
 use super::vector::{Kernel, LANES, Vector, dispatch};
 use std::hint::black_box;
@@ -8,7 +8,8 @@ use std::time::Instant;
 /// Multiply-adds of one chain, about 20 ms.
 const LENGTH: usize = 1 << 23;
 
-/// Floating-point operations a second of all threads together, the best of five runs.
+/// Measures the floating-point operations per second of all threads together, the best of five
+/// runs.
 pub fn peak_flops() -> f64 {
     let run = || {
         let (start, done) = (Instant::now(), AtomicU64::new(0));

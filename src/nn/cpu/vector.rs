@@ -4,15 +4,15 @@
 
 use half::{bf16, f16};
 
-/// Numbers in a vector.
+/// The elements of a vector.
 pub const LANES: usize = 16;
 
-/// A vector's place in memory, where no load or store crosses a cache line.
+/// A vector in memory, aligned so that no load or store crosses a cache line.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub struct Lanes(pub [f32; LANES]);
 
-/// Vectors as the numbers they are.
+/// Views vectors as their elements.
 pub fn floats(lanes: &mut [Lanes]) -> &mut [f32] {
     // SAFETY: a `Lanes` is LANES numbers and nothing else, and any bits are a number
     unsafe { std::slice::from_raw_parts_mut(lanes.as_mut_ptr().cast(), lanes.len() * LANES) }
@@ -29,7 +29,7 @@ pub trait Vector: Copy {
     /// Panics if there are fewer than sixteen.
     fn load_bf16(from: &[bf16]) -> Self;
     fn store(self, to: &mut [f32; LANES]);
-    /// Asks for what will be loaded soon.
+    /// Prefetches what will be loaded soon.
     fn prefetch(from: &Lanes);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
@@ -78,7 +78,7 @@ pub trait Vector: Copy {
     /// (coefficients of the Eigen library).
     #[inline(always)]
     fn erf(self) -> Self {
-        // +-1 to f32's last bit from here on; a number that is none stays one
+        // +-1 to f32's last bit from here on; NaN stays NaN
         let x = Self::splat(-4.0).max(Self::splat(4.0).min(self));
         let square = x.mul(x);
         let p = Self::splat(-2.726_142_3e-10);
@@ -107,7 +107,7 @@ pub trait Vector: Copy {
         )
     }
 
-    /// What is below 0 times a slope (leaky ReLU, PReLU).
+    /// Leaky ReLU or PReLU: negative values times a slope.
     #[inline(always)]
     fn leaky(self, slope: Self) -> Self {
         let zero = Self::splat(0.0);

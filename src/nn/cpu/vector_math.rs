@@ -30,8 +30,8 @@ macro_rules! vectorised {
 }
 
 vectorised! {
-    /// Adds up each channel's numbers, and their squares, of x [pixels, channels], in f64: there a
-    /// square of an f32 is exact, and a variance is right however far the mean is from 0.
+    /// Adds each channel's sum and sum of squares of x [pixels, channels], in f64: there the square of
+    /// an f32 is exact, and the variance is right however far the mean is from 0.
     pub fn moments(x: &[f32], sums: &mut [f64], squares: &mut [f64]) {
         let channels = sums.len();
         let mut fours = x.chunks_exact(4 * channels);

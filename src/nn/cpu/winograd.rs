@@ -1,22 +1,21 @@
 //! Convolution 3x3 of [b, h, w, c] with a quarter of the multiplications: F(4x4, 3x3) of Winograd
 //! 1980, by Lavin & Gray 2016 (arXiv 1509.09308).
 //!
-//! The picture is cut into tiles of 4x4 output pixels. The 6x6 input pixels that a tile sees are
-//! spread over 36 positions (B' d B), the kernel is weighed into as many (G g G'), for each
-//! position one matrix product runs over tiles and channels, and the sums are gathered into pixels
-//! (A' m A).
+//! The image is cut into tiles of 4x4 output pixels. The 6x6 input pixels that a tile sees are
+//! transformed to 36 positions (B' d B), the kernel to as many (G g G'), each position is a matrix
+//! product over tiles and channels, and its sums are transformed to pixels (A' m A).
 //!
-//! Weights stay as [`super::panels`] packs them and are weighed anew in each call, a slab of input
+//! Weights stay as [`super::panels`] packs them and are transformed in each call, a slab of input
 //! channels at a time: for 128 tiles that is a tenth of the work, there is less to read than 36
 //! numbers for each 9, and it takes no memory.
 //!
 //! Rounding: against sums in f64 of normal numbers, the root mean square of the error over that of
 //! the values is 0.80e-6 for 128 input channels and 0.87e-6 for 1280, since a slab is summed by
-//! itself (sums of one product after another: 0.6e-6 and 1.9e-6). The usual points +-1 and +-2
+//! itself (im2col and one long sum: 0.6e-6 and 1.9e-6). The usual points +-1 and +-2
 //! would give more than twice as much; F(2x2, 3x3), which has more than twice the products, half.
 
 use super::concat::uninit;
-use super::conv::Pictures;
+use super::conv::Images;
 use super::gemm::{Output, ROWS, multiply, with_memory};
 use super::panels::{PANEL, Panels, WIDTH, vectors};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
@@ -33,32 +32,31 @@ const POSITIONS: usize = SEEN * SEEN;
 const A: f32 = 0.625;
 const B: f32 = 1.5;
 
-/// Tiles, input channels at once, and panels of one task. What is read of spread tiles serves all
-/// its panels: the third cache could not give it fast enough for one. Weights and sums together are
-/// 1.7 MiB, for the second.
+/// Tiles, input channels at once, and panels of one task. A transformed tile that is read serves all
+/// panels, as the L3 cache would be too slow for one; weights and sums, 1.7 MiB, fit the L2 cache.
 const TILES: usize = 128;
 const DEPTH: usize = 64;
 const PANELS: usize = 2;
 
-/// What weighing a kernel costs, in multiplications of the product: as measured, Winograd and
-/// unfolded patches take the same time for about 78 pixels.
-const WEIGHING: usize = 400;
+/// The cost of transforming a kernel, in multiplications of the product: as measured, Winograd and
+/// im2col take the same time for about 78 pixels.
+const WEIGHT_TRANSFORM: usize = 400;
 
-/// What is convolved, and how it is cut.
+/// The operands of a convolution, and how it is cut into tasks.
 struct Plan<'a> {
-    pictures: Pictures<'a>,
+    images: Images<'a>,
     /// [panels, 3, 3, inputs, 32]
     weight: Panels<'a>,
     /// [outputs] or [b, outputs]
     bias: &'a [f32],
-    /// [b, wanted, w, outputs]
+    /// [b, out_rows, w, outputs]
     residual: Option<&'a [f32]>,
     /// [outputs]
     slope: Option<&'a [f32]>,
     outputs: usize,
-    /// the rows of the output that are wanted
-    wanted: Range<usize>,
-    /// tiles in a column and a row of one picture, and in all pictures
+    /// the rows of the output that are computed
+    out_rows: Range<usize>,
+    /// tiles in a column and a row of one image, and in all images
     down: usize,
     across: usize,
     tiles: usize,
@@ -69,48 +67,48 @@ struct Plan<'a> {
 }
 
 thread_local! {
-    /// What [`Spread`] makes, and what [`Multiply`] works in: see [`with_memory`].
-    static SPREAD: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
+    /// The output of [`TransformInput`], and the memory of [`Multiply`]: see [`with_memory`].
+    static TRANSFORMED: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
     static SCRATCH: Cell<Vec<Lanes>> = const { Cell::new(Vec::new()) };
 }
 
-/// Whether this is faster than one product with unfolded patches, for a guided pair of pictures [h,
-/// w]. Decided for a pair whatever the batch, as the two differ in their last bits and a picture
-/// must not depend on its neighbours.
+/// Whether this is faster than im2col, for a guided pair of images [h, w]. It is decided for a pair
+/// whatever the batch, as the two differ in their last bits and an image must not depend on its
+/// neighbours.
 pub fn pays(h: usize, w: usize) -> bool {
     let rows = (2 * h.div_ceil(TILE) * w.div_ceil(TILE)).next_multiple_of(ROWS);
-    rows * POSITIONS + WEIGHING < 2 * h * w * 9
+    rows * POSITIONS + WEIGHT_TRANSFORM < 2 * h * w * 9
 }
 
-/// Pictures [b, h, w, inputs], weight [panels, 3*3*inputs, 32], bias [outputs] or [b, outputs],
-/// perhaps residual [b, wanted, w, outputs] to add and slopes [outputs] of what is then below 0 ->
-/// the wanted rows of [b, h, w, outputs].
+/// Convolves images [b, h, w, inputs] with weight [panels, 3*3*inputs, 32] and bias [outputs] or [b,
+/// outputs], adds residual [b, out_rows, w, outputs], applies the slope [outputs] of a leaky ReLU ->
+/// `out_rows` of [b, h, w, outputs].
 pub fn convolve(
-    pictures: Pictures,
-    wanted: Range<usize>,
+    images: Images,
+    out_rows: Range<usize>,
     outputs: usize,
     weight: Panels,
     bias: &[f32],
     residual: Option<&[f32]>,
     slope: Option<&[f32]>,
 ) -> Vec<f32> {
-    let Pictures {
+    let Images {
         b, w, c: inputs, ..
-    } = pictures;
-    let mut y = uninit(b * wanted.len() * w * outputs);
+    } = images;
+    let mut y = uninit(b * out_rows.len() * w * outputs);
     let output = Output(y.as_mut_ptr());
-    let (down, across) = (wanted.len().div_ceil(TILE), w.div_ceil(TILE));
+    let (down, across) = (out_rows.len().div_ceil(TILE), w.div_ceil(TILE));
     let tiles = b * down * across;
     let rows = tiles.div_ceil(tiles.div_ceil(TILES)).next_multiple_of(ROWS);
     let lanes = inputs.div_ceil(inputs.div_ceil(DEPTH)).div_ceil(LANES);
     let plan = Plan {
-        pictures,
+        images,
         weight,
         bias,
         residual,
         slope,
         outputs,
-        wanted,
+        out_rows,
         down,
         across,
         tiles,
@@ -127,15 +125,15 @@ pub fn convolve(
         panels.div_ceil(PANELS),
         rayon::current_num_threads().min(groups),
     );
-    with_memory(&SPREAD, at_once * slabs * slab, |spread| {
+    with_memory(&TRANSFORMED, at_once * slabs * slab, |transformed| {
         for first in (0..groups).step_by(at_once) {
             let count = at_once.min(groups - first);
-            spread
+            transformed
                 .par_chunks_mut(slab)
                 .take(count * slabs)
                 .enumerate()
                 .for_each(|(i, v)| {
-                    dispatch(Spread {
+                    dispatch(TransformInput {
                         plan: &plan,
                         tile: (first + i / slabs) * rows,
                         input: i % slabs * lanes * LANES,
@@ -144,7 +142,7 @@ pub fn convolve(
                 });
             (0..count * shares).into_par_iter().for_each(|i| {
                 let (group, panel) = (i / shares, i % shares * PANELS);
-                let v = &spread[group * slabs * slab..][..slabs * slab];
+                let v = &transformed[group * slabs * slab..][..slabs * slab];
                 with_memory(
                     &SCRATCH,
                     PANELS * POSITIONS * PANEL * (lanes * LANES + rows),
@@ -169,8 +167,8 @@ pub fn convolve(
     y
 }
 
-/// Spreads a slab of input channels of a group of tiles.
-struct Spread<'a> {
+/// Transforms a slab of input channels of a group of tiles.
+struct TransformInput<'a> {
     plan: &'a Plan<'a>,
     /// the first of the tiles, and of the channels
     tile: usize,
@@ -179,31 +177,31 @@ struct Spread<'a> {
     v: &'a mut [Lanes],
 }
 
-impl Kernel for Spread<'_> {
+impl Kernel for TransformInput<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Plan {
-            pictures,
+            images,
             tiles,
             rows,
             lanes,
             ..
         } = *self.plan;
-        let inputs = pictures.c;
+        let inputs = images.c;
         let count = (lanes * LANES).min(inputs - self.input);
         for row in 0..rows.min(tiles - self.tile) {
             let (image, top, left) = self.plan.corner(self.tile + row);
-            // pixel (wanted.start + top - 1 + i, left - 1 + j) of the picture, if there is one
+            // pixel (out_rows.start + top - 1 + i, left - 1 + j) of the image, if there is one
             let mut pixels: [[&[f32]; SEEN]; SEEN] = [[&[]; SEEN]; SEEN];
             let columns: [Option<usize>; SEEN] =
-                std::array::from_fn(|j| pictures.column(left + j, 1));
+                std::array::from_fn(|j| images.column(left + j, 1));
             for (i, line) in pixels.iter_mut().enumerate() {
-                let Some(row) = pictures.row(self.plan.wanted.start + top + i, 1) else {
+                let Some(row) = images.row(self.plan.out_rows.start + top + i, 1) else {
                     continue;
                 };
                 for (pixel, column) in line.iter_mut().zip(columns) {
                     if let Some(column) = column {
-                        *pixel = &pictures.pixel(image, row, column)[self.input..][..count];
+                        *pixel = &images.pixel(image, row, column)[self.input..][..count];
                     }
                 }
             }
@@ -249,7 +247,7 @@ impl Kernel for Multiply<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Plan {
-            pictures: Pictures { c: inputs, .. },
+            images: Images { c: inputs, .. },
             rows,
             lanes,
             ..
@@ -263,7 +261,7 @@ impl Kernel for Multiply<'_> {
         {
             let count = depth.min(inputs - input);
             for (panel, u) in self.panels.clone().zip(self.u.chunks_exact_mut(weights)) {
-                self.plan.weigh::<V>(input, count, panel, u);
+                self.plan.transform_weights::<V>(input, count, panel, u);
             }
             for position in 0..POSITIONS {
                 let v = |block: usize| {
@@ -297,19 +295,25 @@ impl Kernel for Multiply<'_> {
             }
         }
         for (panel, m) in self.panels.zip(self.m.chunks_exact(sums)) {
-            self.plan.gather::<V>(self.tile, panel, m, self.y);
+            self.plan.transform_output::<V>(self.tile, panel, m, self.y);
         }
     }
 }
 
 impl Plan<'_> {
-    /// Weighs the kernel of `count` input channels from `input` on for a panel, into u [36,
+    /// Transforms the kernel of `count` input channels from `input` on for a panel, into u [36,
     /// lanes*LANES, PANEL].
     #[inline(always)]
-    fn weigh<V: Vector>(&self, input: usize, count: usize, panel: usize, u: &mut [Lanes]) {
+    fn transform_weights<V: Vector>(
+        &self,
+        input: usize,
+        count: usize,
+        panel: usize,
+        u: &mut [Lanes],
+    ) {
         let Plan {
             weight,
-            pictures: Pictures { c: inputs, .. },
+            images: Images { c: inputs, .. },
             lanes,
             ..
         } = *self;
@@ -333,16 +337,16 @@ impl Plan<'_> {
         }
     }
 
-    /// Gathers the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on into pixels.
+    /// Transforms the sums m [rows/ROWS, 36, ROWS, PANEL] of the tiles from `tile` on to pixels.
     #[inline(always)]
-    fn gather<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
+    fn transform_output<V: Vector>(&self, tile: usize, panel: usize, m: &[Lanes], y: &Output) {
         let Plan {
-            pictures: Pictures { w, .. },
+            images: Images { w, .. },
             bias,
             residual,
             slope,
             outputs,
-            ref wanted,
+            ref out_rows,
             tiles,
             rows,
             ..
@@ -369,15 +373,15 @@ impl Plan<'_> {
                 for (i, line) in Outputs::square(m)
                     .iter()
                     .enumerate()
-                    .take(wanted.len() - top)
+                    .take(out_rows.len() - top)
                 {
                     for (j, sum) in line.iter().enumerate().take(w - left) {
                         let at =
-                            ((image * wanted.len() + top + i) * w + left + j) * outputs + first;
+                            ((image * out_rows.len() + top + i) * w + left + j) * outputs + first;
                         let sum = sum.add(bias);
                         let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
                         let sum = slope.map_or(sum, |slope| sum.leaky(slope));
-                        // SAFETY: y holds [b, wanted, w, outputs], and no other task writes these
+                        // SAFETY: y holds [b, out_rows, w, outputs], and no other task writes these
                         // channels of this tile
                         sum.store_some(unsafe { y.slice(at, len) });
                     }
@@ -386,7 +390,7 @@ impl Plan<'_> {
         }
     }
 
-    /// A tile's picture, and its top left pixel.
+    /// The image of a tile, and its top left pixel.
     fn corner(&self, tile: usize) -> (usize, usize, usize) {
         let (row, column) = (tile / self.across, tile % self.across);
         (row / self.down, row % self.down * TILE, column * TILE)
@@ -502,8 +506,8 @@ mod tests {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    fn pictures(x: &[f32], (b, h, w, c): (usize, usize, usize, usize)) -> Pictures<'_> {
-        Pictures {
+    fn images(x: &[f32], (b, h, w, c): (usize, usize, usize, usize)) -> Images<'_> {
+        Images {
             x,
             rows: h,
             columns: w,
@@ -528,7 +532,7 @@ mod tests {
     fn convolved([x, weight, bias]: &[Tensor; 3]) -> Vec<f32> {
         let packed = values(&weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap());
         convolve(
-            pictures(&values(x), x.dims4().unwrap()),
+            images(&values(x), x.dims4().unwrap()),
             0..x.dim(1).unwrap(),
             weight.dim(0).unwrap(),
             Panels::F32(&packed),
@@ -581,7 +585,7 @@ mod tests {
             .flat_map(|s| channels.map(|c| (s, c)))
             .enumerate()
         {
-            // the largest pictures with few channels, for time
+            // the largest images with few channels, for time
             if h * w * inputs * outputs > 3_000_000 {
                 continue;
             }
@@ -618,7 +622,7 @@ mod tests {
     /// `cargo test --release --lib winograd -- --ignored --nocapture`
     #[test]
     #[ignore = "a benchmark: best of five, in turns, in one process"]
-    fn winograd_beside_unfolded_patches() {
+    fn winograd_beside_im2col() {
         let unet = [
             (2, 64, 320, 320),
             (2, 64, 960, 320),
@@ -655,8 +659,8 @@ mod tests {
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {
                 plain = plain.min(seconds(&|| {
-                    op.unfolded(
-                        pictures(&x, shape),
+                    op.im2col(
+                        images(&x, shape),
                         outputs,
                         Panels::F32(&weight),
                         Epilogue {
@@ -667,7 +671,7 @@ mod tests {
                 }));
                 winograd = winograd.min(seconds(&|| {
                     convolve(
-                        pictures(&x, shape),
+                        images(&x, shape),
                         0..side,
                         outputs,
                         Panels::F32(&weight),

@@ -4,13 +4,13 @@ use super::{Launch, Params, Work, int, suffix};
 use crate::nn::attention::row_stride;
 use candle_core::{DType, Result, Tensor};
 
-/// Head widths that there are kernels for; others take the next one.
+/// The head widths of the kernels; other widths take the next larger one.
 const WIDTHS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 160];
 /// Queries of a block, and keys of a tile.
 const TILE: usize = 64;
 
-/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], whose rows may stand
-/// apart as [`row_stride`](crate::nn::attention::row_stride) finds.
+/// softmax(q k' / sqrt(d)) v for q [b, n, heads*d] and k, v [b, m, heads*d], whose rows may have a
+/// [`row_stride`](crate::nn::attention::row_stride).
 pub struct Attention {
     pub q: Tensor,
     pub k: Tensor,

@@ -1,6 +1,6 @@
 //! The kernels on the CPU, for tests: their source is compiled with `kernels/host.h` by the
-//! system's C++ compiler, and launched as on a GPU. Inputs and outputs stand between guards,
-//! numbers that are none.
+//! system's C++ compiler, and launched as on a GPU. Inputs and outputs are surrounded by guards of
+//! NaN.
 
 use super::{Launch, Params, Work};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
@@ -12,13 +12,13 @@ type Kernel = extern "C" fn(*const Params);
 type Emulate =
     extern "C" fn(Kernel, *const Params, *const [u32; 2], u32, u32, bool) -> *const c_char;
 
-/// The kernels, and what runs them.
+/// The compiled kernels, and the function that emulates a launch.
 struct Library {
     handle: usize,
     emulate: Emulate,
 }
 
-/// Whether there is a compiler: without one, what needs the kernels cannot be tested, and says so.
+/// Whether there is a compiler; says so if not, as the kernels cannot be tested then.
 pub fn is_there() -> bool {
     let there = library().is_some();
     if !there {
@@ -78,7 +78,7 @@ fn compile() -> Option<Library> {
     }
 }
 
-/// The machine is one for all threads.
+/// The lock of the emulated machine, of which there is one.
 static MACHINE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 #[allow(clippy::unwrap_used)]
@@ -108,7 +108,7 @@ fn launch(launch: &Launch, backwards: bool) {
     assert!(error.is_none(), "{}: {error:?}", launch.kernel);
 }
 
-/// Bytes between guards, as far from a multiple of 16 as they were.
+/// Bytes between guards, at their original offset from a multiple of 16.
 struct Guarded {
     /// for alignment
     memory: Vec<u128>,
@@ -157,7 +157,7 @@ impl Guarded {
         self.memory.as_ptr() as u64 + self.start as u64
     }
 
-    /// From the start to the end of all that is there.
+    /// All bytes from the start on, with the guard after them.
     fn bytes(&mut self) -> &mut [u8] {
         let start = self.start;
         // SAFETY: numbers are bytes
@@ -175,7 +175,7 @@ impl Guarded {
     }
 }
 
-/// What work gives, with threads in either order: the same bits.
+/// Runs work with its threads in either order, which must give the same bits.
 pub fn emulate(work: &impl Work) -> Result<CpuStorage> {
     let machine = MACHINE
         .lock()
@@ -224,7 +224,7 @@ pub fn emulate(work: &impl Work) -> Result<CpuStorage> {
     })
 }
 
-/// Random numbers of about 1.
+/// Unit normals.
 #[allow(clippy::unwrap_used)]
 pub fn random(shape: &[usize], dtype: DType) -> Tensor {
     Tensor::randn(0f32, 1.0, shape, &Device::Cpu)
@@ -233,13 +233,14 @@ pub fn random(shape: &[usize], dtype: DType) -> Tensor {
         .unwrap()
 }
 
-/// The same numbers in f32.
+/// The same values in f32.
 #[allow(clippy::unwrap_used)]
 pub fn wide(x: &Tensor) -> Tensor {
     x.to_dtype(DType::F32).unwrap()
 }
 
-/// That a kernel's result is that of the plain composition in f32, as near as its type allows.
+/// Asserts that a kernel's result is that of the plain composition in f32, within the precision of
+/// its type.
 #[allow(clippy::unwrap_used)]
 pub fn same(y: &Tensor, plain: &Tensor, what: &str) {
     let values = |x: &Tensor| wide(x).flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -1,14 +1,14 @@
-//! Linear layers and convolutions: one kernel, which gathers what a convolution sees as it reads.
+//! Linear layers and convolutions: one kernel, an implicit GEMM.
 
 use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
 use crate::nn::PaddingMode;
 use candle_core::{Result, Shape, Tensor};
 use std::ops::Range;
 
-/// Rows and columns that the kernel's 16 bits can count.
+/// The largest number of rows or columns, which the kernel counts in 16 bits.
 const MAX_SIDE: usize = 1 << 14;
 
-/// Weights [out, in, ..] as the kernel reads them: [out, .., in].
+/// Lays out weights [out, in, ..] as the kernel reads them: [out, .., in].
 pub fn rows(weight: &Tensor) -> Result<Tensor> {
     match weight.rank() {
         4 => weight.permute((0, 2, 3, 1))?.contiguous(),
@@ -16,8 +16,8 @@ pub fn rows(weight: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// The two halves of the first dimension in turn: first of the first, first of the second, second
-/// of the first, ..
+/// Interleaves the two halves of the first dimension: first of the first, first of the second,
+/// second of the first, ..
 pub fn interleaved(x: &Tensor) -> Result<Tensor> {
     let n = x.dim(0)?;
     x.reshape((2, n / 2, ()))?
@@ -26,7 +26,7 @@ pub fn interleaved(x: &Tensor) -> Result<Tensor> {
         .reshape(x.shape())
 }
 
-/// y = x w' with what follows: x is [b, h, w, in], of which a convolution gathers rows, and w is
+/// y = x w' and its epilogue: x is [b, h, w, in], of which a convolution gathers rows, and w is
 /// [out, taps, in].
 pub struct Gemm {
     pub x: Tensor,
@@ -37,19 +37,19 @@ pub struct Gemm {
     pub shift: Option<Tensor>,
     /// [b, rows, w', out]: added
     pub residual: Option<Tensor>,
-    /// [out]: what is below 0 is multiplied by it
+    /// [out]: the slope of a leaky ReLU
     pub slope: Option<Tensor>,
-    /// Of weights that are [`interleaved`]: every other output times the exact GELU of the next
-    /// comes out.
+    /// GEGLU, for weights that are [`interleaved`]: the result is every other output times the exact
+    /// GELU of the next.
     pub gated: bool,
     /// taps a side
     pub size: usize,
     pub stride: usize,
-    /// rows and columns of padding before the picture
+    /// rows and columns of padding before the image
     pub before: usize,
     /// (height, width) to which the input is scaled first
     pub scaled: (usize, usize),
-    /// rows of the output that are wanted
+    /// rows of the output that are computed
     pub rows: Range<usize>,
     pub out_width: usize,
     /// of rows and of columns
@@ -57,7 +57,7 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// That of a linear layer: x [rows, in], weight [out, in].
+    /// The product of a linear layer: x [rows, in], weight [out, in].
     pub fn linear(
         x: Tensor,
         weight: Tensor,
@@ -119,8 +119,8 @@ impl Cut {
     /// Bytes of k that a tile is wide.
     const WIDTH: usize = 128;
 
-    /// By a model of the time: that of the multiprocessor with most blocks, and of the parts' trip
-    /// through memory.
+    /// Chooses by a model of the time: that of the multiprocessor with most blocks, and of the
+    /// partial sums' trip through memory.
     fn best(m: usize, n: usize, row_bytes: usize, processors: usize) -> Self {
         let steps = row_bytes.div_ceil(Self::WIDTH);
         let time = |cut: &Self| {
@@ -226,7 +226,7 @@ impl Work for Gemm {
         let cut = self.cut()?;
         let (b, h, w, channels) = self.x.dims4()?;
         if self.scaled.0.max(self.scaled.1) > MAX_SIDE {
-            candle_core::bail!("a picture of more than {MAX_SIDE} pixels a side");
+            candle_core::bail!("an image of more than {MAX_SIDE} pixels a side");
         }
         let mut of = |x: &Option<Tensor>| x.as_ref().map_or(Ok(0), &mut *address);
         let [bias, shift, residual, slope] = [

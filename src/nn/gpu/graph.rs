@@ -1,18 +1,18 @@
-//! Work that is done many times over, recorded and handed to the GPU as one graph: a step of a
-//! U-Net is some hundred launches, which together take the CPU longer than the GPU.
+//! CUDA graphs: a step of a U-Net is some hundred launches, which take the CPU longer than the GPU,
+//! so they are captured once and launched together.
 
 use candle_core::{Result, Tensor};
 
-/// A function of tensors that is called with the same shapes again and again.
+/// A function of tensors that is called repeatedly with the same shapes, as a CUDA graph.
 #[derive(Default)]
-pub struct Recorder {
+pub struct GraphCapture {
     #[cfg(feature = "cuda")]
     state: std::cell::RefCell<cuda::State>,
 }
 
-impl Recorder {
-    /// `work` of `inputs`. On a GPU it is recorded in the second call, after which only the inputs
-    /// are looked at: whatever else it uses must stay as it is. What cannot be recorded is done
+impl GraphCapture {
+    /// Runs `work` on `inputs`. On a GPU it is captured in the second call, after which only the
+    /// inputs are read: whatever else `work` uses must not change. Work that cannot be captured runs
     /// each time.
     pub fn call<const N: usize>(
         &self,
@@ -39,14 +39,14 @@ mod cuda {
     pub enum State {
         #[default]
         New,
-        /// called once, with this output: kernels are loaded, and what stays the same is known
+        /// called once, with this output: kernels are loaded and caches are filled
         Warm(Tensor),
-        Recorded(Recorded),
+        Captured(Captured),
         Refused,
     }
 
     /// A graph between tensors that stay where they are.
-    pub struct Recorded {
+    pub struct Captured {
         graph: CudaGraph,
         inputs: Vec<Tensor>,
         output: Tensor,
@@ -59,12 +59,12 @@ mod cuda {
         work: impl Fn([&Tensor; N]) -> Result<Tensor>,
     ) -> Result<Tensor> {
         if let State::Warm(output) = state {
-            *state = record(device, inputs, output, &work).map_or(State::Refused, State::Recorded);
+            *state = capture(device, inputs, output, &work).map_or(State::Refused, State::Captured);
         }
         match state {
-            State::Recorded(recorded) if recorded.takes(&inputs) => recorded.replay(&inputs),
+            State::Captured(captured) if captured.takes(&inputs) => captured.replay(&inputs),
             state => {
-                // what candle uploads for an operation, it keeps for the recording
+                // keeps what candle uploads for an operation alive for the capture
                 let _kept = device.enable_cuda_graph_htod_cache();
                 let output = work(inputs)?;
                 if let State::New = state {
@@ -75,48 +75,48 @@ mod cuda {
         }
     }
 
-    /// Records `work` without doing it. Its output will look like this one.
-    fn record<const N: usize>(
+    /// Captures `work` without running it. Its output will have the shape and type of this one.
+    fn capture<const N: usize>(
         device: &CudaDevice,
         inputs: [&Tensor; N],
         output: &Tensor,
         work: impl Fn([&Tensor; N]) -> Result<Tensor>,
-    ) -> Result<Recorded> {
+    ) -> Result<Captured> {
         let _kept = device.enable_cuda_graph_htod_cache();
         let own = inputs
             .map(Tensor::copy)
             .into_iter()
             .collect::<Result<Vec<Tensor>>>()?;
-        // all other memory of the recording is its own
+        // the graph owns all other memory
         let output = output.copy()?;
         let stream = device.cuda_stream();
         stream
             .begin_capture(Mode::CU_STREAM_CAPTURE_MODE_RELAXED)
             .w()?;
-        let recorded = own
+        let captured = own
             .iter()
             .collect::<Vec<_>>()
             .try_into()
-            .map_err(|_| candle_core::Error::Msg("another number of inputs".into()));
-        let recorded = recorded
+            .map_err(|_| candle_core::Error::Msg("a different number of inputs".into()));
+        let captured = captured
             .and_then(work)
             .and_then(|y| output.slice_set(&y.contiguous()?, 0, 0));
         // even if that failed, so that the stream is of use again
         let graph = stream
             .end_capture(Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
             .w();
-        recorded?;
+        captured?;
         match graph? {
-            Some(graph) => Ok(Recorded {
+            Some(graph) => Ok(Captured {
                 graph,
                 inputs: own,
                 output,
             }),
-            None => candle_core::bail!("nothing was recorded"),
+            None => candle_core::bail!("nothing was captured"),
         }
     }
 
-    impl Recorded {
+    impl Captured {
         fn takes(&self, inputs: &[&Tensor]) -> bool {
             self.inputs
                 .iter()

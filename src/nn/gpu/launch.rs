@@ -3,7 +3,7 @@
 use super::Work;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
-/// The output of `work`.
+/// Runs `work` and returns its output.
 pub fn run(work: impl Work) -> Result<Tensor> {
     let input = work.input().clone();
     input.apply_op1_no_bwd(&Operation(work))
@@ -55,33 +55,33 @@ mod cuda {
     use std::collections::hash_map::Entry;
     use std::sync::{Arc, LazyLock, Mutex};
 
-    /// What build.rs made of `kernels/`.
+    /// The compiled `kernels/`, by build.rs.
     static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
-    /// What a device was asked for already.
+    /// The kernels and properties of devices that were looked up so far.
     #[derive(Default)]
-    struct Known {
+    struct Cache {
         images: HashMap<DeviceId, Arc<CudaModule>>,
         kernels: HashMap<(DeviceId, String), CudaFunction>,
         processors: HashMap<DeviceId, usize>,
     }
 
-    static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
+    static CACHE: LazyLock<Mutex<Cache>> = LazyLock::new(Mutex::default);
 
     // SAFETY: plain numbers, of which the driver reads as many as the kernel declares
     unsafe impl DeviceRepr for Params {}
 
-    /// Shared memory that every kernel may have.
+    /// The shared memory that every kernel may have, in bytes.
     const SHARED: usize = 48 << 10;
 
-    fn known<T>(look: impl FnOnce(&mut Known) -> Result<T>) -> Result<T> {
-        let mut known = KNOWN
+    fn cached<T>(look: impl FnOnce(&mut Cache) -> Result<T>) -> Result<T> {
+        let mut cache = CACHE
             .lock()
             .map_err(|_| Error::Msg("another thread failed as it loaded kernels".into()))?;
-        look(&mut known)
+        look(&mut cache)
     }
 
-    /// Multiprocessors of a device.
+    /// The number of multiprocessors of a device.
     pub fn processors(device: &CudaDevice) -> usize {
         let ask = || {
             let count = device
@@ -93,18 +93,18 @@ mod cuda {
                 .and_then(|count| usize::try_from(count).ok())
                 .unwrap_or(super::super::PROCESSORS)
         };
-        known(|known| Ok(*known.processors.entry(device.id()).or_insert_with(ask)))
+        cached(|cache| Ok(*cache.processors.entry(device.id()).or_insert_with(ask)))
             .unwrap_or(super::super::PROCESSORS)
     }
 
-    /// All kernels are loaded with the first one.
+    /// Looks up a kernel. All are loaded with the first one.
     fn kernel(device: &CudaDevice, name: &str) -> Result<CudaFunction> {
-        known(|known| {
+        cached(|cache| {
             let key = (device.id(), name.to_string());
-            if let Some(kernel) = known.kernels.get(&key) {
+            if let Some(kernel) = cache.kernels.get(&key) {
                 return Ok(kernel.clone());
             }
-            let image = match known.images.entry(device.id()) {
+            let image = match cache.images.entry(device.id()) {
                 Entry::Occupied(image) => image.into_mut(),
                 Entry::Vacant(none) => none.insert(
                     device
@@ -115,7 +115,7 @@ mod cuda {
                 ),
             };
             let kernel = image.load_function(name).w()?;
-            known.kernels.insert(key, kernel.clone());
+            cache.kernels.insert(key, kernel.clone());
             Ok(kernel)
         })
     }

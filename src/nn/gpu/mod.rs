@@ -1,12 +1,11 @@
 //! Kernels for NVIDIA's GPUs from compute capability 8.0 on, in f16, bf16 and f32, as candle
 //! CustomOps.
 //!
-//! `kernels/` holds their source, which `build.rs` compiles with nvcc for the feature `cuda`. What
-//! they are launched with is worked out here, without a GPU: a [`Work`] says which kernels run on
-//! how many blocks, and [`launch`] runs them. The tests run the same launches of the same source on
-//! the CPU, where `kernels/host.h` stands in for the machine, and compare what comes out with the
-//! plain composition. Sums are f32 throughout; products of f32 are made of three of tf32, which
-//! leaves about 21 bits.
+//! `kernels/` holds their source, which `build.rs` compiles with nvcc for the feature `cuda`. Their
+//! launch parameters are computed here, without a GPU: a [`Work`] says which kernels run on how many
+//! blocks, and [`launch`] runs them. The tests run the same launches of the same source on the CPU,
+//! where `kernels/host.h` emulates the machine, and compare the results with the plain composition.
+//! Sums are f32 throughout; a product of f32 is three of tf32, which leaves about 21 bits.
 
 mod attention;
 #[cfg(all(test, target_os = "linux"))]
@@ -18,7 +17,7 @@ mod norm;
 
 pub use attention::Attention;
 pub use gemm::{Gemm, interleaved, rows};
-pub use graph::Recorder;
+pub use graph::GraphCapture;
 pub use launch::run;
 pub use norm::{GroupApply, GroupSums, LayerNorm};
 
@@ -26,26 +25,27 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 /// Kernels to run, one after the other, that fill one output.
 pub trait Work {
-    /// What they work on: the output is on its device, and of its type unless [`Self::dtype`] says
+    /// The main input: the output is on its device, and of its type unless [`Self::dtype`] says
     /// otherwise.
     fn input(&self) -> &Tensor;
 
+    /// The type of the output: the input's by default.
     fn dtype(&self) -> DType {
         self.input().dtype()
     }
 
-    /// That of the output: the input's, unless it says otherwise.
+    /// The shape of the output: the input's by default.
     fn shape(&self) -> Result<Shape> {
         Ok(self.input().shape().clone())
     }
 
-    /// Floats of memory that they share besides.
+    /// The number of floats of scratch memory.
     fn scratch(&self) -> usize {
         0
     }
 
-    /// The launches, where `address` says where tensors start, which are of one type; those of the
-    /// output and the scratch memory are given. An address is 0 where there is nothing.
+    /// The launches, given the addresses of the output and the scratch memory, and `address` for
+    /// those of other tensors, which are of one type. The address of an absent tensor is 0.
     fn launches(
         &self,
         address: &mut dyn FnMut(&Tensor) -> Result<u64>,
@@ -87,7 +87,7 @@ impl Params {
     }
 }
 
-/// As kernels count. Errors if it is too many.
+/// A size as kernels take it. Errors if 32 bits cannot hold it.
 fn int(x: usize) -> Result<i32> {
     i32::try_from(x).map_err(candle_core::Error::wrap)
 }
@@ -95,7 +95,7 @@ fn int(x: usize) -> Result<i32> {
 /// Bytes that a thread moves at once.
 const CHUNK: usize = 16;
 
-/// What kernels for a type have at the end of their names. Errors if there are none.
+/// The suffix of the names of kernels for a type. Errors if there are none.
 fn suffix(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F16 => Ok("f16"),
@@ -105,7 +105,7 @@ fn suffix(dtype: DType) -> Result<&'static str> {
     }
 }
 
-/// Multiprocessors that work is cut for, where the device does not say.
+/// The number of multiprocessors that work is cut for, where the device does not say.
 const PROCESSORS: usize = 132;
 
 fn processors(device: &Device) -> usize {

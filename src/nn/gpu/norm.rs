@@ -1,31 +1,31 @@
-//! Group normalisation with what follows it, and layer normalisation.
+//! Group normalisation, optionally with SiLU, and layer normalisation.
 
 use super::{CHUNK, Launch, Params, Work, int, processors, suffix};
 use candle_core::{DType, Result, Shape, Tensor};
 
 const THREADS: usize = 256;
-/// Slices of a picture whose sums are kept apart.
+/// The most slices of an image, each with sums of its own.
 const MAX_SLICES: usize = 64;
 
-/// Sums over groups of channels of x [b, h, w, c], which may be a part of a picture -> f32 [b,
-/// slices, groups, 2]: of the differences from `origin`, and of their squares. Those of parts stand
-/// next to each other in the second dimension.
+/// Sums over groups of channels of x [b, h, w, c], which may be a band of an image -> f32 [b,
+/// slices, groups, 2]: of the differences from `origin`, and of their squares. The sums of bands are
+/// concatenated along the second dimension.
 pub struct GroupSums {
     pub x: Tensor,
-    /// [b, .., c]: one pixel of each picture, the first, the same for all parts
+    /// [b, .., c]: the first pixel of each image, the same for all bands
     pub origin: Tensor,
     pub groups: usize,
 }
 
 /// Group normalisation of x [b, h, w, c] (Wu & He 2018, arXiv 1803.08494) by the sums of whole
-/// pictures, perhaps followed by SiLU.
+/// images, optionally followed by SiLU.
 pub struct GroupApply {
     pub x: Tensor,
     pub origin: Tensor,
     pub sums: Tensor,
     pub weight: Tensor,
     pub bias: Tensor,
-    /// pixels of a whole picture
+    /// pixels of a whole image
     pub pixels: usize,
     pub eps: f64,
     pub silu: bool,
@@ -78,7 +78,7 @@ struct LayerNormParams {
     eps: f32,
 }
 
-/// The end of a kernel's name, and how many numbers it moves at once.
+/// The suffix of a kernel's name, and how many elements it moves at once.
 fn kind(x: &Tensor, channels: usize, addresses: &[u64]) -> Result<(String, usize)> {
     let suffix = suffix(x.dtype())?;
     let chunk = CHUNK / x.dtype().size_in_bytes();
@@ -91,7 +91,7 @@ fn kind(x: &Tensor, channels: usize, addresses: &[u64]) -> Result<(String, usize
 }
 
 impl GroupSums {
-    /// Enough slices that all multiprocessors have some, and that each has some rows of its own.
+    /// The number of slices: enough for all multiprocessors, and each of several rows.
     fn slices(&self) -> Result<usize> {
         let (b, h, w, _) = self.x.dims4()?;
         Ok((2 * processors(self.x.device()))

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
 use candle_core::{DType, Device, Tensor};
+use sdgen::sampling::{Sampler, Schedule, SchedulerConfig};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,16 @@ pub fn stdout(output: &Output) -> String {
 
 pub fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// The sampler and schedule of a run in the goldens, whose scheduler is read as a checkpoint's is.
+/// `None` for a run with the checkpoint's own.
+pub fn sampler_of(run: &Value) -> Option<(Sampler, Option<Schedule>)> {
+    let mut config = run["scheduler_kwargs"].clone();
+    config["_class_name"] = run["scheduler"].as_str()?.into();
+    let sampler = SchedulerConfig::from_json(&config).unwrap().sampler();
+    let is_karras = config["use_karras_sigmas"] == true;
+    Some((sampler, is_karras.then_some(Schedule::Karras)))
 }
 
 /// Runs and expects exit code 0.

@@ -1,5 +1,5 @@
 // The kernels' machine for tests without a GPU: blocks run one after the other, threads as fibers on one processor.
-// What a GPU leaves undefined is made to show: shared memory starts as numbers that are none, asynchronous copies land no
+// What a GPU leaves undefined is made to show: shared memory starts as NaN, asynchronous copies land no
 // earlier than they are waited for, the order of threads can be turned around, and threads of a warp that do not do the
 // same together are an error, as are matrices whose rows cannot be read at once.
 #pragma once

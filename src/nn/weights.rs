@@ -1,0 +1,148 @@
+//! Where networks take their weights from: a [`Weights`] cursor walks the names of a
+//! [`TensorSource`].
+//!
+//! The cursor checks shapes and decides the type and the device of each tensor. It hides what is
+//! behind the source: a checkpoint's files with all that is merged into them, or random numbers.
+
+use super::Backend;
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
+
+/// Tensors by name.
+pub trait TensorSource: Sync {
+    /// The name of the source, for error messages.
+    fn name(&self) -> &str;
+
+    /// Reads a tensor to the CPU, in the type in which it is stored (f32 where that is neither f16
+    /// nor bf16). `shape` is what the network expects; the source may return another one, which is
+    /// an error of its caller. Errors if there is no tensor of that name, or it cannot be read.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor>;
+}
+
+/// A source that has a tensor of any name and shape: uniform numbers of a sensible size.
+struct RandomTensors;
+
+impl TensorSource for RandomTensors {
+    fn name(&self) -> &str {
+        "random weights"
+    }
+
+    fn tensor(&self, _name: &str, shape: &[usize]) -> Result<Tensor> {
+        let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
+        let bound = 1.0 / fan_in.sqrt();
+        Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?)
+    }
+}
+
+/// A place among a source's names, from which a layer takes its tensors.
+#[derive(Clone)]
+pub struct Weights<'a> {
+    source: &'a dyn TensorSource,
+    prefix: String,
+    device: &'a Device,
+    dtype: DType,
+    backend: Backend,
+}
+
+impl<'a> Weights<'a> {
+    /// The place `prefix` of a source, whose tensors go to `device`; `dtype` is the type that was
+    /// asked for, see [`Self::get_stored`].
+    pub fn new(
+        source: &'a dyn TensorSource,
+        prefix: impl Into<String>,
+        device: &'a Device,
+        dtype: DType,
+    ) -> Self {
+        Self {
+            source,
+            prefix: prefix.into(),
+            device,
+            dtype,
+            backend: Backend::of(device),
+        }
+    }
+
+    /// Random weights of any name and shape, for benchmarks and tests.
+    pub fn random(device: &'a Device, dtype: DType) -> Self {
+        Self::new(&RandomTensors, "random", device, dtype)
+    }
+
+    /// The place `name` below this one.
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self {
+            prefix: format!("{}.{name}", self.prefix),
+            ..self.clone()
+        }
+    }
+
+    /// Lays weights out for another backend than the fastest of the device.
+    pub fn with_backend(self, backend: Backend) -> Self {
+        Self { backend, ..self }
+    }
+
+    /// The backend that layers are laid out for.
+    pub fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    /// Reads the tensor `name` of exactly this shape, in the type of the arithmetic (on CPUs f32);
+    /// trailing dimensions of size 1 may differ (a linear layer stored as a 1x1 convolution).
+    /// Errors name the tensor, its shape and the expected one.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(self
+            .read(name, shape)?
+            .to_dtype(self.arithmetic())?
+            .to_device(self.device)?)
+    }
+
+    /// Reads a tensor as [`Self::get`] does, in the type in which large weights are kept: on CPUs,
+    /// unless a narrower one was asked for, the type of the file, since products widen weights as
+    /// they read them.
+    pub fn get_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.read(name, shape)?;
+        let dtype = if self.device.is_cpu() && self.dtype == DType::F32 {
+            tensor.dtype()
+        } else {
+            self.dtype
+        };
+        Ok(tensor.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    /// Zeros in place of a tensor that a layer does not have, in the type of the arithmetic.
+    pub fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::zeros(shape, self.arithmetic(), self.device)?)
+    }
+
+    /// The device that the weights go to.
+    pub fn device(&self) -> &Device {
+        self.device
+    }
+
+    /// The type of the arithmetic.
+    fn arithmetic(&self) -> DType {
+        if self.backend == Backend::Cpu {
+            DType::F32
+        } else {
+            self.dtype
+        }
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = format!("{}.{name}", self.prefix);
+        let tensor = self.source.tensor(&name, shape)?;
+        if !is_same_shape(tensor.dims(), shape) {
+            bail!(
+                "tensor `{name}` of `{}` has shape {:?}, its configuration says {shape:?}\n\nhint: its configuration and its weights do not belong together",
+                self.source.name(),
+                tensor.dims()
+            );
+        }
+        Ok(tensor.reshape(shape)?)
+    }
+}
+
+/// Whether two shapes are equal but for trailing dimensions of size 1.
+pub fn is_same_shape(a: &[usize], b: &[usize]) -> bool {
+    let trimmed = |shape: &[usize]| shape.iter().rposition(|d| *d != 1).map_or(0, |i| i + 1);
+    a.get(..trimmed(a)) == b.get(..trimmed(b))
+}

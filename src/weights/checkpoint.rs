@@ -1,0 +1,445 @@
+//! A checkpoint whose headers have been read: its tensors under one naming, its configuration, and
+//! what changes its weights as they are read.
+
+use super::embedding::Embedding;
+use super::key_mapping::{Named, Part};
+use super::lora::{self, LayerNames, Lora};
+use super::safetensors::SafetensorsFile;
+use super::{ENCODERS, PARTS, TokenizerSource};
+use crate::hex::hex;
+use crate::nn::weights::{TensorSource, Weights, is_same_shape};
+use crate::suggest::nearest;
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The place of a tensor in the checkpoint's files.
+struct Entry {
+    /// the index of its file
+    source: usize,
+    key: String,
+    part: Part,
+    /// the shape of the stored tensor's part
+    shape: Vec<usize>,
+    dtype: String,
+}
+
+/// A checkpoint whose headers have been read.
+pub struct Checkpoint {
+    /// for people and file names: the folder's or file's name
+    pub name: String,
+    pub(super) configs: BTreeMap<String, Value>,
+    pub(super) tokenizers: BTreeMap<&'static str, TokenizerSource>,
+    pub(super) unexpected_keys: Vec<String>,
+    pub(super) assumptions: Vec<String>,
+    pub(super) warnings: Vec<String>,
+    /// the refiner that finishes what this model begins
+    pub refiner: Option<Box<Self>>,
+    /// the VAE that decodes in place of its own
+    pub vae: Option<Box<Self>>,
+    /// checkpoints that are merged into its weights as they are read
+    pub merges: Vec<Merge>,
+    /// LoRAs that change its weights as they are read
+    pub loras: Vec<Lora>,
+    /// textual inversions: words beyond its vocabulary
+    pub embeddings: Vec<Embedding>,
+    sources: Vec<SafetensorsFile>,
+    entries: BTreeMap<String, Entry>,
+}
+
+/// A weighted difference that is added to a checkpoint's weights: `weight * (other - minus)`, where
+/// `minus` is the checkpoint itself if none is given.
+pub struct Merge {
+    pub other: Checkpoint,
+    pub minus: Option<Checkpoint>,
+    pub weight: f64,
+}
+
+impl Checkpoint {
+    pub(super) fn empty(name: String) -> Self {
+        Self {
+            name,
+            configs: BTreeMap::new(),
+            tokenizers: BTreeMap::new(),
+            unexpected_keys: vec![],
+            assumptions: vec![],
+            warnings: vec![],
+            refiner: None,
+            vae: None,
+            merges: vec![],
+            loras: vec![],
+            embeddings: vec![],
+            sources: vec![],
+            entries: BTreeMap::new(),
+        }
+    }
+
+    /// Applies LoRAs to the weights as they are read, but for those of strength 0. One that was
+    /// distilled to few steps, by its name, brings its scheduler. Errors if one does not fit, with
+    /// `strict` also if some of its keys are unexpected.
+    pub fn use_loras(
+        &mut self,
+        loras: impl IntoIterator<Item = Result<Lora>>,
+        strict: bool,
+    ) -> Result<()> {
+        let mut names = None;
+        for lora in loras {
+            let mut lora = lora?;
+            lora.match_keys(self, names.get_or_insert_with(|| LayerNames::of(self)))?;
+            if let Some(unexpected) = lora.describe_unexpected().filter(|_| strict) {
+                bail!("{unexpected}\n\nhint: without `--strict` the rest of it is used");
+            }
+            if lora.strength == 0.0 {
+                continue;
+            }
+            if let (Some(named), Some(Value::Object(scheduler))) =
+                (lora.distillation(), self.configs.get_mut("scheduler"))
+            {
+                scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
+            }
+            self.loras.push(lora);
+        }
+        Ok(())
+    }
+
+    /// The width of the U-Net's text embeddings, `cross_attention_dim`.
+    pub(super) fn text_width(&self) -> Option<usize> {
+        let takes_text =
+            |name: &str| name.starts_with("unet.") && name.ends_with(".attn2.to_k.weight");
+        self.entries
+            .iter()
+            .find(|(name, _)| takes_text(name))
+            .and_then(|(_, entry)| entry.shape.get(1).copied())
+    }
+
+    /// Adds words beyond the vocabulary, to its refiner too. Errors if two have the same token.
+    pub fn use_embeddings(&mut self, embeddings: Vec<Embedding>) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        if let Some(again) = embeddings
+            .iter()
+            .find(|one| !seen.insert(one.token.to_lowercase()))
+        {
+            let (token, file) = (&again.token, &again.file);
+            bail!(
+                "two embeddings stand for `{token}`\n\nhint: give one another word in prompts: `--embedding {file}:TOKEN`"
+            );
+        }
+        if let Some(refiner) = &mut self.refiner {
+            refiner.embeddings = embeddings.clone();
+        }
+        self.embeddings = embeddings;
+        Ok(())
+    }
+
+    /// The checkpoint that holds the weights of a component: this one, or the VAE's.
+    fn holder(&self, component: &str) -> &Self {
+        self.vae
+            .as_deref()
+            .filter(|_| component == "vae")
+            .unwrap_or(self)
+    }
+
+    /// The cause of an error about a checkpoint that is only a part of one.
+    pub(super) fn missing_parts(&self, name: &str) -> String {
+        let found: Vec<&str> = PARTS.into_iter().filter(|p| self.has(p)).collect();
+        let is_missing = |part: &&str| {
+            !found.contains(part)
+                && (*part != ENCODERS[1])
+                && (*part != ENCODERS[0] || !self.has(ENCODERS[1]))
+        };
+        let missing: Vec<&str> = PARTS.into_iter().filter(is_missing).collect();
+        let found = if found.is_empty() {
+            "nothing that sdgen knows".into()
+        } else {
+            found.join(", ")
+        };
+        let missing = missing.join(" and no ");
+        format!("`{name}` has no {missing} (it has: {found})")
+    }
+
+    /// Errors if there is no VAE, without which latents cannot be decoded.
+    pub fn require_vae(&self) -> Result<()> {
+        if self.optional_config("vae").is_some() {
+            Ok(())
+        } else {
+            bail!(
+                "{}\n\nhint: pass one with `--vae`",
+                self.missing_parts(&self.name)
+            )
+        }
+    }
+
+    /// Whether any tensor of a component is there.
+    pub fn has(&self, component: &str) -> bool {
+        let prefix = format!("{component}.");
+        self.entries
+            .range(prefix.clone()..)
+            .next()
+            .is_some_and(|(k, _)| k.starts_with(&prefix))
+    }
+
+    pub(super) fn add_source(
+        &mut self,
+        source: SafetensorsFile,
+        map: impl Fn(&str) -> Vec<Named>,
+    ) -> Result<()> {
+        let index = self.sources.len();
+        for (key, shape, dtype) in source.tensors() {
+            let named = map(&key);
+            if named.is_empty() {
+                self.unexpected_keys.push(key.clone());
+            }
+            for Named { name, part } in named {
+                let shape = part_shape(&shape, &part);
+                let entry = Entry {
+                    source: index,
+                    key: key.clone(),
+                    part,
+                    shape,
+                    dtype: format!("{dtype:?}").to_lowercase(),
+                };
+                if let Some(before) = self.entries.insert(name, entry) {
+                    bail!(
+                        "`{}` has tensor `{}` twice, once as `{key}`",
+                        source.path().display(),
+                        before.key
+                    );
+                }
+            }
+        }
+        self.sources.push(source);
+        Ok(())
+    }
+
+    /// The shape of a tensor by its canonical name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|e| e.shape.as_slice())
+    }
+
+    /// Iterates over the canonical names of all tensors.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Counts the numbered children of `prefix`: `prefix0.`, `prefix1.`, ...
+    pub fn count(&self, prefix: &str) -> usize {
+        (0..)
+            .take_while(|i| {
+                let p = format!("{prefix}{i}.");
+                self.entries
+                    .range(p.clone()..)
+                    .next()
+                    .is_some_and(|(k, _)| k.starts_with(&p))
+            })
+            .count()
+    }
+
+    fn entries_of(&self, component: &str) -> impl Iterator<Item = (&String, &Entry)> {
+        let prefix = format!("{component}.");
+        self.holder(component)
+            .entries
+            .range(prefix.clone()..)
+            .take_while(move |(k, _)| k.starts_with(&prefix))
+    }
+
+    /// Returns the number of parameters of a component, and the types that they are stored in.
+    pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
+        let of = || self.entries_of(component);
+        (
+            of().map(|(_, e)| e.shape.iter().product::<usize>()).sum(),
+            of().map(|(_, e)| e.dtype.as_str()).collect(),
+        )
+    }
+
+    /// The bytes of a component's weights in memory, where they stay as narrow as in their file:
+    /// [`Weights::get_stored`].
+    pub fn stored_bytes(&self, component: &str) -> u64 {
+        let width = |dtype: &str| {
+            if matches!(dtype, "f16" | "bf16") {
+                2
+            } else {
+                4
+            }
+        };
+        self.entries_of(component)
+            .map(|(_, e)| width(&e.dtype) * e.shape.iter().product::<usize>() as u64)
+            .sum()
+    }
+
+    /// The size of all its files in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.sources.iter().map(|s| s.len).sum()
+    }
+
+    /// The configuration of a component, in diffusers' words; `pipeline` is `model_index.json`.
+    /// Errors name the component if it has none.
+    pub fn config(&self, component: &str) -> Result<&Value> {
+        self.optional_config(component)
+            .with_context(|| format!("`{}` has no configuration of its {component}", self.name))
+    }
+
+    /// The configuration of a component that may be missing.
+    pub fn optional_config(&self, component: &str) -> Option<&Value> {
+        self.configs.get(component)
+    }
+
+    /// The tokenizer of a text encoder. Errors if there is none.
+    pub fn tokenizer(&self, encoder: &str) -> Result<&TokenizerSource> {
+        self.tokenizers
+            .get(encoder)
+            .with_context(|| format!("`{}` has no tokenizer for its {encoder}", self.name))
+    }
+
+    /// Keys of its files that belong to no component.
+    pub fn unexpected_keys(&self) -> &[String] {
+        &self.unexpected_keys
+    }
+
+    /// What had to be assumed because no configuration says it, for people.
+    pub fn assumptions(&self) -> &[String] {
+        &self.assumptions
+    }
+
+    /// Assumptions that are wrong for some known models.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// A fingerprint of the weights: SHA-256 over the names, stored types and first 4 KiB of all
+    /// tensors. The same weights as folder and as single file have the same fingerprint; f16 and
+    /// f32 copies do not.
+    pub fn hash(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for (name, entry) in &self.entries {
+            hash.update(name.as_bytes());
+            hash.update(entry.dtype.as_bytes());
+            if let Some(source) = self.sources.get(entry.source) {
+                hash.update(source.sample(&entry.key, &entry.part)?);
+            }
+        }
+        Ok(hex(&hash.finalize()))
+    }
+
+    /// The weights of one component, to build a network from.
+    pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
+        Weights::new(self.holder(component), component, device, dtype)
+    }
+
+    /// Merges another checkpoint into those parts of this one that both have. Errors if a tensor of
+    /// these is missing there, or has another shape.
+    pub fn merge(&mut self, merge: Merge) -> Result<()> {
+        for other in [Some(&merge.other), merge.minus.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            for (name, entry) in &self.entries {
+                let has_part = name.split('.').next().is_some_and(|part| other.has(part));
+                let same = other
+                    .entries
+                    .get(name)
+                    .is_some_and(|found| is_same_shape(&found.shape, &entry.shape));
+                if has_part && !same {
+                    let hint = "models of one family can be merged";
+                    bail!(
+                        "`{}` does not go with `{}`: it has no tensor `{name}` of shape {:?}\n\nhint: {hint}",
+                        other.name,
+                        self.name,
+                        entry.shape
+                    );
+                }
+            }
+        }
+        self.merges.push(merge);
+        Ok(())
+    }
+
+    /// Reads a tensor from this checkpoint's files, on the CPU.
+    fn read_own(&self, name: &str) -> Result<Tensor> {
+        let entry = self
+            .entries
+            .get(name)
+            .with_context(|| self.missing_tensor(name))?;
+        let source = self
+            .sources
+            .get(entry.source)
+            .with_context(|| format!("the file of tensor `{name}` is not open"))?;
+        let tensor = source.read(&entry.key)?;
+        Ok(match entry.part {
+            Part::Whole => tensor,
+            Part::Rows { index, of } => {
+                let rows = tensor.dim(0)? / of;
+                tensor.narrow(0, index * rows, rows)?
+            }
+            Part::Transposed => tensor.t()?.contiguous()?,
+        })
+    }
+
+    /// A tensor of this checkpoint with what is merged into it, in its stored type.
+    fn merged(&self, name: &str, own: Tensor) -> Result<Tensor> {
+        let component = name.split('.').next().unwrap_or_default();
+        let mut merged: Option<Tensor> = None;
+        let merges = self.merges.iter();
+        for merge in merges.filter(|merge| merge.other.has(component)) {
+            let wide = own.to_dtype(DType::F32)?;
+            let minus = merge.minus.as_ref().filter(|minus| minus.has(component));
+            let base = match minus {
+                Some(minus) => minus.read_own(name)?.to_dtype(DType::F32)?,
+                None => wide.clone(),
+            };
+            let other = merge.other.read_own(name)?.to_dtype(DType::F32)?;
+            let difference = (other.reshape(wide.shape())? - base.reshape(wide.shape())?)?;
+            let added = (difference * merge.weight)?;
+            merged = Some((merged.unwrap_or(wide) + added)?);
+        }
+        match merged {
+            Some(merged) => Ok(merged.to_dtype(own.dtype())?),
+            None => Ok(own),
+        }
+    }
+
+    /// The error for a tensor that is not there.
+    pub(super) fn missing_tensor(&self, name: &str) -> String {
+        let component = name.split('.').next().unwrap_or_default();
+        let prefix = format!("{component}.");
+        let near = nearest(
+            name,
+            self.entries
+                .keys()
+                .map(String::as_str)
+                .filter(|k| k.starts_with(&prefix)),
+        );
+        let near = near
+            .map(|n| format!("; the nearest it has is `{n}`"))
+            .unwrap_or_default();
+        format!(
+            "`{}` has no tensor `{name}`{near}\n\nhint: its configuration and its weights do not belong together",
+            self.name
+        )
+    }
+}
+
+impl TensorSource for Checkpoint {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Reads a tensor with other checkpoints merged into it and then with what LoRAs add, in its
+    /// stored type: each as if the result had been saved.
+    fn tensor(&self, name: &str, _shape: &[usize]) -> Result<Tensor> {
+        let merged = self.merged(name, self.read_own(name)?)?;
+        lora::patch(&self.loras, name, merged)
+    }
+}
+
+/// The shape of a part of a stored tensor.
+fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    match (part, shape.first_mut()) {
+        (Part::Rows { of, .. }, Some(rows)) => *rows /= of,
+        (Part::Transposed, _) => shape.reverse(),
+        _ => (),
+    }
+    shape
+}

@@ -1,0 +1,377 @@
+//! What a LoRA adds to a weight: the low-rank product, its relatives, and DoRA's normalization.
+
+use super::Lora;
+use super::layer_names::{ALPHA, DIFF, DIFF_B, DORA, DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, UP};
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use serde_json::Value;
+
+impl Lora {
+    /// The (rows, columns) of a layer's change; nothing if the shapes of its tensors do not match.
+    pub(super) fn size(&self, layer: &Layer) -> Option<(usize, usize)> {
+        let shape = |slot: &str| layer.get(slot).and_then(|key| self.source.shape(key));
+        let matrix = |slot: &str| {
+            let (rows, rest) = shape(slot)?.split_first()?;
+            Some((*rows, rest.iter().product::<usize>()))
+        };
+        let product = |[a, b, core]: [&str; 3]| {
+            let ((a_rows, a_columns), (b_rows, b_columns)) = (matrix(a)?, matrix(b)?);
+            let (rows, inner) = if core == MID || shape(core).is_none() {
+                (a_rows, a_columns)
+            } else {
+                (a_columns, a_rows)
+            };
+            match shape(core) {
+                None => (inner == b_rows).then_some((rows, b_columns)),
+                Some([p, q, kernel @ ..]) => (inner == *p && b_rows == *q)
+                    .then(|| (rows, b_columns * kernel.iter().product::<usize>())),
+                Some(_) => None,
+            }
+        };
+        match Method::of(layer)? {
+            Method::LowRank => product(LOW_RANK),
+            Method::Hadamard => {
+                product(HADAMARD[0]).filter(|size| product(HADAMARD[1]).as_ref() == Some(size))
+            }
+            Method::Kronecker => {
+                let factor = |(whole, product_of): (&str, [&str; 3])| {
+                    matrix(whole).or_else(|| product(product_of))
+                };
+                let [(a, b), (c, d)] = [factor(KRONECKER[0])?, factor(KRONECKER[1])?];
+                Some((a * c, b * d))
+            }
+            Method::Difference => matrix(DIFF),
+        }
+    }
+
+    /// The rank of a layer, if it has one above 0.
+    pub(super) fn rank(&self, layer: &Layer) -> Option<usize> {
+        let slots = [DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b"];
+        let key = slots.iter().find_map(|slot| layer.get(slot))?;
+        self.source
+            .shape(key)?
+            .first()
+            .copied()
+            .filter(|rank| *rank > 0)
+    }
+
+    /// The scale of a layer's product: alpha divided by the rank, where alpha is the rank if none is
+    /// given.
+    fn scale(&self, layer: &Layer, weight: &str) -> Result<f64> {
+        let Some(rank) = self.rank(layer).map(|rank| rank as f64) else {
+            return Ok(1.0);
+        };
+        if let Some(key) = layer.get(ALPHA) {
+            return Ok(self.number(key)? / rank);
+        }
+        let Some((component, name)) = weight.trim_end_matches(".weight").split_once('.') else {
+            return Ok(1.0);
+        };
+        let setting = |key: &str| self.peft.get(format!("{component}.{key}"));
+        let is_named = |key: &str| {
+            name.strip_suffix(key)
+                .is_some_and(|before| before.is_empty() || before.ends_with('.'))
+        };
+        let own = setting("alpha_pattern")
+            .and_then(Value::as_object)
+            .and_then(|p| p.iter().find(|(key, _)| is_named(key)))
+            .map(|(_, a)| a);
+        let alpha = own
+            .or_else(|| setting("lora_alpha"))
+            .and_then(Value::as_f64)
+            .unwrap_or(rank);
+        // rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732
+        let is_stabilised = setting("use_rslora").and_then(Value::as_bool) == Some(true);
+        Ok(alpha / if is_stabilised { rank.sqrt() } else { rank })
+    }
+
+    /// The first value of a tensor.
+    pub(super) fn number(&self, key: &str) -> Result<f64> {
+        let values = to_f32(&self.source.read(key)?)?;
+        let number = values
+            .first()
+            .with_context(|| format!("tensor `{key}` of the LoRA `{}` is empty", self.name))?;
+        Ok(f64::from(*number))
+    }
+
+    /// The change of a weight [rows, ..] at strength 1, element by element, and its scale.
+    fn change(&self, name: &str, weight: &Tensor) -> Result<(Vec<f32>, f32)> {
+        let layer = self
+            .matched
+            .get(name)
+            .and_then(|layer| self.layers.get(layer))
+            .context("no layer changes it")?;
+        if let Some(key) = layer.get(DIFF_B).filter(|_| name.ends_with(".bias")) {
+            return Ok((to_f32(&self.source.read(key)?)?, 1.0));
+        }
+        let (change, scale) = (self.product(layer)?, self.scale(layer, name)? as f32);
+        match (layer.get(MAGNITUDE), layer.get(DORA)) {
+            (None, None) => Ok((change, scale)),
+            (magnitude, dora) => {
+                let key = magnitude.or(dora).context("it has no magnitudes")?;
+                let magnitudes = self.source.read(key)?;
+                let of_rows =
+                    magnitude.is_some() || magnitudes.dims().first() == weight.dims().first();
+                let change = normalized(weight, change, scale, &to_f32(&magnitudes)?, of_rows)
+                    .with_context(|| {
+                        format!(
+                            "tensor `{key}` of the LoRA `{}` does not fit `{name}`",
+                            self.name
+                        )
+                    })?;
+                Ok((change, 1.0))
+            }
+        }
+    }
+
+    /// The product of a layer's matrices.
+    fn product(&self, layer: &Layer) -> Result<Vec<f32>> {
+        let read = |slot: &str| self.matrix(layer, slot);
+        let product = |[a, b, core]: [&str; 3]| -> Result<Tensor> {
+            let (a, b) = (read(a)?, read(b)?);
+            let Some(key) = layer.get(core) else {
+                return Ok(a.matmul(&b)?);
+            };
+            // Tucker's decomposition: a core [p, q, kernel] between the two
+            let stored = self.source.read(key)?.to_dtype(DType::F32)?;
+            let (p, q) = (stored.dim(0)?, stored.dim(1)?);
+            let stored = stored.reshape((p, q, ()))?;
+            let (kernel, columns) = (stored.dim(2)?, b.dim(1)?);
+            let inner = stored
+                .transpose(1, 2)?
+                .reshape((p * kernel, q))?
+                .matmul(&b)?; // [p * kernel, columns]
+            let inner = inner
+                .reshape((p, kernel, columns))?
+                .transpose(1, 2)?
+                .reshape((p, columns * kernel))?;
+            Ok(if core == MID { a } else { a.t()?.contiguous()? }.matmul(&inner)?)
+        };
+        match Method::of(layer).context("its tensors do not make a layer")? {
+            Method::LowRank => to_f32(&product(LOW_RANK)?),
+            Method::Hadamard => {
+                let [mut first, second] = [
+                    to_f32(&product(HADAMARD[0])?)?,
+                    to_f32(&product(HADAMARD[1])?)?,
+                ];
+                first.par_iter_mut().zip(&second).for_each(|(a, b)| *a *= b);
+                Ok(first)
+            }
+            Method::Kronecker => {
+                let factor = |(whole, of): (&str, [&str; 3])| {
+                    if layer.contains_key(whole) {
+                        read(whole)
+                    } else {
+                        product(of)
+                    }
+                };
+                let [a, b] = [factor(KRONECKER[0])?, factor(KRONECKER[1])?];
+                kronecker(&a, &b)
+            }
+            Method::Difference => to_f32(&read(DIFF)?),
+        }
+    }
+
+    /// Reads a tensor [rows, ..] as a matrix in f32.
+    fn matrix(&self, layer: &Layer, slot: &str) -> Result<Tensor> {
+        let key = layer
+            .get(slot)
+            .with_context(|| format!("the layer has no tensor `{slot}`"))?;
+        let tensor = self.source.read(key)?.to_dtype(DType::F32)?;
+        let rows = tensor.dim(0)?;
+        Ok(tensor.reshape((rows, ()))?)
+    }
+}
+
+/// How a layer's change is computed from its tensors.
+#[derive(Clone, Copy)]
+pub(super) enum Method {
+    /// up times down
+    LowRank,
+    /// two such products, element by element
+    Hadamard,
+    /// the Kronecker product of two matrices, which may be products
+    Kronecker,
+    /// the change itself
+    Difference,
+}
+
+/// The slots (left, right, core) of LoRA's product.
+const LOW_RANK: [&str; 3] = [UP, DOWN, MID];
+/// The slots of LoHa's two products.
+const HADAMARD: [[&str; 3]; 2] = [
+    ["hada_w1_a", "hada_w1_b", "hada_t1"],
+    ["hada_w2_a", "hada_w2_b", "hada_t2"],
+];
+/// The slots of LoKr's two factors: one matrix, or a product.
+const KRONECKER: [(&str, [&str; 3]); 2] = [
+    ("lokr_w1", ["lokr_w1_a", "lokr_w1_b", "no core"]),
+    ("lokr_w2", ["lokr_w2_a", "lokr_w2_b", LOKR_CORE]),
+];
+
+impl Method {
+    pub(super) fn of(layer: &Layer) -> Option<Self> {
+        let has = |slot: &str| layer.contains_key(slot);
+        let has_product = |[a, b, _]: &[&str; 3]| has(a) && has(b);
+        if has(UP) && has(DOWN) {
+            Some(Self::LowRank)
+        } else if HADAMARD.iter().all(has_product) {
+            Some(Self::Hadamard)
+        } else if KRONECKER
+            .iter()
+            .all(|(whole, factors)| has(whole) || has_product(factors))
+        {
+            Some(Self::Kronecker)
+        } else {
+            has(DIFF).then_some(Self::Difference)
+        }
+    }
+}
+
+/// Applies the LoRAs that change a weight to it, in its own type.
+pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
+    let mut sum: Option<Vec<f32>> = None;
+    for lora in loras.iter().filter(|lora| lora.changes(name)) {
+        let (change, scale) = lora
+            .change(name, &weight)
+            .with_context(|| format!("the LoRA `{}` cannot be applied to `{name}`", lora.name))?;
+        let sum = match &mut sum {
+            Some(sum) => sum,
+            none => none.insert(to_f32(&weight)?),
+        };
+        let strength = lora.strength as f32 * scale;
+        sum.par_iter_mut()
+            .zip(&change)
+            .for_each(|(sum, change)| *sum += strength * change);
+    }
+    match sum {
+        Some(sum) => from_f32(sum, &weight),
+        None => Ok(weight),
+    }
+}
+
+/// The change that DoRA makes to a weight [rows, columns, ..]: the sum of the weight and `scale`
+/// times `change` is normalized to the magnitudes, row by row or column by column, and the weight is
+/// subtracted again.
+fn normalized(
+    weight: &Tensor,
+    mut change: Vec<f32>,
+    scale: f32,
+    magnitudes: &[f32],
+    of_rows: bool,
+) -> Result<Vec<f32>> {
+    let columns = weight.dims().get(1).copied().unwrap_or(1);
+    let row: usize = weight.dims().iter().skip(1).product();
+    let kernel = row / columns.max(1);
+    let lengths = if of_rows { weight.dim(0)? } else { columns };
+    if magnitudes.len() != lengths {
+        bail!(
+            "it has {} magnitudes instead of {lengths}",
+            magnitudes.len()
+        );
+    }
+    let weight = to_f32(weight)?;
+    change
+        .par_iter_mut()
+        .zip(&weight)
+        .for_each(|(sum, weight)| *sum = weight + scale * *sum);
+    if of_rows {
+        change
+            .par_chunks_mut(row.max(1))
+            .zip(magnitudes)
+            .for_each(|(sum, magnitude)| {
+                let squares: f64 = sum.iter().map(|value| f64::from(*value).powi(2)).sum();
+                let factor = magnitude / (squares.sqrt() as f32 + f32::EPSILON);
+                sum.iter_mut().for_each(|value| *value *= factor);
+            });
+    } else {
+        let mut squares = vec![0f64; columns];
+        for row in change.chunks(row.max(1)) {
+            squares
+                .iter_mut()
+                .zip(row.chunks(kernel.max(1)))
+                .for_each(|(s, v)| *s += v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>());
+        }
+        let factors: Vec<f32> = squares
+            .iter()
+            .zip(magnitudes)
+            .map(|(s, m)| m / (s.sqrt() as f32 + f32::EPSILON))
+            .collect();
+        change.par_chunks_mut(row.max(1)).for_each(|row| {
+            row.chunks_mut(kernel.max(1))
+                .zip(&factors)
+                .for_each(|(values, factor)| values.iter_mut().for_each(|v| *v *= factor));
+        });
+    }
+    change
+        .par_iter_mut()
+        .zip(&weight)
+        .for_each(|(sum, weight)| *sum -= weight);
+    Ok(change)
+}
+
+/// The Kronecker product of [a, b] and [c, d]: [a * c, b * d], row by row.
+fn kronecker(left: &Tensor, right: &Tensor) -> Result<Vec<f32>> {
+    let ((a, b), (c, d)) = (left.dims2()?, right.dims2()?);
+    let (left, right) = (to_f32(left)?, to_f32(right)?);
+    let mut product = vec![0f32; a * b * c * d];
+    if !product.is_empty() {
+        let rows = left
+            .par_chunks_exact(b)
+            .flat_map(|l| right.par_chunks_exact(d).map(move |r| (l, r)));
+        let rows: Vec<_> = rows.collect();
+        product
+            .par_chunks_exact_mut(b * d)
+            .zip(rows)
+            .for_each(|(out, (l, r))| {
+                out.chunks_exact_mut(d)
+                    .zip(l)
+                    .for_each(|(out, l)| out.iter_mut().zip(r).for_each(|(out, r)| *out = l * r));
+            });
+    }
+    Ok(product)
+}
+
+/// The values of a tensor, in f32.
+fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
+    let tensor = tensor.flatten_all()?;
+    Ok(match tensor.dtype() {
+        DType::F16 => tensor
+            .to_vec1::<f16>()?
+            .into_par_iter()
+            .map(f32::from)
+            .collect(),
+        DType::BF16 => tensor
+            .to_vec1::<bf16>()?
+            .into_par_iter()
+            .map(f32::from)
+            .collect(),
+        _ => tensor.to_dtype(DType::F32)?.to_vec1()?,
+    })
+}
+
+/// A tensor of these values, in the shape and type of another.
+fn from_f32(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    let shape = like.dims();
+    Ok(match like.dtype() {
+        DType::F16 => Tensor::from_vec(
+            numbers
+                .into_par_iter()
+                .map(f16::from_f32)
+                .collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?,
+        DType::BF16 => Tensor::from_vec(
+            numbers
+                .into_par_iter()
+                .map(bf16::from_f32)
+                .collect::<Vec<_>>(),
+            shape,
+            &Device::Cpu,
+        )?,
+        _ => Tensor::from_vec(numbers, shape, &Device::Cpu)?,
+    })
+}

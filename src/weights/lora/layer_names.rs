@@ -1,0 +1,176 @@
+//! The names of a LoRA's tensors: which layer each belongs to and what it is there, and which layer of
+//! the model that is.
+
+use crate::weights::{Checkpoint, key_mapping};
+use std::collections::BTreeMap;
+
+/// The endings of keys, and the slot of the tensor in its layer.
+const SLOTS: [(&str, &str); 34] = [
+    (".lora_down.weight", DOWN),
+    (".lora_A.weight", DOWN),
+    (".lora_A.default.weight", DOWN),
+    (".lora.down.weight", DOWN),
+    ("_lora.down.weight", DOWN),
+    (".lora_linear_layer.down.weight", DOWN),
+    (".lora_up.weight", UP),
+    (".lora_B.weight", UP),
+    (".lora_B.default.weight", UP),
+    (".lora.up.weight", UP),
+    ("_lora.up.weight", UP),
+    (".lora_linear_layer.up.weight", UP),
+    (".lora_mid.weight", MID),
+    (".alpha", ALPHA),
+    (".dora_scale", DORA),
+    (".lora_magnitude_vector.weight", MAGNITUDE),
+    (".lora_magnitude_vector", MAGNITUDE),
+    (".diff", DIFF),
+    (".w_norm", DIFF),
+    (".diff_b", DIFF_B),
+    (".b_norm", DIFF_B),
+    (".hada_w1_a", "hada_w1_a"),
+    (".hada_w1_b", "hada_w1_b"),
+    (".hada_t1", "hada_t1"),
+    (".hada_w2_a", "hada_w2_a"),
+    (".hada_w2_b", "hada_w2_b"),
+    (".hada_t2", "hada_t2"),
+    (".lokr_w1", "lokr_w1"),
+    (".lokr_w1_a", "lokr_w1_a"),
+    (".lokr_w1_b", "lokr_w1_b"),
+    (".lokr_w2", "lokr_w2"),
+    (".lokr_w2_a", "lokr_w2_a"),
+    (".lokr_w2_b", "lokr_w2_b"),
+    (".lokr_t2", LOKR_CORE),
+];
+pub const LOKR_CORE: &str = "lokr_t2";
+pub const DOWN: &str = "down";
+pub const UP: &str = "up";
+pub const MID: &str = "mid";
+pub const ALPHA: &str = "alpha";
+/// DoRA's magnitudes, one for each row or for each column
+pub const DORA: &str = "dora";
+/// DoRA's magnitudes as PEFT has them, one for each row
+pub const MAGNITUDE: &str = "magnitude";
+pub const DIFF: &str = "diff";
+pub const DIFF_B: &str = "diff_b";
+
+/// The prefixes of kohya's layer names, and the components that they stand for.
+const COMPONENTS: [(&str, &str); 4] = [
+    ("lora_unet_", "unet_"),
+    ("lora_te1_", "text_encoder_"),
+    ("lora_te2_", "text_encoder_2_"),
+    ("lora_te_", "text_encoder_"),
+];
+
+/// Old names of diffusers' layers, flattened, and the present ones.
+const OLD_NAMES: [(&str, &str); 5] = [
+    ("_processor_", "_"),
+    ("self_attn_to_q", "self_attn_q_proj"),
+    ("self_attn_to_k", "self_attn_k_proj"),
+    ("self_attn_to_v", "self_attn_v_proj"),
+    ("self_attn_to_out", "self_attn_out_proj"),
+];
+
+/// Whether a key is a LoRA's (or a relative's) and no checkpoint has it.
+pub fn is_adapter_key(key: &str) -> bool {
+    const MARKS: [&str; 6] = [
+        ".lora_",
+        ".lora.",
+        "_lora.",
+        ".hada_",
+        ".lokr_",
+        ".dora_scale",
+    ];
+    const STARTS: [&str; 3] = ["lora_unet_", "lora_te", "lycoris_"];
+    let has_difference = key.ends_with(".diff") || key.ends_with(".diff_b");
+    has_difference
+        || STARTS.iter().any(|start| key.starts_with(start))
+        || MARKS.iter().any(|mark| key.contains(mark))
+}
+
+/// The tensors of one layer: slot -> key in the file.
+pub type Layer = BTreeMap<&'static str, String>;
+
+/// Splits a key into its layer's name and its slot.
+pub fn split(key: &str) -> Option<(&str, &'static str)> {
+    SLOTS
+        .iter()
+        .find_map(|(end, slot)| Some((key.strip_suffix(end)?, *slot)))
+}
+
+/// A layer's name as kohya's trainer writes it, with underscores and without PEFT's prefix.
+fn flattened(layer: &str) -> String {
+    let layer = layer
+        .strip_prefix("base_model.model.")
+        .unwrap_or(layer)
+        .replace('.', "_");
+    let layer = OLD_NAMES
+        .iter()
+        .fold(layer, |layer, (old, new)| layer.replace(old, new));
+    if layer.ends_with("_to_out") {
+        format!("{layer}_0")
+    } else {
+        layer
+    }
+}
+
+/// The component of a layer, by its name in the file.
+pub fn component(layer: &str) -> &'static str {
+    let flat = flattened(layer);
+    let starts = |marks: &[&str]| marks.iter().any(|mark| flat.starts_with(mark));
+    if starts(&["lora_te2_", "text_encoder_2_"]) {
+        "text_encoder_2"
+    } else if starts(&[
+        "lora_te",
+        "text_encoder_",
+        "text_model_",
+        "lycoris_text_model_",
+    ]) {
+        "text_encoder"
+    } else {
+        "unet"
+    }
+}
+
+/// A model's layers by their flattened names: looking them up makes underscores unambiguous.
+pub struct LayerNames(BTreeMap<String, String>);
+
+impl LayerNames {
+    /// Lists the layers of a model under diffusers' and the original names.
+    pub fn of(model: &Checkpoint) -> Self {
+        let count = |prefix: &str| model.count(&format!("unet.{prefix}"));
+        let mut names = BTreeMap::new();
+        for layer in model
+            .names()
+            .filter_map(|name| name.strip_suffix(".weight"))
+        {
+            if let Some(original) = layer
+                .strip_prefix("unet.")
+                .and_then(|layer| key_mapping::to_original(layer, count))
+            {
+                names.insert(
+                    format!("unet_{}", original.replace('.', "_")),
+                    layer.to_string(),
+                );
+            }
+            if !layer.starts_with("vae.") {
+                names.insert(layer.replace('.', "_"), layer.to_string());
+            }
+        }
+        Self(names)
+    }
+
+    /// The layer of the model that a file's layer changes.
+    pub fn find(&self, layer: &str) -> Option<&String> {
+        let flat = flattened(layer);
+        if let Some((rest, component)) = COMPONENTS
+            .iter()
+            .find_map(|(start, component)| Some((flat.strip_prefix(start)?, component)))
+        {
+            return self.0.get(&format!("{component}{rest}"));
+        }
+        let bare = flat.strip_prefix("lycoris_").unwrap_or(&flat);
+        ["", "unet_", "text_encoder_"]
+            .iter()
+            .find_map(|component| self.0.get(&format!("{component}{bare}")))
+    }
+}

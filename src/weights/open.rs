@@ -1,0 +1,389 @@
+//! How a checkpoint is opened: a diffusers folder, an original single file, a file that brings its
+//! configuration, the model inside the program; a VAE or an upscaler alone.
+//!
+//! Only headers and JSON are read. Errors say what a file is that cannot be opened as what was
+//! asked for.
+
+use super::embedding::Embedding;
+use super::key_mapping::{self, Layout, Named, Part};
+use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
+use super::safetensors::SafetensorsFile;
+use super::{Checkpoint, ENCODERS, PARTS, TokenizerFiles, TokenizerSource, infer_config};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Where a checkpoint's bytes come from.
+pub enum Origin<'a> {
+    Embedded,
+    Path(&'a Path),
+}
+
+/// The upscalers that can be used, for error messages.
+pub const UPSCALERS: &str = "ESRGAN, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
+
+/// The folders of the tokenizers, in the order of [`ENCODERS`].
+const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
+
+/// Keys that only single files of families have that are not drawn: SD3's and FLUX' transformers.
+const OTHER_FAMILIES: [&str; 2] = [
+    "model.diffusion_model.joint_blocks.",
+    "model.diffusion_model.double_blocks.",
+];
+
+impl Checkpoint {
+    /// Opens a folder, a file or the embedded model; reads headers and configuration only.
+    /// Errors say what is missing or damaged, and what to do.
+    pub fn open(origin: Origin) -> Result<Self> {
+        match origin {
+            Origin::Embedded => Self::embedded(),
+            Origin::Path(path) if path.is_dir() => Self::folder(path),
+            Origin::Path(path) if path.exists() => Self::file(path),
+            Origin::Path(path) => bail!(
+                "`{}` does not exist\n\nhint: pass a diffusers folder, a .safetensors file, a hub id (owner/name) or a short name with `--model`",
+                path.display()
+            ),
+        }
+    }
+
+    #[cfg(feature = "mini")]
+    fn embedded() -> Result<Self> {
+        static MINI: &[u8] = include_bytes!("../../assets/mini.safetensors");
+        Self::canonical(
+            "mini".into(),
+            SafetensorsFile::embedded("the embedded model", MINI)?,
+        )
+    }
+
+    #[cfg(not(feature = "mini"))]
+    fn embedded() -> Result<Self> {
+        bail!(
+            "this sdgen was built without the embedded model\n\nhint: build it with the feature `mini`, or name a model with `--model`"
+        )
+    }
+
+    /// Opens the folder of a diffusers model, or one that holds a single file.
+    fn folder(path: &Path) -> Result<Self> {
+        let index_path = path.join("model_index.json");
+        if !index_path.exists() {
+            return Self::file(&only_file(path)?);
+        }
+        let index = read_json(&index_path)?;
+        let needed = needed_folders(path, &index)?;
+        let is_needed = |folder: &&str| needed.contains(folder);
+        let mut checkpoint = Self::empty(folder_name(path));
+        for part in PARTS.into_iter().filter(is_needed) {
+            let folder = path.join(part);
+            checkpoint
+                .configs
+                .insert(part.into(), read_json(&folder.join("config.json"))?);
+            checkpoint.add_folder(&folder, part)?;
+        }
+        checkpoint.configs.insert(
+            "scheduler".into(),
+            read_json(&path.join("scheduler/scheduler_config.json"))?,
+        );
+        for (encoder, folder) in ENCODERS.into_iter().zip(TOKENIZERS) {
+            if is_needed(&folder) {
+                checkpoint
+                    .tokenizers
+                    .insert(encoder, tokenizer(&path.join(folder))?);
+            }
+        }
+        checkpoint.configs.insert("pipeline".into(), index);
+        Ok(checkpoint)
+    }
+
+    /// Adds the weights of one component from its folder.
+    fn add_folder(&mut self, folder: &Path, component: &str) -> Result<()> {
+        for file in weight_paths(folder)? {
+            self.add_source(SafetensorsFile::open(&file)?, |key| {
+                key_mapping::from_diffusers(component, key)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn file(path: &Path) -> Result<Self> {
+        let source = SafetensorsFile::open(path)?;
+        let keys = source.keys();
+        let is_of_other_family = |key: &String| OTHER_FAMILIES.iter().any(|p| key.starts_with(p));
+        match key_mapping::layout(keys.iter().map(String::as_str)) {
+            Layout::Original if !keys.iter().any(is_of_other_family) => {
+                Self::original(path, source, &keys)
+            }
+            Layout::Canonical => Self::canonical(file_name(path), source),
+            Layout::Adapter => bail!(
+                "`{}` is a LoRA, not a model: it only changes one\n\nhint: pass a whole checkpoint with `--model`, and this with `--lora {0}`",
+                path.display()
+            ),
+            Layout::Original | Layout::Unknown => bail!("{}", not_a_checkpoint(path, &keys)),
+        }
+    }
+
+    /// Opens a single file in CompVis' and Stability's layout, which brings no configuration.
+    fn original(path: &Path, source: SafetensorsFile, keys: &[String]) -> Result<Self> {
+        let mut checkpoint = Self::empty(file_name(path));
+        let map = key_mapping::from_original(keys.iter().map(String::as_str));
+        let extra = infer_config::Extra::of(&source, keys);
+        checkpoint.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+        checkpoint.require_parts(path)?;
+        infer_config::configure(&mut checkpoint, extra)?;
+        Ok(checkpoint)
+    }
+
+    /// Opens a file that brings its configuration and tokenizer in its header.
+    fn canonical(name: String, source: SafetensorsFile) -> Result<Self> {
+        let path = source.path().to_path_buf();
+        let mut checkpoint = Self::empty(name);
+        let text = |key: &str| {
+            source.metadata(key).with_context(|| {
+                format!(
+                    "`{}` has no `{key}` in its header\n\nhint: pass a diffusers folder or an original single file",
+                    path.display()
+                )
+            })
+        };
+        let configs: BTreeMap<String, Value> = serde_json::from_str(text("sdgen.configs")?)
+            .context("the embedded configuration is damaged")?;
+        let files = TokenizerFiles::VocabMerges {
+            vocab: text("sdgen.vocab")?.into(),
+            merges: text("sdgen.merges")?.into(),
+        };
+        let config = configs.get("tokenizer").cloned().unwrap_or_default();
+        checkpoint
+            .tokenizers
+            .insert(ENCODERS[0], TokenizerSource { files, config });
+        checkpoint.configs = configs;
+        checkpoint.add_source(source, |key| {
+            vec![Named {
+                name: key.into(),
+                part: Part::Whole,
+            }]
+        })?;
+        checkpoint.require_parts(&path)?;
+        Ok(checkpoint)
+    }
+
+    fn require_parts(&self, path: &Path) -> Result<()> {
+        if (self.has(ENCODERS[0]) || self.has(ENCODERS[1])) && self.has("unet") {
+            return Ok(());
+        }
+        bail!(
+            "{}\n\nhint: pass a whole checkpoint; this file is only a part of one",
+            self.missing_parts(&path.display().to_string())
+        );
+    }
+
+    /// Decodes with another VAE: a folder with its config.json, a model's folder, or one
+    /// .safetensors file, which brings no scaling and shift factor and takes this model's. Errors
+    /// if there is none at `path`, or one for other latents.
+    pub fn use_vae(&mut self, path: &Path) -> Result<()> {
+        let is_tiny = |vae: &Value| {
+            vae.get("_class_name")
+                .is_some_and(|class| class == "AutoencoderTiny")
+        };
+        let own = self.optional_config("vae").filter(|own| !is_tiny(own));
+        let scaling_factor = own
+            .and_then(|own| own.get("scaling_factor")?.as_f64())
+            .unwrap_or_else(|| infer_config::vae_scale(self));
+        let shift_factor = own.and_then(|own| own.get("shift_factor").cloned());
+        let vae = Self::open_vae(path, scaling_factor)?;
+        let channels =
+            |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
+        let mut config = vae.config("vae")?.clone();
+        if let (true, Some(shift_factor)) = (path.is_file() && !is_tiny(&config), shift_factor) {
+            config["shift_factor"] = shift_factor;
+        }
+        let decoded = channels(&config, "latent_channels");
+        let drawn = channels(self.config("unet")?, "out_channels");
+        if decoded != drawn {
+            bail!(
+                "`{}` decodes {decoded} channels, `{}` draws in {drawn}\n\nhint: a VAE goes with the family it was made for",
+                vae.name,
+                self.name
+            );
+        }
+        self.configs.insert("vae".into(), config);
+        self.vae = Some(Box::new(vae));
+        Ok(())
+    }
+
+    /// Opens a VAE alone; a file's takes this scaling factor.
+    fn open_vae(path: &Path, scaling_factor: f64) -> Result<Self> {
+        let shown = path.display();
+        if path.is_dir() {
+            let nested = path.join("vae");
+            let folder = if path.join("config.json").exists() {
+                path
+            } else {
+                &nested
+            };
+            let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+            let model = whole.parent().filter(|_| whole.ends_with("vae"));
+            let mut vae = Self::empty(folder_name(model.unwrap_or(&whole)));
+            let config = read_json(&folder.join("config.json")).with_context(|| {
+                format!(
+                    "`{shown}` is not a VAE\n\nhint: pass the folder that holds its config.json"
+                )
+            })?;
+            vae.configs.insert("vae".into(), config);
+            vae.add_folder(folder, "vae")?;
+            return Ok(vae);
+        }
+        let source = SafetensorsFile::open(path)?;
+        let mut vae = Self::empty(file_name(path));
+        let map = key_mapping::from_vae(source.keys().iter().map(String::as_str));
+        vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+        let config = infer_config::autoencoder(&vae, scaling_factor)
+            .with_context(|| format!("`{shown}` is not a VAE that sdgen knows"))?;
+        vae.configs.insert("vae".into(), config);
+        Ok(vae)
+    }
+
+    /// Opens a network that enlarges images: one .safetensors file. Errors say what the file is
+    /// instead.
+    pub fn open_upscaler(path: &Path) -> Result<Self> {
+        let source = SafetensorsFile::open(path)?;
+        let keys = source.keys();
+        let map = key_mapping::from_upscaler(keys.iter().map(String::as_str));
+        let mut upscaler = Self::empty(file_name(path));
+        upscaler.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
+        let has_average = keys.iter().any(|key| key.starts_with("params_ema."));
+        let unexpected = upscaler
+            .unexpected_keys
+            .iter()
+            .find(|key| !has_average || !key.starts_with("params."));
+        let first = keys.first().filter(|_| !upscaler.has("upscaler"));
+        if let Some(key) = unexpected.or(first) {
+            bail!("{}", not_an_upscaler(path, &keys, key));
+        }
+        Ok(upscaler)
+    }
+}
+
+/// The one .safetensors file of a folder.
+fn only_file(folder: &Path) -> Result<PathBuf> {
+    let files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .with_context(|| format!("cannot read folder `{}`", folder.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    let shown = folder.display();
+    match files.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => bail!(
+            "`{shown}` has no model_index.json and no .safetensors file\n\nhint: pass the folder of a diffusers model, or one .safetensors file"
+        ),
+        [first, ..] => bail!(
+            "`{shown}` has {} .safetensors files and no model_index.json\n\nhint: name one, for example `--model {}`",
+            files.len(),
+            first.display()
+        ),
+    }
+}
+
+/// The folders that a diffusers model needs, by what its model_index.json lists. Errors if one is
+/// not there.
+fn needed_folders(path: &Path, index: &Value) -> Result<Vec<&'static str>> {
+    let is_listed = |part: &str| {
+        index
+            .get(part)
+            .is_some_and(|v| v.get(0).is_some_and(|v| !v.is_null()))
+    };
+    let has_second = is_listed(ENCODERS[1]);
+    let is_needed = |part: &&str| match *part {
+        "text_encoder" | "tokenizer" | "vae" => is_listed(part) || !has_second,
+        "text_encoder_2" | "tokenizer_2" => has_second,
+        _ => true,
+    };
+    let needed: Vec<&str> = PARTS
+        .into_iter()
+        .chain(["scheduler"])
+        .chain(TOKENIZERS)
+        .filter(is_needed)
+        .collect();
+    if let Some(missing) = needed.iter().find(|part| !path.join(part).is_dir()) {
+        let also = if is_listed(missing) {
+            ", though model_index.json lists it"
+        } else {
+            ""
+        };
+        bail!(
+            "`{}` has no folder `{missing}`{also}\n\nhint: fetch the whole model again, for example with `sdgen pull`",
+            path.display()
+        );
+    }
+    Ok(needed)
+}
+
+/// The error for a file of these keys that was passed as a checkpoint: what it is instead, and
+/// where it goes.
+fn not_a_checkpoint(path: &Path, keys: &[String]) -> String {
+    let shown = path.display();
+    let starts = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
+    let starts_any = |prefixes: &[&str]| prefixes.iter().any(|prefix| starts(prefix));
+    let (what, hint) = if starts_any(&OTHER_FAMILIES)
+        || starts_any(&["double_blocks.", "transformer."])
+    {
+        (
+            "is a model of a family that sdgen does not draw yet",
+            "Stable Diffusion 1.x, 2.x and XL work today",
+        )
+    } else if starts_any(&["decoder.", "encoder.down"]) {
+        (
+            "is only a VAE, not a whole model",
+            "pass it with `--vae`, and a whole checkpoint with `--model`",
+        )
+    } else if starts("down_blocks.") {
+        (
+            "is only a U-Net, not a whole model",
+            "pass the folder that holds model_index.json",
+        )
+    } else if starts("text_model.") {
+        (
+            "is only a text encoder, not a whole model",
+            "pass the folder that holds model_index.json",
+        )
+    } else if starts_any(&["emb_params", "clip_l", "<"]) && Embedding::is_in(path) {
+        (
+            "is an embedding, not a model: it only adds a word",
+            "pass a whole checkpoint with `--model`, and this with `--embedding`",
+        )
+    } else if starts_any(&[
+        "conv_first.",
+        "model.1.sub.",
+        "params_ema.",
+        "params.",
+        "RRDB_trunk.",
+    ]) {
+        (
+            "is an upscaler, which draws nothing by itself",
+            "`sdgen upscale -m` takes it",
+        )
+    } else {
+        let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
+        return format!(
+            "`{shown}` is not a Stable Diffusion checkpoint (its first tensors: {})\n\nhint: pass a whole checkpoint with `--model`",
+            first.join(", ")
+        );
+    };
+    format!("`{shown}` {what}\n\nhint: {hint}")
+}
+
+/// The error for a file of these keys that was passed as an upscaler, and has the key `unexpected`.
+fn not_an_upscaler(path: &Path, keys: &[String], unexpected: &str) -> String {
+    let what = match key_mapping::layout(keys.iter().map(String::as_str)) {
+        Layout::Original | Layout::Canonical => "is a checkpoint that draws, not an upscaler",
+        Layout::Adapter => "is a LoRA, not an upscaler",
+        Layout::Unknown if keys.iter().any(|key| key.starts_with("layers.0.")) => {
+            "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run"
+        }
+        Layout::Unknown => "is not an upscaler that sdgen knows",
+    };
+    format!(
+        "`{}` {what}: it has a tensor `{unexpected}`\n\nhint: {UPSCALERS}",
+        path.display()
+    )
+}

@@ -7,7 +7,9 @@
 //! [`pipeline::guidance::Guided`], [`model::unet::UNet`].
 
 pub mod alloc;
+#[cfg(feature = "cli")]
 pub mod batch;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod error;
 pub mod hex;

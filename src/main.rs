@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static MEMORY: sdgen::alloc::Reuse = sdgen::alloc::Reuse;
 
 fn main() -> ExitCode {
-    ExitCode::from(sdgen::cli::run(sdgen::cli::args::Cli::from_env()))
+    ExitCode::from(sdgen::cli::run())
 }

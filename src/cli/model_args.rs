@@ -86,7 +86,7 @@ impl ModelArgs {
         self.open_with(loras, self.embeddings()?, strict, shows_progress)
     }
 
-    /// The same with these LoRAs and embeddings in place of the arguments'.
+    /// Opens the model with these LoRAs and embeddings in place of the arguments'.
     pub fn open_with(
         &self,
         loras: impl IntoIterator<Item = Result<Lora>>,
@@ -198,7 +198,7 @@ impl ModelFinder {
     }
 }
 
-/// What is said of a word that names no model.
+/// The error for a word that names no model.
 fn not_a_model(word: &str) -> String {
     let known = SHORT_NAMES.iter().map(|(short, _)| *short).chain(["mini"]);
     let near = nearest(word, known.clone())

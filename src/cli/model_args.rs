@@ -57,7 +57,7 @@ impl ModelArgs {
         self.open_with(loras, self.embeddings()?, strict, shows_progress)
     }
 
-    /// The same with these LoRAs and embeddings in place of the arguments'.
+    /// Opens the model with these LoRAs and embeddings in place of the arguments'.
     pub fn open_with(
         &self,
         loras: impl IntoIterator<Item = Result<Lora>>,

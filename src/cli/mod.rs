@@ -7,6 +7,7 @@ pub mod bench;
 pub mod check;
 pub mod draw;
 pub mod exit_code;
+pub mod help;
 pub mod inspect;
 pub mod model_args;
 pub mod preflight;
@@ -66,6 +67,8 @@ impl Command {
                 clap_complete::generate(shell, &mut Cli::command(), "sdgen", stdout);
                 Ok(())
             }
+            Self::Man => help::man(),
+            Self::Help { topic } => help::help(topic.as_deref()),
         }
     }
 }

@@ -8,9 +8,11 @@ mod check;
 mod checkpoints;
 mod cli;
 mod distilled;
+mod docs;
 mod dynamic;
 mod embeddings;
 mod from_picture;
+mod help;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;

@@ -17,6 +17,7 @@ mod help;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;
+mod layers;
 mod library;
 mod lora;
 mod memory;

@@ -1,4 +1,4 @@
-//! The network that denoises latents, of whichever architecture: what the pipeline knows of it.
+//! The network that denoises latents, of whichever architecture, as the pipeline sees it.
 
 use super::unet::{ConditionedUNet, UNet, UNetInputs};
 use super::unet_config::UNetConfig;
@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
 
-/// What a network is trained to do, and so which inputs it takes beside the noisy latents.
+/// The task that a network is trained for, which decides on its inputs besides the noisy latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModelKind {
     TextToImage,
@@ -89,7 +89,7 @@ impl BackboneConfig {
         UNetConfig::from_json(value).map(Self::UNet)
     }
 
-    /// What the network is trained to do, from its number of input channels. Errors if no kind of
+    /// The task of the network, by its number of input channels. Errors if no kind of
     /// model has that many.
     pub fn kind(&self) -> Result<ModelKind> {
         let Self::UNet(config) = self;

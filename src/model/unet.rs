@@ -552,7 +552,7 @@ impl DownBlock {
             layer(w, i, inputs, outputs, attention.as_ref(), shared)
         };
         let downsample = downsample_padding.map(|p| {
-            // diffusers pads after the picture only where the configuration says 0
+            // diffusers pads below and right only where the configuration says 0
             let padding = if p == 0 { (0, 1) } else { (p, p) };
             Conv2d::strided(
                 &w.at("downsamplers.0.conv"),

@@ -136,7 +136,7 @@ impl Default for UNetConfig {
 }
 
 impl UNetConfig {
-    /// What the network is trained to do, from its number of input channels. Errors if no kind of
+    /// The task of the network, by its number of input channels. Errors if no kind of
     /// model has that many.
     pub fn kind(&self) -> Result<ModelKind> {
         Ok(match self.in_channels.checked_sub(self.out_channels) {

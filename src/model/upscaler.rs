@@ -493,7 +493,7 @@ impl Compact {
 
     fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         let ((b, h, w, _), r) = (features.dims4()?, self.factor);
-        // channel, row and column of the larger picture, in this order, as torch has them
+        // channel, row and column of the larger image, in this order, as torch has them
         let added = features
             .reshape((b, h, w, 3, r, r))?
             .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, 3]

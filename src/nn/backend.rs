@@ -1,10 +1,10 @@
-//! Who computes the operations of layers: the one place where kernels are chosen.
+//! The implementations of the layers' operations: the one place where kernels are chosen.
 
 use super::{PaddingMode, attention, cpu, gpu, plain};
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 
-/// Who computes the operations of layers.
+/// An implementation of the layers' operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// the kernels of [`super::cpu`]
@@ -223,7 +223,7 @@ pub(super) enum WeightLayout {
     Plain(Tensor),
 }
 
-/// What a product with weights [n, k] does besides.
+/// The arguments of a product with weights [n, k].
 pub(super) struct Gemm<'a> {
     /// n
     pub outputs: usize,
@@ -231,11 +231,11 @@ pub(super) struct Gemm<'a> {
     pub bias: Option<&'a Tensor>,
     /// [m, n]: added
     pub residual: Option<Tensor>,
-    /// whether the first half of the columns times the exact GELU of the second is the result
+    /// GEGLU: the first half of the columns times the exact GELU of the second is the result
     pub gated: bool,
 }
 
-/// What a convolution with weights [out, in, k, k] does besides.
+/// The arguments of a convolution with weights [out, in, k, k].
 pub(super) struct Conv<'a> {
     /// k
     pub size: usize,
@@ -256,7 +256,7 @@ pub(super) struct Conv<'a> {
     pub shift: Option<&'a Tensor>,
     /// [b, rows, width, out]: added
     pub residual: Option<Tensor>,
-    /// [out]: what is below 0 after that is multiplied by it
+    /// [out]: the slope of a leaky ReLU after that
     pub slope: Option<&'a Tensor>,
 }
 

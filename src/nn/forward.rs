@@ -5,15 +5,15 @@ use super::padding::PaddingMode;
 use super::profile::Profile;
 use candle_core::Device;
 
-/// What a forward pass needs besides its input. Networks hold none of it, so threads that share
-/// one may each have their own.
+/// The arguments of a forward pass besides its input. Networks keep none of them, so threads that
+/// share a network may each pass their own.
 #[derive(Debug, Clone, Copy)]
 pub struct Forward<'a> {
-    /// That of the network's weights, which are laid out for it.
+    /// the backend for which the network's weights are laid out
     pub backend: Backend,
     /// of rows and of columns
     pub padding: [PaddingMode; 2],
-    /// counts and times the layers, if there is one
+    /// the profile that counts and times the layers, if any
     pub profile: Option<&'a Profile>,
 }
 

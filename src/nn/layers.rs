@@ -143,7 +143,7 @@ impl Linear {
     }
 }
 
-/// What one pass of a convolution does besides.
+/// The optional arguments of a convolution.
 #[derive(Default)]
 struct Extra<'a> {
     /// (height, width) to which the input is scaled first
@@ -160,7 +160,7 @@ struct Extra<'a> {
 pub struct Conv2d {
     weight: WeightLayout,
     bias: Tensor,
-    /// [out]: what is below 0 is multiplied by it
+    /// [out]: the slope of a leaky ReLU
     slope: Option<Tensor>,
     size: usize,
     stride: usize,

@@ -1,6 +1,6 @@
 //! The layers that all networks are made of, on activations [b, h, w, c] and tokens [b, n, c].
 //!
-//! Read [`layers`] first. [`forward`] is what every layer is told beside its input: the
+//! Read [`layers`] first. [`forward`] holds the arguments of every layer besides its input: the
 //! [`backend`] that computes, the [`padding`] mode of convolutions, the [`profile`] that times
 //! layers. [`bands`] holds activations that are too large to be held twice, [`attention`] is scaled
 //! dot-product attention without a score matrix, [`embed`] the sinusoidal timestep embedding, `cpu`

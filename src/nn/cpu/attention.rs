@@ -127,7 +127,7 @@ struct Plan<'a> {
     d: usize,
     /// d, filled up to whole panels
     padded: usize,
-    /// keys of a block, and blocks of a picture
+    /// keys of a block, and blocks of an image
     keys: usize,
     blocks: usize,
 }

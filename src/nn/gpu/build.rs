@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &format!("-gencode=arch=compute_{cap},code=[compute_{cap},sm_{cap}]"),
         "-o",
     ]);
-    // what it is told by the environment is for candle's kernels
+    // the flags in the environment are for candle's kernels
     command
         .arg(output)
         .arg(kernels.join("kernels.cu"))

@@ -111,7 +111,7 @@ pub struct SamplerSpec {
     pub(super) eta: Option<f64>,
     /// Where the network runs a second time in every step but the last.
     pub(super) second_stage: Option<SecondStage>,
-    /// The defaults and habits of the class.
+    /// The defaults of the class, and which keys of a config it knows.
     pub(super) traits: ClassTraits,
 }
 
@@ -132,7 +132,7 @@ impl SamplerSpec {
         self.traits.grid != Grid::Fractional
     }
 
-    /// Whether it can follow a schedule, or has steps of its own that this one would replace.
+    /// Whether it can follow a schedule; some samplers have steps of their own.
     pub fn accepts(&self, schedule: Schedule) -> bool {
         match self.traits.grid {
             Grid::Distilled => false,
@@ -512,7 +512,7 @@ pub struct ScheduleSpec {
 }
 
 table! {
-    /// A schedule that a person can choose instead of the checkpoint's.
+    /// A schedule that replaces the checkpoint's.
     Schedule: ScheduleSpec, called "schedule";
 
     /// Karras et al. 2022 (arXiv 2206.00364), eq. 5, rho = 7.

@@ -22,7 +22,7 @@ use crate::sampling::sigmas::exponential;
 pub struct SamplingPlan {
     /// The algorithm.
     pub sampler: Sampler,
-    /// What the network is told at each of the n levels; may repeat a value (PNDM).
+    /// The timesteps that the network is told at the n levels; may repeat a value (PNDM).
     pub timesteps: Vec<f64>,
     /// The n noise levels and, last, where the run ends.
     pub sigmas: Vec<f64>,
@@ -30,7 +30,7 @@ pub struct SamplingPlan {
     pub(super) middle_timesteps: Vec<f64>,
     /// Noise levels of those evaluations.
     pub(super) middle_sigmas: Vec<f64>,
-    /// From which level to which each evaluation moves x, where diffusers computes that from the
+    /// The levels between which each evaluation moves x, where diffusers computes them from the
     /// timestep alone and so may miss the next level.
     pub(super) transfers: Vec<(f64, f64)>,
     /// The fraction of the noise between two levels that is drawn anew, 0 to 1.
@@ -42,8 +42,9 @@ pub struct SamplingPlan {
     /// Evaluations of PNDM's Runge-Kutta start.
     pub(super) prk_evaluations: usize,
     pub(super) timestep_scaling: f64,
-    /// Steps of the whole run that others take before and after this part of it.
+    /// The number of steps of the whole run before this part of it.
     pub(super) before: usize,
+    /// The number of steps of the whole run after this part of it.
     pub(super) after: usize,
     noise_levels: Arc<NoiseLevels>,
     prediction: Prediction,
@@ -86,12 +87,12 @@ impl SamplingPlan {
         }
     }
 
-    /// Steps of the whole run before this part of it.
+    /// The number of steps of the whole run before this part of it.
     pub fn before(&self) -> usize {
         self.before
     }
 
-    /// In which step of the whole run, from 0, an evaluation is.
+    /// The step of the whole run, from 0, that an evaluation of this part belongs to.
     pub fn step_of(&self, evaluation: usize) -> usize {
         let per_step = if self.sampler.spec().is_two_stage() {
             2
@@ -101,7 +102,7 @@ impl SamplingPlan {
         self.before + evaluation / per_step
     }
 
-    /// How often the network runs.
+    /// The number of evaluations of the network.
     pub fn evaluations(&self) -> usize {
         let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));
         if self.sampler.spec().is_two_stage() {
@@ -115,7 +116,7 @@ impl SamplingPlan {
         self.sigmas.len().saturating_sub(1)
     }
 
-    /// Steps of the whole run, of which this may be a part.
+    /// The number of steps of the whole run, of which this may be a part.
     pub(super) fn steps(&self) -> usize {
         self.before + self.own_steps() + self.after
     }

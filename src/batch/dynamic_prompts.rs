@@ -18,7 +18,7 @@ const MAX_DEPTH: usize = 64;
 const MAX_LENGTH: usize = 100_000;
 /// A larger share than any that is meant, so that sums stay finite.
 const MAX_WEIGHT: f64 = 1e9;
-/// What a backslash takes the meaning from.
+/// The characters that a backslash makes literal.
 const ESCAPED: &str = "{}|_$";
 
 /// `--dynamic`: what becomes of a template.
@@ -553,7 +553,7 @@ impl<'a> Reader<'a> {
         let Some((least, most)) = range else {
             let place = self.place(self.at);
             bail!(
-                "`{count}` is no count, {place}\n\nhint: `{{2$$red|green|blue}}`, `{{1-2$$ and $$red|green}}`"
+                "`{count}` is not a count, {place}\n\nhint: `{{2$$red|green|blue}}`, `{{1-2$$ and $$red|green}}`"
             );
         };
         let joint = after.split_once("$$").map(|(joint, _)| joint);
@@ -578,7 +578,7 @@ impl<'a> Reader<'a> {
             .filter(|weight| (0.0..=MAX_WEIGHT).contains(weight));
         let place = self.place(self.at + rest.len() - text.len());
         let weight = weight.with_context(|| {
-            format!("`{number}` is no weight, {place}\n\nhint: `{{3::red|blue}}`, from 0")
+            format!("`{number}` is not a weight, {place}\n\nhint: `{{3::red|blue}}`, from 0")
         })?;
         self.at += rest.len() - after.len() + 2;
         Ok(weight)

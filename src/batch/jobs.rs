@@ -45,7 +45,7 @@ pub struct JobSource<'a> {
 /// All images that are asked for, in order: line by line, within a line seed by seed, within a
 /// seed by the sweeps.
 pub struct JobList {
-    /// What lines are counted in, for errors: the file, or stdin.
+    /// The place that lines are counted in, for errors: the file, or stdin.
     pub name: String,
     pub jobs: Vec<JobSpec>,
     /// Where images go; [`JobSpec::output`] is an index into these.
@@ -61,7 +61,7 @@ pub struct JobSpec {
     pub line: Option<usize>,
     pub prompt: Arc<str>,
     pub seed: u64,
-    /// What is asked of it; shared by all images that differ only in seed or prompt.
+    /// Its options; shared by all images that differ only in seed or prompt.
     pub options: Arc<JobOptions>,
     pub sweep: Arc<SweepPoint>,
     /// Index of its destination in the list's outputs.
@@ -101,6 +101,36 @@ pub struct SweepPoint {
     pub labels: Vec<String>,
     /// The frame of an animation, which is the innermost sweep.
     pub frame: Option<FrameIndex>,
+}
+
+impl SweepPoint {
+    /// This point with one more value.
+    fn with(&self, name: &str, value: &str) -> Self {
+        let labels = self.labels.iter().cloned();
+        let in_name = if value.parse::<f64>().is_ok() {
+            value.into()
+        } else {
+            output_path::slug(value, "none")
+        };
+        let joint = if self.name.is_empty() { "" } else { "-" };
+        Self {
+            name: format!("{}{joint}{name}-{in_name}", self.name),
+            labels: labels.chain([format!("{name} {value}")]).collect(),
+            frame: None,
+        }
+    }
+
+    /// This point as a frame of an animation.
+    fn with_frame(&self, frame: FrameIndex) -> Self {
+        let FrameIndex { number, .. } = frame;
+        let labels = self.labels.iter().cloned();
+        let joint = if self.name.is_empty() { "" } else { "-" };
+        Self {
+            name: format!("{}{joint}{number:04}", self.name),
+            labels: labels.chain([format!("frame {number}")]).collect(),
+            frame: Some(frame),
+        }
+    }
 }
 
 /// An image on the way to another prompt or seed.
@@ -357,7 +387,7 @@ impl Prompt {
     }
 }
 
-/// What templates come to, with the options that hold the other texts.
+/// The texts of a prompt's templates, with the options that hold the other texts.
 enum Texts {
     /// The same texts for every seed.
     Fixed(Vec<(Arc<str>, Arc<JobOptions>)>),
@@ -538,36 +568,6 @@ impl Sweep {
             name: given.pop().unwrap_or(dashed),
             values,
         })
-    }
-}
-
-impl SweepPoint {
-    /// This point with one more value.
-    fn with(&self, name: &str, value: &str) -> Self {
-        let labels = self.labels.iter().cloned();
-        let in_name = if value.parse::<f64>().is_ok() {
-            value.into()
-        } else {
-            output_path::slug(value, "none")
-        };
-        let joint = if self.name.is_empty() { "" } else { "-" };
-        Self {
-            name: format!("{}{joint}{name}-{in_name}", self.name),
-            labels: labels.chain([format!("{name} {value}")]).collect(),
-            frame: None,
-        }
-    }
-
-    /// This point as a frame of an animation.
-    fn with_frame(&self, frame: FrameIndex) -> Self {
-        let FrameIndex { number, .. } = frame;
-        let labels = self.labels.iter().cloned();
-        let joint = if self.name.is_empty() { "" } else { "-" };
-        Self {
-            name: format!("{}{joint}{number:04}", self.name),
-            labels: labels.chain([format!("frame {number}")]).collect(),
-            frame: Some(frame),
-        }
     }
 }
 

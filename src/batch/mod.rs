@@ -7,5 +7,6 @@ pub mod output_path;
 pub mod report;
 pub mod resume;
 pub mod shard;
+pub mod step_images;
 pub mod work_list;
 pub mod writer;

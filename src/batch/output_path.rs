@@ -20,7 +20,7 @@ use crate::image::Format;
 const DEFAULT_NAME: &str = "{prompt}-{seed}";
 /// Longest word sequence that a value puts into a name.
 const SLUG_CHARS: usize = 60;
-/// The same in UTF-8: file systems end a name at 255 bytes, and seed and extension need their part.
+/// Its longest length in bytes of UTF-8: file systems end a name at 255 bytes, and seed and extension need their part.
 const SLUG_BYTES: usize = 150;
 /// Digits of the largest seed.
 const MOST_DIGITS: usize = 20;
@@ -108,18 +108,18 @@ impl Field {
     }
 }
 
-/// What a picture's name can say of it.
+/// The values of placeholders for one image.
 #[derive(Debug, Clone, Copy)]
 pub struct Naming<'a> {
-    /// As typed.
+    /// The prompt as typed.
     pub prompt: &'a str,
     /// Empty for none.
     pub negative: &'a str,
-    /// Of this picture.
+    /// The seed of this image.
     pub seed: u64,
     /// Place in the work list.
     pub index: usize,
-    /// As the person refers to it.
+    /// The model as the person refers to it.
     pub model: &'a str,
     /// Pixels.
     pub width: usize,
@@ -129,13 +129,13 @@ pub struct Naming<'a> {
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
-    /// As `--sampler` names it.
+    /// The sampler as `--sampler` names it.
     pub sampler: &'a str,
-    /// What `--sweep` has set, fit for a name: `guidance-3-steps-10`; empty without a sweep.
+    /// The values that `--sweep` has set, fit for a name: `guidance-3-steps-10`; empty without a sweep.
     pub sweep: &'a str,
-    /// Of an animation, from 0.
+    /// The frame of an animation, from 0.
     pub frame: Option<usize>,
-    /// Of the source picture's file, without its extension; empty for none.
+    /// The name of the init image's file, without its extension; empty for none.
     pub image: &'a str,
 }
 
@@ -163,7 +163,7 @@ impl Destination {
     /// Reads `--output` and `--format`: nothing is the default name in the current folder, `-` the
     /// bytes, a path that ends in `/` the default name in that folder, a path with `{placeholders}`
     /// a template, any other path one file. `{{` and `}}` are braces. The format is the one asked
-    /// for, else the extension's, else PNG. Errors on an empty path, an extension that is no format
+    /// for, else the extension's, else PNG. Errors on an empty path, an extension that is not a format
     /// or not the one asked for, and a placeholder that is unknown or not closed.
     pub fn parse(
         output: Option<&OsStr>,
@@ -203,7 +203,7 @@ impl Destination {
             }
             _ => {}
         }
-        // An extension is typed: what a placeholder puts after a dot is none.
+        // An extension is typed: what a placeholder puts after a dot does not count.
         let tail = match pieces.as_slice() {
             [] => folder.clone(),
             [.., Piece::Text(text)] => PathBuf::from(format!("name{text}")),
@@ -316,14 +316,14 @@ fn parse_placeholder(inside: &str) -> anyhow::Result<Piece> {
             .map(|(known, _)| format!("`{{{known}}}`"))
             .collect();
         bail!(
-            "unknown placeholder `{{{name}}}`\n\nhint: known are {}; write `{{{{` for the brace itself",
+            "unknown placeholder `{{{name}}}`\n\nhint: use one of {}; write `{{{{` for the brace itself",
             known.join(", ")
         );
     };
     let digits = match padding {
         None => 0,
         Some(_) if !field.is_whole_number() => {
-            bail!("`{{{inside}}}` fills with zeros what is no whole number\n\nhint: write `{{{name}}}`")
+            bail!("`{{{inside}}}` pads with zeros what is not a whole number\n\nhint: write `{{{name}}}`")
         }
         Some(padding) => padding
             .strip_prefix('0')
@@ -412,7 +412,7 @@ fn is_joined_over(c: char) -> bool {
     )
 }
 
-/// Device names of Windows, which are no file names with any extension either.
+/// Device names of Windows, which cannot be file names, with or without an extension.
 fn is_reserved(name: &str) -> bool {
     let numbered = name
         .strip_prefix("com")
@@ -660,7 +660,7 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// There is no space for this path.
+/// The error that no space is left for this path.
 #[derive(Debug)]
 pub struct DiskFull(String);
 

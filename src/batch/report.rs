@@ -24,7 +24,7 @@ pub struct Outcome {
     pub skipped: bool,
 }
 
-/// What the drawing of an image took.
+/// The time that an image took.
 #[derive(Debug, Clone, Copy)]
 pub struct Timings {
     pub sampling_s: f64,

@@ -16,7 +16,7 @@ pub const UPSCALED_FROM: &str = "upscaled_from";
 /// The error for metadata of another shape than ours.
 pub const UNREADABLE: &str = "what it says of its drawing cannot be read";
 
-/// What counts as the same image, and what is reported of it.
+/// How finished images are recognised and reported.
 #[derive(Debug, Clone, Copy)]
 pub struct ResumeOptions {
     /// Whether a file needs a trace.

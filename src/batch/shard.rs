@@ -83,7 +83,7 @@ impl Shard {
                 .with_context(|| format!("`--shard auto` finds {index}, but {name} is not set"))?;
             text.trim()
                 .parse()
-                .with_context(|| format!("{name} is `{text}`, which is no number"))
+                .with_context(|| format!("{name} is `{text}`, which is not a number"))
         };
         // Slurm leaves the step out where it is 1
         let step = if variable(step).is_none() && step.starts_with("SLURM") {
@@ -95,7 +95,7 @@ impl Shard {
         match index.checked_sub(first).map(|number| number / step) {
             Some(number) if number < of => Ok((number, of)),
             _ => bail!(
-                "`--shard auto` finds task {index} of {of}, counted from {first}: there is none"
+                "`--shard auto` finds task {index} of {of}, counted from {first}, which does not exist"
             ),
         }
     }

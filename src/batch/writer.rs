@@ -11,7 +11,7 @@ use std::sync::mpsc::Receiver;
 /// Images that may wait to be written; the drawing waits then.
 pub const QUEUE_LENGTH: usize = 4;
 
-/// What became of the images of a run.
+/// The number of images that were saved, failed or skipped.
 #[derive(Default)]
 pub struct Summary {
     pub saved: usize,
@@ -29,7 +29,7 @@ pub struct WriteOptions {
     pub overwrite: bool,
 }
 
-/// What an [`ImageWriter`] tells while it works.
+/// An event of an [`ImageWriter`].
 pub enum WriteEvent<'a> {
     /// The image has one colour everywhere.
     IsFlat(&'a Task),

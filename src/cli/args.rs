@@ -8,8 +8,10 @@ use crate::batch::jobs::JobSource;
 use crate::batch::shard::Shard;
 use crate::cli::bench::BenchArgs;
 use crate::cli::check::CheckArgs;
+use crate::cli::config::Config;
 use crate::cli::inspect::InspectArgs;
 use crate::cli::model_args::ModelArgs;
+use crate::cli::models::ModelsArgs;
 use crate::cli::progress::ProgressMode;
 use crate::cli::terminal::ShowChoice;
 use crate::cli::upscale::UpscaleArgs;
@@ -18,6 +20,7 @@ use crate::nn::device::{DTypeChoice, DeviceChoice};
 use crate::pipeline::PipelineOptions;
 use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one};
 use crate::sampling::Prediction;
+use anyhow::Result;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -40,20 +43,37 @@ pub struct Cli {
     pub command: Option<Command>,
     #[command(flatten)]
     pub draw: DrawArgs,
+    /// Defaults of these options, as KEY = VALUE in TOML [default: sdgen/sdgen.toml in
+    /// $XDG_CONFIG_HOME or ~/.config]
+    #[arg(long, global = true, hide_short_help = true)]
+    #[arg(value_name = "FILE", help_heading = "Machine")]
+    pub config: Option<PathBuf>,
+    /// Read no file of defaults
+    #[arg(long, global = true, hide_short_help = true, help_heading = "Machine")]
+    pub no_config: bool,
     /// Print this help; --help tells of all options
     #[arg(short, long, global = true, action = clap::ArgAction::HelpShort, help_heading = "Machine")]
     help: Option<bool>,
 }
 
 impl Cli {
-    /// Reads the process's arguments; ends it with help or an error if they say so. `--help` has
-    /// the lines of `-h`, and those that it hides.
-    pub fn from_env() -> Self {
+    /// Reads the process's arguments over the user's defaults; ends the process with help or an
+    /// error if the arguments say so. `--help` has the lines of `-h`, and those that it hides.
+    /// Errors if the file of defaults is wrong.
+    pub fn from_env() -> Result<Self> {
+        let arguments: Vec<OsString> = std::env::args_os().collect();
         let mut command = Self::command();
-        if std::env::args_os().any(|arg| arg == "--help") {
+        if let Some(config) = Config::find(&arguments)? {
+            let footer = config.footer();
+            command = config
+                .apply(command)?
+                .after_help(format!("{EXAMPLES}\n\n{footer}"));
+        }
+        if arguments.iter().any(|argument| argument == "--help") {
             command = command.mut_args(|arg| arg.hide_short_help(false));
         }
-        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+        let matches = command.get_matches_from(arguments);
+        Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
     /// CPU threads to use, if the command has such an option and it is given.
@@ -84,11 +104,13 @@ pub enum Command {
         /// Hub id (owner/name) or short name
         model: String,
     },
+    /// List the short names of models, and what is in the hub's cache
+    Models(ModelsArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }
 
-/// What to draw, and how.
+/// The plain command: a prompt or a list, and how to draw it.
 #[derive(Debug, Args)]
 pub struct DrawArgs {
     /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
@@ -190,6 +212,10 @@ pub struct DrawArgs {
         help_heading = "Output"
     )]
     pub upscale: Option<OsString>,
+    /// Save what pictures look like after each step, or every Nth, as small PNG files
+    #[arg(long, hide_short_help = true)]
+    #[arg(value_name = "DIR[:N]", help_heading = "Output")]
+    pub save_steps: Option<StepsArg>,
     /// Draw in the terminal too: auto, kitty, iterm, sixel, blocks, blocks256
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "auto", hide_possible_values = true, value_name = "HOW", help_heading = "Output")]
     pub show: Option<ShowChoice>,
@@ -268,6 +294,30 @@ impl DrawArgs {
         PipelineOptions {
             prediction: self.prediction.map(Into::into),
             vae_tiling: self.vae_tiling,
+        }
+    }
+}
+
+/// `--save-steps`: a folder, perhaps with a number of steps behind a colon.
+#[derive(Debug, Clone)]
+pub struct StepsArg {
+    pub folder: PathBuf,
+    /// Every how many steps an image is saved, from 1.
+    pub every: usize,
+}
+
+impl From<OsString> for StepsArg {
+    fn from(text: OsString) -> Self {
+        let split = text.to_str().and_then(|text| text.rsplit_once(':'));
+        match split.and_then(|(folder, every)| Some((folder, at_least_one(every).ok()?))) {
+            Some((folder, every)) => Self {
+                folder: folder.into(),
+                every,
+            },
+            None => Self {
+                folder: text.into(),
+                every: 1,
+            },
         }
     }
 }

@@ -27,14 +27,14 @@ pub enum Size {
     Sdxl,
 }
 
-/// What can be timed alone.
+/// A part that can be timed alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
     Unet,
     Vae,
 }
 
-/// What to time.
+/// The network to time, and where.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// Layer sizes of this model

@@ -28,7 +28,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What to compare, and how closely.
+/// The images to compare, and how closely.
 #[derive(Debug, Args)]
 #[command(mut_arg("model", |arg| of_check(arg, MODEL_HELP)))]
 #[command(mut_arg("lora", |arg| of_check(arg, LORA_HELP).value_name("FILE")))]
@@ -97,7 +97,7 @@ struct Drawing {
     settings: Settings,
     trace: Option<Trace>,
     format: Format,
-    /// What it should look like when it is drawn again.
+    /// The pixels that it should have when it is drawn again.
     expected: Picture,
 }
 
@@ -170,7 +170,7 @@ impl CheckArgs {
         }
     }
 
-    /// What made an image larger. Without a hash it has no weights, and its name is enough.
+    /// The upscaler of an image. Without a hash it has no weights, and its name is enough.
     fn upscaler_of(&self, settings: &Settings, compute: &Compute) -> Result<Option<Upscaler>> {
         let Some(name) = settings.upscaler.as_deref() else {
             return Ok(None);

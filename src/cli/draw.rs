@@ -8,10 +8,11 @@ use crate::batch::contact_sheet::save_sheet;
 use crate::batch::jobs::JobList;
 use crate::batch::report::{OrderedReport, Outcome, Outcomes};
 use crate::batch::resume::{self, ResumeOptions};
+use crate::batch::step_images::StepImages;
 use crate::batch::work_list::{Task, WorkList};
 use crate::batch::writer::{ImageWriter, QUEUE_LENGTH, Summary, WriteEvent, WriteOptions};
 use crate::cli::announce::announce;
-use crate::cli::args::DrawArgs;
+use crate::cli::args::{DrawArgs, StepsArg};
 use crate::cli::exit_code::{self, Code, Failure};
 use crate::cli::model_args::ModelArgs;
 use crate::cli::preflight;
@@ -24,7 +25,7 @@ use crate::nn::device::{Compute, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::job::Job;
 use crate::pipeline::{Pipeline, RunOptions};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -66,33 +67,14 @@ pub fn draw(args: &DrawArgs) -> u8 {
 }
 
 fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Result<(), Failure> {
-    let mut list = JobList::read(&args.source()).code(2)?;
-    preflight::check_options(args, &list).code(2)?;
-    let model = ModelArgs {
-        lora: preflight::take_loras(args, &mut list).code(2)?,
-        ..args.model.clone()
-    };
-    let compute = Compute::choose(args.device, args.dtype).code(2)?;
-    let shows_downloads = !args.quiet && args.progress != ProgressMode::Json;
-    let checkpoint = model.open(args.strict, shows_downloads).code(3)?;
-    let upscaler = args
-        .upscale
-        .as_deref()
-        .map(|asked| Upscaler::asked(asked, &compute))
-        .transpose()
-        .code(3)?;
-    let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).code(2)?;
-    let mut work = WorkList::resolve(&list, &pipeline).code(2)?;
-    if let Some(shard) = args.shard {
-        shard.take(&mut work.tasks).code(2)?;
-    }
-    let upscaling_bytes = preflight::plan_upscaling(&mut work, upscaler.as_ref()).code(2)?;
-    let batch_size = args
-        .batch_size
-        .unwrap_or_else(|| pipeline.auto_batch_size(&work.jobs()));
-    let memory_bytes = pipeline
-        .memory_bytes(&work.jobs(), batch_size)
-        .max(upscaling_bytes);
+    let Plan {
+        list,
+        pipeline,
+        upscaler,
+        mut work,
+        batch_size,
+        memory_bytes,
+    } = Plan::new(args)?;
     let finished = finished(args, &mut work);
     let print = |line: &str| progress.aside(|| say(line));
     if args.verify {
@@ -111,8 +93,9 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     if let Some(path) = &args.manifest {
         report.open_manifest(path, args.overwrites()).code(2)?;
     }
-    announce(args, &list, &work, &pipeline, summary.skipped, progress);
     let left = report.left();
+    save_steps(args, &pipeline, &left, progress).code(2)?;
+    announce(args, &list, &work, &pipeline, summary.skipped, progress);
     report.flush().code(1)?;
     signals::listen(progress)
         .context("cannot listen for signals")
@@ -130,6 +113,58 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         save_sheet(path, &list, &work.tasks, args.overwrites()).code(1)?;
     }
     end(&list, &work, summary, written)
+}
+
+/// Everything that is decided before the first image is drawn.
+struct Plan {
+    list: JobList,
+    pipeline: Pipeline,
+    upscaler: Option<Upscaler>,
+    work: WorkList,
+    batch_size: usize,
+    /// About the memory that drawing needs.
+    memory_bytes: u64,
+}
+
+impl Plan {
+    /// Reads the list, opens the model and resolves what is asked for.
+    fn new(args: &DrawArgs) -> Result<Self, Failure> {
+        let mut list = JobList::read(&args.source()).code(2)?;
+        preflight::check_options(args, &list).code(2)?;
+        let model = ModelArgs {
+            lora: preflight::take_loras(args, &mut list).code(2)?,
+            ..args.model.clone()
+        };
+        let compute = Compute::choose(args.device, args.dtype).code(2)?;
+        let shows_downloads = !args.quiet && args.progress != ProgressMode::Json;
+        let checkpoint = model.open(args.strict, shows_downloads).code(3)?;
+        let upscaler = args
+            .upscale
+            .as_deref()
+            .map(|asked| Upscaler::asked(asked, &compute))
+            .transpose()
+            .code(3)?;
+        let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).code(2)?;
+        let mut work = WorkList::resolve(&list, &pipeline).code(2)?;
+        if let Some(shard) = args.shard {
+            shard.take(&mut work.tasks).code(2)?;
+        }
+        let upscaling_bytes = preflight::plan_upscaling(&mut work, upscaler.as_ref()).code(2)?;
+        let batch_size = args
+            .batch_size
+            .unwrap_or_else(|| pipeline.auto_batch_size(&work.jobs()));
+        let memory_bytes = pipeline
+            .memory_bytes(&work.jobs(), batch_size)
+            .max(upscaling_bytes);
+        Ok(Self {
+            list,
+            pipeline,
+            upscaler,
+            work,
+            batch_size,
+            memory_bytes,
+        })
+    }
 }
 
 impl DrawArgs {
@@ -159,6 +194,24 @@ fn finished(args: &DrawArgs, work: &mut WorkList) -> Outcomes {
         vae_tiling: args.vae_tiling,
     };
     resume::finished(&mut work.tasks, options)
+}
+
+/// Has the steps of images saved if they are to be. Errors if that is not possible.
+fn save_steps(
+    args: &DrawArgs,
+    pipeline: &Pipeline,
+    tasks: &[&Task],
+    progress: &Progress,
+) -> Result<()> {
+    let Some(StepsArg { folder, every }) = &args.save_steps else {
+        return Ok(());
+    };
+    ensure!(
+        pipeline.config.preview.is_some(),
+        "no previews are known of this VAE's latents\n\nhint: leave `--save-steps` out"
+    );
+    progress.save_steps(StepImages::new(folder, *every, tasks, args.overwrites())?);
+    Ok(())
 }
 
 /// Prints the work list and the memory that it needs.
@@ -204,7 +257,7 @@ fn verify(
     .code(6)
 }
 
-/// What draws the images of a run.
+/// The models that draw the images of a run.
 struct Drawing<'a> {
     pipeline: &'a Pipeline,
     work: &'a WorkList,

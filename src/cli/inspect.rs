@@ -18,7 +18,7 @@ use std::path::Path;
 /// Pixels a latent of all known models, for one without a VAE.
 const USUAL_FACTOR: usize = 8;
 
-/// What to look at.
+/// The file to describe.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// Folder, .safetensors file, hub id or short name

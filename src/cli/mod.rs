@@ -5,10 +5,12 @@ pub mod announce;
 pub mod args;
 pub mod bench;
 pub mod check;
+pub mod config;
 pub mod draw;
 pub mod exit_code;
 pub mod inspect;
 pub mod model_args;
+pub mod models;
 pub mod preflight;
 pub mod progress;
 pub mod signals;
@@ -24,26 +26,26 @@ use crate::pipeline::model_spec::ModelFinder;
 use clap::CommandFactory;
 use std::process::ExitCode;
 
-/// The `sdgen` command: parses the process's arguments, runs, and returns the exit code.
+/// The `sdgen` command: parses the process's arguments, runs, and returns the exit code. Errors are
+/// printed on stderr.
 pub fn main() -> ExitCode {
-    ExitCode::from(run(Cli::from_env()))
-}
-
-/// Runs the program and returns its exit code; errors are printed on stderr. It runs on a thread of
-/// the pool that all kernels share: waking one for every kernel would cost more than a small kernel
-/// does.
-pub fn run(cli: Cli) -> u8 {
-    let threads = cli
-        .threads()
-        .map_or(Ok(()), |threads| limit_threads(threads.max(1)).code(2));
-    let result = threads.and_then(|()| match cli.command {
-        None => Ok(rayon::scope(|_| draw::draw(&cli.draw))),
-        Some(command) => rayon::scope(|_| command.run()).map(|()| 0),
-    });
-    result.unwrap_or_else(|failure| {
+    let result = Cli::from_env().code(2).and_then(run);
+    ExitCode::from(result.unwrap_or_else(|failure| {
         eprintln!("{}", failure.text());
         failure.code
-    })
+    }))
+}
+
+/// Runs the command on a thread of the pool that all kernels share: waking one for every kernel
+/// would cost more than a small kernel does.
+fn run(cli: Cli) -> Result<u8, Failure> {
+    if let Some(threads) = cli.threads() {
+        limit_threads(threads.max(1)).code(2)?;
+    }
+    match cli.command {
+        None => Ok(rayon::scope(|_| draw::draw(&cli.draw))),
+        Some(command) => rayon::scope(|_| command.run()).map(|()| 0),
+    }
 }
 
 impl Command {
@@ -61,6 +63,7 @@ impl Command {
                 let folder = finder.pull(&model).code(3)?;
                 say(&format!("{}\n", folder.display())).code(1)
             }
+            Self::Models(args) => say(&models::run(&args)).code(1),
             Self::Completions { shell } => {
                 let stdout = &mut std::io::stdout();
                 clap_complete::generate(shell, &mut Cli::command(), "sdgen", stdout);

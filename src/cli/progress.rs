@@ -14,6 +14,7 @@
 //! | `note` | `text`: what a person would be told, the error that ends the run too |
 //! | `end` | `saved`, `failed`, `skipped`, `seconds` of the whole run; always the last line |
 
+use crate::batch::step_images::StepImages;
 use crate::cli::terminal::Terminal;
 use crate::image::Picture;
 use crate::pipeline::event::Event;
@@ -22,8 +23,8 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// `--progress`.
@@ -48,6 +49,10 @@ pub struct Progress {
     preview_rows: AtomicUsize,
     quiet: bool,
     verbose: bool,
+    /// The files of `--save-steps`.
+    steps: OnceLock<StepImages>,
+    /// Whether saving a step has failed, which is said once.
+    steps_failed: AtomicBool,
     now: Mutex<Now>,
 }
 
@@ -65,10 +70,12 @@ struct Now {
     /// which pictures of how many, for people
     title: String,
     previewed: Option<Instant>,
+    /// denoising steps of the batch, as far as previews came
+    step: usize,
 }
 
 impl Progress {
-    /// By the options and by where stderr goes.
+    /// Chooses what is shown by the options and by where stderr goes.
     pub fn new(mode: ProgressMode, quiet: bool, verbose: bool) -> Self {
         let show = match mode {
             ProgressMode::Json => Show::Events,
@@ -86,6 +93,8 @@ impl Progress {
             preview_rows: AtomicUsize::new(0),
             quiet,
             verbose,
+            steps: OnceLock::new(),
+            steps_failed: AtomicBool::new(false),
             now: Mutex::default(),
         }
     }
@@ -93,6 +102,12 @@ impl Progress {
     /// Shows pictures there too.
     pub fn showing(self, terminal: Option<Terminal>) -> Self {
         Self { terminal, ..self }
+    }
+
+    /// Saves previews from now on, too.
+    pub fn save_steps(&self, steps: StepImages) {
+        // there is one list of jobs in a run
+        self.steps.set(steps).ok();
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -121,7 +136,7 @@ impl Progress {
         self.event("stage", json!({ "name": name }));
     }
 
-    /// Starts a stage whose steps are shown, and are no denoising steps.
+    /// Starts a stage whose steps are shown but are not denoising steps.
     pub fn task(&self, title: &str) {
         self.stage(title);
         let mut now = self.now();
@@ -139,6 +154,7 @@ impl Progress {
             n => format!("drawing {}-{} of {total}", before + 1, before + n),
         };
         now.batch = indices;
+        now.step = 0;
     }
 
     /// One denoising step of `total` is done.
@@ -178,32 +194,54 @@ impl Progress {
         }
     }
 
-    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be;
-    /// only above a bar.
+    /// Shows in one place what the pictures of a batch, of `width` x `height` together, will be, if
+    /// there is a bar; and saves them if the steps are saved.
     pub fn preview(
         &self,
         width: usize,
         height: usize,
         picture: impl FnOnce() -> TensorResult<Picture>,
     ) {
-        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else {
+        let (indices, step) = {
+            let mut now = self.now();
+            now.step += 1;
+            (now.batch.clone(), now.step)
+        };
+        let steps = self.steps.get().filter(|steps| steps.takes(step));
+        let terminal = self.terminal_for_preview();
+        if steps.is_none() && terminal.is_none() {
             return;
+        }
+        let Ok(picture) = picture() else {
+            return;
+        };
+        if let Some(steps) = steps
+            && let Err(error) = steps.save(&indices, step, &picture)
+            && !self.steps_failed.swap(true, Ordering::Relaxed)
+        {
+            self.note(format!("warning: a step is not saved: {error:#}"));
+        }
+        if let Some(terminal) = terminal
+            && let Ok((text, rows)) = terminal.draw(&picture, width, height, true)
+        {
+            self.overwrite(terminal, &text, rows);
+        }
+    }
+
+    /// The terminal, if it is time for a preview there.
+    fn terminal_for_preview(&self) -> Option<&Terminal> {
+        let (Some(terminal), Show::Bar(_), false) = (&self.terminal, &self.show, self.quiet) else {
+            return None;
         };
         let mut now = self.now();
         let is_time = now
             .previewed
             .is_none_or(|before| before.elapsed() >= PREVIEW_INTERVAL);
         if !is_time || !terminal.can_overwrite() || !std::io::stderr().is_terminal() {
-            return;
+            return None;
         }
         now.previewed = Some(Instant::now());
-        drop(now);
-        let drawn = picture()
-            .map_err(Into::into)
-            .and_then(|picture| terminal.draw(&picture, width, height, true));
-        if let Ok((text, rows)) = drawn {
-            self.overwrite(terminal, &text, rows);
-        }
+        Some(terminal)
     }
 
     /// Writes over the preview; what is written is one of so many lines, or stays.
@@ -271,7 +309,7 @@ impl Progress {
         }
     }
 
-    /// What has to be said: an error.
+    /// Prints a line that must be seen, such as an error.
     pub fn say(&self, text: &str) {
         match &self.show {
             Show::Events => self.event("note", json!({ "text": text })),
@@ -297,7 +335,7 @@ impl Progress {
     }
 }
 
-/// A reader of stderr that went away is no reason to stop.
+/// Writes a line to stderr; the run goes on if nobody reads it any more.
 fn write_line(text: &str) {
     writeln!(std::io::stderr(), "{text}").ok();
 }

@@ -17,7 +17,7 @@ use std::io::IsTerminal;
 /// Leaves room for the prompt on a terminal of the usual 24 lines, and for a few pictures on
 /// others.
 const MAX_ROWS: usize = 24;
-/// What a terminal that does not tell is taken for.
+/// Columns and rows of a terminal that does not tell its size.
 const USUAL_SIZE: (usize, usize) = (80, 24);
 /// Lines that stay free: the bar's, and the one above it.
 const FREE_ROWS: usize = 2;
@@ -59,7 +59,7 @@ enum Graphics {
 
 impl Terminal {
     /// The one at stderr, as chosen or by what the environment says of it. Errors if nothing is
-    /// chosen and stderr is no terminal, or one without colours.
+    /// chosen and stderr is not a terminal, or one without colours.
     pub fn choose(choice: ShowChoice) -> Result<Self> {
         let stderr = std::io::stderr();
         let graphics = match choice {
@@ -75,7 +75,7 @@ impl Terminal {
         };
         let Some(graphics) = graphics else {
             bail!(
-                "stderr is no terminal that can show a picture\n\nhint: leave `--show` out, or choose how: `--show=blocks`"
+                "stderr is not a terminal that can show a picture\n\nhint: leave `--show` out, or choose how: `--show=blocks`"
             );
         };
         let size = terminal_size::terminal_size_of(stderr)
@@ -96,7 +96,7 @@ impl Terminal {
         self.graphics != Graphics::Sixel
     }
 
-    /// What draws a picture at the cursor, as large as one of `width` x `height` pixels fits, and
+    /// Returns the text that draws a picture at the cursor, as large as one of `width` x `height` pixels fits, and
     /// leaves the cursor at the start of the line below; and how many lines that takes. Only a
     /// passing one can be taken back. Errors if the values do not make the picture.
     pub fn draw(
@@ -118,7 +118,7 @@ impl Terminal {
         Ok((text, rows))
     }
 
-    /// What takes back a picture of so many lines, of which the cursor is at the start of the line
+    /// Returns the text that removes a picture of so many lines, of which the cursor is at the start of the line
     /// below.
     pub fn erase(&self, rows: usize) -> String {
         // kitty's pictures lie above the text and stay when it is erased
@@ -305,7 +305,7 @@ fn blocks(picture: &RgbImage, true_colour: bool) -> String {
     text
 }
 
-/// Of xterm's colour cube (16 to 231) and greys (232 to 255).
+/// The nearest of xterm's colour cube (16 to 231) and greys (232 to 255).
 fn nearest_of_256([r, g, b]: [u8; 3]) -> usize {
     const CUBE: [u8; 6] = [0, 95, 135, 175, 215, 255];
     let level = |value: u8| (0..6).min_by_key(|&i| CUBE[i].abs_diff(value)).unwrap_or(0);

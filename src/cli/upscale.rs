@@ -28,15 +28,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The upscaler that is no network, by name.
+/// The name of the upscaler that needs no network.
 const LANCZOS: &str = "lanczos";
-/// What that does where nobody says how much.
+/// The scale of Lanczos' formula where none is asked for.
 const LANCZOS_SCALE: f64 = 2.0;
 /// A result's name where none is asked for; the format's extension follows.
 const DEFAULT_NAME: &str = "{name}-{scale}x";
-/// What a result's name may be made of.
+/// The placeholders of a result's name.
 const PLACEHOLDERS: [&str; 3] = ["{name}", "{scale}", "{index}"];
-/// What to enlarge, and how.
+/// The images to enlarge, and how.
 #[derive(Debug, Args)]
 pub struct UpscaleArgs {
     /// Pictures of any origin: PNG, JPEG, WebP, TIFF, BMP or GIF
@@ -89,7 +89,7 @@ fn scale(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "expected a number up to 64, such as 2 or 1.5".into())
 }
 
-/// What makes pictures larger.
+/// A network or a formula that makes images larger.
 pub struct Upscaler {
     /// the file's name without extension
     pub name: Arc<str>,
@@ -112,7 +112,7 @@ impl Upscaler {
         }
     }
 
-    /// Reads a network's file, or takes `lanczos`. Errors say what the file is if it is no such
+    /// Reads a network's file, or takes `lanczos`. Errors say what the file is if it is not such a
     /// network.
     pub fn open(model: &OsStr, scale: Option<f64>, compute: &Compute) -> Result<Self> {
         if model == LANCZOS {
@@ -347,7 +347,7 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
         .fold(template.clone(), |rest, name| rest.replace(name, ""));
     if rest.contains(['{', '}']) {
         bail!(
-            "`{template}` has a placeholder that is not known\n\nhint: known are {}",
+            "`{template}` has an unknown placeholder\n\nhint: use one of {}",
             PLACEHOLDERS.join(", ")
         );
     }

@@ -95,7 +95,7 @@ fn bad_arguments_exit_2_and_say_what_is_possible() {
         (&["--strength", "2"], &["--strength"]),
         (&["-g", "nan"], &["guidance"]),
         (&["--eta", "2"], &["eta", "0 to 1"]),
-        (&["-s", "minus"], &["`minus` is no seed"]),
+        (&["-s", "minus"], &["`minus` is not a seed"]),
         (&["-s", "9..3"], &["`9..3` is empty"]),
         (&["-c", "0"], &["count"]),
         (&["--clip-skip", "99"], &["--clip-skip 99"]),
@@ -637,7 +637,7 @@ fn show_without_a_terminal_or_beside_events_is_an_error_before_drawing() {
     fail(
         sdgen(dir.path()).args(["a frog", "--show"]),
         2,
-        &["stderr is no terminal", "--show=blocks"],
+        &["stderr is not a terminal", "--show=blocks"],
     );
     fail_events(sdgen(dir.path()).args(["a frog", "--show=blocks", "--progress", "json"]));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

@@ -359,11 +359,11 @@ fn what_is_no_template_is_an_error_that_names_the_place() {
         ),
         (
             "a {x$$b|c}",
-            &["`x` is no count, at character 4", "{2$$red|green|blue}"],
+            &["`x` is not a count, at character 4", "{2$$red|green|blue}"],
         ),
-        ("a {3-1$$b|c}", &["`3-1` is no count"]),
-        ("{b|-1::c}", &["`-1` is no weight, at character 4"]),
-        ("{1.2.3::b|c}", &["`1.2.3` is no weight, at character 2"]),
+        ("a {3-1$$b|c}", &["`3-1` is not a count"]),
+        ("{b|-1::c}", &["`-1` is not a weight, at character 4"]),
+        ("{1.2.3::b|c}", &["`1.2.3` is not a weight, at character 2"]),
         ("{0::b|0::c}", &["every weight is 0", "at character 1"]),
         ("${x=1} frog", &["variables are not read, at character 1"]),
         (

@@ -33,6 +33,8 @@ pub fn sdgen(folder: &Path) -> Command {
     }
     command
         .env("HF_HUB_OFFLINE", "1")
+        // where the file of the user's defaults is looked for
+        .env("XDG_CONFIG_HOME", folder)
         .current_dir(folder)
         .stdin(std::process::Stdio::null());
     command

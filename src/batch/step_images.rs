@@ -1,0 +1,110 @@
+//! `--save-steps`: files of what images look like on the way, from the previews of a batch.
+
+use crate::batch::output_path;
+use crate::batch::work_list::Task;
+use crate::image::{Format, Picture};
+use anyhow::{Context, Result, bail};
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+/// The name of an image that goes to stdout.
+const UNNAMED: &str = "image";
+
+/// Saves every `every`-th preview of each image.
+pub struct StepImages {
+    folder: PathBuf,
+    every: usize,
+    overwrite: bool,
+    /// The stem of each image's files, by the image's index; no two are equal.
+    stems: HashMap<usize, String>,
+}
+
+impl StepImages {
+    /// Makes the folder. Errors if that cannot be, or if it has files of one of the images and
+    /// these may not be overwritten.
+    pub fn new(folder: &Path, every: usize, tasks: &[&Task], overwrite: bool) -> Result<Self> {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+        let steps = Self {
+            folder: folder.into(),
+            every,
+            overwrite,
+            stems: stems(tasks),
+        };
+        if !overwrite {
+            steps.require_none()?;
+        }
+        Ok(steps)
+    }
+
+    /// Errors if the folder has step images of these images.
+    fn require_none(&self) -> Result<()> {
+        let stems: HashSet<&str> = self.stems.values().map(String::as_str).collect();
+        let entries = std::fs::read_dir(&self.folder)
+            .with_context(|| format!("cannot read the folder `{}`", self.folder.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Some((stem, _)) = name.rsplit_once("-step-")
+                && stems.contains(stem)
+            {
+                bail!(
+                    "`{}` exists already\n\nhint: `--force` overwrites, another folder in `--save-steps` keeps it",
+                    path.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the previews of a step, counted from 1, are saved.
+    pub fn takes(&self, step: usize) -> bool {
+        step.is_multiple_of(self.every)
+    }
+
+    /// Saves the previews of a batch, which stand side by side in one image.
+    pub fn save(&self, indices: &[usize], step: usize, previews: &Picture) -> Result<()> {
+        let width = previews.width / indices.len().max(1);
+        for (place, index) in indices.iter().enumerate() {
+            let Some(stem) = self.stems.get(index) else {
+                continue;
+            };
+            let path = self.folder.join(format!("{stem}-step-{step:03}.png"));
+            let preview = columns(previews, place * width, width);
+            output_path::save(&path, &preview.encode(Format::Png, None)?, self.overwrite)?;
+        }
+        Ok(())
+    }
+}
+
+/// A name for each image's files: that of the image, numbered where two images have one name.
+fn stems(tasks: &[&Task]) -> HashMap<usize, String> {
+    let mut taken = HashSet::new();
+    let mut stems = HashMap::new();
+    for task in tasks {
+        let stem = task.path.as_deref().and_then(Path::file_stem);
+        let first = stem.map_or(UNNAMED.into(), |stem| stem.to_string_lossy().into_owned());
+        let mut name = first.clone();
+        let mut number = 2;
+        while !taken.insert(name.to_lowercase()) {
+            name = format!("{first}-{number}");
+            number += 1;
+        }
+        stems.insert(task.index, name);
+    }
+    stems
+}
+
+/// `width` columns of an image, from `left` on.
+fn columns(image: &Picture, left: usize, width: usize) -> Picture {
+    let rows = image.rgb.chunks_exact((image.width * 3).max(1));
+    let row = |row: &[u8]| {
+        let row = row.iter().skip(left * 3).take(width * 3);
+        row.copied().collect::<Vec<u8>>()
+    };
+    Picture {
+        width,
+        height: image.height,
+        rgb: rows.flat_map(row).collect(),
+    }
+}

@@ -93,4 +93,4 @@ pub use crate::sampling::{Prediction, Sampler, Schedule};
 pub use crate::alloc::Reuse;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
-pub use crate::cli::run;
+pub use crate::cli::main;

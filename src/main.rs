@@ -6,5 +6,5 @@ use std::process::ExitCode;
 static MEMORY: sdgen::Reuse = sdgen::Reuse;
 
 fn main() -> ExitCode {
-    ExitCode::from(sdgen::run())
+    sdgen::main()
 }

@@ -25,20 +25,21 @@ use crate::cli::stdout::say;
 use crate::nn::device::limit_threads;
 use crate::pipeline::model_spec::ModelFinder;
 use clap::CommandFactory;
+use std::process::ExitCode;
 
-/// Runs the program on the process's arguments and returns its exit code; errors are printed on
-/// stderr.
-pub fn run() -> u8 {
-    let result = Cli::from_env().code(2).and_then(run_command);
-    result.unwrap_or_else(|failure| {
+/// The `sdgen` command: parses the process's arguments, runs, and returns the exit code. Errors are
+/// printed on stderr.
+pub fn main() -> ExitCode {
+    let result = Cli::from_env().code(2).and_then(run);
+    ExitCode::from(result.unwrap_or_else(|failure| {
         eprintln!("{}", failure.text());
         failure.code
-    })
+    }))
 }
 
 /// Runs the command on a thread of the pool that all kernels share: waking one for every kernel
 /// would cost more than a small kernel does.
-fn run_command(cli: Cli) -> Result<u8, Failure> {
+fn run(cli: Cli) -> Result<u8, Failure> {
     if let Some(threads) = cli.threads() {
         limit_threads(threads.max(1)).code(2)?;
     }

@@ -80,7 +80,7 @@ fn warn_of_no_effect(work: &WorkList, checkpoint: &Checkpoint, progress: &Progre
             ));
         }
     }
-    for Embedding { token, file, .. } in &checkpoint.embeddings {
+    for Embedding { token, file, .. } in checkpoint.embeddings() {
         let uses = |task: &Task| {
             let mut used = task.job.settings.embeddings.iter();
             used.any(|used| used.name == *token)
@@ -112,7 +112,7 @@ fn tell_of_tiles(work: &WorkList, pipeline: &Pipeline, progress: &Progress) {
 
 /// Says how LoRAs fit, how the model was distilled, and what was assumed of it.
 fn tell_of_model(checkpoint: &Checkpoint, progress: &Progress) {
-    for lora in &checkpoint.loras {
+    for lora in checkpoint.loras() {
         progress.detail(lora.describe_matched());
         if let Some(unexpected) = lora.describe_unexpected() {
             progress.note(format!("warning: {unexpected}"));

@@ -418,7 +418,7 @@ fn compare(
 fn require_same(pipeline: &Pipeline, upscaler: Option<&Upscaler>, of: &Settings) -> Result<()> {
     let identity = pipeline.identity()?;
     let tokens = |used: &UsedEmbedding| {
-        let mut embeddings = pipeline.checkpoint.embeddings.iter();
+        let mut embeddings = pipeline.checkpoint.embeddings().iter();
         embeddings.any(|embedding| embedding.token == used.name)
     };
     if (&of.model_hash, &of.refiner_hash) != (&identity.model_hash, &identity.refiner_hash) {

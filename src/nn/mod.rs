@@ -3,7 +3,8 @@
 //! Read [`layers`] first. [`forward`] holds the arguments of every layer besides its input: the
 //! [`backend`] that computes, the [`padding`] mode of convolutions, the [`profile`] that times
 //! layers. [`bands`] holds activations that are too large to be held twice, [`attention`] is scaled
-//! dot-product attention without a score matrix, [`embed`] the sinusoidal timestep embedding, `cpu`
+//! dot-product attention without a score matrix, [`embed`] the sinusoidal timestep embedding,
+//! [`weights`] what layers read their tensors from, `cpu`
 //! and `gpu` are the fused kernels behind the layers.
 
 pub mod attention;

@@ -43,8 +43,8 @@ impl PipelineConfig {
         }
         checkpoint.require_vae()?;
         let base = ModelConfig::new(checkpoint)?;
-        let refiner = checkpoint.refiner.as_deref();
-        let refiner = refiner
+        let refiner = checkpoint
+            .refiner()
             .map(|refiner| base.refined_by(refiner))
             .transpose()?;
         let vae = Autoencoder::from_json(checkpoint.config("vae")?)?;

@@ -159,7 +159,7 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
             distilled: Some(distilled),
         })
     };
-    let loras = checkpoint.loras.iter().find_map(Lora::distillation);
+    let loras = checkpoint.loras().iter().find_map(Lora::distillation);
     let by_name = loras
         .or_else(|| Distillation::named(&checkpoint.name))
         .map(|named| Defaults {

@@ -15,10 +15,7 @@ impl Pipeline {
     pub fn memory_bytes(&self, jobs: &[&Job], batch_size: usize) -> u64 {
         let checkpoint = &self.checkpoint;
         let base = checkpoint.stored_bytes("unet");
-        let refiner = checkpoint
-            .refiner
-            .as_ref()
-            .map_or(0, |it| it.stored_bytes("unet"));
+        let refiner = checkpoint.refiner().map_or(0, |it| it.stored_bytes("unet"));
         // the base of a single batch is freed before its refiner is read
         let weights = if jobs.len() > batch_size {
             base + refiner

@@ -106,10 +106,10 @@ impl Identity {
         };
         Ok(Self {
             model_hash: hash(checkpoint)?,
-            refiner_hash: checkpoint.refiner.as_deref().map(hash).transpose()?,
-            vae_hash: checkpoint.vae.as_deref().map(hash).transpose()?,
+            refiner_hash: checkpoint.refiner().map(hash).transpose()?,
+            vae_hash: checkpoint.vae().map(hash).transpose()?,
             merges: Merged::all(checkpoint)?,
-            loras: checkpoint.loras.iter().map(used).collect::<Result<_>>()?,
+            loras: checkpoint.loras().iter().map(used).collect::<Result<_>>()?,
         })
     }
 }
@@ -310,7 +310,7 @@ impl<'a> Run<'a> {
             networks,
             ..
         } = self.pipeline;
-        let (checkpoint, config) = checkpoint.refiner.as_deref().zip(config.refiner.as_ref())?;
+        let (checkpoint, config) = checkpoint.refiner().zip(config.refiner.as_ref())?;
         Some(Model {
             checkpoint,
             config,

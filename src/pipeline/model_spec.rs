@@ -149,7 +149,7 @@ impl ModelSpec {
         };
         let mut checkpoint = finder.open(self.model.as_deref())?;
         if let Some(refiner) = &self.refiner {
-            checkpoint.refiner = Some(Box::new(finder.open(Some(refiner))?));
+            checkpoint.use_refiner(finder.open(Some(refiner))?);
         }
         if let Some(vae) = &self.vae {
             checkpoint.use_vae(&finder.vae(vae)?)?;

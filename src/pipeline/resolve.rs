@@ -180,8 +180,8 @@ impl<'a> Resolver<'a> {
             version: env!("CARGO_PKG_VERSION").into(),
             dtype: pipeline.compute.dtype.as_str().into(),
             model: name(checkpoint),
-            refiner: checkpoint.refiner.as_deref().map(name),
-            vae: checkpoint.vae.as_deref().map(name),
+            refiner: checkpoint.refiner().map(name),
+            vae: checkpoint.vae().map(name),
             empty: "".into(),
         })
     }
@@ -551,7 +551,7 @@ impl<'a> Resolver<'a> {
         }
         let found = prompts.texts().map(|text| finder.find(text, syntax));
         let found = found.collect::<Result<Vec<_>>>()?.concat();
-        let all = self.pipeline.checkpoint.embeddings.iter();
+        let all = self.pipeline.checkpoint.embeddings().iter();
         let used = all
             .filter(|embedding| found.contains(&embedding.token))
             .map(|embedding| UsedEmbedding {

@@ -137,7 +137,7 @@ impl Merged {
                 minus_hash,
             })
         };
-        checkpoint.merges.iter().map(one).collect()
+        checkpoint.merges().iter().map(one).collect()
     }
 }
 

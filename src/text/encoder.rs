@@ -136,7 +136,7 @@ impl TextEncoderConfigs {
             let source = checkpoint.tokenizer(name)?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
             let mut next = config.vocab_size() as u32;
-            for embedding in &checkpoint.embeddings {
+            for embedding in checkpoint.embeddings() {
                 embedding.vectors_for(name, config.hidden_size())?;
                 ensure!(
                     self.pooled_dim().is_some() || embedding.parts.len() == 1,
@@ -155,7 +155,7 @@ impl TextEncoderConfigs {
     /// The added tokens of the checkpoint's textual inversions, if it has any. Errors if one of them
     /// was not made for these encoders.
     pub fn added_tokens(&self, checkpoint: &Checkpoint) -> Result<Option<AddedTokens>> {
-        if checkpoint.embeddings.is_empty() {
+        if checkpoint.embeddings().is_empty() {
             return Ok(None);
         }
         let tokenizers = self.tokenizers(checkpoint)?;
@@ -264,7 +264,7 @@ impl PromptEncoder {
             let has_projection = *name == ENCODERS[1];
             let mut encoder = TextEncoder::new(&weights, config, output, has_projection)?;
             let learned = checkpoint
-                .embeddings
+                .embeddings()
                 .iter()
                 .map(|embedding| embedding.vectors_for(name, config.hidden_size()))
                 .collect::<Result<Vec<_>>>()?;

@@ -35,16 +35,11 @@ pub struct Checkpoint {
     pub(super) unexpected_keys: Vec<String>,
     pub(super) assumptions: Vec<String>,
     pub(super) warnings: Vec<String>,
-    /// the refiner that finishes what this model begins
-    pub refiner: Option<Box<Self>>,
-    /// the VAE that decodes in place of its own
-    pub vae: Option<Box<Self>>,
-    /// checkpoints that are merged into its weights as they are read
-    pub merges: Vec<Merge>,
-    /// LoRAs that change its weights as they are read
-    pub loras: Vec<Lora>,
-    /// textual inversions: words beyond its vocabulary
-    pub embeddings: Vec<Embedding>,
+    refiner: Option<Box<Self>>,
+    pub(super) vae: Option<Box<Self>>,
+    merges: Vec<Merge>,
+    loras: Vec<Lora>,
+    embeddings: Vec<Embedding>,
     sources: Vec<SafetensorsFile>,
     entries: BTreeMap<String, Entry>,
 }
@@ -74,6 +69,37 @@ impl Checkpoint {
             sources: vec![],
             entries: BTreeMap::new(),
         }
+    }
+
+    /// The refiner that finishes what this model begins.
+    pub fn refiner(&self) -> Option<&Self> {
+        self.refiner.as_deref()
+    }
+
+    /// The VAE that decodes in place of the model's own.
+    pub fn vae(&self) -> Option<&Self> {
+        self.vae.as_deref()
+    }
+
+    /// The checkpoints that are merged into its weights as they are read.
+    pub fn merges(&self) -> &[Merge] {
+        &self.merges
+    }
+
+    /// The LoRAs that change its weights as they are read.
+    pub fn loras(&self) -> &[Lora] {
+        &self.loras
+    }
+
+    /// Its textual inversions: words beyond its vocabulary.
+    pub fn embeddings(&self) -> &[Embedding] {
+        &self.embeddings
+    }
+
+    /// Has another model finish what this one begins; it takes over the textual inversions.
+    pub fn use_refiner(&mut self, mut refiner: Self) {
+        refiner.embeddings = self.embeddings.clone();
+        self.refiner = Some(Box::new(refiner));
     }
 
     /// Applies LoRAs to the weights as they are read, but for those of strength 0. One that was

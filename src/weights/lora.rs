@@ -333,7 +333,7 @@ impl Lora {
             {
                 Some("a family that sdgen does not draw")
             }
-            None => has(&["lora_te2_", "text_encoder_2."]).then(|| family_name::SDXL),
+            None => has(&["lora_te2_", "text_encoder_2."]).then_some(family_name::SDXL),
         }
     }
 }

@@ -434,7 +434,7 @@ fn damaged_files_are_refused_with_the_reason() {
     );
     fail(&mut run("lora.safetensors"), 3, &["is a LoRA"]);
     one("vae.safetensors", "decoder.conv_in.weight");
-    fail(&mut run("vae.safetensors"), 3, &["is a VAE alone"]);
+    fail(&mut run("vae.safetensors"), 3, &["is only a VAE"]);
     one(
         "part.safetensors",
         "model.diffusion_model.input_blocks.0.0.weight",

@@ -435,16 +435,16 @@ fn every_tensor_of_a_lora_over_all_layers_of_real_checkpoints_fits() {
             layers.len()
         );
         assert!(
-            checkpoint.loras[0].describe_matched().contains(&said),
+            checkpoint.loras()[0].describe_matched().contains(&said),
             "{recipe}: {}",
-            checkpoint.loras[0].describe_matched()
+            checkpoint.loras()[0].describe_matched()
         );
         let family = if encoders.len() == 2 {
             "Stable Diffusion XL"
         } else {
             &format!("Stable Diffusion {}.x", &recipe[2..])
         };
-        assert_eq!(checkpoint.loras[0].family(), Some(family));
+        assert_eq!(checkpoint.loras()[0].family(), Some(family));
     }
 }
 

@@ -66,8 +66,9 @@ fn the_bases_weights_are_freed_before_the_refiners_are_read_unless_another_pictu
             .unwrap();
         let args = DrawArgs::from_arg_matches(&matches).unwrap();
         let mut checkpoint = Checkpoint::open(Origin::Path(&base)).unwrap();
-        checkpoint.refiner =
-            with_refiner.then(|| Box::new(Checkpoint::open(Origin::Path(&refiner)).unwrap()));
+        if with_refiner {
+            checkpoint.use_refiner(Checkpoint::open(Origin::Path(&refiner)).unwrap());
+        }
         let compute = Compute::choose(DeviceChoice::Cpu, DTypeChoice::Auto).unwrap();
         let pipeline = Pipeline::new(checkpoint, compute, args.pipeline_options()).unwrap();
         let list = JobList::read(&args.source()).unwrap();

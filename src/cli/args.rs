@@ -31,13 +31,13 @@ Examples:
   sdgen -m sd15 \"a castle at dusk\" --seed 7 -c 4    Stable Diffusion 1.5 from the hub, seeds 7 to 10
   sdgen -m model.safetensors \"a fox\" -o fox.jpg     any SD1.x, 2.x or XL checkpoint
   sdgen \"a cat\" -o - | display                      the picture's bytes on stdout
-  sdgen \"a red fish\" --json | jq -r .path           one JSON object a picture
+  sdgen \"a frog\" --json | jq -r .path               one JSON object a picture
   sdgen --from prompts.txt -s 1..5 -o x/ --resume   once more, and it goes on where it ended
   sdgen \"a cat\" -s 1 --sweep steps=10,20 --sweep guidance=3,5,7";
 
 /// Turns a sentence into a picture.
 #[derive(Debug, Parser)]
-#[command(name = "sdgen", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, args_override_self = true, disable_help_flag = true, max_term_width = 120)]
+#[command(name = "sdgen", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true, args_override_self = true, disable_help_flag = true, disable_help_subcommand = true, max_term_width = 120)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -108,6 +108,13 @@ pub enum Command {
     Models(ModelsArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
+    /// Print a man page
+    Man,
+    /// Print the help of a command, or a page on a topic: models, prompts, batches, ...
+    Help {
+        /// A topic or a command [default: the usual help, and the list of topics]
+        topic: Option<String>,
+    },
 }
 
 /// The plain command: a prompt or a list, and how to draw it.

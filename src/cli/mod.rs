@@ -8,6 +8,7 @@ pub mod check;
 pub mod config;
 pub mod draw;
 pub mod exit_code;
+pub mod help;
 pub mod inspect;
 pub mod model_args;
 pub mod models;
@@ -68,6 +69,8 @@ impl Command {
                 clap_complete::generate(shell, &mut Cli::command(), "sdgen", stdout);
                 Ok(())
             }
+            Self::Man => help::man(),
+            Self::Help { topic } => help::help(topic.as_deref()),
         }
     }
 }

@@ -9,9 +9,11 @@ mod checkpoints;
 mod cli;
 mod config;
 mod distilled;
+mod docs;
 mod dynamic;
 mod embeddings;
 mod from_picture;
+mod help;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;

@@ -236,8 +236,8 @@ pub struct DrawArgs {
     #[arg(hide_short_help = true, long, help_heading = "Output")]
     pub trace: bool,
 
-    /// auto, cpu, cuda[:N] or metal
     #[arg(
+        help = "auto, cpu, cuda[:N] or metal",
         long,
         default_value = "auto",
         hide_default_value = true,

@@ -1,6 +1,6 @@
 //! The plain command: from arguments to saved images.
 //!
-//! [`run`] tells the whole story. What is checked before it is in [`crate::cli::preflight`], what
+//! `run` tells the whole story. What is checked before it is in [`crate::cli::preflight`], what
 //! is said to the person in [`crate::cli::announce`]; files are written by [`crate::batch::writer`]
 //! beside the drawing of the next images.
 

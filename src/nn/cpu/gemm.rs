@@ -325,11 +325,11 @@ impl Epilogue<'_> {
 pub struct Gemm {
     /// columns of the weights
     pub outputs: usize,
-    /// [outputs]
+    /// `[outputs]`
     pub bias: Option<Tensor>,
     /// [m, outputs]
     pub residual: Option<Tensor>,
-    /// see [`Epilogue::gated`]
+    /// see `Epilogue::gated`
     pub gated: bool,
 }
 

@@ -80,10 +80,11 @@ pub(crate) fn help(name: Option<&str>) -> Result<(), Failure> {
     say(&text).code(1)
 }
 
-/// Prints a man page in roff.
+/// Prints a man page in roff, with all options.
 pub(crate) fn man() -> Result<(), Failure> {
+    let cli = Cli::command().mut_args(|arg| arg.hide_short_help(false));
     let mut page = vec![];
-    clap_mangen::Man::new(Cli::command())
+    clap_mangen::Man::new(cli)
         .render(&mut page)
         .map_err(anyhow::Error::from)
         .code(1)?;

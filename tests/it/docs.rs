@@ -116,6 +116,7 @@ impl Shell {
             .current_dir(self.folder())
             .env("PATH", path)
             .env("TEMP", self.dir.path())
+            .env("XDG_CONFIG_HOME", self.dir.path())
             .env("HF_HUB_OFFLINE", "1")
             .env_remove("SDGEN_MODEL")
             .stdin(Stdio::null());

@@ -89,6 +89,8 @@ fn the_man_page_has_every_option() {
     for option in ["model", "seed", r"vae\-tiling", r"dry\-run"] {
         assert!(page.contains(&format!(r"\-\-{option}")), "{option}");
     }
+    // what it is for, also of one that -h leaves out
+    assert!(page.contains("Decode in tiles"), "{page}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::fingerprint::Trace;
 /// The caller answers every event with [`ControlFlow`]. `Break` in answer to
 /// [`Event::NextBatch`] ends the run there, with everything before it finished; in answer to
 /// [`Event::Step`] it abandons the images of that batch with an error of kind
-/// [`Cancelled`](crate::ErrorKind::Cancelled). Elsewhere the answer does not matter.
+/// [`Cancelled`](crate::error::ErrorKind::Cancelled). Elsewhere the answer does not matter.
 #[non_exhaustive]
 pub enum Event<'a> {
     /// The next batch is about to begin.

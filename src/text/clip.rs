@@ -135,7 +135,7 @@ impl Clip {
         Ok(())
     }
 
-    /// Encodes token ids [n] to hidden states [1, n, hidden] after the final norm, without the last
+    /// Encodes ids `[n]` to hidden states [1, n, hidden] after the final norm, without the last
     /// `skip` layers. Errors if an id is outside of the vocabulary or `skip` is not below the
     /// number of layers.
     pub fn forward(&self, cx: Forward, ids: &[u32], skip: usize) -> TensorResult<Tensor> {
@@ -144,7 +144,7 @@ impl Clip {
             .forward(cx, &self.run(cx, self.embed(ids)?, 0..depth)?)
     }
 
-    /// Encodes token ids [n] to hidden states [1, n, hidden] as they enter the last layer, or the one
+    /// Encodes ids `[n]` to hidden states [1, n, hidden] as they enter the last layer, or the one
     /// `skip` layers before it, without the final norm. An encoder with a projection also returns
     /// the projection [1, projection] of the whole text. Errors as [`Self::forward`] does.
     pub fn penultimate(

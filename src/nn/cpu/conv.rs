@@ -59,7 +59,7 @@ fn inside(at: usize, before: usize, len: usize, mode: PaddingMode) -> Option<usi
     }
 }
 
-/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias [out] or [b, out] -> rows of [b,
+/// x [b, h, w, c], packed weight [panels, size*size*c, 32], bias `[out]` or [b, out] -> rows of [b,
 /// h', w', out].
 pub struct Conv2d {
     pub size: usize,
@@ -75,7 +75,7 @@ pub struct Conv2d {
     pub scaled: Option<(usize, usize)>,
     /// [b, rows, w', out]: added to the result
     pub residual: Option<Tensor>,
-    /// [out]: the slope of a leaky ReLU after that
+    /// `[out]`: the slope of a leaky ReLU after that
     pub slope: Option<Tensor>,
 }
 

@@ -127,7 +127,7 @@ impl CustomOp1 for Normalise<'_> {
 
 impl GroupNorm {
     /// Computes the map of each image from its bands of rows from top to bottom, for weight and bias
-    /// [c].
+    /// `[c]`.
     pub fn statistics(
         &self,
         parts: &[&Tensor],
@@ -229,7 +229,7 @@ impl GroupNorm {
     }
 }
 
-/// x [.., n], weight [n], bias [n] -> [.., n].
+/// x [.., n], weight `[n]`, bias `[n]` -> [.., n].
 pub struct LayerNorm {
     pub eps: f64,
 }

@@ -31,13 +31,13 @@ pub fn interleaved(x: &Tensor) -> Result<Tensor> {
 pub struct Gemm {
     pub x: Tensor,
     pub weight: Tensor,
-    /// [out]: added
+    /// `[out]`: added
     pub bias: Option<Tensor>,
-    /// [out] or [b, out], whose rows may stand apart: added
+    /// `[out]` or [b, out], whose rows may stand apart: added
     pub shift: Option<Tensor>,
-    /// [b, rows, w', out]: added
+    /// `[b, rows, w', out]`: added
     pub residual: Option<Tensor>,
-    /// [out]: the slope of a leaky ReLU
+    /// `[out]`: the slope of a leaky ReLU
     pub slope: Option<Tensor>,
     /// GEGLU, for weights that are [`interleaved`]: the result is every other output times the exact
     /// GELU of the next.

@@ -3,7 +3,7 @@
 //!
 //! `kernels/` holds their source, which `build.rs` compiles with nvcc for the feature `cuda`. Their
 //! launch parameters are computed here, without a GPU: a [`Work`] says which kernels run on how many
-//! blocks, and [`launch`] runs them. The tests run the same launches of the same source on the CPU,
+//! blocks, and `launch` runs them. The tests run the same launches of the same source on the CPU,
 //! where `kernels/host.h` emulates the machine, and compare the results with the plain composition.
 //! Sums are f32 throughout; a product of f32 is three of tf32, which leaves about 21 bits.
 

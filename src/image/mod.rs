@@ -137,7 +137,7 @@ impl Picture {
 
     /// The bytes of a file: PNG and WebP lossless, JPEG at quality 95 without chroma subsampling.
     /// Errors if the format cannot hold this size (JPEG 65535, WebP 16384 pixels a side) or, for
-    /// JPEG, this much metadata (see [`Metadata::check`]).
+    /// JPEG, this much metadata (see `Metadata::check`).
     pub fn encode(&self, format: Format, metadata: Option<&Metadata>) -> anyhow::Result<Vec<u8>> {
         let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
         // The encoders of `image` panic on this.

@@ -96,15 +96,12 @@ impl Work for Attention {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same, wide};
+    use super::super::emulated::{random, same, wide};
     use super::*;
     use crate::nn::plain;
 
     #[test]
     fn the_attention_kernel_equals_its_plain_composition() {
-        if !emulated::is_there() {
-            return;
-        }
         let sizes = [
             (1, 1, 1, 1, 8),
             (2, 65, 77, 3, 40),

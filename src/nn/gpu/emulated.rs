@@ -18,22 +18,14 @@ struct Library {
     emulate: Emulate,
 }
 
-/// Whether there is a compiler; says so if not, as the kernels cannot be tested then.
-pub fn is_there() -> bool {
-    let there = library().is_some();
-    if !there {
-        eprintln!("no C++ compiler is there to test the GPU's kernels with");
-    }
-    there
+fn library() -> &'static Library {
+    static LIBRARY: OnceLock<Library> = OnceLock::new();
+    LIBRARY.get_or_init(compile)
 }
 
-fn library() -> Option<&'static Library> {
-    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
-    LIBRARY.get_or_init(compile).as_ref()
-}
-
-#[allow(clippy::unwrap_used)]
-fn compile() -> Option<Library> {
+/// Compiles the kernels. Panics without a C++ compiler: a test that cannot run must not pass.
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+fn compile() -> Library {
     let folder = tempfile::tempdir().unwrap();
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/nn/gpu/kernels/kernels.cu");
     let library = folder.path().join("kernels.so");
@@ -48,7 +40,7 @@ fn compile() -> Option<Library> {
         "-U_FORTIFY_SOURCE",
         "-o",
     ];
-    let compiler = ["c++", "g++", "clang++"].into_iter().find_map(|compiler| {
+    let compiled = ["c++", "g++", "clang++"].into_iter().find_map(|compiler| {
         let output = std::process::Command::new(compiler)
             .args(arguments)
             .args([library.as_os_str(), source.as_ref()])
@@ -57,11 +49,13 @@ fn compile() -> Option<Library> {
         output
             .ok()
             .filter(|output| output.status.code() != Some(127))
-    })?;
+    });
+    let compiled = compiled
+        .expect("the kernels of GPUs are tested with a C++ compiler: install g++ or clang++");
     assert!(
-        compiler.status.success(),
+        compiled.status.success(),
         "{}",
-        String::from_utf8_lossy(&compiler.stderr)
+        String::from_utf8_lossy(&compiled.stderr)
     );
     let path = CString::new(library.to_str().unwrap()).unwrap();
     // SAFETY: the library was just made of this project's source, and stays loaded; `Emulate` is as
@@ -71,10 +65,10 @@ fn compile() -> Option<Library> {
         assert!(!handle.is_null(), "{:?}", CStr::from_ptr(libc::dlerror()));
         let emulate = libc::dlsym(handle, c"emulate".as_ptr());
         assert!(!emulate.is_null());
-        Some(Library {
+        Library {
             handle: handle as usize,
             emulate: std::mem::transmute::<*mut c_void, Emulate>(emulate),
-        })
+        }
     }
 }
 
@@ -83,7 +77,7 @@ static MACHINE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 #[allow(clippy::unwrap_used)]
 fn launch(launch: &Launch, backwards: bool) {
-    let library = library().unwrap();
+    let library = library();
     let name = CString::new(launch.kernel.as_str()).unwrap();
     // SAFETY: kernels take one argument by address, and `params` holds one
     let error = unsafe {
@@ -305,9 +299,6 @@ mod tests {
 
     #[test]
     fn networks_of_these_kernels_are_those_of_the_cpu() {
-        if !is_there() {
-            return;
-        }
         for name in ["sd1", "odd", "sdxl"] {
             let checkpoint = checkpoint(name);
             let config = UNetConfig::from_json(checkpoint.config("unet").unwrap()).unwrap();
@@ -361,9 +352,6 @@ mod tests {
 
     #[test]
     fn decoders_of_these_kernels_are_those_of_the_cpu() {
-        if !is_there() {
-            return;
-        }
         let checkpoint = checkpoint("sd1");
         let config = Autoencoder::from_json(checkpoint.config("vae").unwrap()).unwrap();
         let latents = random(&[1, 5, 6, 4], DType::F32);

@@ -302,7 +302,7 @@ impl Work for Gemm {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same, wide};
+    use super::super::emulated::{random, same, wide};
     use super::*;
     use crate::nn::plain;
     use candle_core::DType;
@@ -325,9 +325,6 @@ mod tests {
 
     #[test]
     fn the_gemm_kernel_equals_its_plain_composition() {
-        if !emulated::is_there() {
-            return;
-        }
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             for (m, k, n) in [
                 (1, 8, 8),
@@ -380,9 +377,6 @@ mod tests {
 
     #[test]
     fn the_gemm_kernel_convolves_as_its_plain_composition_does() {
-        if !emulated::is_there() {
-            return;
-        }
         // channels, outputs, height and width, taps a side, stride, padding, scaled height and
         // width, rows
         let cases = [

@@ -243,7 +243,7 @@ impl Work for LayerNorm {
 #[cfg(all(test, target_os = "linux"))]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::emulated::{self, random, same, wide};
+    use super::super::emulated::{random, same, wide};
     use super::*;
     use crate::nn::plain;
 
@@ -251,9 +251,6 @@ mod tests {
 
     #[test]
     fn the_group_norm_kernel_equals_its_plain_composition() {
-        if !emulated::is_there() {
-            return;
-        }
         for (b, h, w, c, groups, zero) in [
             (1, 1, 1, 8, 4, 0.0),
             (2, 5, 7, 40, 4, 0.0),
@@ -335,9 +332,6 @@ mod tests {
 
     #[test]
     fn the_layer_norm_kernel_equals_its_plain_composition() {
-        if !emulated::is_there() {
-            return;
-        }
         for (rows, c) in [(1, 8), (9, 7), (17, 320), (3, 1280)] {
             for dtype in TYPES {
                 let (x, weight, bias) = (

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and times a CUDA build on a machine with a GPU, beside diffusers in the same run, and prints one table.
 #
-#   tests/bench/gpu.sh [FOLDER]     FOLDER holds `sdgen` and `parity`, as `.ci/cuda build` leaves them in target/gpu
+#   tests/bench/gpu.sh [FOLDER]     FOLDER holds `sdgen` and `tests`, as `.ci/cuda build` leaves them in target/gpu
 #
 # Without FOLDER both are built here, which needs cargo and a CUDA toolkit. Needs python3 with torch and diffusers.
 set -euo pipefail
@@ -17,7 +17,7 @@ if ldd "$folder/sdgen" | grep 'not found'; then exit 1; fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 echo "== is it right: every network beside diffusers' goldens, on the device, f32"
-CARGO_MANIFEST_DIR=$PWD SDGEN_TEST_DEVICE=cuda "$folder/parity" || echo "PARITY FAILED"
+CARGO_MANIFEST_DIR=$PWD SDGEN_TEST_DEVICE=cuda "$folder/tests" parity:: || echo "PARITY FAILED"
 echo "== the same picture as on the CPU"
 out=$(mktemp -d)
 for type in f32 f16 bf16; do

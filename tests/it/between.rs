@@ -4,19 +4,13 @@
 
 use crate::common::*;
 use std::path::Path;
-use std::process::Command;
-
-/// Quick pictures of a tiny random checkpoint.
-fn tiny(folder: &Path) -> Command {
-    let mut command = sdgen(folder);
-    command
-        .args(["--steps", "3", "-W", "16", "-H", "16", "-q", "-m"])
-        .arg(fixture("sd1"));
-    command
-}
 
 fn draw(folder: &Path, prompt: &str, name: &str, options: &[&str]) {
-    succeed(tiny(folder).args([prompt, "-o", name]).args(options));
+    succeed(
+        tiny(folder)
+            .args([prompt, "--steps", "3", "-q", "-o", name])
+            .args(options),
+    );
 }
 
 fn pixels(folder: &Path, name: &str) -> Vec<u8> {

@@ -6,16 +6,7 @@ use crate::common::*;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-
-/// A quick picture of a tiny random checkpoint.
-fn tiny(folder: &Path, prompt: &str) -> Command {
-    let mut command = sdgen(folder);
-    command
-        .args([prompt, "--steps", "2", "-W", "16", "-H", "16", "-m"])
-        .arg(fixture("sd1"));
-    command
-}
+use std::process::Stdio;
 
 fn files(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(folder)
@@ -42,10 +33,10 @@ fn the_plain_command_draws_with_the_embedded_model() {
 #[test]
 fn a_random_seed_is_printed_and_draws_the_same_again() {
     let dir = tempfile::tempdir().unwrap();
-    let output = succeed(tiny(dir.path(), "x").args(["-o", "a.png"]));
+    let output = succeed(tiny(dir.path()).arg("x").args(["-o", "a.png"]));
     let said = stderr(&output);
     let seed = said.trim().strip_prefix("seed ").expect(&said);
-    succeed(tiny(dir.path(), "x").args(["-o", "b.png", "-s", seed]));
+    succeed(tiny(dir.path()).arg("x").args(["-o", "b.png", "-s", seed]));
     let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
     assert!(read("a.png") == read("b.png"));
 }
@@ -56,7 +47,8 @@ fn same_seed_gives_the_same_picture_in_any_batch_and_any_number_of_threads() {
     // an ancestral sampler, which draws noise at every step
     let draw = |extra: &[&str]| {
         succeed(
-            tiny(dir.path(), "a frog")
+            tiny(dir.path())
+                .arg("a frog")
                 .args(["--sampler", "euler-a"])
                 .args(extra),
         )
@@ -102,7 +94,7 @@ fn bad_arguments_exit_2_and_say_what_is_possible() {
         (&["--dtype", "f8"], &["f8", "bf16"]),
     ];
     for (args, texts) in cases {
-        let output = tiny(dir.path(), "x").args(args).output().unwrap();
+        let output = tiny(dir.path()).arg("x").args(args).output().unwrap();
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
         for text in texts {
@@ -120,14 +112,14 @@ fn a_device_that_is_not_built_in_says_how_to_build_it() {
     let dir = tempfile::tempdir().unwrap();
     if !cfg!(feature = "cuda") {
         fail(
-            tiny(dir.path(), "x").args(["--device", "cuda"]),
+            tiny(dir.path()).arg("x").args(["--device", "cuda"]),
             2,
             &["built without CUDA", "--features cuda"],
         );
     }
     if !cfg!(feature = "metal") {
         fail(
-            tiny(dir.path(), "x").args(["--device", "metal"]),
+            tiny(dir.path()).arg("x").args(["--device", "metal"]),
             2,
             &["built without Metal"],
         );
@@ -139,12 +131,16 @@ fn an_existing_picture_is_not_overwritten_without_force() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("x.png"), "mine").unwrap();
     fail(
-        tiny(dir.path(), "x").args(["-o", "x.png", "-s", "1"]),
+        tiny(dir.path()).arg("x").args(["-o", "x.png", "-s", "1"]),
         2,
         &["x.png", "--force"],
     );
     assert_eq!(std::fs::read(dir.path().join("x.png")).unwrap(), b"mine");
-    succeed(tiny(dir.path(), "x").args(["-o", "x.png", "-s", "1", "--force"]));
+    succeed(
+        tiny(dir.path())
+            .arg("x")
+            .args(["-o", "x.png", "-s", "1", "--force"]),
+    );
     assert!(image::open(dir.path().join("x.png")).is_ok());
     assert_eq!(files(dir.path()), ["x.png"]);
 }
@@ -154,12 +150,14 @@ fn an_existing_picture_is_not_overwritten_without_force() {
 fn a_place_that_cannot_be_written_is_an_error_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
     fail(
-        tiny(dir.path(), "x").args(["-o", "/proc/nothing/x.png"]),
+        tiny(dir.path())
+            .arg("x")
+            .args(["-o", "/proc/nothing/x.png"]),
         2,
         &["/proc/nothing"],
     );
     fail(
-        tiny(dir.path(), "x").args(["-o", "missing/x.png"]),
+        tiny(dir.path()).arg("x").args(["-o", "missing/x.png"]),
         2,
         &["missing"],
     );
@@ -173,7 +171,8 @@ fn a_full_disk_is_an_error_that_says_so() {
         .write(true)
         .open("/dev/full")
         .unwrap();
-    let output = tiny(dir.path(), "x")
+    let output = tiny(dir.path())
+        .arg("x")
         .args(["-o", "-", "-s", "1"])
         .stdout(full)
         .output()
@@ -189,16 +188,16 @@ fn a_full_disk_is_an_error_that_says_so() {
 #[test]
 fn stdout_takes_the_bytes_of_one_picture() {
     let dir = tempfile::tempdir().unwrap();
-    let output = succeed(tiny(dir.path(), "x").args(["-o", "-", "-s", "1"]));
+    let output = succeed(tiny(dir.path()).arg("x").args(["-o", "-", "-s", "1"]));
     assert!(image::load_from_memory(&output.stdout).is_ok());
     assert!(files(dir.path()).is_empty());
     fail(
-        tiny(dir.path(), "x").args(["-o", "-", "-c", "2"]),
+        tiny(dir.path()).arg("x").args(["-o", "-", "-c", "2"]),
         2,
         &["takes one picture"],
     );
     fail(
-        tiny(dir.path(), "x").args(["-o", "-", "--json"]),
+        tiny(dir.path()).arg("x").args(["-o", "-", "--json"]),
         2,
         &["--json"],
     );
@@ -208,7 +207,8 @@ fn stdout_takes_the_bytes_of_one_picture() {
 #[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let dir = tempfile::tempdir().unwrap();
-    let mut child = tiny(dir.path(), "x")
+    let mut child = tiny(dir.path())
+        .arg("x")
         .args(["-s", "1", "-c", "3"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -299,7 +299,7 @@ fn a_prompt_that_is_not_utf8_is_refused() {
 #[test]
 fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
     let dir = tempfile::tempdir().unwrap();
-    let output = succeed(tiny(dir.path(), "a frog").args([
+    let output = succeed(tiny(dir.path()).arg("a frog").args([
         "-s",
         "3",
         "-c",
@@ -348,7 +348,11 @@ fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
             metadata.parameters
         );
     }
-    let output = succeed(tiny(dir.path(), "bare").args(["-s", "3", "--no-metadata"]));
+    let output = succeed(
+        tiny(dir.path())
+            .arg("bare")
+            .args(["-s", "3", "--no-metadata"]),
+    );
     let bytes = std::fs::read(dir.path().join(stdout(&output).trim())).unwrap();
     assert!(sdgen::image::read_metadata(&bytes).unwrap().is_none());
 }
@@ -357,7 +361,7 @@ fn json_has_one_object_a_picture_and_the_picture_carries_the_same_settings() {
 fn every_sampler_and_schedule_draws() {
     let dir = tempfile::tempdir().unwrap();
     for sampler in sdgen::sampling::Sampler::ALL {
-        succeed(tiny(dir.path(), "x").args([
+        succeed(tiny(dir.path()).arg("x").args([
             "-s",
             "1",
             "--steps",
@@ -369,7 +373,7 @@ fn every_sampler_and_schedule_draws() {
         ]));
     }
     for schedule in sdgen::sampling::Schedule::ALL {
-        succeed(tiny(dir.path(), "x").args([
+        succeed(tiny(dir.path()).arg("x").args([
             "-s",
             "1",
             "--sampler",
@@ -387,7 +391,8 @@ fn guidance_negative_prompt_prediction_and_clip_skip_change_the_picture() {
     let dir = tempfile::tempdir().unwrap();
     let draw = |name: &str, extra: &[&str]| {
         succeed(
-            tiny(dir.path(), "a frog")
+            tiny(dir.path())
+                .arg("a frog")
                 .args(["-s", "1", "--no-metadata", "-o", name])
                 .args(extra),
         );
@@ -403,16 +408,20 @@ fn guidance_negative_prompt_prediction_and_clip_skip_change_the_picture() {
     ];
     assert!(others.iter().all(|other| *other != plain));
     let output =
-        succeed(tiny(dir.path(), "a frog").args(["-s", "1", "-g", "1", "-n", "the house"]));
+        succeed(
+            tiny(dir.path())
+                .arg("a frog")
+                .args(["-s", "1", "-g", "1", "-n", "the house"]),
+        );
     assert!(stderr(&output).contains("no effect without classifier-free guidance"));
 }
 
 #[test]
 fn quiet_says_nothing_and_verbose_says_the_stages() {
     let dir = tempfile::tempdir().unwrap();
-    let output = succeed(tiny(dir.path(), "x").args(["-q"]));
+    let output = succeed(tiny(dir.path()).arg("x").args(["-q"]));
     assert!(stderr(&output).is_empty());
-    let output = succeed(tiny(dir.path(), "x").args(["-v", "-s", "8"]));
+    let output = succeed(tiny(dir.path()).arg("x").args(["-v", "-s", "8"]));
     for stage in [
         "encoding the prompt",
         "reading the U-Net",
@@ -427,7 +436,11 @@ fn quiet_says_nothing_and_verbose_says_the_stages() {
             stderr(&output)
         );
     }
-    let output = succeed(tiny(dir.path(), "x").args(["--progress", "bar", "-s", "9"]));
+    let output = succeed(
+        tiny(dir.path())
+            .arg("x")
+            .args(["--progress", "bar", "-s", "9"]),
+    );
     assert_eq!(stdout(&output).lines().count(), 1);
 }
 
@@ -527,16 +540,18 @@ fn help_names_every_option_of_the_contract() {
 fn a_picture_that_does_not_fit_into_memory_is_refused_before_drawing() {
     let dir = tempfile::tempdir().unwrap();
     fail(
-        tiny(dir.path(), "x").args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]),
+        tiny(dir.path())
+            .arg("x")
+            .args(["-W", "16384", "-H", "16384", "-s", "1", "-b", "64"]),
         4,
         &["GB of memory", "--width"],
     );
 }
 
-/// What `script` sees of a command in a terminal of its own that knows 24-bit colours; none where
-/// there is no `script`.
+/// What `script` (of util-linux) sees of a command in a terminal of its own that knows 24-bit
+/// colours.
 #[cfg(target_os = "linux")]
-fn in_terminal(folder: &Path, options: &str) -> Option<String> {
+fn in_terminal(folder: &Path, options: &str) -> String {
     let command = format!(
         "'{}' 'a frog' -s 1 -o a.png --force {options}",
         env!("CARGO_BIN_EXE_sdgen")
@@ -561,18 +576,16 @@ fn in_terminal(folder: &Path, options: &str) -> Option<String> {
         .env("TERM", "xterm-256color")
         .env("COLORTERM", "truecolor")
         .output()
-        .ok()?;
+        .expect("this test needs the program `script`, of the package bsdutils or util-linux");
     assert!(output.status.success(), "{}", stdout(&output));
-    Some(stdout(&output))
+    stdout(&output)
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(seen) = in_terminal(dir.path(), "--show") else {
-        return;
-    };
+    let seen = in_terminal(dir.path(), "--show");
     // 128x128 pixels in 22 of the usual 24 lines
     let (erase, row) = ("\x1b[22A\r\x1b[J", "\x1b[38;2;");
     assert!(seen.matches(erase).count() >= 1, "no preview was replaced");
@@ -584,7 +597,7 @@ fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
     );
     assert!(last.contains(row) && last.contains("a.png"), "{last}");
     for options in ["--show -q", "--show --progress none"] {
-        let seen = in_terminal(dir.path(), options).unwrap();
+        let seen = in_terminal(dir.path(), options);
         assert_eq!(
             (
                 seen.matches(erase).count(),
@@ -594,7 +607,7 @@ fn a_terminal_shows_the_picture_and_before_it_previews_in_the_same_place() {
             "{options}"
         );
     }
-    assert!(!in_terminal(dir.path(), "").unwrap().contains('▀'));
+    assert!(!in_terminal(dir.path(), "").contains('▀'));
 }
 
 #[test]

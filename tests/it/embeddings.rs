@@ -41,11 +41,11 @@ const SD1: [&str; 4] = [
 #[test]
 fn pictures_are_those_of_diffusers_in_both_syntaxes() {
     let dir = folder();
-    let goldens = load(&fixture("embeddings/goldens.safetensors"));
-    for run in json(&fixture("embeddings/goldens.json"))["runs"]
-        .as_array()
-        .unwrap()
-    {
+    let tensors = load(&fixture("embeddings/goldens.safetensors"));
+    let runs = &goldens("embeddings")["runs"];
+    let runs = runs.as_array().unwrap();
+    assert_eq!(runs.len(), 8);
+    for run in runs {
         let text = |key: &str| run[key].as_str().unwrap();
         let args = [
             "-n",
@@ -63,11 +63,7 @@ fn pictures_are_those_of_diffusers_in_both_syntaxes() {
         } else {
             SD1.to_vec()
         };
-        let golden = goldens[&format!("run.{}.image", text("name"))]
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<u8>()
-            .unwrap();
+        let golden = levels(&tensors[&format!("run.{}.image", text("name"))]);
         let golden = Picture {
             width: 16,
             height: 16,

@@ -5,25 +5,11 @@ use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::{Format, Picture};
 use serde_json::Value;
-use std::collections::HashMap;
 use std::path::Path;
 
-fn goldens() -> (Vec<Value>, HashMap<String, Tensor>) {
-    let folder = fixture("from_picture");
-    let tensors =
-        candle_core::safetensors::load(folder.join("goldens.safetensors"), &Device::Cpu).unwrap();
-    (
-        json(&folder.join("goldens.json"))["runs"]
-            .as_array()
-            .unwrap()
-            .clone(),
-        tensors,
-    )
-}
-
 /// Levels [h, w, 3] or [h, w] as a picture.
-fn levels(t: &Tensor) -> Picture {
-    let values: Vec<u8> = t.flatten_all().unwrap().to_vec1().unwrap();
+fn picture(t: &Tensor) -> Picture {
+    let values = levels(t);
     let rgb = if t.rank() == 2 {
         values.into_iter().flat_map(|level| [level; 3]).collect()
     } else {
@@ -59,21 +45,14 @@ fn widened(model: &str, conv_in: &Tensor, to: &Path) {
     });
 }
 
-/// The options for the sampler and schedule of a run.
-fn sampler_args(run: &Value) -> Vec<String> {
-    let Some((sampler, schedule)) = sampler_of(run) else {
-        return vec![];
-    };
-    let mut args = vec!["--sampler".into(), sampler.to_string()];
-    args.extend(schedule.map(|schedule| format!("--schedule={schedule}")));
-    args
-}
-
 #[test]
 fn pictures_from_pictures_are_diffusers_own() {
-    let (runs, tensors) = goldens();
+    let tensors = load(&fixture("from_picture/goldens.safetensors"));
+    let runs = &goldens("from_picture")["runs"];
+    let runs = runs.as_array().unwrap();
+    assert_eq!(runs.len(), 52);
     let mut wrong = vec![];
-    for run in &runs {
+    for run in runs {
         let name = run["name"].as_str().unwrap();
         let golden = |part: &str| tensors.get(&format!("run.{name}.{part}"));
         let dir = tempfile::tempdir().unwrap();
@@ -84,7 +63,7 @@ fn pictures_from_pictures_are_diffusers_own() {
         }
         save(
             &dir.path().join("source.png"),
-            &levels(golden("picture").unwrap()),
+            &picture(golden("picture").unwrap()),
         );
         let mut command = sdgen(dir.path());
         command.args(["-m", model, "-i", "source.png", "-o", "drawn.png", "-q"]);
@@ -111,17 +90,17 @@ fn pictures_from_pictures_are_diffusers_own() {
                 run["negative_prompt"].as_str().unwrap(),
                 run["prompt"].as_str().unwrap(),
             ])
-            .args(sampler_args(run));
+            .args(sampler_options(run));
         if let Some(mask) = golden("mask") {
-            save(&dir.path().join("mask.png"), &levels(mask));
+            save(&dir.path().join("mask.png"), &picture(mask));
             command.args(["--mask", "mask.png", "--feather", "0"]);
         }
         succeed(&mut command);
         let drawn = read(&dir.path().join("drawn.png"));
-        let mut want = levels(&golden("image").unwrap().squeeze(0).unwrap());
+        let mut want = picture(&golden("image").unwrap().squeeze(0).unwrap());
         if let Some(mask) = golden("mask") {
             // diffusers does not put the source back
-            let (mask, source) = (levels(mask), levels(golden("picture").unwrap()));
+            let (mask, source) = (picture(mask), picture(golden("picture").unwrap()));
             for ((want, mask), source) in want.rgb.iter_mut().zip(&mask.rgb).zip(&source.rgb) {
                 *want = if *mask < 128 { *source } else { *want };
             }
@@ -543,7 +522,7 @@ fn what_cannot_be_done_with_a_source_is_an_error_before_drawing() {
 #[test]
 fn models_that_take_a_picture_as_an_input_say_what_they_need() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, tensors) = goldens();
+    let tensors = load(&fixture("from_picture/goldens.safetensors"));
     save(&dir.path().join("source.png"), &gradient(16, 16));
     widened(
         "sd1",

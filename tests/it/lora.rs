@@ -35,21 +35,14 @@ fn draw(folder: &Path, options: &[&str], output: &str) -> RgbImage {
     image::open(folder.join(output)).unwrap().to_rgb8()
 }
 
-fn worst(a: &[u8], b: &[u8]) -> u8 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
-}
-
 #[test]
 fn pictures_with_loras_of_every_format_are_those_of_diffusers_and_of_the_formulas() {
     let dir = tempfile::tempdir().unwrap();
-    let goldens = load(&fixture("lora/goldens.safetensors"));
-    let runs = json(&fixture("lora/goldens.json"))["runs"]
-        .as_array()
-        .unwrap()
-        .clone();
-    assert!(runs.len() >= 14);
-    for run in &runs {
+    let tensors = load(&fixture("lora/goldens.safetensors"));
+    let runs = &goldens("lora")["runs"];
+    let runs = runs.as_array().unwrap();
+    assert_eq!(runs.len(), 17);
+    for run in runs {
         let name = run["name"].as_str().unwrap();
         let mut plain = sdgen(dir.path());
         plain.args([
@@ -72,20 +65,12 @@ fn pictures_with_loras_of_every_format_are_those_of_diffusers_and_of_the_formula
                 .arg(format!("{}:{}", path.display(), file[1]));
         }
         succeed(plain.args(["--strict", "-o", "with.png"]));
-        let golden = goldens[&format!("run.{name}.image")]
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<u8>()
-            .unwrap();
+        let golden = levels(&tensors[&format!("run.{name}.image")]);
         let [without, with] = ["plain.png", "with.png"]
             .map(|file| image::open(dir.path().join(file)).unwrap().to_rgb8());
+        assert_same_levels(name, with.as_raw(), &golden);
         assert!(
-            worst(with.as_raw(), &golden) <= 1,
-            "{name}: {} levels",
-            worst(with.as_raw(), &golden)
-        );
-        assert!(
-            worst(without.as_raw(), &golden) > 20,
+            worst_level(without.as_raw(), &golden) > 20,
             "{name}: the LoRA should matter"
         );
     }
@@ -123,17 +108,6 @@ fn weight(loras: &[(&str, f64)], part: &str, name: &str) -> Tensor {
     checkpoint
         .weights(part, &Device::Cpu, DType::F32)
         .get(name, &shape)
-        .unwrap()
-}
-
-fn largest(t: &Tensor) -> f32 {
-    t.abs()
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .max(0)
-        .unwrap()
-        .to_scalar()
         .unwrap()
 }
 
@@ -239,8 +213,8 @@ fn a_lora_changes_what_was_merged() {
         "together.png",
     );
     let by_hand = draw(&both, &["--lora", &file], "hand.png");
-    assert!(worst(together.as_raw(), by_hand.as_raw()) <= 1);
-    assert!(worst(together.as_raw(), draw(&both, &[], "merged.png").as_raw()) > 20);
+    assert!(worst_level(together.as_raw(), by_hand.as_raw()) <= 1);
+    assert!(worst_level(together.as_raw(), draw(&both, &[], "merged.png").as_raw()) > 20);
 }
 
 #[test]

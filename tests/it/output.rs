@@ -874,16 +874,11 @@ fn a_template_makes_its_folders_and_a_file_needs_its_own() {
     check(&output("x.png")).unwrap();
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 #[test]
 fn a_folder_that_cannot_be_written_is_found_before_drawing() {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o555)).unwrap();
-    let path = folder.path().join("x.png");
-    if fs::write(&path, "").is_ok() {
-        return; // root may write anywhere
-    }
+    // not even root makes files here
+    let path = PathBuf::from("/sys/x.png");
     let destination = Destination::File(path.clone());
     assert!(
         error(check_writable(

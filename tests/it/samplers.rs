@@ -19,9 +19,13 @@ struct Goldens {
     tensors: HashMap<String, Tensor>,
 }
 
+/// How many runs `samplers.py` stores.
+const RUNS: usize = 496;
+
 fn goldens() -> Goldens {
     let text = std::fs::read_to_string(format!("{FIXTURES}runs.json")).unwrap();
     let manifest: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(manifest["runs"].as_array().unwrap().len(), RUNS);
     Goldens {
         configs: serde_json::from_value(manifest["configs"].clone()).unwrap(),
         runs: serde_json::from_value(manifest["runs"].clone()).unwrap(),
@@ -135,6 +139,7 @@ fn levels(list: Vec<f64>, n: usize) -> Vec<f64> {
 #[test]
 fn sigmas_and_timesteps_equal_diffusers() {
     let goldens = goldens();
+    let mut with_sigmas = 0;
     for case in &goldens.runs {
         let plan = plan_of(case, &goldens.configs);
         let n = plan.timesteps.len();
@@ -160,6 +165,7 @@ fn sigmas_and_timesteps_equal_diffusers() {
             plan.timesteps
         );
         if let Some(sigmas) = golden("sigmas") {
+            with_sigmas += 1;
             let expected = if two_stage {
                 levels(sigmas, n)
             } else {
@@ -173,6 +179,8 @@ fn sigmas_and_timesteps_equal_diffusers() {
             );
         }
     }
+    // the others' schedulers have timesteps alone
+    assert_eq!(with_sigmas, 384);
 }
 
 fn sd1() -> SchedulerConfig {

@@ -21,11 +21,11 @@ fn draw(folder: &Path, name: &str, args: &[&str]) -> RgbImage {
 fn pictures_are_those_of_diffusers_with_circular_convolutions() {
     let dir = tempfile::tempdir().unwrap();
     with_base("taesd", &dir.path().join("tiny"));
-    let goldens = load(&fixture("tile/goldens.safetensors"));
-    for run in json(&fixture("tile/goldens.json"))["runs"]
-        .as_array()
-        .unwrap()
-    {
+    let tensors = load(&fixture("tile/goldens.safetensors"));
+    let runs = &goldens("tile")["runs"];
+    let runs = runs.as_array().unwrap();
+    assert_eq!(runs.len(), 8);
+    for run in runs {
         let text = |key: &str| run[key].as_str().unwrap().to_string();
         let [name, tile] = ["name", "tile"].map(text);
         let mut args = vec![
@@ -59,42 +59,13 @@ fn pictures_are_those_of_diffusers_with_circular_convolutions() {
         let plain = draw(dir.path(), "plain.png", &args);
         args.extend(["--tile", &tile]);
         let tiled = draw(dir.path(), "tiled.png", &args);
-        let golden = goldens[&format!("run.{name}.image")]
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<u8>()
-            .unwrap();
-        let worst = |picture: &RgbImage| {
-            picture
-                .as_raw()
-                .iter()
-                .zip(&golden)
-                .map(|(a, b)| a.abs_diff(*b))
-                .max()
-                .unwrap()
-        };
-        assert_eq!(tiled.as_raw().len(), golden.len());
-        assert!(worst(&tiled) <= 1, "{name}: {} levels", worst(&tiled));
+        let golden = levels(&tensors[&format!("run.{name}.image")]);
+        assert_same_levels(&name, tiled.as_raw(), &golden);
         assert!(
-            worst(&plain) > 20,
+            worst_level(plain.as_raw(), &golden) > 20,
             "{name}: circular convolutions should matter"
         );
     }
-}
-
-/// The largest difference, relative to the largest value.
-fn difference(a: &Tensor, b: &Tensor) -> f32 {
-    let max = |t: Tensor| {
-        t.abs()
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .max(0)
-            .unwrap()
-            .to_scalar::<f32>()
-            .unwrap()
-    };
-    max((a - b).unwrap()) / max(b.clone())
 }
 
 /// [b, h, w, c], begun elsewhere.

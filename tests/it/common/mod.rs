@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// This project, wherever it is now: a test may run on another machine than it was built on.
-fn project() -> PathBuf {
+pub fn project() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
@@ -58,6 +58,31 @@ pub fn sampler_of(run: &Value) -> Option<(Sampler, Option<Schedule>)> {
     Some((sampler, is_karras.then_some(Schedule::Karras)))
 }
 
+/// The same as options.
+pub fn sampler_options(run: &Value) -> Vec<String> {
+    let Some((sampler, schedule)) = sampler_of(run) else {
+        return vec![];
+    };
+    let mut options = vec![format!("--sampler={sampler}")];
+    options.extend(schedule.map(|schedule| format!("--schedule={schedule}")));
+    options
+}
+
+/// A quick picture with one of the tiny checkpoints; what is not given comes from the arguments
+/// that follow.
+pub fn quick(folder: &Path, model: &Path) -> Command {
+    let mut command = sdgen(folder);
+    command
+        .args(["--steps", "2", "-W", "16", "-H", "16", "-m"])
+        .arg(model);
+    command
+}
+
+/// The same with the fixture that most tests use.
+pub fn tiny(folder: &Path) -> Command {
+    quick(folder, &fixture("sd1"))
+}
+
 /// Runs and expects exit code 0.
 pub fn succeed(command: &mut Command) -> Output {
     let output = command.output().unwrap();
@@ -101,16 +126,16 @@ pub fn copy_folder(from: &Path, to: &Path) {
 /// share.
 pub fn with_base(name: &str, to: &Path) {
     if !fixture(name).join("model_index.json").exists() {
-        copy_folder(
-            &fixture(
-                json(&fixture(name).join("goldens.json"))["base"]
-                    .as_str()
-                    .unwrap(),
-            ),
-            to,
-        );
+        copy_folder(&fixture(goldens(name)["base"].as_str().unwrap()), to);
     }
     copy_folder(&fixture(name), to);
+}
+
+/// What diffusers was asked for the goldens of a fixture. Python writes an infinite number as
+/// `-Infinity`, which is not JSON: null stands for it.
+pub fn goldens(name: &str) -> Value {
+    let text = std::fs::read_to_string(fixture(name).join("goldens.json")).unwrap();
+    serde_json::from_str(&text.replace("-Infinity", "null")).unwrap()
 }
 
 pub fn json(path: &Path) -> Value {
@@ -129,6 +154,50 @@ pub fn load(path: &Path) -> HashMap<String, Tensor> {
 
 pub fn save(tensors: &HashMap<String, Tensor>, path: &Path) {
     candle_core::safetensors::save(tensors, path).unwrap();
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The largest absolute value.
+pub fn largest(tensor: &Tensor) -> f32 {
+    values(tensor).into_iter().map(f32::abs).fold(0.0, f32::max)
+}
+
+/// The largest difference, relative to the largest expected value.
+pub fn difference(got: &Tensor, expected: &Tensor) -> f32 {
+    largest(&(got - expected).unwrap()) / largest(expected).max(1e-6)
+}
+
+/// The levels of a picture in a file, [h, w, 3].
+pub fn pixels(path: &Path) -> Vec<u8> {
+    image::open(path).unwrap().to_rgb8().into_raw()
+}
+
+/// The levels of golden pictures.
+pub fn levels(golden: &Tensor) -> Vec<u8> {
+    golden.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// By how many levels two pictures differ at most.
+pub fn worst_level(a: &[u8], b: &[u8]) -> u8 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+/// Asserts that a picture is the golden one, but for rounding: f32 sums in another order move a
+/// value that lies next to the middle between two levels, by one level and seldom. A value is off
+/// by less than 1e-3 of the range (parity.rs: `LATENTS`), a quarter of a level, so of values spread
+/// evenly at most a quarter could move; measured are less than 1 in 100.
+pub fn assert_same_levels(name: &str, got: &[u8], golden: &[u8]) {
+    let worst = worst_level(got, golden);
+    let moved = got.iter().zip(golden).filter(|(a, b)| a != b).count();
+    assert!(
+        worst <= 1 && moved * 50 < got.len(),
+        "{name} differs by up to {worst} levels, in {moved} of {} values",
+        got.len()
+    );
 }
 
 /// A copy of a fixture whose vocabulary is CLIP's whole one, as single files assume: its embedding

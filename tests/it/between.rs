@@ -4,13 +4,16 @@
 
 use crate::common::*;
 use std::path::Path;
+use std::process::Command;
+
+fn three_steps(folder: &Path) -> Command {
+    let mut command = tiny(folder);
+    command.args(["--steps", "3", "-q"]);
+    command
+}
 
 fn draw(folder: &Path, prompt: &str, name: &str, options: &[&str]) {
-    succeed(
-        tiny(folder)
-            .args([prompt, "--steps", "3", "-q", "-o", name])
-            .args(options),
-    );
+    succeed(three_steps(folder).args([prompt, "-o", name]).args(options));
 }
 
 fn pixels(folder: &Path, name: &str) -> Vec<u8> {
@@ -93,9 +96,9 @@ fn a_variation_is_remembered_drawn_again_and_may_be_a_lines_or_swept() {
         r#"{"prompt": "a cat", "seed": 3, "variation": "8:0.25", "output": "b.png"}"#,
     )
     .unwrap();
-    succeed(tiny(dir.path()).args(["--from", "jobs.jsonl"]));
+    succeed(three_steps(dir.path()).args(["--from", "jobs.jsonl"]));
     assert!(pixels(dir.path(), "a.png") == pixels(dir.path(), "b.png"));
-    succeed(tiny(dir.path()).args([
+    succeed(three_steps(dir.path()).args([
         "a cat",
         "-s",
         "3",
@@ -118,7 +121,7 @@ fn a_variation_that_cannot_be_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     for wrong in ["8", "8:", "x:0.5", "8:1.5", "8:-0.1", "8:nan", ""] {
         fail(
-            tiny(dir.path()).args(["a cat", &format!("--variation={wrong}")]),
+            three_steps(dir.path()).args(["a cat", &format!("--variation={wrong}")]),
             2,
             &["--variation", "SEED:X", "9:0.2"],
         );
@@ -225,7 +228,7 @@ fn frames_are_pictures_of_the_list_with_names_that_ffmpeg_counts_through() {
         "3",
     ];
     let said = succeed(
-        tiny(dir.path())
+        three_steps(dir.path())
             .args(animation)
             .args(["-b", "4", "--trace"]),
     );
@@ -249,7 +252,7 @@ fn frames_are_pictures_of_the_list_with_names_that_ffmpeg_counts_through() {
     std::fs::remove_file(dir.path().join(&names[1])).unwrap();
     let args = [&animation[..], &["--trace", "--resume", "--shard", "1/2"]].concat();
     assert_eq!(
-        stdout(&succeed(tiny(dir.path()).args(args)))
+        stdout(&succeed(three_steps(dir.path()).args(args)))
             .lines()
             .count(),
         3
@@ -265,7 +268,7 @@ fn frames_are_pictures_of_the_list_with_names_that_ffmpeg_counts_through() {
     // by lines, where the command line says how many
     let line = r#"{"prompt": "a cat", "seed": 5, "to": "a house", "to_seed": 8, "output": "lines/{frame:03}.png"}"#;
     std::fs::write(dir.path().join("jobs.jsonl"), line).unwrap();
-    succeed(tiny(dir.path()).args(["--from", "jobs.jsonl", "--frames", "3"]));
+    succeed(three_steps(dir.path()).args(["--from", "jobs.jsonl", "--frames", "3"]));
     assert!(pixels(dir.path(), "lines/001.png") == pixels(dir.path(), &names[4]));
     let swept = [
         "a cat",
@@ -277,7 +280,7 @@ fn frames_are_pictures_of_the_list_with_names_that_ffmpeg_counts_through() {
         "2",
         "--dry-run",
     ];
-    let said = stdout(&succeed(tiny(dir.path()).args(swept)));
+    let said = stdout(&succeed(three_steps(dir.path()).args(swept)));
     assert_eq!(
         said.lines().nth(2),
         Some("a-cat-3-to-a-dog-0000.png"),
@@ -331,7 +334,7 @@ fn an_animation_that_cannot_be_is_an_error() {
             &["`{frame:04}` for the frames"],
         ),
     ] {
-        fail(tiny(dir.path()).arg("a cat").args(options), 2, texts);
+        fail(three_steps(dir.path()).arg("a cat").args(options), 2, texts);
     }
     std::fs::write(
         dir.path().join("jobs.jsonl"),
@@ -339,7 +342,7 @@ fn an_animation_that_cannot_be_is_an_error() {
     )
     .unwrap();
     fail(
-        tiny(dir.path()).args(["--from", "jobs.jsonl"]),
+        three_steps(dir.path()).args(["--from", "jobs.jsonl"]),
         2,
         &["line 1", "`--to` does not say"],
     );

@@ -227,7 +227,7 @@ fn the_unet_predicts_the_same_after_every_block() {
                 .tensors
                 .keys()
                 .filter_map(|golden| golden.strip_prefix(&start))
-                .filter(|block| !["latents", "timesteps"].contains(block))
+                .filter(|block| !["latents", "timesteps"].contains(block) && !is_inner(block))
                 .collect();
             all += left.len();
             let latents = f.golden(&format!("unet.{name}.latents"));
@@ -270,7 +270,15 @@ fn the_unet_predicts_the_same_after_every_block() {
             );
         }
     }
-    assert_eq!(all, 140, "goldens of U-Nets");
+    assert_eq!(all, 113, "goldens of U-Nets");
+}
+
+/// Whether a golden is from within a block: our network shows whole blocks only. What differs there
+/// makes the block differ.
+fn is_inner(golden: &str) -> bool {
+    ["conv_norm_out", "time_embedding"].contains(&golden)
+        || golden.contains(".attentions.")
+        || golden.contains(".resnets.")
 }
 
 /// Groups of one channel would take out all that the timestep adds, and the test above would not
@@ -775,6 +783,10 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             );
         }
         assert_eq!(compared, golden.dim(0).unwrap(), "{name}: steps");
-        compare_pictures(&refiner, name, &decoder.decode(cx(), &latents.unwrap()).unwrap());
+        compare_pictures(
+            &refiner,
+            name,
+            &decoder.decode(cx(), &latents.unwrap()).unwrap(),
+        );
     }
 }

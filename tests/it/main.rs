@@ -15,6 +15,7 @@ mod from_picture;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;
+mod layers;
 mod library;
 mod lora;
 mod memory;

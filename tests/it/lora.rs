@@ -69,8 +69,9 @@ fn pictures_with_loras_of_every_format_are_those_of_diffusers_and_of_the_formula
         let [without, with] = ["plain.png", "with.png"]
             .map(|file| image::open(dir.path().join(file)).unwrap().to_rgb8());
         assert_same_levels(name, with.as_raw(), &golden);
+        // measured: 43 to 215
         assert!(
-            worst_level(without.as_raw(), &golden) > 20,
+            worst_level(without.as_raw(), &golden) > VISIBLE,
             "{name}: the LoRA should matter"
         );
     }
@@ -118,7 +119,9 @@ fn what_loras_change_adds_up_in_any_order_and_goes_by_their_strength() {
     let change = |loras: &[(&str, f64)]| (weight(loras, "unet", name) - &plain).unwrap();
     let (kohya, dora) = (change(&[("kohya", 1.0)]), change(&[("dora", 1.0)]));
     assert!(largest(&kohya) > 0.1 && largest(&dora) > 0.1);
-    // the file's weights are f16, and rounded to that after each change
+    // The file's weights are f16, and rounded to that after each change. Below 1 that is off by up to
+    // 2^-12, and what is compared is made of two roundings on one side and, with strengths 0.5 and
+    // 2, of two and a half on the other: 1.1e-3, twice that between 1 and 2.
     let same =
         |a: &Tensor, b: &Tensor| assert!(largest(&(a - b).unwrap()) < 2e-3 * largest(b).max(1.0));
     let both = ((&kohya * 0.5).unwrap() - (&dora * 2.0).unwrap()).unwrap();
@@ -214,7 +217,7 @@ fn a_lora_changes_what_was_merged() {
     );
     let by_hand = draw(&both, &["--lora", &file], "hand.png");
     assert!(worst_level(together.as_raw(), by_hand.as_raw()) <= 1);
-    assert!(worst_level(together.as_raw(), draw(&both, &[], "merged.png").as_raw()) > 20);
+    assert!(worst_level(together.as_raw(), draw(&both, &[], "merged.png").as_raw()) > VISIBLE);
 }
 
 #[test]

@@ -186,6 +186,9 @@ pub fn worst_level(a: &[u8], b: &[u8]) -> u8 {
     a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }
 
+/// Levels that rounding cannot explain: twenty times what it may move.
+pub const VISIBLE: u8 = 20;
+
 /// Asserts that a picture is the golden one, but for rounding. f32 sums in another order move a
 /// value that lies next to the middle between two levels to the other one. Of values that are off
 /// by 1/20 of a level on average, 2e-4 of the range, as many move; measured are up to 2 in 100.

@@ -613,8 +613,10 @@ fn hires_draws_the_picture_again_larger_and_alone_or_in_a_batch_the_same() {
         "0.8",
     ]);
     draw(&["-s", "2", "-o", "small.png"]);
-    let [two, one, more, small] =
-        ["two/2.png", "one.png", "more.png", "small.png"].map(|name| read(&dir.path().join(name)));
+    draw(&["-s", "1", "-o", "other.png"]);
+    let [two, one, more, small, other] =
+        ["two/2.png", "one.png", "more.png", "small.png", "other.png"]
+            .map(|name| read(&dir.path().join(name)));
     assert_eq!(
         (one.width, one.height),
         (96, 80),
@@ -623,8 +625,10 @@ fn hires_draws_the_picture_again_larger_and_alone_or_in_a_batch_the_same() {
     assert!(two == one && one != more);
     // the same thing in the same place
     let fit = |picture: &Picture| picture.fit(16, 16, sdgen::image::load::Fit::Stretch);
-    let psnr = fit(&one).difference(&fit(&small)).psnr_db;
-    assert!(psnr > 15.0, "{psnr} dB");
+    let near = fit(&one).difference(&fit(&small)).psnr_db;
+    let far = fit(&one).difference(&fit(&other)).psnr_db;
+    // measured: 19 dB, and 11 for the other seed; 3 dB are half of the square error
+    assert!(near > far + 3.0, "{near} dB, {far} dB for another seed");
     succeed(sdgen(dir.path()).args(["check", "one.png", "two/1.png"]));
     save(&dir.path().join("source.png"), &gradient(64, 48));
     save(&dir.path().join("mask.png"), &mask(64, 48, 8, 8, 50, 40));

@@ -1,6 +1,7 @@
 //! One guided SD1.5 step and one VAE decode at 512x512 with candle-transformers' networks, to stand
-//! beside `sdgen bench`: `cargo bench --bench candle`. The weights are zeros, which dense
-//! arithmetic does not notice. candle gets the AVX-512 matrix products that sdgen turns on for it.
+//! beside `sdgen bench`: `cargo run --release --manifest-path tests/bench/Cargo.toml`. The weights
+//! are zeros, which dense arithmetic does not notice. candle gets AVX-512 matrix products, which it
+//! leaves off by itself.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};

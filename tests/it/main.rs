@@ -32,6 +32,7 @@ mod prompts;
 mod samplers;
 mod shard;
 mod sheet;
+mod snapshots;
 mod steps;
 mod tile;
 mod traps;

@@ -63,14 +63,14 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// The kind of an error that has a mark of its own anywhere in its chain of causes.
-pub(crate) fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+pub fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
     if error.is::<NotFinite>() {
         Some(ErrorKind::NotFinite)
     } else if error.is::<OutOfMemory>() {
         Some(ErrorKind::OutOfMemory)
     } else if error.is::<Cancelled>() {
         Some(ErrorKind::Cancelled)
-    } else if error.is::<crate::weights::ModelError>() {
+    } else if error.is::<ModelError>() {
         Some(ErrorKind::Model)
     } else {
         None
@@ -78,7 +78,7 @@ pub(crate) fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
 }
 
 /// Splits a chain of causes into what went wrong and what to do about it.
-pub(crate) fn split(error: &anyhow::Error) -> (String, Option<String>) {
+pub fn split(error: &anyhow::Error) -> (String, Option<String>) {
     let (mut causes, mut remedy) = (vec![], None);
     for part in error.chain().map(ToString::to_string) {
         let (cause, hint) = match part.split_once(REMEDY) {
@@ -91,9 +91,19 @@ pub(crate) fn split(error: &anyhow::Error) -> (String, Option<String>) {
     (causes.join(": "), remedy)
 }
 
+/// Marks an error as the model's fault: a setting or a weight that cannot be used.
+#[derive(Debug)]
+pub struct ModelError;
+
+impl fmt::Display for ModelError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("this model cannot be used")
+    }
+}
+
 /// Marks an error: NaN or infinity appeared.
 #[derive(Debug)]
-pub(crate) struct NotFinite {
+pub struct NotFinite {
     /// where it appeared, such as `after decoding`
     pub place: String,
 }
@@ -113,7 +123,7 @@ impl std::error::Error for NotFinite {}
 
 /// Marks an error: the device has no memory left.
 #[derive(Debug)]
-pub(crate) struct OutOfMemory;
+pub struct OutOfMemory;
 
 impl fmt::Display for OutOfMemory {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -129,7 +139,7 @@ impl std::error::Error for OutOfMemory {}
 
 /// Marks an error: the caller answered a step with `Break`.
 #[derive(Debug)]
-pub(crate) struct Cancelled;
+pub struct Cancelled;
 
 impl fmt::Display for Cancelled {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -148,7 +158,7 @@ const NO_MEMORY: [&str; 3] = [
 
 /// Marks an error of a device that has no memory left. candle's backends have no type of error for
 /// this, only their words.
-pub(crate) fn mark_out_of_memory(error: anyhow::Error) -> anyhow::Error {
+pub fn mark_out_of_memory(error: anyhow::Error) -> anyhow::Error {
     let text = format!("{error:#}").to_lowercase().replace('_', " ");
     if NO_MEMORY.iter().any(|words| text.contains(words)) {
         error.context(OutOfMemory)
@@ -178,10 +188,7 @@ mod tests {
     #[test]
     fn an_error_has_its_kind_from_anywhere_in_its_chain_and_one_remedy() {
         let inner = anyhow::anyhow!("no tensor `a`\n\nhint: look at `b`");
-        let error = Error::new(
-            ErrorKind::Other,
-            inner.context(crate::weights::ModelError).context("outer"),
-        );
+        let error = Error::new(ErrorKind::Other, inner.context(ModelError).context("outer"));
         assert_eq!(error.kind(), ErrorKind::Model);
         assert_eq!(
             error.message(),

@@ -3,10 +3,11 @@
 use super::family::Family;
 use super::preview::PreviewMap;
 use super::settings::Settings;
+use crate::error::ModelError;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
 use crate::sampling::SchedulerConfig;
 use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
-use crate::weights::{Checkpoint, ModelError};
+use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
 
 /// How much of an init image is noise at first (`strength`) where nobody says.

@@ -100,7 +100,6 @@ impl Denoising {
         let state = self.init(init, plan, batch, prompts, run)?;
         let extra = ExtraInputs {
             concat: state.concat,
-            ..ExtraInputs::default()
         };
         let mut denoiser = CfgDenoiser {
             model: backbone.bind(cx, &prompts.of(batch, &texts)?, extra.clone())?,

@@ -77,12 +77,15 @@ impl Preview<'_> {
     }
 }
 
+/// A caller's function that takes events.
+pub type OnEvent<'a> = dyn FnMut(Event) -> ControlFlow<()> + 'a;
+
 /// Gives events to the caller, from wherever in a run they happen.
-pub struct Events<'a>(RefCell<&'a mut dyn FnMut(Event) -> ControlFlow<()>>);
+pub struct Events<'a>(RefCell<&'a mut OnEvent<'a>>);
 
 impl<'a> Events<'a> {
     /// Events that go to this function.
-    pub fn new(to: &'a mut dyn FnMut(Event) -> ControlFlow<()>) -> Self {
+    pub fn new(to: &'a mut OnEvent<'a>) -> Self {
         Self(RefCell::new(to))
     }
 

@@ -23,6 +23,7 @@ pub mod queue;
 pub mod resolve;
 pub mod settings;
 
+use crate::error::ModelError;
 use crate::error::{Cancelled, Error, ErrorKind, NotFinite, OutOfMemory, mark_out_of_memory};
 use crate::image::Picture;
 use crate::image::load::Fit;
@@ -32,13 +33,13 @@ use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
 use crate::nn::layers::is_finite;
 use crate::sampling::Prediction;
+use crate::weights::Checkpoint;
 use crate::weights::lora::Lora;
-use crate::weights::{Checkpoint, ModelError};
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use config::PipelineConfig;
 use denoise::{Denoising, Init};
-use event::{Event, Events, Generated};
+use event::{Event, Events, Generated, OnEvent};
 use init_latents::{InitLatents, InitLatentsCache};
 use job::Job;
 use networks::{Model, Networks};
@@ -147,21 +148,23 @@ impl Pipeline {
         &self,
         jobs: &[&Job],
         options: RunOptions,
-        on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
+        on_event: &mut OnEvent,
         sink: &mut Sink,
     ) -> Result<()> {
         let events = Events::new(on_event);
         let mut run = Run::new(self, options, &events, sink);
         let mut queue = BatchQueue::new(jobs, options.batch_size);
         let remaining = |queue: &BatchQueue| Event::NextBatch {
-            remaining: queue.len(),
+            remaining: queue.remaining(),
         };
-        while queue.len() > 0 && events.emit(remaining(&queue)).is_continue() {
-            let Some(batch) = queue.next() else { break };
+        while queue.remaining() > 0 && events.emit(remaining(&queue)).is_continue() {
+            let Some(batch) = queue.next_batch() else {
+                break;
+            };
             let _awake = self.compute.device.is_cpu().then(KeepAwake::start);
             run.encode_prompts(&jobs_of(&batch), &queue)?;
             let batch = queue.take_matching(batch, |job| run.base_prompts.tokens(job))?;
-            let before = jobs.len() - queue.len() - batch.len();
+            let before = jobs.len() - queue.remaining() - batch.len();
             run.announce(&batch, before, jobs.len());
             match run
                 .denoise_batch(&jobs_of(&batch), &queue)
@@ -387,7 +390,7 @@ impl<'a> Run<'a> {
         if let Some(refiner) = self.refiner() {
             drop(backbone);
             // kept for the next batch; after the last its memory is free for the refiner
-            if queue.len() == 0 && !self.options.keep_networks {
+            if queue.remaining() == 0 && !self.options.keep_networks {
                 base.networks.backbone.free();
             }
             latents = self.refine(refiner, &mut denoising, batch, queue, &latents)?;
@@ -466,7 +469,7 @@ impl<'a> Run<'a> {
             mut denoising,
             sampling_s,
         } = denoised;
-        if queue.len() == 0 && !self.options.keep_networks {
+        if queue.remaining() == 0 && !self.options.keep_networks {
             self.pipeline.networks.base.backbone.free();
             self.pipeline.networks.refiner.backbone.free();
         }

@@ -2,10 +2,11 @@
 
 use super::config::{ModelConfig, PipelineConfig};
 use super::event::Events;
+use crate::error::ModelError;
 use crate::model::{Backbone, Decoder, Encoder};
 use crate::nn::device::Compute;
 use crate::text::encoder::PromptEncoder;
-use crate::weights::{Checkpoint, ModelError};
+use crate::weights::Checkpoint;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use std::sync::{Arc, Mutex, PoisonError};

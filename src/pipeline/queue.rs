@@ -35,7 +35,7 @@ impl<'a> BatchQueue<'a> {
     }
 
     /// How many jobs are left.
-    pub fn len(&self) -> usize {
+    pub fn remaining(&self) -> usize {
         self.jobs.len() + self.again.iter().map(Vec::len).sum::<usize>()
     }
 
@@ -59,7 +59,7 @@ impl<'a> BatchQueue<'a> {
     }
 
     /// Takes the first job that is left, with those of the next that can be denoised beside it.
-    pub fn next(&mut self) -> Option<Vec<Queued<'a>>> {
+    pub fn next_batch(&mut self) -> Option<Vec<Queued<'a>>> {
         if let Some(batch) = self.again.pop() {
             return Some(batch);
         }

@@ -31,17 +31,6 @@ pub mod family_name {
     pub const SDXL_REFINER: &str = "Stable Diffusion XL refiner";
 }
 
-/// The context of errors that are the model's fault, such as a setting or a weight that cannot be
-/// used; the command has an exit code for them.
-#[derive(Debug)]
-pub struct ModelError;
-
-impl std::fmt::Display for ModelError {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str("this model cannot be used")
-    }
-}
-
 /// The files of a checkpoint's tokenizer.
 pub enum TokenizerFiles {
     /// `tokenizer.json`

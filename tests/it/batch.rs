@@ -1,6 +1,5 @@
 //! Many pictures: lists, sweeps, batches, what fails, what ends a run, and how it goes on. Drives
 //! the program as a script would.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use serde_json::{Value, json};

@@ -1,6 +1,5 @@
 //! Pictures between others: variations of a seed, and frames on the way to another prompt or seed.
 //! Drives the program as a script would.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use std::path::Path;

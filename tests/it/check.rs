@@ -1,5 +1,4 @@
 //! `sdgen check`: pictures are drawn again from what their files say, and compared.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use sdgen::pipeline::fingerprint::Trace;

@@ -1,5 +1,4 @@
 //! Checkpoints as people have them: folders, single files, real headers, damaged ones.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{Device, Tensor};

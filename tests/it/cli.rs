@@ -1,6 +1,5 @@
 //! The contract with scripts: arguments, streams, exit codes, files. Drives the program as a shell
 //! would.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use serde_json::Value;

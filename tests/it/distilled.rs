@@ -1,5 +1,4 @@
 //! Models that were distilled: to few steps, with guidance as an input.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use sdgen::weights::{Checkpoint, Origin};

@@ -6,7 +6,6 @@
 //! share a folder, in which [`prepare`] puts some pictures. The text of ```` ```json jobs.jsonl ````
 //! is written to that file, and ```` ```sh no_run ```` is only read.
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use clap::{ArgMatches, CommandFactory};

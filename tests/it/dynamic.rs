@@ -1,5 +1,4 @@
 //! Prompts as templates: what they come to, for which seed, and what is none.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use sdgen::batch::dynamic_prompts::{Template, Wildcards};

@@ -1,5 +1,4 @@
 //! Learned words (textual inversion): `--embedding`. Goldens: `fixtures/embeddings.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

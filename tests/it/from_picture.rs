@@ -1,5 +1,4 @@
 //! Pictures drawn from pictures: the same as diffusers', and what is around them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

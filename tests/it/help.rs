@@ -1,5 +1,4 @@
 //! `sdgen help` and `sdgen man`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 

@@ -1,6 +1,5 @@
 //! The hub's client against a server on loopback that speaks the hub's protocol: the listing of a
 //! repository, `resolve` with its checksums in headers, large files redirected to another origin.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

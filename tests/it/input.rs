@@ -1,5 +1,4 @@
 //! Pictures from outside: every kind of file, and every kind of broken one.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,5 @@
 //! The library as others use it: one pipeline in many threads, several pipelines at once, events
 //! and errors.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use sdgen::{Error, ErrorKind, Event, Image, ModelSpec, Params, Pipeline};

@@ -1,6 +1,5 @@
 //! `--lora`: files of every format, against diffusers and against their formulas. Goldens:
 //! `fixtures/lora.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -1,5 +1,7 @@
 //! All integration tests, one program: it is linked once.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 mod batch;

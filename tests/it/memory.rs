@@ -1,7 +1,6 @@
 //! What is in memory beside what. In a process of its own, as the system counts for whole
 //! processes.
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -1,5 +1,4 @@
 //! `--merge` and `--minus`: shares of other checkpoints, added as weights are read.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -2,7 +2,6 @@
 //!
 //! The goldens are pictures of this program. Platforms differ in the last bits of their sums, so
 //! they are compared by PSNR.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::{fixture, sdgen, succeed};
 use image::RgbImage;

@@ -1,5 +1,4 @@
 //! Noise equals torch's CPU generator. Goldens: `fixtures/samplers.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashMap;
 

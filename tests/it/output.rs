@@ -1,5 +1,4 @@
 //! Pictures as files: pixels, formats, metadata, names, and how they are written.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashSet;
 use std::ffi::OsStr;

@@ -1,7 +1,6 @@
 //! The same numbers as diffusers, stage by stage, on tiny random checkpoints of four kinds
 //! (tests/fixtures/README.md). Every comparison names the first tensor that differs, by how much,
 //! and what was allowed.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::{assert_same_levels, goldens, levels, sampler_of, values, with_base};
 use candle_core::{DType, Device, Tensor};

@@ -4,7 +4,6 @@
 //! colours on a grid of 4x4. Where a machine's instructions sum in another order, the colours decide, within
 //! [`TOLERANCE`]. `SDGEN_UPDATE_PICTURES=1` takes the pictures down anew, and `SDGEN_TEST_PROGRAM` names another program that
 //! draws them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

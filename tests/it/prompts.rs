@@ -1,6 +1,5 @@
 //! Prompts as people paste them: A1111's grammar against an implementation of its own
 //! (fixtures/prompts.py), and pictures.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device};

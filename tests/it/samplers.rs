@@ -1,6 +1,5 @@
 //! Samplers equal diffusers' schedulers, and k-diffusion where diffusers has none. Goldens:
 //! `fixtures/samplers.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashMap;
 

@@ -1,6 +1,5 @@
 //! A work list on several machines: parts that need no coordinator, and what is still missing
 //! afterwards.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use std::collections::BTreeMap;

@@ -2,7 +2,6 @@
 //!
 //! The texts lie in `snapshots/`. A change that is meant is accepted with
 //! `INSTA_UPDATE=always cargo test --test it -- snapshots`, and reviewed in the diff.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use clap::CommandFactory;

@@ -1,5 +1,4 @@
 //! Seamless pictures: `--tile`. Goldens: `fixtures/tile.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

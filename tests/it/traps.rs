@@ -28,7 +28,6 @@
 //! | 22 one failed picture loses its batch, or exits 0 | batch.rs: `a_picture_that_fails_is_reported_and_the_rest_of_its_batch_is_saved`, `a_file_that_cannot_be_written_fails_alone` |
 //! | 23 a prompt that is not ASCII | checkpoints.rs: `clips_tokenizer_gives_transformers_ids`; here: `long_prompts_of_any_script_are_cut_between_letters` |
 //! | 24 the last step of DPM++ 2M | samplers.rs: `latents_after_every_evaluation_equal_diffusers`; here: `the_last_step_of_dpmpp_lands_on_the_denoised_picture` |
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -1,5 +1,4 @@
 //! `sdgen upscale`: networks of every naming, tiles, where results go, and what they remember.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

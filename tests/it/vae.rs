@@ -1,6 +1,5 @@
 //! `--vae`: another decoder than the model's own, in every form in which one is found.
 //! `--vae-tiling`: decoding in parts.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -80,7 +80,7 @@ pub mod weights;
 mod weights;
 
 pub use crate::error::{Error, ErrorKind};
-pub use crate::image::{Format, Picture as Image};
+pub use crate::image::{Format, Image};
 pub use crate::nn::device::{DTypeChoice, DeviceChoice};
 pub use crate::pipeline::Pipeline;
 pub use crate::pipeline::event::{Event, Preview};

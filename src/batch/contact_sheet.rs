@@ -1,7 +1,7 @@
 //! A contact sheet: many pictures in one, in labelled rows and columns.
 //!
 //! Hides the layout and the drawing of text. What the labels say is the caller's choice; the sheet
-//! is a [`Picture`] like any other.
+//! is a [`Image`] like any other.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use epaint_default_fonts::{NOTO_EMOJI_REGULAR, UBUNTU_LIGHT};
 use crate::batch::jobs::JobList;
 use crate::batch::output_path;
 use crate::batch::work_list::Task;
-use crate::image::{Format, MAX_SIDE_PX, Picture};
+use crate::image::{Format, Image, MAX_SIDE_PX};
 
 /// 256 megapixels, 768 MiB of RGB.
 const MAX_AREA_PX: usize = 256 << 20;
@@ -32,7 +32,7 @@ pub struct Cell {
     /// Label of its column, any text.
     pub column: String,
     /// Drawn at its full size.
-    pub picture: Picture,
+    pub picture: Image,
 }
 
 /// Saves a sheet of the images of a list that are there: a row for each prompt and columns for
@@ -40,7 +40,7 @@ pub struct Cell {
 pub fn save_sheet(path: &Path, list: &JobList, tasks: &[Task], overwrite: bool) -> Result<()> {
     let cell = |task: &Task| {
         let spec = list.jobs.get(task.index)?;
-        let picture = Picture::decode(&std::fs::read(task.path.as_ref()?).ok()?).ok()?;
+        let picture = Image::decode(&std::fs::read(task.path.as_ref()?).ok()?).ok()?;
         let (prompt, seed) = (spec.prompt.to_string(), format!("seed {}", spec.seed));
         let (row, column) = match spec.sweep.labels.split_last() {
             None => (prompt, seed),
@@ -65,9 +65,9 @@ pub fn save_sheet(path: &Path, list: &JobList, tasks: &[Task], overwrite: bool) 
 /// are left out. A single row of more than 8 columns goes on below, near a square. Errors if there
 /// is no picture, if a picture's values do not make its size, or if the sheet would be larger than
 /// 16384 pixels on a side or 256 megapixels.
-pub fn sheet(cells: &[Cell]) -> Result<Picture> {
+pub fn sheet(cells: &[Cell]) -> Result<Image> {
     for Cell {
-        picture: Picture { width, height, rgb },
+        picture: Image { width, height, rgb },
         ..
     } in cells
     {
@@ -151,7 +151,7 @@ pub fn sheet(cells: &[Cell]) -> Result<Picture> {
             gap + band * band_height + top + row * (cell_height + gap),
         )
     };
-    let mut sheet = Picture {
+    let mut sheet = Image {
         width,
         height,
         rgb: vec![WHITE; width * height * 3],
@@ -255,7 +255,7 @@ fn labels<'a>(of_cells: impl Iterator<Item = &'a str>) -> (Vec<&'a str>, Vec<usi
 }
 
 /// Copies `picture`, all of which lies within the sheet, to the place of its upper left corner.
-fn paste(sheet: &mut Picture, picture: &Picture, x: usize, y: usize) {
+fn paste(sheet: &mut Image, picture: &Image, x: usize, y: usize) {
     let rows = sheet.rgb.chunks_exact_mut(sheet.width * 3).skip(y);
     for (row, pixels) in rows.zip(picture.rgb.chunks_exact(picture.width * 3)) {
         row[x * 3..][..pixels.len()].copy_from_slice(pixels);
@@ -349,7 +349,7 @@ impl Text {
     }
 
     /// Draws one line below and to the right of (x, y); what lies outside of the sheet is cut off.
-    fn draw(&self, sheet: &mut Picture, line: &str, x: usize, y: usize) {
+    fn draw(&self, sheet: &mut Image, line: &str, x: usize, y: usize) {
         let mut right = x as f32;
         for c in line.chars() {
             let font = self.font(c);

@@ -2,7 +2,7 @@
 
 use crate::batch::report::{Outcome, Outcomes};
 use crate::batch::work_list::Task;
-use crate::image::{Format, Picture, read_metadata};
+use crate::image::{Format, Image, read_metadata};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::options::VaeTiling;
 use crate::pipeline::settings::Settings;
@@ -62,7 +62,7 @@ fn outcome(task: &mut Task, options: ResumeOptions) -> Option<Outcome> {
     if !settings.draws_the_same_as(&asked) {
         return None;
     }
-    let picture = Picture::decode(&bytes).ok()?;
+    let picture = Image::decode(&bytes).ok()?;
     task.job.settings = asked;
     Some(Outcome {
         sha256: (options.wants_hash && task.format != Format::Jpg).then(|| picture.sha256()),

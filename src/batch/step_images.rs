@@ -2,7 +2,7 @@
 
 use crate::batch::output_path;
 use crate::batch::work_list::Task;
-use crate::image::{Format, Picture};
+use crate::image::{Format, Image};
 use anyhow::{Context, Result, bail};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ impl StepImages {
     }
 
     /// Saves the previews of a batch, which stand side by side in one image.
-    pub fn save(&self, indices: &[usize], step: usize, previews: &Picture) -> Result<()> {
+    pub fn save(&self, indices: &[usize], step: usize, previews: &Image) -> Result<()> {
         let width = previews.width / indices.len().max(1);
         for (place, index) in indices.iter().enumerate() {
             let Some(stem) = self.stems.get(index) else {
@@ -96,13 +96,13 @@ fn stems(tasks: &[&Task]) -> HashMap<usize, String> {
 }
 
 /// `width` columns of an image, from `left` on.
-fn columns(image: &Picture, left: usize, width: usize) -> Picture {
+fn columns(image: &Image, left: usize, width: usize) -> Image {
     let rows = image.rgb.chunks_exact((image.width * 3).max(1));
     let row = |row: &[u8]| {
         let row = row.iter().skip(left * 3).take(width * 3);
         row.copied().collect::<Vec<u8>>()
     };
-    Picture {
+    Image {
         width,
         height: image.height,
         rgb: rows.flat_map(row).collect(),

@@ -7,7 +7,7 @@ use crate::cli::model_args::ModelArgs;
 use crate::cli::progress::{Progress, ProgressMode};
 use crate::cli::stdout::say;
 use crate::cli::upscale::Upscaler;
-use crate::image::{Difference, Format, Picture, read_metadata};
+use crate::image::{Difference, Format, Image, read_metadata};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::fingerprint::Trace;
@@ -98,7 +98,7 @@ struct Drawing {
     trace: Option<Trace>,
     format: Format,
     /// The pixels that it should have when it is drawn again.
-    expected: Picture,
+    expected: Image,
 }
 
 /// How an image that was drawn again compares.
@@ -287,10 +287,9 @@ impl Drawing {
             Some(path) => {
                 let bytes = std::fs::read(path)
                     .with_context(|| format!("`{}` cannot be read", path.display()))?;
-                Picture::decode(&bytes)
-                    .with_context(|| format!("`{}` is damaged", path.display()))?
+                Image::decode(&bytes).with_context(|| format!("`{}` is damaged", path.display()))?
             }
-            None => Picture::decode(&bytes).context("it is damaged")?,
+            None => Image::decode(&bytes).context("it is damaged")?,
         };
         Ok(Self {
             path: path.into(),
@@ -474,7 +473,7 @@ impl Drawing {
             .map(|upscaler| upscaler.upscale(&drawn.image, progress))
             .transpose()?;
         let picture = larger.as_ref().unwrap_or(&drawn.image);
-        let picture = Picture::decode(&picture.encode(self.format, None)?)?;
+        let picture = Image::decode(&picture.encode(self.format, None)?)?;
         let [(w, h), (expected_w, expected_h)] =
             [&picture, &self.expected].map(|picture| (picture.width, picture.height));
         ensure!(

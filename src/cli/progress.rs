@@ -16,7 +16,7 @@
 
 use crate::batch::step_images::StepImages;
 use crate::cli::terminal::Terminal;
-use crate::image::Picture;
+use crate::image::Image;
 use crate::pipeline::event::Event;
 use candle_core::Result as TensorResult;
 use clap::ValueEnum;
@@ -185,7 +185,7 @@ impl Progress {
 
     /// Shows a finished picture, in the place of a preview. It is drawn and saved by then: an error
     /// is no reason to stop.
-    pub fn show(&self, picture: &Picture) {
+    pub fn show(&self, picture: &Image) {
         let Some(terminal) = &self.terminal else {
             return;
         };
@@ -200,7 +200,7 @@ impl Progress {
         &self,
         width: usize,
         height: usize,
-        picture: impl FnOnce() -> TensorResult<Picture>,
+        picture: impl FnOnce() -> TensorResult<Image>,
     ) {
         let (indices, step) = {
             let mut now = self.now();

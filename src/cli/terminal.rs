@@ -5,7 +5,7 @@
 //! variables alone: one that is asked and does not answer would hold up the drawing, and one behind
 //! a multiplexer answers for itself alone.
 
-use crate::image::{Format, Picture};
+use crate::image::{Format, Image};
 use anyhow::{Context, Result, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -101,7 +101,7 @@ impl Terminal {
     /// passing one can be taken back. Errors if the values do not make the picture.
     pub fn draw(
         &self,
-        picture: &Picture,
+        picture: &Image,
         width: usize,
         height: usize,
         passing: bool,
@@ -184,12 +184,12 @@ fn fit(
     (places(width * scale), places(height * scale / 2.0))
 }
 
-fn png(picture: &Picture) -> Result<Vec<u8>> {
+fn png(picture: &Image) -> Result<Vec<u8>> {
     picture.encode(Format::Png, None)
 }
 
-fn scaled(picture: &Picture, width: usize, height: usize) -> Result<RgbImage> {
-    let Picture {
+fn scaled(picture: &Image, width: usize, height: usize) -> Result<RgbImage> {
+    let Image {
         width: w,
         height: h,
         rgb,
@@ -331,15 +331,15 @@ mod tests {
     use super::*;
 
     /// A picture of 1x2 pixels: red over blue.
-    fn red_over_blue() -> Picture {
-        Picture {
+    fn red_over_blue() -> Image {
+        Image {
             width: 1,
             height: 2,
             rgb: vec![255, 0, 0, 0, 0, 255],
         }
     }
 
-    fn drawn(graphics: Graphics, picture: &Picture, passing: bool) -> String {
+    fn drawn(graphics: Graphics, picture: &Image, passing: bool) -> String {
         Terminal {
             graphics,
             columns: 80,
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn half_blocks_hold_two_pixels_and_say_a_colour_once() {
-        let picture = Picture {
+        let picture = Image {
             width: 3,
             height: 4,
             rgb: [[255, 0, 0].repeat(6), [0, 0, 255].repeat(6)].concat(),

@@ -12,7 +12,7 @@ use crate::error::ModelError;
 use crate::error::OutOfMemory;
 use crate::image::MAX_SIDE_PX;
 use crate::image::load::{Fit, Input};
-use crate::image::{Format, Metadata, Picture, read_metadata};
+use crate::image::{Format, Image, Metadata, read_metadata};
 use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
 use crate::nn::Forward;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
@@ -190,7 +190,7 @@ impl Upscaler {
 
     /// A picture made larger; a network's result of another scale is brought to it by Lanczos'
     /// formula. Errors if the result would be too large, or does not fit into memory.
-    pub fn upscale(&self, picture: &Picture, progress: &Progress) -> Result<Picture> {
+    pub fn upscale(&self, picture: &Image, progress: &Progress) -> Result<Image> {
         let (width, height) = self.size(picture.width, picture.height)?;
         let Some(network) = &self.network else {
             return Ok(picture.fit(width, height, Fit::Stretch));

@@ -1,7 +1,7 @@
 //! Pictures that come from outside: what img2img, masks and upscaling start from.
 //!
 //! Hides formats, colour modes, orientation and limits: whatever a file holds, an [`Input`] is
-//! 8-bit RGB the right way up, with its transparency apart. [`Picture::fit`] brings it to the size
+//! 8-bit RGB the right way up, with its transparency apart. [`Image::fit`] brings it to the size
 //! of a drawing. Pictures that we drew ourselves, and what they remember, are [`crate::image`]'s.
 
 use std::f64::consts::PI;
@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::hex::hex;
+use crate::image::Image;
 use crate::image::MAX_SIDE_PX;
-use crate::image::Picture;
 
 /// The largest file, and the largest decoded picture: 16384x16384 in 8-bit RGB still fits.
 const MAX_BYTES: u64 = 1 << 30;
@@ -27,7 +27,7 @@ const MAX_BYTES: u64 = 1 << 30;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Input {
     /// The colours as stored, also where nothing of them shows.
-    pub picture: Picture,
+    pub picture: Image,
     /// [height, width], 0 for transparent; `None` where all of it is opaque.
     pub alpha: Option<Vec<u8>>,
 }
@@ -117,7 +117,7 @@ impl Input {
         });
         let alpha = alpha.filter(|alpha: &Vec<u8>| alpha.iter().any(|&level| level != u8::MAX));
         Ok(Input {
-            picture: Picture {
+            picture: Image {
                 width,
                 height,
                 rgb: decoded.into_rgb8().into_raw(),
@@ -136,11 +136,11 @@ impl Input {
     }
 
     /// What a white page behind it shows: where a picture starts that has no use for transparency.
-    pub fn over_white(&self) -> Picture {
+    pub fn over_white(&self) -> Image {
         self.over(u8::MAX)
     }
 
-    fn over(&self, background: u8) -> Picture {
+    fn over(&self, background: u8) -> Image {
         let mut picture = self.picture.clone();
         for (pixel, &alpha) in picture
             .rgb
@@ -186,11 +186,11 @@ impl Input {
     }
 }
 
-impl Picture {
+impl Image {
     /// Brings it to a size, in the same bits as Pillow's `resize` with `LANCZOS`, which diffusers
     /// uses; a picture that has the size stays as it is. No side may be 0.
-    pub fn fit(&self, width: usize, height: usize, fit: Fit) -> Picture {
-        Picture {
+    pub fn fit(&self, width: usize, height: usize, fit: Fit) -> Image {
+        Image {
             width,
             height,
             rgb: fitted::<3>(&self.rgb, [self.width, self.height], [width, height], fit),

@@ -30,7 +30,7 @@ const SDGEN_KEYWORD: &str = "sdgen";
 
 /// Pixels of one picture: 8-bit RGB, row by row from the top, `width * height * 3` values.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Picture {
+pub struct Image {
     /// Pixels in a row.
     pub width: usize,
     /// Rows.
@@ -49,11 +49,11 @@ pub struct Difference {
     pub psnr_db: f64,
 }
 
-impl Picture {
+impl Image {
     /// Takes RGB [b, h, w, 3] f32, clamped to 0..=1, to one picture for each batch item. Rounds
     /// half to even, as numpy does for diffusers. Errors if a value is NaN or infinite; to keep
     /// the other pictures of a batch then, convert it item by item.
-    pub fn from_tensor(t: &Tensor) -> candle_core::Result<Vec<Picture>> {
+    pub fn from_tensor(t: &Tensor) -> candle_core::Result<Vec<Image>> {
         let (b, height, width, channels) = t.dims4()?;
         if channels != 3 {
             candle_core::bail!("a picture has 3 channels, not {channels}");
@@ -71,7 +71,7 @@ impl Picture {
             .map(|value| (value.clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
         let size = height * width * 3;
         Ok((0..b)
-            .map(|_| Picture {
+            .map(|_| Image {
                 width,
                 height,
                 rgb: levels.by_ref().take(size).collect(),
@@ -90,9 +90,9 @@ impl Picture {
     }
 
     /// Reads a PNG, JPEG or WebP file. Errors if it is damaged anywhere.
-    pub fn decode(bytes: &[u8]) -> anyhow::Result<Picture> {
+    pub fn decode(bytes: &[u8]) -> anyhow::Result<Image> {
         let decoded = image::load_from_memory(bytes)?.into_rgb8();
-        Ok(Picture {
+        Ok(Image {
             width: decoded.width() as usize,
             height: decoded.height() as usize,
             rgb: decoded.into_raw(),
@@ -113,7 +113,7 @@ impl Picture {
     }
 
     /// How it differs from another picture of the same size.
-    pub fn difference(&self, other: &Picture) -> Difference {
+    pub fn difference(&self, other: &Image) -> Difference {
         let off = |(a, b): (&u8, &u8)| a.abs_diff(*b);
         let each = || self.rgb.iter().zip(&other.rgb).map(off);
         let square: f64 = each().map(|off| f64::from(off).powi(2)).sum();
@@ -302,7 +302,7 @@ impl Metadata {
     }
 }
 
-/// Reads what [`Picture::encode`] or A1111 has stored in a PNG, JPEG or WebP file; `None` if the
+/// Reads what [`Image::encode`] or A1111 has stored in a PNG, JPEG or WebP file; `None` if the
 /// picture carries nothing of it. Errors if the bytes are no such picture or its `sdgen` part is
 /// no JSON.
 pub fn read_metadata(bytes: &[u8]) -> anyhow::Result<Option<Metadata>> {

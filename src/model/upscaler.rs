@@ -3,7 +3,7 @@
 //! in tiles, so that memory does not grow with the image.
 
 use crate::error::NotFinite;
-use crate::image::Picture;
+use crate::image::Image;
 use crate::nn::Forward;
 use crate::nn::layers::{Conv2d, concat, is_finite};
 use crate::nn::weights::Weights;
@@ -164,15 +164,15 @@ impl Upscaler {
     pub fn upscale(
         &self,
         cx: Forward,
-        picture: &Picture,
+        picture: &Image,
         side: usize,
         done: &mut dyn FnMut(usize, usize),
-    ) -> Result<Picture> {
+    ) -> Result<Image> {
         let UpscalerConfig {
             unshuffle, factor, ..
         } = self.config;
         let (width, height) = (picture.width * factor, picture.height * factor);
-        let mut result = Picture {
+        let mut result = Image {
             width,
             height,
             rgb: vec![0; width * height * 3],
@@ -212,7 +212,7 @@ impl Upscaler {
                     }
                     .into());
                 }
-                let part = Picture::from_tensor(&rgb)?
+                let part = Image::from_tensor(&rgb)?
                     .pop()
                     .context("nothing was enlarged")?;
                 let [above, before] =
@@ -282,7 +282,7 @@ fn tiles(n: usize, side: usize, unshuffle: usize) -> Vec<Tile> {
 
 /// A part of an image as RGB [1, rows, columns, 3] in 0..=1, mirrored beyond the end.
 fn patch(
-    picture: &Picture,
+    picture: &Image,
     rows: Range<usize>,
     columns: Range<usize>,
     device: &Device,

@@ -1,6 +1,6 @@
 //! What a pipeline tells its caller while it works, and how the caller answers.
 
-use crate::image::Picture;
+use crate::image::Image;
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 
@@ -46,13 +46,13 @@ pub enum Event<'a> {
         /// Its place in the run, from 0.
         index: usize,
         /// The image.
-        image: &'a Picture,
+        image: &'a Image,
     },
 }
 
 /// A finished image, and what was noted on the way to it.
 pub struct Generated {
-    pub image: Picture,
+    pub image: Image,
     /// seconds of denoising, divided by the size of the batch
     pub sampling_s: f64,
     pub decoding_s: f64,
@@ -62,7 +62,7 @@ pub struct Generated {
 
 /// An estimate of what the images of a batch will be, made only when it is looked at.
 pub struct Preview<'a> {
-    pub(super) make: &'a dyn Fn() -> candle_core::Result<Picture>,
+    pub(super) make: &'a dyn Fn() -> candle_core::Result<Image>,
     /// Width of all images of the batch side by side, in pixels of the finished images.
     pub width: usize,
     /// Height of the finished images in pixels.
@@ -72,7 +72,7 @@ pub struct Preview<'a> {
 impl Preview<'_> {
     /// Returns the images of the batch side by side, smaller than they will be. Errors if the
     /// device fails.
-    pub fn image(&self) -> candle_core::Result<Picture> {
+    pub fn image(&self) -> candle_core::Result<Image> {
         (self.make)()
     }
 }

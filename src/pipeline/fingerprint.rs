@@ -6,7 +6,7 @@
 //! which compares.
 
 use crate::hex::hex;
-use crate::image::Picture;
+use crate::image::Image;
 use crate::text::encoder::PromptEmbeds;
 use candle_core::{DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -90,7 +90,7 @@ impl Trace {
             .try_for_each(|(stage, values)| self.keep_values(stage, values))
     }
 
-    pub fn picture(&mut self, picture: &Picture) {
+    pub fn picture(&mut self, picture: &Image) {
         self.keep(PIXELS, picture.rgb.iter().copied());
     }
 

@@ -28,7 +28,7 @@ pub enum Guidance {
     /// the negative prompts without the source picture, the negative prompts with it, and the
     /// prompts with it; the scale between the first two (Brooks et al. 2022, arXiv 2211.09800, eq.
     /// 3)
-    TextAndPicture(f64),
+    TextAndImage(f64),
 }
 
 impl Guidance {
@@ -37,7 +37,7 @@ impl Guidance {
         match self {
             Self::Off => 1,
             Self::Text(prompts) => 1 + prompts,
-            Self::TextAndPicture(_) => 3,
+            Self::TextAndImage(_) => 3,
         }
     }
 }
@@ -98,7 +98,7 @@ impl CfgDenoiser<'_> {
                     guided
                 }
             }
-            (Guidance::TextAndPicture(scale), [unconditional, picture, conditional]) => {
+            (Guidance::TextAndImage(scale), [unconditional, picture, conditional]) => {
                 let towards_text = ((conditional - picture)? * self.scale)?;
                 ((unconditional + towards_text)? + ((picture - unconditional)? * scale)?)?
             }

@@ -4,7 +4,7 @@ use super::Run;
 use super::inpaint::InitImage;
 use super::job::Job;
 use super::settings::{Settings, Source, Tile};
-use crate::image::Picture;
+use crate::image::Image;
 use crate::model::Posterior;
 use anyhow::Result;
 use candle_core::Tensor;
@@ -94,7 +94,7 @@ impl InitLatentsCache {
     }
 
     /// Composites a drawn image into its init image, if only a part of that is repainted.
-    pub fn composite(&self, job: &Job, drawn: Picture) -> Result<Picture> {
+    pub fn composite(&self, job: &Job, drawn: Image) -> Result<Image> {
         let Settings {
             source,
             width,
@@ -115,7 +115,7 @@ impl InitLatentsCache {
 
 impl InitLatents {
     /// Encodes an image that was just drawn, for the second pass over it.
-    pub fn of_drawn(drawn: &Picture, settings: &Settings, run: &Run) -> Result<Self> {
+    pub fn of_drawn(drawn: &Image, settings: &Settings, run: &Run) -> Result<Self> {
         let image = run.encode(&drawn.to_tensor(run.device())?, settings)?;
         Ok(Self {
             image,

@@ -7,7 +7,7 @@
 
 use super::options::JobOptions;
 use super::settings::{Border, Source};
-use crate::image::Picture;
+use crate::image::Image;
 use crate::image::load::{Fit, Input, resized_levels};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Result as TensorResult, Tensor};
@@ -161,7 +161,7 @@ impl Source {
 
 /// An init image of the drawing's size.
 pub struct InitImage {
-    pub picture: Picture,
+    pub picture: Image,
     /// [height * width], whether a pixel is repainted; none if all are
     mask: Option<Vec<bool>>,
     composite: Option<Composite>,
@@ -169,7 +169,7 @@ pub struct InitImage {
 
 /// What the drawing is composited into.
 struct Composite {
-    whole: Picture,
+    whole: Image,
     /// [height * width] of the whole: the weight of what is drawn, of 255
     weights: Vec<u8>,
     region: Region,
@@ -235,7 +235,7 @@ impl InitImage {
             },
         };
         let levels: Vec<u8> = mask.iter().map(|is| if *is { 255 } else { 0 }).collect();
-        let part = Picture {
+        let part = Image {
             width: region.width,
             height: region.height,
             rgb: region.of(&whole.rgb, whole.width, 3),
@@ -303,7 +303,7 @@ impl InitImage {
 
     /// The picture with what was drawn in its region. Pixels that are not repainted are those of the
     /// source.
-    pub fn composite(&self, drawn: Picture) -> Picture {
+    pub fn composite(&self, drawn: Image) -> Image {
         let Some(Composite {
             whole,
             weights,
@@ -440,11 +440,11 @@ fn feathered(mask: &[bool], width: usize, feather: usize) -> Vec<u8> {
 /// A picture with a border, in colours of its edge with noise, to a size of at least that; what is
 /// to be painted reaches `feather` pixels into it.
 fn extended(
-    picture: &Picture,
+    picture: &Image,
     border: Border,
     (width, height): (usize, usize),
     feather: usize,
-) -> (Picture, Vec<bool>) {
+) -> (Image, Vec<bool>) {
     let (mut rgb, mut mask) = (
         Vec::with_capacity(width * height * 3),
         Vec::with_capacity(width * height),
@@ -490,7 +490,7 @@ fn extended(
             );
         }
     }
-    (Picture { width, height, rgb }, mask)
+    (Image { width, height, rgb }, mask)
 }
 
 #[cfg(test)]
@@ -568,7 +568,7 @@ mod tests {
 
     #[test]
     fn a_border_continues_the_edge_and_the_feather_reaches_into_the_picture() {
-        let picture = Picture {
+        let picture = Image {
             width: 8,
             height: 8,
             rgb: (0..64)

@@ -25,7 +25,7 @@ pub mod settings;
 
 use crate::error::ModelError;
 use crate::error::{Cancelled, Error, ErrorKind, NotFinite, OutOfMemory, mark_out_of_memory};
-use crate::image::Picture;
+use crate::image::Image;
 use crate::image::load::Fit;
 use crate::model::{Posterior, tiles};
 use crate::nn::Forward;
@@ -204,7 +204,7 @@ impl Pipeline {
         &self,
         params: &Params,
         on_event: impl FnMut(Event) -> ControlFlow<()>,
-    ) -> Result<Picture, Error> {
+    ) -> Result<Image, Error> {
         let mut images = self.generate_batch(std::slice::from_ref(params), on_event)?;
         images
             .pop()
@@ -219,7 +219,7 @@ impl Pipeline {
         &self,
         params: &[Params],
         mut on_event: impl FnMut(Event) -> ControlFlow<()>,
-    ) -> Result<Vec<Result<Picture, Error>>, Error> {
+    ) -> Result<Vec<Result<Image, Error>>, Error> {
         let resolve = || {
             let mut resolver = Resolver::new(self)?;
             params
@@ -234,7 +234,7 @@ impl Pipeline {
             trace: false,
             keep_networks: true,
         };
-        let mut images: Vec<Option<Result<Picture, Error>>> = jobs.iter().map(|_| None).collect();
+        let mut images: Vec<Option<Result<Image, Error>>> = jobs.iter().map(|_| None).collect();
         let mut take = |index: usize, result: Result<Generated>| {
             let image = result.map(|generated| generated.image);
             if let Some(place) = images.get_mut(index) {
@@ -556,7 +556,7 @@ impl<'a> Run<'a> {
     }
 
     /// Decodes image `i` of latents [b, h, w, c]. Errors if it is not finite.
-    fn decode(&self, latents: &Tensor, i: usize, settings: &Settings) -> Result<Picture> {
+    fn decode(&self, latents: &Tensor, i: usize, settings: &Settings) -> Result<Image> {
         let decoder = self.decoder()?;
         let cx = self.forward(settings);
         let latents = latents.narrow(0, i, 1)?;
@@ -570,7 +570,7 @@ impl<'a> Run<'a> {
             }
             .into());
         }
-        Picture::from_tensor(&rgb)?
+        Image::from_tensor(&rgb)?
             .pop()
             .context("nothing was decoded")
     }

@@ -1,6 +1,6 @@
 //! What pictures will be, while they are denoised: a linear map from latents to small pictures.
 
-use crate::image::Picture;
+use crate::image::Image;
 use crate::model::{Autoencoder, LatentFormat};
 use candle_core::{DType, Result, Tensor};
 
@@ -93,7 +93,7 @@ impl PreviewMap {
 
     /// Latents [b, h, w, c] to pictures, side by side. What is not finite is black. Errors if the
     /// tensor cannot be read.
-    pub fn picture(&self, latents: &Tensor) -> Result<Picture> {
+    pub fn picture(&self, latents: &Tensor) -> Result<Image> {
         let (b, h, w, c) = latents.dims4()?;
         let values = latents
             .to_dtype(DType::F32)?
@@ -118,7 +118,7 @@ impl PreviewMap {
                     (value * 255.0).round_ties_even() as u8;
             }
         }
-        Ok(Picture { width, height, rgb })
+        Ok(Image { width, height, rgb })
     }
 }
 
@@ -149,7 +149,7 @@ mod tests {
         let rgb = [[128, 128, 128], [0, 0, 0], [165, 154, 154], [0, 0, 0]].concat();
         assert_eq!(
             picture,
-            Picture {
+            Image {
                 width: 2,
                 height: 2,
                 rgb

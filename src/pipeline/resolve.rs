@@ -360,7 +360,7 @@ impl<'a> Resolver<'a> {
             );
         }
         let guidance = match settings.image_guidance {
-            Some(scale) if is_on && scale >= 1.0 => Guidance::TextAndPicture(scale),
+            Some(scale) if is_on && scale >= 1.0 => Guidance::TextAndImage(scale),
             None if is_on => Guidance::Text(prompts.parts.len()),
             _ => Guidance::Off,
         };

@@ -16,7 +16,7 @@ fn draw(folder: &Path, prompt: &str, name: &str, options: &[&str]) {
 }
 
 fn pixels(folder: &Path, name: &str) -> Vec<u8> {
-    sdgen::image::Picture::decode(&std::fs::read(folder.join(name)).unwrap())
+    sdgen::image::Image::decode(&std::fs::read(folder.join(name)).unwrap())
         .unwrap()
         .rgb
 }

@@ -25,11 +25,11 @@ fn check(folder: &Path, args: &[&str]) -> (i32, String, String) {
 }
 
 /// Changes the pixels of a PNG and leaves what it says of itself.
-fn edit(folder: &Path, name: &str, change: impl Fn(&mut sdgen::image::Picture)) {
+fn edit(folder: &Path, name: &str, change: impl Fn(&mut sdgen::image::Image)) {
     let path = folder.join(name);
     let bytes = std::fs::read(&path).unwrap();
     let metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
-    let mut picture = sdgen::image::Picture::decode(&bytes).unwrap();
+    let mut picture = sdgen::image::Image::decode(&bytes).unwrap();
     change(&mut picture);
     std::fs::write(
         &path,
@@ -95,8 +95,7 @@ fn guidance_rescale_is_remembered_changes_the_picture_and_was_zero_before_it_was
         metadata.sdgen.as_object_mut().unwrap().remove(key).unwrap();
     }
     let picture =
-        sdgen::image::Picture::decode(&std::fs::read(dir.path().join("plain.png")).unwrap())
-            .unwrap();
+        sdgen::image::Image::decode(&std::fs::read(dir.path().join("plain.png")).unwrap()).unwrap();
     std::fs::write(
         dir.path().join("old.png"),
         picture
@@ -212,7 +211,7 @@ fn tamper(folder: &Path, name: &str, change: impl Fn(&mut Value)) {
     let bytes = std::fs::read(&path).unwrap();
     let mut metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
     change(&mut metadata.sdgen);
-    let picture = sdgen::image::Picture::decode(&bytes).unwrap();
+    let picture = sdgen::image::Image::decode(&bytes).unwrap();
     std::fs::write(
         &path,
         picture
@@ -243,7 +242,7 @@ fn a_trace_names_every_stage_and_changes_neither_pixels_nor_settings() {
         said_of_drawing(dir.path(), "traced.png"),
     );
     let pixels = |name: &str| {
-        sdgen::image::Picture::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
+        sdgen::image::Image::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
     };
     assert!(pixels("plain.png") == pixels("traced.png"));
     let trace = traced.as_object_mut().unwrap().remove("trace").unwrap();

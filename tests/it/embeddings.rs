@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use sdgen::image::{Picture, read_metadata};
+use sdgen::image::{Image, read_metadata};
 use sdgen::text::prompt::segments;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, Origin};
@@ -20,14 +20,14 @@ fn folder() -> tempfile::TempDir {
     folder
 }
 
-fn draw(folder: &Path, name: &str, model: &str, args: &[&str]) -> Picture {
+fn draw(folder: &Path, name: &str, model: &str, args: &[&str]) -> Image {
     let mut command = sdgen(folder);
     command
         .args(["-m"])
         .arg(fixture(model))
         .args(["-s", "3", "--steps", "5", "-q", "--force", "-o", name]);
     succeed(command.args(args));
-    Picture::decode(&std::fs::read(folder.join(name)).unwrap()).unwrap()
+    Image::decode(&std::fs::read(folder.join(name)).unwrap()).unwrap()
 }
 
 const SD1: [&str; 4] = [
@@ -63,7 +63,7 @@ fn pictures_are_those_of_diffusers_in_both_syntaxes() {
             SD1.to_vec()
         };
         let golden = levels(&tensors[&format!("run.{}.image", text("name"))]);
-        let golden = Picture {
+        let golden = Image {
             width: 16,
             height: 16,
             rgb: golden,

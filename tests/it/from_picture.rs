@@ -2,31 +2,31 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use sdgen::image::{Format, Picture};
+use sdgen::image::{Format, Image};
 use serde_json::Value;
 use std::path::Path;
 
 /// Levels [h, w, 3] or [h, w] as a picture.
-fn picture(t: &Tensor) -> Picture {
+fn picture(t: &Tensor) -> Image {
     let values = levels(t);
     let rgb = if t.rank() == 2 {
         values.into_iter().flat_map(|level| [level; 3]).collect()
     } else {
         values
     };
-    Picture {
+    Image {
         height: t.dim(0).unwrap(),
         width: t.dim(1).unwrap(),
         rgb,
     }
 }
 
-fn save(path: &Path, picture: &Picture) {
+fn save(path: &Path, picture: &Image) {
     std::fs::write(path, picture.encode(Format::Png, None).unwrap()).unwrap();
 }
 
-fn read(path: &Path) -> Picture {
-    Picture::decode(&std::fs::read(path).unwrap()).unwrap()
+fn read(path: &Path) -> Image {
+    Image::decode(&std::fs::read(path).unwrap()).unwrap()
 }
 
 /// A fixture with another first convolution.
@@ -116,7 +116,7 @@ fn pictures_from_pictures_are_diffusers_own() {
 }
 
 /// Colours that go from left to right and from top to bottom, and some of neither.
-fn gradient(width: usize, height: usize) -> Picture {
+fn gradient(width: usize, height: usize) -> Image {
     let level = |x: usize, y: usize, i: usize| match i {
         0 => 255 * x / width,
         1 => 255 * y / height,
@@ -125,7 +125,7 @@ fn gradient(width: usize, height: usize) -> Picture {
     let rgb = (0..width * height * 3)
         .map(|n| level(n / 3 % width, n / 3 / width, n % 3) as u8)
         .collect();
-    Picture { width, height, rgb }
+    Image { width, height, rgb }
 }
 
 /// White in a rectangle.
@@ -136,10 +136,10 @@ fn mask(
     top: usize,
     right: usize,
     bottom: usize,
-) -> Picture {
+) -> Image {
     let is_white =
         |i: usize| (left..right).contains(&(i % width)) && (top..bottom).contains(&(i / width));
-    Picture {
+    Image {
         width,
         height,
         rgb: (0..width * height)
@@ -148,12 +148,12 @@ fn mask(
     }
 }
 
-fn pixel(picture: &Picture, x: usize, y: usize) -> &[u8] {
+fn pixel(picture: &Image, x: usize, y: usize) -> &[u8] {
     &picture.rgb[(y * picture.width + x) * 3..][..3]
 }
 
 /// Draws two quick steps with the embedded model over `source.png`.
-fn over(folder: &Path, args: &[&str]) -> Picture {
+fn over(folder: &Path, args: &[&str]) -> Image {
     let mut command = sdgen(folder);
     command.args([
         "a frog",
@@ -233,7 +233,7 @@ fn transparent_parts_are_repainted_unless_a_mask_says_otherwise() {
         .save(dir.path().join("source.png"))
         .unwrap();
     let drawn = over(dir.path(), &["--feather", "0"]);
-    let changed = |drawn: &Picture, x: usize| {
+    let changed = |drawn: &Image, x: usize| {
         (0..64)
             .filter(|y| pixel(drawn, x, *y) != pixel(&source, x, *y))
             .count()
@@ -623,7 +623,7 @@ fn hires_draws_the_picture_again_larger_and_alone_or_in_a_batch_the_same() {
     );
     assert!(two == one && one != more);
     // the same thing in the same place
-    let fit = |picture: &Picture| picture.fit(16, 16, sdgen::image::load::Fit::Stretch);
+    let fit = |picture: &Image| picture.fit(16, 16, sdgen::image::load::Fit::Stretch);
     let near = fit(&one).difference(&fit(&small)).psnr_db;
     let far = fit(&one).difference(&fit(&other)).psnr_db;
     // measured: 19 dB, and 11 for the other seed; 3 dB are half of the square error

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::common::fixture;
 use image::codecs::gif::GifEncoder;
 use image::{DynamicImage, Frame, ImageBuffer, Luma, LumaA, Rgb, RgbImage, Rgba, RgbaImage};
-use sdgen::image::Picture;
+use sdgen::image::Image;
 use sdgen::image::load::{Fit, Input};
 
 fn read(name: &str) -> Input {
@@ -26,7 +26,7 @@ fn refused(path: &Path, texts: &[&str]) {
     }
 }
 
-fn largest_difference(a: &Picture, b: &Picture) -> u8 {
+fn largest_difference(a: &Image, b: &Image) -> u8 {
     assert_eq!((a.width, a.height), (b.width, b.height));
     a.difference(b).largest
 }
@@ -61,7 +61,7 @@ fn a_photograph_is_turned_as_its_exif_says() {
     assert!(
         largest_difference(
             &turned,
-            &Picture {
+            &Image {
                 width: 6,
                 height: 10,
                 rgb: upright.into_raw()
@@ -292,7 +292,7 @@ fn a_single_pixel_fills_any_size() {
     for fit in [Fit::Crop, Fit::Pad, Fit::Stretch] {
         assert_eq!(
             input.picture.fit(5, 3, fit),
-            Picture {
+            Image {
                 width: 5,
                 height: 3,
                 rgb: [9, 8, 7].repeat(15)

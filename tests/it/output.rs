@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use sdgen::batch::output_path::{Destination, Naming, plan_paths, save};
-use sdgen::image::{Format, Metadata, Parameters, Picture, parameters, read_metadata};
+use sdgen::image::{Format, Image, Metadata, Parameters, parameters, read_metadata};
 use serde_json::json;
 
 const FORMATS: [Format; 3] = [Format::Png, Format::Jpg, Format::Webp];
 
-fn picture() -> Picture {
+fn picture() -> Image {
     let (width, height) = (24, 16);
     let rgb = (0..height * width)
         .flat_map(|i| [(i % width * 10) as u8, (i / width * 15) as u8, 77])
         .collect();
-    Picture { width, height, rgb }
+    Image { width, height, rgb }
 }
 
 fn metadata(prompt: &str) -> Metadata {
@@ -131,7 +131,7 @@ fn levels_are_rounded_half_to_even_and_clamped() {
         7.0,
     ];
     let t = Tensor::from_slice(&values, (1, 1, 3, 3), &Device::Cpu).unwrap();
-    let pictures = Picture::from_tensor(&t).unwrap();
+    let pictures = Image::from_tensor(&t).unwrap();
     assert_eq!(pictures.len(), 1);
     assert_eq!((pictures[0].width, pictures[0].height), (3, 1));
     assert_eq!(pictures[0].rgb, [0, 255, 255, 128, 1, 1, 2, 0, 255]);
@@ -149,7 +149,7 @@ fn a_batch_becomes_one_picture_for_each_item_also_when_transposed() {
         .unwrap()
         .permute((0, 2, 3, 1))
         .unwrap();
-    let pictures = Picture::from_tensor(&t).unwrap();
+    let pictures = Image::from_tensor(&t).unwrap();
     assert_eq!(pictures.len(), 2);
     for (i, picture) in pictures.iter().enumerate() {
         assert_eq!((picture.width, picture.height), (4, 2));
@@ -164,16 +164,16 @@ fn a_batch_becomes_one_picture_for_each_item_also_when_transposed() {
 fn values_that_are_not_finite_are_an_error() {
     for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let t = Tensor::from_slice(&[0.0, broken, 0.0], (1, 1, 1, 3), &Device::Cpu).unwrap();
-        let message = Picture::from_tensor(&t).unwrap_err().to_string();
+        let message = Image::from_tensor(&t).unwrap_err().to_string();
         assert!(message.contains("not finite: 1 of 3"), "{message}");
     }
     let t = Tensor::zeros((1, 1, 1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
-    assert!(Picture::from_tensor(&t).is_err());
+    assert!(Image::from_tensor(&t).is_err());
 }
 
 #[test]
 fn the_hash_is_of_the_pixels_alone() {
-    let picture = Picture {
+    let picture = Image {
         width: 1,
         height: 1,
         rgb: b"abc".to_vec(),
@@ -187,7 +187,7 @@ fn the_hash_is_of_the_pixels_alone() {
 
 #[test]
 fn a_picture_of_one_colour_is_flat() {
-    let mut picture = Picture {
+    let mut picture = Image {
         width: 4,
         height: 4,
         rgb: [1, 2, 3].repeat(16),
@@ -389,7 +389,7 @@ fn bytes_that_are_no_picture_are_an_error() {
 
 #[test]
 fn a_size_that_a_format_cannot_hold_is_an_error() {
-    let wide = |width: usize| Picture {
+    let wide = |width: usize| Image {
         width,
         height: 1,
         rgb: vec![0; width * 3],
@@ -400,7 +400,7 @@ fn a_size_that_a_format_cannot_hold_is_an_error() {
     for format in FORMATS {
         assert!(wide(0).encode(format, None).is_err());
         assert!(
-            Picture {
+            Image {
                 width: 2,
                 height: 2,
                 rgb: vec![0; 11]

@@ -4,7 +4,7 @@
 
 use crate::common::{assert_same_levels, goldens, levels, sampler_of, values, with_base};
 use candle_core::{DType, Device, Tensor};
-use sdgen::image::Picture;
+use sdgen::image::Image;
 use sdgen::model::unet::{UNet, UNetInputs};
 use sdgen::model::unet_config::{PerBlock, UNetConfig};
 use sdgen::model::{AddedCond, Autoencoder, Conditioning, Decoder, Denoiser, tiles};
@@ -674,7 +674,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
 /// Decoded pictures [b, h, w, 3] and the golden ones of a run.
 fn compare_pictures(f: &Fixture, name: &str, decoded: &Tensor) {
     let golden = f.golden(&format!("run.{name}.image"));
-    let pictures = Picture::from_tensor(decoded).unwrap();
+    let pictures = Image::from_tensor(decoded).unwrap();
     assert_eq!(pictures.len(), golden.dim(0).unwrap(), "run.{name}");
     for (i, picture) in pictures.iter().enumerate() {
         let golden = levels(&golden.get(i).unwrap());

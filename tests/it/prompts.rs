@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Device};
-use sdgen::image::Picture;
+use sdgen::image::Image;
 use sdgen::nn::device::Compute;
 use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
 use sdgen::text::prompt::{Prompts, Segment, Syntax, segments};
@@ -127,7 +127,7 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
     assert_eq!(compared, 10);
 }
 
-fn draw(folder: &Path, name: &str, args: &[&str]) -> Picture {
+fn draw(folder: &Path, name: &str, args: &[&str]) -> Image {
     let path = format!("{name}.png");
     let mut command = sdgen(folder);
     command
@@ -135,7 +135,7 @@ fn draw(folder: &Path, name: &str, args: &[&str]) -> Picture {
         .arg(fixture("sd1"))
         .args(["-s", "1", "--steps", "4", "-q", "--force", "-o", &path]);
     succeed(command.args(args));
-    Picture::decode(&std::fs::read(folder.join(path)).unwrap()).unwrap()
+    Image::decode(&std::fs::read(folder.join(path)).unwrap()).unwrap()
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_long_prompt_counts_to_its_end_beside_a_short_negative_one_and_in_any_batch(
     succeed(&mut command);
     for (name, alone) in [("1.png", &dog), ("3.png", &cat)] {
         assert_eq!(
-            &Picture::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap(),
+            &Image::decode(&std::fs::read(dir.path().join(name)).unwrap()).unwrap(),
             alone
         );
     }

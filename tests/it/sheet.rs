@@ -2,21 +2,21 @@
 #![allow(clippy::unwrap_used)]
 
 use sdgen::batch::contact_sheet::{Cell, sheet};
-use sdgen::image::Picture;
+use sdgen::image::Image;
 
 const WHITE: [u8; 3] = [255; 3];
 /// Between pictures, and around them: half a line of the smallest text.
 const GAP: usize = 9;
 
-fn plain(width: usize, height: usize, colour: [u8; 3]) -> Picture {
-    Picture {
+fn plain(width: usize, height: usize, colour: [u8; 3]) -> Image {
+    Image {
         width,
         height,
         rgb: colour.repeat(width * height),
     }
 }
 
-fn cell(row: &str, column: &str, picture: Picture) -> Cell {
+fn cell(row: &str, column: &str, picture: Image) -> Cell {
     Cell {
         row: row.to_owned(),
         column: column.to_owned(),
@@ -29,7 +29,7 @@ fn square(row: &str, column: &str, red: u8) -> Cell {
     cell(row, column, plain(64, 64, [red, 0, 200]))
 }
 
-fn pixel(picture: &Picture, x: usize, y: usize) -> [u8; 3] {
+fn pixel(picture: &Image, x: usize, y: usize) -> [u8; 3] {
     let start = (y * picture.width + x) * 3;
     [
         picture.rgb[start],
@@ -39,7 +39,7 @@ fn pixel(picture: &Picture, x: usize, y: usize) -> [u8; 3] {
 }
 
 /// Left, top, width and height of all pixels of a colour.
-fn place_of(sheet: &Picture, colour: [u8; 3]) -> (usize, usize, usize, usize) {
+fn place_of(sheet: &Image, colour: [u8; 3]) -> (usize, usize, usize, usize) {
     let found: Vec<_> = (0..sheet.height)
         .flat_map(|y| (0..sheet.width).map(move |x| (x, y)))
         .filter(|&(x, y)| pixel(sheet, x, y) == colour)
@@ -60,13 +60,13 @@ fn place_of(sheet: &Picture, colour: [u8; 3]) -> (usize, usize, usize, usize) {
     (left, top, right - left + 1, bottom - top + 1)
 }
 
-fn corner_of(sheet: &Picture, red: u8) -> (usize, usize) {
+fn corner_of(sheet: &Image, red: u8) -> (usize, usize) {
     let (x, y, ..) = place_of(sheet, [red, 0, 200]);
     (x, y)
 }
 
 /// Whether there is text, which is grey and dark, in the rectangle.
-fn has_text(sheet: &Picture, x: std::ops::Range<usize>, y: std::ops::Range<usize>) -> bool {
+fn has_text(sheet: &Image, x: std::ops::Range<usize>, y: std::ops::Range<usize>) -> bool {
     y.into_iter().any(|y| {
         x.clone()
             .any(|x| matches!(pixel(sheet, x, y), [r, g, b] if r == g && g == b && r < 100))
@@ -239,7 +239,7 @@ fn no_picture_and_a_broken_picture_are_errors() {
         sheet(&[cell(
             "",
             "",
-            Picture {
+            Image {
                 width: 2,
                 height: 2,
                 rgb: vec![0; 11]

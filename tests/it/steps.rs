@@ -1,18 +1,18 @@
 //! `--save-steps`: files of what images look like on the way.
 
 use crate::common::*;
-use sdgen::image::Picture;
+use sdgen::image::Image;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 /// The images of a folder by name.
-fn images(folder: &Path) -> BTreeMap<String, Picture> {
+fn images(folder: &Path) -> BTreeMap<String, Image> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
     let image = |entry: fs::DirEntry| {
         let bytes = fs::read(entry.path()).unwrap();
         let name = entry.file_name().into_string().unwrap();
-        (name, Picture::decode(&bytes).unwrap())
+        (name, Image::decode(&bytes).unwrap())
     };
     entries.map(image).collect()
 }
@@ -54,7 +54,7 @@ fn every_step_or_every_nth_is_saved_and_is_the_same_in_any_batch() {
     );
     assert!(some[&name(1, 3)] == all[&name(1, 3)]);
     // the last preview looks like the image, small
-    let image = Picture::decode(&fs::read(dir.path().join("a-frog-1.png")).unwrap()).unwrap();
+    let image = Image::decode(&fs::read(dir.path().join("a-frog-1.png")).unwrap()).unwrap();
     let small = image.fit(32, 32, sdgen::image::load::Fit::Stretch);
     let psnr = all[&name(1, 4)].difference(&small).psnr_db;
     assert!(psnr > 15.0, "{psnr} dB");
@@ -104,7 +104,7 @@ fn steps_that_are_there_are_not_overwritten_unless_asked() {
     let mut command = sdgen(dir.path());
     command.args(["x", "-s", "1", "--steps", "1", "-q", "-o", "-"]);
     let output = succeed(command.args(["--save-steps", "piped"]));
-    assert!(Picture::decode(&output.stdout).is_ok());
+    assert!(Image::decode(&output.stdout).is_ok());
     let names: Vec<String> = images(&dir.path().join("piped")).into_keys().collect();
     assert_eq!(names, ["image-step-001.png"]);
 }

@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::load::{Fit, Input};
-use sdgen::image::{Picture, read_metadata};
+use sdgen::image::{Image, read_metadata};
 use sdgen::model::upscaler::{TILE_PX, Upscaler, UpscalerConfig};
 use sdgen::nn::Forward;
 use sdgen::weights::Checkpoint;
@@ -27,15 +27,15 @@ fn folder() -> tempfile::TempDir {
     folder
 }
 
-fn read(path: &Path) -> Picture {
+fn read(path: &Path) -> Image {
     Input::read(path).unwrap().picture
 }
 
-fn golden(name: &str) -> Picture {
+fn golden(name: &str) -> Image {
     let golden = load(&fixture("upscaler/goldens.safetensors"))[name]
         .unsqueeze(0)
         .unwrap();
-    Picture::from_tensor(&golden).unwrap().remove(0)
+    Image::from_tensor(&golden).unwrap().remove(0)
 }
 
 fn open(path: &Path) -> Upscaler {

@@ -378,9 +378,10 @@ fn timed(
         seconds.push(start.elapsed().as_secs_f64());
     }
     let of_all = profile.take();
-    let (costs, runs, total) = match on_cpu {
-        true => (of_all, repeat as f64, seconds.iter().sum::<f64>()),
-        false => (of_one, 1.0, of_one_s),
+    let (costs, runs, total) = if on_cpu {
+        (of_all, repeat as f64, seconds.iter().sum::<f64>())
+    } else {
+        (of_one, 1.0, of_one_s)
     };
     seconds.sort_by(f64::total_cmp);
     let best = seconds.first().copied().unwrap_or(f64::NAN);

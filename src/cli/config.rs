@@ -7,6 +7,7 @@
 
 use crate::pipeline::options::unknown_key;
 use anyhow::{Context, Error, Result, anyhow, bail};
+use clap::error::ErrorKind as ClapErrorKind;
 use clap::{Arg, ArgAction, Command};
 use std::error::Error as _;
 use std::ffi::{OsStr, OsString};
@@ -177,27 +178,16 @@ impl Entry {
     /// Makes this the default of its option.
     fn apply(&self, command: Command) -> Result<Command> {
         let Self { key, values, .. } = self;
-        let id = match find(&command, &key.replace('_', "-")) {
-            Some(arg) => arg.get_id().clone(),
-            None => bail!(unknown_key(key, &keys(&command))),
+        let Some(arg) = find(&command, &key.replace('_', "-")) else {
+            bail!(unknown_key(key, &keys(&command)));
         };
-        let command = command.mut_arg(&id, |arg| self.set(arg));
-        let is_list = find(&command, &key.replace('_', "-"))
-            .is_some_and(|arg| matches!(arg.get_action(), ArgAction::Append));
+        let is_list = matches!(arg.get_action(), ArgAction::Append);
         if values.len() != 1 && !is_list {
             bail!("`{key}` takes one value, not {}", values.len());
         }
-        // clap's own parser looks at the value
-        if let Err(error) = command.clone().try_get_matches_from(["sdgen"]) {
-            let expected = || possible_values(find(&command, &key.replace('_', "-"))?);
-            let cause = error.source().map(|cause| cause.to_string());
-            let cause = cause.or_else(expected).map(|cause| format!(": {cause}"));
-            bail!(
-                "`{key}` cannot be `{}`{}",
-                values.join(", "),
-                cause.unwrap_or_default()
-            );
-        }
+        self.check(&command, arg)?;
+        let id = arg.get_id().clone();
+        let command = command.mut_arg(&id, |arg| self.set(arg));
         if !OF_ALL_COMMANDS.contains(&&*id.as_str().replace('_', "-")) {
             return Ok(command);
         }
@@ -212,9 +202,47 @@ impl Entry {
         Ok(names.into_iter().fold(command, set))
     }
 
+    /// Errors if the option cannot have these values, as clap's own parser finds.
+    fn check(&self, command: &Command, arg: &Arg) -> Result<()> {
+        let Self { key, values, .. } = self;
+        let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
+        let cause = if is_flag {
+            let is_bool = values.iter().all(|value| value.parse::<bool>().is_ok());
+            (!is_bool).then(|| "expected true or false".into())
+        } else {
+            let long = arg.get_long().unwrap_or_default();
+            let typed = values.iter().map(|value| format!("--{long}={value}"));
+            let parsed = command
+                .clone()
+                .try_get_matches_from(["sdgen".to_string()].into_iter().chain(typed));
+            parsed.err().and_then(|error| cause(&error, arg))
+        };
+        match cause {
+            Some(cause) => bail!("`{key}` cannot be `{}`: {cause}", values.join(", ")),
+            None => Ok(()),
+        }
+    }
+
     fn set(&self, arg: Arg) -> Arg {
         arg.default_values(self.values.clone())
             .hide_default_value(true)
+    }
+}
+
+/// Why a value is refused; `None` for an error that is not of the value alone, such as an option
+/// that needs another one.
+fn cause(error: &clap::Error, arg: &Arg) -> Option<String> {
+    let values = arg.get_possible_values();
+    let names: Vec<&str> = values.iter().map(|value| value.get_name()).collect();
+    match error.kind() {
+        ClapErrorKind::InvalidValue if !names.is_empty() => {
+            Some(format!("expected one of {}", names.join(", ")))
+        }
+        ClapErrorKind::InvalidValue | ClapErrorKind::ValueValidation => {
+            let cause = error.source().map(|cause| cause.to_string());
+            Some(cause.unwrap_or("not a value of this option".into()))
+        }
+        _ => None,
     }
 }
 
@@ -231,13 +259,6 @@ fn names(arg: &Arg) -> Vec<&str> {
     };
     let aliases = arg.get_all_aliases().unwrap_or_default();
     [long].into_iter().chain(aliases).collect()
-}
-
-/// The values that an option may have, for an error, if these can be listed.
-fn possible_values(arg: &Arg) -> Option<String> {
-    let values = arg.get_possible_values();
-    let names: Vec<&str> = values.iter().map(|value| value.get_name()).collect();
-    (!names.is_empty()).then(|| format!("expected one of {}", names.join(", ")))
 }
 
 fn keys(command: &Command) -> Vec<&str> {

@@ -246,7 +246,8 @@ impl JobOptions {
     /// option may be.
     pub fn of_key(key: &str, value: &Value) -> Result<Self> {
         if !field_names::<Self>().contains(&key) {
-            bail!(unknown_key(key, &Self::keys()));
+            let keys: Vec<&str> = ["prompt"].into_iter().chain(Self::keys()).collect();
+            bail!(unknown_key(key, &keys));
         }
         let object = Map::from_iter([(key.to_string(), value.clone())]);
         serde_json::from_value(Value::Object(object)).map_err(|error| {

@@ -181,7 +181,7 @@ fn other_commands_take_the_machine_from_the_file() {
     fail(
         sdgen(dir.path()).args(["upscale", "x.png", "-m", "lanczos"]),
         2,
-        &["cuda"],
+        &["CUDA"],
     );
     let mut command = sdgen(dir.path());
     command.args(["upscale", "x.png", "-m", "lanczos", "--device", "cpu"]);

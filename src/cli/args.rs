@@ -170,7 +170,7 @@ pub struct DrawArgs {
         help_heading = "Many pictures"
     )]
     pub wildcards: Option<PathBuf>,
-    /// Skip pictures that are there with the same settings; overwrite those with others
+    /// Skip pictures that are there with the same settings, overwrite others
     #[arg(long, conflicts_with_all = ["no_metadata", "force"], help_heading = "Many pictures")]
     pub resume: bool,
     /// Draw only part I of N of the list, from 0; auto: as Slurm, Kubernetes and others say

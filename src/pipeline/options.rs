@@ -229,7 +229,7 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true))]
     #[cfg_attr(feature = "cli", arg(value_name = "WxH", help_heading = "SDXL"))]
     pub target_size: Option<Size>,
-    /// Fraction of the way from noise to picture at which the refiner takes over [default: 0.8]
+    /// How far the base model draws before the refiner, 0 to 1 [default: 0.8]
     #[serde(alias = "refine-at", deserialize_with = "by_parser::fraction")]
     #[cfg_attr(feature = "cli", arg(long, value_parser = fraction))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "SDXL"))]

@@ -224,8 +224,10 @@ impl Entry {
     }
 
     fn set(&self, arg: Arg) -> Arg {
+        // a flag shows no default, and clap refuses to hide that
+        let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
         arg.default_values(self.values.clone())
-            .hide_default_value(true)
+            .hide_default_value(!is_flag)
     }
 }
 

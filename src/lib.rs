@@ -20,6 +20,8 @@
 //! pipeline. Features: `cli` (the command), `hub` (models by name from the Hugging Face hub),
 //! `mini` (the embedded model), all on by default; `cuda`, `cudnn` and `metal` for GPUs.
 #![cfg_attr(not(feature = "internals"), deny(missing_docs))]
+// Much of the library is there for the command; a build without it does not use that.
+#![cfg_attr(not(feature = "cli"), allow(dead_code, unused_imports))]
 
 // Modules are private. The crate's own tests and benchmarks see them by the feature `internals`.
 #[cfg(feature = "internals")]

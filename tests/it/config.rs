@@ -1,5 +1,6 @@
 //! The file of the user's defaults: what it sets, what wins over it, and what is said of mistakes
 //! in it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use serde_json::{Value, json};

@@ -1,4 +1,5 @@
 //! `--save-steps`: files of what images look like on the way.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use crate::common::*;
 use sdgen::image::Image;

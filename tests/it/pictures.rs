@@ -1,10 +1,11 @@
-//! Pictures of every family, sampler and feature have the pixels that they had when they were taken down.
+//! Pictures of every family, sampler and feature have the pixels that they had when they were taken
+//! down.
 //!
-//! `fixtures/pictures.txt` has a command a line, and below it what it drew: SHA-256 of the pixels, and the picture's mean
-//! colours on a grid of 4x4. A processor with AVX2 and without AVX-512, as the one that they were
-//! taken down on, draws these very pixels; where instructions sum in another order, the colours
-//! decide, within [`TOLERANCE`]. `SDGEN_UPDATE_PICTURES=1` takes the pictures down anew, and `SDGEN_TEST_PROGRAM` names another program that
-//! draws them.
+//! `fixtures/pictures.txt` has a command a line, and below it what it drew: SHA-256 of the pixels,
+//! and the mean colours on a grid of 4x4. A processor with AVX2 and without AVX-512, like the one
+//! that they were taken down on, draws these very pixels; where instructions sum in another order,
+//! the colours decide, within [`TOLERANCE`]. `SDGEN_UPDATE_PICTURES=1` takes the pictures down anew,
+//! and `SDGEN_TEST_PROGRAM` names another program that draws them.
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};

@@ -521,3 +521,24 @@ fn a_trace_that_nothing_keeps_or_that_does_not_fit_is_an_error_before_drawing() 
     ]));
     assert!(stdout(&output).contains(r#""trace":{"tokens":""#));
 }
+
+#[test]
+fn pictures_of_the_program_before_the_redesign_are_still_drawn_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = |name: &str| fixture("before").join(name);
+    // sums in another order move single values by a level at most
+    let check = |name: &str, options: &[&std::path::Path]| {
+        let mut command = sdgen(dir.path());
+        command.args(["check", "--json", "--min-psnr", "45"]).arg(picture(name));
+        for (option, value) in ["--model", "--lora"].into_iter().zip(options) {
+            command.arg(option).arg(value);
+        }
+        let output = succeed(&mut command);
+        let line: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(line["same"], true, "{name}");
+    };
+    check("mini.png", &[]);
+    check("sd1.png", &[&fixture("sd1")]);
+    check("sdxl.png", &[&fixture("sdxl")]);
+    check("lora.webp", &[&fixture("sd1"), &fixture("lora/kohya.safetensors")]);
+}

@@ -181,7 +181,7 @@ mod tests {
             ),
             (
                 &[("JOB_COMPLETION_INDEX", "x"), ("JOB_COMPLETIONS", "3")],
-                "no number",
+                "not a number",
             ),
         ] {
             let said = format!("{:#}", auto(variables).unwrap_err());

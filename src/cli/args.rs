@@ -93,7 +93,7 @@ impl Cli {
 pub enum Command {
     /// Tell what a checkpoint is, from its headers alone
     Inspect(InspectArgs),
-    /// Draw pictures again from their own metadata and compare; exit 0 only if all are the same
+    /// Draw pictures again from their own metadata and compare; exit 0 if all are equal
     Check(CheckArgs),
     /// Make pictures larger by a network (ESRGAN, Real-ESRGAN), or by Lanczos' formula
     Upscale(UpscaleArgs),
@@ -186,7 +186,7 @@ pub struct DrawArgs {
     /// Draw nothing; print which pictures are missing or have other settings
     #[arg(long, conflicts_with_all = ["resume", "dry_run", "no_metadata"], help_heading = "Many pictures")]
     pub verify: bool,
-    /// Print the work list and the memory it needs; read no weights, draw nothing
+    /// Print the work list and the memory it needs; draw nothing
     #[arg(long, help_heading = "Many pictures")]
     pub dry_run: bool,
     /// A contact sheet of all pictures as well

@@ -186,6 +186,7 @@ impl Pipeline {
     ///
     /// ```
     /// use sdgen::{ModelSpec, Params, Pipeline};
+    /// use std::ops::ControlFlow;
     /// use std::cell::RefCell;
     ///
     /// # fn main() -> Result<(), sdgen::Error> {

@@ -529,7 +529,9 @@ fn pictures_of_the_program_before_the_redesign_are_still_drawn_again() {
     // sums in another order move single values by a level at most
     let check = |name: &str, options: &[&std::path::Path]| {
         let mut command = sdgen(dir.path());
-        command.args(["check", "--json", "--min-psnr", "45"]).arg(picture(name));
+        command
+            .args(["check", "--json", "--min-psnr", "45"])
+            .arg(picture(name));
         for (option, value) in ["--model", "--lora"].into_iter().zip(options) {
             command.arg(option).arg(value);
         }
@@ -540,5 +542,8 @@ fn pictures_of_the_program_before_the_redesign_are_still_drawn_again() {
     check("mini.png", &[]);
     check("sd1.png", &[&fixture("sd1")]);
     check("sdxl.png", &[&fixture("sdxl")]);
-    check("lora.webp", &[&fixture("sd1"), &fixture("lora/kohya.safetensors")]);
+    check(
+        "lora.webp",
+        &[&fixture("sd1"), &fixture("lora/kohya.safetensors")],
+    );
 }

@@ -602,7 +602,7 @@ fn a_template_that_cannot_be_read_is_an_error_that_names_the_remedy() {
         assert!(error(parse(padding)).contains("`{seed:05}`"), "{padding}");
     }
     for padding in ["{prompt:05}", "{guidance:05}"] {
-        assert!(error(parse(padding)).contains("no whole number"));
+        assert!(error(parse(padding)).contains("not a whole number"));
     }
 }
 

@@ -107,11 +107,12 @@ fn a_file_without_a_configuration_takes_the_scale_of_the_model_that_it_decodes_f
         drop(c.insert("scaling_factor".into(), 0.13025.into()))
     });
     let mut pictures = vec![];
-    for shift in [None, Some(0.4)] {
+    for (i, shift) in [None, Some(0.4)].into_iter().enumerate() {
+        let [own, file] = ["own", "file"].map(|name| format!("{name}-{i}.png"));
         edit_json(&dir.path().join("kl/vae/config.json"), |c| {
             drop(c.insert("shift_factor".into(), shift.into()))
         });
-        let own = draw(dir.path(), "kl", &["--no-metadata"], "own.png");
+        let own = draw(dir.path(), "kl", &["--no-metadata"], &own);
         let file = draw(
             dir.path(),
             "kl",
@@ -120,7 +121,7 @@ fn a_file_without_a_configuration_takes_the_scale_of_the_model_that_it_decodes_f
                 "--vae",
                 "kl/vae/diffusion_pytorch_model.safetensors",
             ],
-            "file.png",
+            &file,
         );
         assert!(own == file, "{shift:?}");
         pictures.push(own);

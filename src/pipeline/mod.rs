@@ -187,7 +187,6 @@ impl Pipeline {
     /// ```
     /// use sdgen::{ModelSpec, Params, Pipeline};
     /// use std::ops::ControlFlow;
-    /// use std::cell::RefCell;
     ///
     /// # fn main() -> Result<(), sdgen::Error> {
     /// let pipeline = Pipeline::load(&ModelSpec::embedded())?;

@@ -67,14 +67,14 @@ pub fn draw(args: &DrawArgs) -> u8 {
 }
 
 fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Result<(), Failure> {
-    let Plan {
+    let Prepared {
         list,
         pipeline,
         upscaler,
         mut work,
         batch_size,
         memory_bytes,
-    } = Plan::new(args)?;
+    } = Prepared::new(args)?;
     let finished = finished(args, &mut work);
     let print = |line: &str| progress.aside(|| say(line));
     if args.verify {
@@ -116,7 +116,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
 }
 
 /// Everything that is decided before the first image is drawn.
-struct Plan {
+struct Prepared {
     list: JobList,
     pipeline: Pipeline,
     upscaler: Option<Upscaler>,
@@ -126,7 +126,7 @@ struct Plan {
     memory_bytes: u64,
 }
 
-impl Plan {
+impl Prepared {
     /// Reads the list, opens the model and resolves what is asked for.
     fn new(args: &DrawArgs) -> Result<Self, Failure> {
         let mut list = JobList::read(&args.source()).code(2)?;

@@ -3,7 +3,7 @@
 use crate::error::{self, ErrorKind};
 use anyhow::{Error, Result};
 
-/// An error and the exit code it ends with (README: 2 arguments, 3 model, 4 memory, 5 not finite, 6
+/// An error and the exit code it ends with (assets/docs/scripting.md: 2 arguments, 3 model, 4 memory, 5 not finite, 6
 /// some of many, 1 the rest, 130 interrupted).
 #[derive(Debug)]
 pub struct Failure {

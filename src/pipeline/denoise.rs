@@ -219,7 +219,7 @@ impl Denoising {
         };
         let concat = concat.make(mask.as_ref(), &mut draw)?;
         if self.done == 0 {
-            // of an image that is drawn twice the first pass alone is traced
+            // prompts and noise are traced in the first pass only, steps in all of them
             for (i, (trace, job)) in self.traces.iter_mut().zip(batch).enumerate() {
                 prompts.trace(job, false, trace)?;
                 trace.noise(&noise.narrow(0, i, 1)?)?;

@@ -161,8 +161,10 @@ impl Pipeline {
             let Some(batch) = queue.next_batch() else {
                 break;
             };
+            // threads of the pool that sleep would take longer to wake than a small kernel takes
             let _awake = self.compute.device.is_cpu().then(KeepAwake::start);
             run.encode_prompts(&jobs_of(&batch), &queue)?;
+            // prompts of different numbers of tokens cannot be stacked
             let batch = queue.take_matching(batch, |job| run.base_prompts.tokens(job))?;
             let before = jobs.len() - queue.remaining() - batch.len();
             run.announce(&batch, before, jobs.len());

@@ -303,7 +303,7 @@ table! {
         second_stage: None,
         traits: ClassTraits { grid: Grid::Pndm, zero_snr: false, clip_sample: None, ..DISCRETE },
     };
-    /// Karras et al. 2022 (arXiv 2206.00364), algorithm 2 without churn.
+    /// Karras et al. 2022 (arXiv 2206.00364), algorithm 2 with Euler steps alone, without churn.
     Euler = SamplerSpec {
         name: "euler",
         aliases: &["keuler"],

@@ -190,12 +190,12 @@ fn drawn(models: &Path, nth: usize, command: &str) -> Vec<String> {
 /// Whether this processor has the instructions of the one that the pictures were taken down on.
 fn has_the_same_instructions() -> bool {
     #[cfg(target_arch = "x86_64")]
-    {
-        let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        return has_avx2 && !is_x86_feature_detected!("avx512f");
-    }
+    let has_them = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && !is_x86_feature_detected!("avx512f");
     #[cfg(not(target_arch = "x86_64"))]
-    false
+    let has_them = false;
+    has_them
 }
 
 /// Whether two pictures that were taken down are the same, or as near as other instructions bring them.

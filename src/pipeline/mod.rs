@@ -182,7 +182,8 @@ impl Pipeline {
 }
 
 impl Pipeline {
-    /// Generates one image. `on_event` is told what happens; see [`Event`] for its answers.
+    /// Generates one image. `on_event` is told what happens; see [`Event`] for its answers. It must
+    /// not use the pipeline itself, which may be waiting for the answer.
     ///
     /// The pipeline may be shared by threads: each image has the pixels that it has alone.
     ///

@@ -17,7 +17,7 @@ pub struct ModelArgs {
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
-    /// Change the model by a LoRA, by X times its change [default: 1]; may be given again
+    /// Apply a LoRA, with strength X [default: 1]; may be given again
     #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
     pub lora: Vec<LoraSpec>,
     /// A word that the model has learned (textual inversion), and what it is in prompts [default:

@@ -12,7 +12,7 @@
 //! they are read.
 
 use super::concat::uninit;
-use super::gemm::{Output, with_memory};
+use super::gemm::{Output, UNROLLED, with_memory};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;
@@ -469,7 +469,13 @@ fn product<V: Vector, const R: usize, const C: usize>(
     b: &[Lanes],
     mut sums: [[V; C]; R],
 ) -> [[V; C]; R] {
-    for (a, b) in a.as_chunks::<R>().0.iter().zip(b.as_chunks::<C>().0) {
+    let (a, b) = (a.as_chunks::<R>().0, b.as_chunks::<C>().0);
+    let terms = a.len().min(b.len());
+    let ((a, last_a), (b, last_b)) = (
+        a[..terms].as_chunks::<UNROLLED>(),
+        b[..terms].as_chunks::<UNROLLED>(),
+    );
+    let mut step = |a: &[f32; R], b: &[Lanes; C]| {
         let right = load::<V, C>(b);
         for (left, sums) in a.iter().zip(&mut sums) {
             let left = V::splat(*left);
@@ -477,6 +483,14 @@ fn product<V: Vector, const R: usize, const C: usize>(
                 *sum = sum.plus(left, *right);
             }
         }
+    };
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..UNROLLED {
+            step(&a[i], &b[i]);
+        }
+    }
+    for (a, b) in last_a.iter().zip(last_b) {
+        step(a, b);
     }
     sums
 }

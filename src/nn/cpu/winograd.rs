@@ -500,7 +500,8 @@ impl Transform<SEEN, TILE> for Outputs {
 mod tests {
     use super::super::{Conv2d, Pack, gemm::Epilogue};
     use super::*;
-    use candle_core::{Device, Tensor};
+    use crate::nn::testing::normal;
+    use candle_core::Tensor;
 
     fn values(tensor: &Tensor) -> Vec<f32> {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
@@ -521,7 +522,7 @@ mod tests {
 
     /// x, weight [outputs, inputs, 3, 3] and bias
     fn noise(b: usize, h: usize, w: usize, inputs: usize, outputs: usize) -> [Tensor; 3] {
-        let noise = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let noise = |shape: &[usize]| normal(0f32, 1.0, shape);
         [
             noise(&[b, h, w, inputs]),
             noise(&[outputs, inputs, 3, 3]),

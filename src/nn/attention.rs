@@ -40,6 +40,7 @@ pub fn attention(cx: Forward, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) 
 mod tests {
     use super::*;
     use crate::nn::plain;
+    use crate::nn::testing::normal;
     use candle_core::Device;
 
     fn cpu() -> Forward<'static> {
@@ -47,7 +48,7 @@ mod tests {
     }
 
     fn random(b: usize, len: usize, c: usize) -> Tensor {
-        Tensor::randn(0f32, 2.0, (b, len, c), &Device::Cpu).unwrap()
+        normal(0f32, 2.0, (b, len, c))
     }
 
     fn worst(a: &Tensor, b: &Tensor) -> f32 {

@@ -181,6 +181,7 @@ mod tests {
     use super::*;
     use crate::nn::PaddingMode;
     use crate::nn::layers::GroupNorm;
+    use crate::nn::testing::normal;
     use crate::nn::weights::Weights;
     use candle_core::{DType, Device};
 
@@ -245,9 +246,9 @@ mod tests {
                 GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(),
                 Conv2d::new(&weights, 35, 19, 3).unwrap(),
             );
-            let x = (Tensor::randn(0f32, 1.0, (b, h, w, 35), &Device::Cpu).unwrap() + 2.0).unwrap();
+            let x = (normal(0f32, 1.0, (b, h, w, 35)) + 2.0).unwrap();
             let halving = Conv2d::strided(&weights, 35, 19, 3, 2, (0, 1)).unwrap();
-            let residual = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
+            let residual = normal(0f32, 1.0, (b, h, w, 19));
             let whole = conv
                 .forward_add(
                     cx,

@@ -521,6 +521,7 @@ pub fn is_finite(x: &Tensor) -> TensorResult<bool> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::nn::testing::normal;
     use crate::nn::{PaddingMode, plain};
     use candle_core::{Device, IndexOp, Tensor};
 
@@ -555,8 +556,8 @@ mod tests {
     }
 
     fn group_norm(channels: usize, groups: usize) -> GroupNorm {
-        let weight = Tensor::randn(1f32, 0.5, channels, &Device::Cpu).unwrap();
-        let bias = Tensor::randn(0f32, 0.5, channels, &Device::Cpu).unwrap();
+        let weight = normal(1f32, 0.5, channels);
+        let bias = normal(0f32, 0.5, channels);
         GroupNorm(GroupNormParams {
             weight,
             bias,
@@ -589,8 +590,7 @@ mod tests {
             .flat_map(|s| channels.map(|c| (s, c)))
             .enumerate()
         {
-            let x = (Tensor::randn(0f32, 1.0, (n % 3 + 1, h, w, c), &Device::Cpu).unwrap() + 3.0)
-                .unwrap();
+            let x = (normal(0f32, 1.0, (n % 3 + 1, h, w, c)) + 3.0).unwrap();
             let norm = group_norm(c, groups);
             let plain =
                 plain::group_norm(&x, &norm.0.weight, &norm.0.bias, groups, norm.0.eps).unwrap();
@@ -613,7 +613,7 @@ mod tests {
     #[test]
     fn norms_are_right_far_from_zero() {
         let (b, h, w, c, groups) = (2, 40, 30, 48, 6);
-        let x = (Tensor::randn(0f32, 1.0, (b, h, w, c), &Device::Cpu).unwrap() + 1000.0).unwrap();
+        let x = (normal(0f32, 1.0, (b, h, w, c)) + 1000.0).unwrap();
         let f64 = |x: &Tensor| x.to_dtype(candle_core::DType::F64).unwrap();
         let exact = |x: Tensor, over: &[usize], weight: &Tensor, bias: &Tensor| {
             let x = x.broadcast_sub(&x.mean_keepdim(over).unwrap()).unwrap();
@@ -679,7 +679,7 @@ mod tests {
     #[test]
     fn norms_give_the_same_bits_on_any_number_of_threads_and_beside_any_neighbours() {
         for (h, w, c, groups) in [(1, 1, 7, 7), (8, 8, 1280, 32), (65, 67, 50, 5)] {
-            let x = Tensor::randn(1f32, 2.0, (3, h, w, c), &Device::Cpu).unwrap();
+            let x = normal(1f32, 2.0, (3, h, w, c));
             let (group, layer) = (group_norm(c, groups), layer_norm(c));
             let norms: [&(dyn Fn(&Tensor) -> Tensor + Sync); 2] = [
                 &|x| group.forward_act(cpu(), x, Activation::Silu).unwrap(),
@@ -699,7 +699,7 @@ mod tests {
     fn layer_norm_kernel_equals_candles_own() {
         for (n, width) in [1, 7, 16, 63, 65, 320, 768, 1280].into_iter().enumerate() {
             // around 0, as candle's own is the less exact elsewhere
-            let x = Tensor::randn(0f32, 1.0, (n % 3 + 1, 77, width), &Device::Cpu).unwrap();
+            let x = normal(0f32, 1.0, (n % 3 + 1, 77, width));
             let norm = layer_norm(width);
             let plain = plain::layer_norm(&x, &norm.weight, &norm.bias, norm.eps).unwrap();
             // the plain mean is a sum of up to 140,000 numbers in f32
@@ -726,10 +726,9 @@ mod tests {
             .flat_map(padded)
         {
             let (b, inputs, outputs) = (b % 3 + 1, if size == 3 { 35 } else { 5 }, 7);
-            let x = Tensor::randn(0f32, 1.0, (b, h, w, inputs), &Device::Cpu).unwrap();
-            let weight =
-                Tensor::randn(0f32, 0.3, (outputs, inputs, size, size), &Device::Cpu).unwrap();
-            let bias = Tensor::randn(0f32, 1.0, outputs, &Device::Cpu).unwrap();
+            let x = normal(0f32, 1.0, (b, h, w, inputs));
+            let weight = normal(0f32, 0.3, (outputs, inputs, size, size));
+            let bias = normal(0f32, 1.0, outputs);
             if h + padding.0 + padding.1 < size {
                 continue;
             }
@@ -794,8 +793,7 @@ mod tests {
     #[test]
     fn concatenation_equals_candles_own() {
         for (h, w) in [(1, 1), (3, 5), (33, 65)] {
-            let [x, other] =
-                [7, 12].map(|c| Tensor::randn(0f32, 1.0, (3, h, w, c), &Device::Cpu).unwrap());
+            let [x, other] = [7, 12].map(|c| normal(0f32, 1.0, (3, h, w, c)));
             assert_eq!(
                 worst(
                     &concat(cpu(), &x, &other).unwrap(),
@@ -821,9 +819,9 @@ mod tests {
             .flat_map(|s| [(s, 3), (s, 1)])
             .zip((1..=3).cycle());
         for (((((h, w), (to_h, to_w)), size), b), modes) in cases.flat_map(padded) {
-            let x = Tensor::randn(0f32, 1.0, (b, h, w, 19), &Device::Cpu).unwrap();
-            let weight = Tensor::randn(0f32, 0.3, (35, 19, size, size), &Device::Cpu).unwrap();
-            let bias = Tensor::randn(0f32, 1.0, 35, &Device::Cpu).unwrap();
+            let x = normal(0f32, 1.0, (b, h, w, 19));
+            let weight = normal(0f32, 0.3, (35, 19, size, size));
+            let bias = normal(0f32, 1.0, 35);
             let padding = (size / 2, size / 2);
             let plain = plain::conv2d(
                 &plain::scale_nearest(&x, to_h, to_w).unwrap(),
@@ -857,7 +855,7 @@ mod tests {
 
     #[test]
     fn product_kernel_equals_its_plain_composition() {
-        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let random = |shape: &[usize]| normal(0f32, 1.0, shape);
         for (m, k, n) in [
             (1, 1, 2),
             (3, 77, 6),
@@ -905,7 +903,7 @@ mod tests {
 
     #[test]
     fn products_and_attention_give_the_same_bits_on_any_number_of_threads() {
-        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let random = |shape: &[usize]| normal(0f32, 1.0, shape);
         let (x, weight, bias) = (random(&[2, 700, 320]), random(&[640, 320]), random(&[640]));
         let layer = Linear {
             weight: WeightLayout::new(Backend::Cpu, &weight, true).unwrap(),

@@ -26,6 +26,8 @@ pub mod layers;
 pub mod padding;
 pub mod plain;
 pub mod profile;
+#[cfg(test)]
+pub mod testing;
 pub mod weights;
 
 pub use backend::Backend;

@@ -189,7 +189,7 @@ pub fn attention(
 mod tests {
     use super::PaddingMode::{Circular, Zeros};
     use super::*;
-    use candle_core::Device;
+    use crate::nn::testing::normal;
 
     fn worst(a: &Tensor, b: &Tensor) -> f32 {
         let off = (a - b).unwrap().abs().unwrap().max_all().unwrap();
@@ -215,8 +215,8 @@ mod tests {
             .into_iter()
             .flat_map(|size| modes.map(|modes| (size, modes)))
         {
-            let x = Tensor::randn(0f32, 1.0, (2, h, w, 3), &Device::Cpu).unwrap();
-            let weight = Tensor::randn(0f32, 0.3, (4, 3, size, size), &Device::Cpu).unwrap();
+            let x = normal(0f32, 1.0, (2, h, w, 3));
+            let weight = normal(0f32, 0.3, (4, 3, size, size));
             let whole = conv2d(&x, &weight, stride, padding, modes).unwrap();
             let row = 2 * whole.dim(2).unwrap() * 3 * size * size;
             for max_im2col in [0, row, 2 * row, 3 * row + 1, 100 * row] {

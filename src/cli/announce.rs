@@ -6,7 +6,7 @@ use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
 use crate::cli::progress::Progress;
 use crate::pipeline::Pipeline;
-use crate::pipeline::family::Family;
+use crate::pipeline::family::{Family, distillation_by_name};
 use crate::pipeline::guidance::Guidance;
 use crate::pipeline::options::VaeTiling;
 use crate::pipeline::settings::Settings;
@@ -121,6 +121,17 @@ fn tell_of_model(checkpoint: &Checkpoint, progress: &Progress) {
     let family = Family::detect(checkpoint).ok();
     if let Some(distilled) = family.and_then(|family| family.defaults(checkpoint).distilled) {
         progress.detail(format!("distilled: {distilled}"));
+    }
+    if let Some((name, named)) = distillation_by_name(checkpoint) {
+        let guidance = if named.guidance > 1.0 {
+            format!("guidance {}", named.guidance)
+        } else {
+            "no guidance".into()
+        };
+        progress.note(format!(
+            "`{name}`: {}; {} steps and {guidance} unless `--steps` and `--guidance` say otherwise",
+            named.method, named.steps
+        ));
     }
     for assumed in checkpoint.assumptions() {
         progress.detail(format!("assumed: {assumed}"));

@@ -2,8 +2,7 @@
 
 use crate::model::BackboneConfig;
 use crate::text::encoder::TextEncoderConfigs;
-use crate::weights::distillation::{Distillation, TCD_ETA};
-use crate::weights::lora::Lora;
+use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
 use crate::weights::{Checkpoint, family_name};
 use anyhow::{Result, bail};
 use serde_json::Value;
@@ -136,6 +135,16 @@ impl Family {
     }
 }
 
+/// The name, of a LoRA or else of the model, that tells of a distillation, and what it tells.
+pub fn distillation_by_name(checkpoint: &Checkpoint) -> Option<(&str, Distillation)> {
+    let mut loras = checkpoint.loras().iter();
+    if let Some(of_lora) = loras.find_map(|lora| Some((&*lora.name, lora.distillation()?))) {
+        return Some(of_lora);
+    }
+    let model = &checkpoint.name;
+    Some((model, Distillation::named(model, Bearer::Model)?))
+}
+
 /// What a model that was distilled to a few steps draws with: by its name, or by what its
 /// configuration says of its distillation. Numbers are those of diffusers' pipelines and of the
 /// model cards.
@@ -159,15 +168,12 @@ fn distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
             distilled: Some(distilled),
         })
     };
-    let loras = checkpoint.loras().iter().find_map(Lora::distillation);
-    let by_name = loras
-        .or_else(|| Distillation::named(&checkpoint.name))
-        .map(|named| Defaults {
-            steps: named.steps,
-            guidance: named.guidance,
-            eta: Some(named.eta),
-            distilled: Some(named.method),
-        });
+    let by_name = distillation_by_name(checkpoint).map(|(_, named)| Defaults {
+        steps: named.steps,
+        guidance: named.guidance,
+        eta: Some(named.eta),
+        distilled: Some(named.method),
+    });
     match scheduler("_class_name") {
         _ if config("unet", "time_cond_proj_dim").is_some() => {
             of(4, 8.5, None, "latent consistency, guidance built in")

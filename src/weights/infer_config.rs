@@ -2,7 +2,7 @@
 //! config.json. What shapes cannot tell (heads, norm groups, scheduler, prediction) is the family's,
 //! and is listed among the assumptions.
 
-use super::distillation::Distillation;
+use super::distillation::{Bearer, Distillation};
 use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result};
@@ -65,7 +65,7 @@ impl Traits {
         let is_xl = checkpoint.has(ENCODERS[1]);
         let is_second_generation =
             !is_xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
-        let distillation = Distillation::named(&checkpoint.name);
+        let distillation = Distillation::named(&checkpoint.name, Bearer::Model);
         // models with a distillation's name were made from ones that predict noise
         let known = extra.v_prediction.or(distillation.as_ref().map(|_| false));
         if known.is_none() && is_second_generation {

@@ -15,8 +15,8 @@ pub use delta::patch;
 pub use layer_names::{LayerNames, is_adapter_key};
 pub use tags::{find_named, take_tags};
 
-use super::distillation::Distillation;
-use super::model_files::file_name;
+use super::distillation::{Bearer, Distillation};
+use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, family_name};
 use anyhow::{Result, bail};
@@ -26,9 +26,37 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+/// Keys of headers by kohya's trainer that tell of a training on pictures.
+const OF_PICTURES: [&str; 5] = [
+    "ss_num_train_images",
+    "ss_dataset_dirs",
+    "ss_datasets",
+    "ss_tag_frequency",
+    "ss_bucket_info",
+];
+
+/// The names that diffusers and PEFT give to every file.
+const COMMON_NAMES: [&str; 3] = [
+    "pytorch_lora_weights",
+    "adapter_model",
+    "diffusion_pytorch_model",
+];
+
+/// The name of a LoRA at a path.
+fn name_of(path: &Path) -> String {
+    let name = file_name(path);
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    if COMMON_NAMES.contains(&name.trim_end_matches(".fp16")) {
+        folder_name(folder.unwrap_or(Path::new(".")))
+    } else {
+        name
+    }
+}
+
 /// An open LoRA file.
 pub struct Lora {
-    /// the file's name without its ending
+    /// the file's name without its ending; that of its repository or folder where the file's is the
+    /// same for every LoRA
     pub name: String,
     /// the factor of its changes; a negative one makes the opposite
     pub strength: f64,
@@ -78,7 +106,7 @@ impl Lora {
             .and_then(|text| serde_json::from_str(text).ok())
             .unwrap_or_default();
         Ok(Self {
-            name: file_name(path),
+            name: name_of(path),
             strength,
             source,
             layers,
@@ -205,9 +233,15 @@ impl Lora {
         self.source.len
     }
 
-    /// The distillation to few steps that its name tells of.
+    /// The distillation to few steps that its name tells of. A file that remembers the pictures
+    /// that it was trained on is no distillation, whatever its name is.
     pub fn distillation(&self) -> Option<Distillation> {
-        Distillation::named(&self.name)
+        let is_of_pictures = OF_PICTURES
+            .iter()
+            .any(|key| self.source.metadata(key).is_some());
+        (!is_of_pictures)
+            .then(|| Distillation::named(&self.name, Bearer::Lora))
+            .flatten()
     }
 
     /// The naming of its layers, for people.

@@ -3,6 +3,7 @@
 use crate::common::*;
 use sdgen::weights::{Checkpoint, Origin};
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::path::Path;
 
 /// What the plain command would draw with.
@@ -145,6 +146,10 @@ fn a_model_says_by_its_name_on_the_hub_for_how_many_steps_it_was_distilled() {
         ("IDKiro--sdxs-512-dreamshaper", "bksdm", 1, 1.0),
         ("someone--else", "bksdm", 50, 7.5),
         ("lightning--dreams", "bksdm", 50, 7.5),
+        ("someone--lightningStorm_v1", "sd1", 50, 7.5),
+        ("someone--turboMix_photoreal", "sd1", 50, 7.5),
+        ("someone--animagicalcm_v2", "sd1", 50, 7.5),
+        ("someone--hyperdriveV2_8steps", "sd1", 50, 7.5),
         ("stabilityai--sd-turbo", "turbo", 1, 1.0),
         ("Lykon--dreamshaper-xl-v2-turbo", "turbo", 4, 1.0),
         ("someone--XL-Lightning-8-Steps", "turbo", 8, 1.0),
@@ -321,4 +326,58 @@ fn tcd_adds_the_noise_of_its_authors_example_and_no_other_sampler_takes_it() {
         "{}",
         stderr(&output)
     );
+}
+
+#[test]
+fn a_lora_is_a_distillation_only_where_words_of_its_name_say_so_and_then_stderr_says_it() {
+    let dir = tempfile::tempdir().unwrap();
+    with_base("sd1", &dir.path().join("m"));
+    let style = fixture("lora/kohya.safetensors");
+    let plan = |lora: &Path, options: &[&str]| {
+        let output = succeed(
+            sdgen(dir.path())
+                .args(["x", "-s", "1", "-m", "m", "--dry-run", "--json", "--lora"])
+                .arg(lora)
+                .args(options),
+        );
+        let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        let keys = ["sampler", "steps", "guidance"].map(|key| said[key].clone());
+        (json!(keys), stderr(&output))
+    };
+    for name in [
+        "porsche_911_turbo",
+        "lightning_bolts_concept",
+        "raiden_white_lightning_v2",
+        "magicalCM_v1",
+        "art_cd_cover",
+        "concept_TCD_actor",
+        "hyper-realism",
+        "sd_turbojet_engine",
+    ] {
+        let path = dir.path().join(format!("{name}.safetensors"));
+        std::fs::copy(&style, &path).unwrap();
+        let (plan, said) = plan(&path, &[]);
+        assert_eq!(plan, json!(["pndm", 50, 7.5]), "{name}");
+        assert!(!said.contains("by its name"), "{said}");
+    }
+    // every LoRA of diffusers has this file's name: the repository tells
+    let folder = dir
+        .path()
+        .join("hub/models--latent-consistency--lcm-lora-sdv1-5/snapshots/01");
+    std::fs::create_dir_all(&folder).unwrap();
+    let lcm = folder.join("pytorch_lora_weights.safetensors");
+    std::fs::copy(&style, &lcm).unwrap();
+    let (of_lcm, said) = plan(&lcm, &[]);
+    assert_eq!(of_lcm, json!(["lcm", 4, 1.0]));
+    let told = "`latent-consistency/lcm-lora-sdv1-5`: latent consistency, by its name; 4 steps \
+        and no guidance unless `--steps` and `--guidance` say otherwise";
+    assert!(said.contains(told), "{said}");
+    let given = ["--steps", "9", "-g", "3", "--sampler", "ddim"];
+    assert_eq!(plan(&lcm, &given).0, json!(["ddim", 9, 3.0]));
+    // trained on pictures, by its own header
+    let trained = dir.path().join("sdxl_lightning_4step_lora.safetensors");
+    let header = HashMap::from([("ss_num_train_images".to_string(), "20".to_string())]);
+    let tensors = load(&style);
+    safetensors::serialize_to_file(&tensors, Some(header), &trained).unwrap();
+    assert_eq!(plan(&trained, &[]).0, json!(["pndm", 50, 7.5]));
 }

@@ -5,10 +5,14 @@
 //! change, [`patch`] changes one (`delta.rs`). This module hides the formats: names of kohya's
 //! trainer, of diffusers' (old, and PEFT's) and of the original layout (`layer_names.rs`); LoRA and
 //! LoCon (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353), LoHa and LoKr
-//! (Yeh et al. 2023, arXiv 2309.14859), and whole differences.
+//! (Yeh et al. 2023, arXiv 2309.14859), GLoRA (Chavan et al. 2023, arXiv 2306.07967), IA3 (Liu et al.
+//! 2022, arXiv 2205.05638), orthogonal finetuning (`orthogonal.rs`), and whole differences. The alphas
+//! of PEFT's headers are in `peft.rs`.
 
 mod delta;
 mod layer_names;
+mod orthogonal;
+mod peft;
 mod tags;
 
 pub use delta::patch;
@@ -19,10 +23,13 @@ use super::distillation::{Bearer, Distillation};
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, family_name};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use delta::Method;
-use layer_names::{ALPHA, DIFF_B, DORA, DOWN, Layer, MAGNITUDE, component, split};
-use serde_json::Value;
+use layer_names::{
+    ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, TLORA_MARK, UP_BIAS,
+    component, split,
+};
+use peft::PeftConfig;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -70,7 +77,7 @@ pub struct Lora {
     /// keys that change nothing in the model that it was matched with
     unexpected_keys: Vec<String>,
     /// PEFT's configuration from the header
-    peft: Value,
+    peft: PeftConfig,
 }
 
 impl Lora {
@@ -91,6 +98,12 @@ impl Lora {
                 path.display()
             );
         }
+        if let Some(key) = keys.iter().find(|key| key.ends_with(TLORA_MARK)) {
+            bail!(
+                "`{}` is a T-LoRA, and the file lacks what its change is a difference from: the matrices that its training began with (it has `{key}`, but no `base_lambda`)\n\nhint: have the program that trained it merge it into the model, and draw with that",
+                path.display()
+            );
+        }
         let (mut layers, mut unknown_keys) = (BTreeMap::<String, Layer>::new(), vec![]);
         for key in keys {
             match split(&key) {
@@ -101,10 +114,16 @@ impl Lora {
                 None => unknown_keys.push(key),
             }
         }
-        let peft = source
-            .metadata("lora_adapter_metadata")
-            .and_then(|text| serde_json::from_str(text).ok())
-            .unwrap_or_default();
+        // a tensor of this name is IA3's only beside its mark
+        for layer in layers.values_mut() {
+            if !layer.contains_key(ON_INPUT) {
+                unknown_keys.extend(layer.remove(FACTORS));
+            }
+        }
+        layers.retain(|_, layer| !layer.is_empty());
+        let text = source.metadata("lora_adapter_metadata").unwrap_or("{}");
+        let peft = PeftConfig::of(text)
+            .with_context(|| format!("the header of `{}` is damaged", path.display()))?;
         Ok(Self {
             name: name_of(path),
             strength,
@@ -131,7 +150,7 @@ impl Lora {
                 .map(|base| format!("{base}.bias"))
                 .filter(|bias| is_free(bias) && self.has_bias_of(layer, model, bias));
             let is_matched = |slot: &str| {
-                if slot == DIFF_B {
+                if [DIFF_B, UP_BIAS].contains(&slot) {
                     bias.is_some()
                 } else {
                     weight.is_some()
@@ -172,12 +191,13 @@ impl Lora {
         let Some([rows, rest @ ..]) = model.shape(weight) else {
             return false;
         };
-        self.size(layer) == Some((*rows, rest.iter().product()))
+        self.fits(layer, (*rows, rest.iter().product()))
     }
 
-    /// Whether a layer has a difference in the shape of a bias of the model.
+    /// Whether a layer has a change in the shape of a bias of the model.
     fn has_bias_of(&self, layer: &Layer, model: &Checkpoint, bias: &str) -> bool {
-        let own = layer.get(DIFF_B).and_then(|key| self.source.shape(key));
+        let key = layer.get(DIFF_B).or_else(|| layer.get(UP_BIAS));
+        let own = key.and_then(|key| self.source.shape(key));
         own.is_some() && own == model.shape(bias)
     }
 
@@ -282,6 +302,12 @@ impl Lora {
                 Method::Hadamard => "LoHa",
                 Method::Kronecker => "LoKr",
                 Method::Difference => "differences",
+                Method::Generalized => "GLoRA",
+                Method::Factors => "IA3",
+                Method::Rotation => match layer.get(OFT).and_then(|key| self.source.shape(key)) {
+                    Some([_, _, _, _]) => "BOFT",
+                    _ => "diag-OFT",
+                },
             });
             method.into_iter().chain(has_magnitudes.then_some("DoRA"))
         };
@@ -304,14 +330,8 @@ impl Lora {
             .values()
             .filter_map(|layer| layer.get(ALPHA))
             .map(|key| self.number(key));
-        let peft = self
-            .peft
-            .as_object()
-            .into_iter()
-            .flatten()
-            .filter(|(key, _)| key.ends_with("lora_alpha"));
         let mut alphas = alphas
-            .chain(peft.filter_map(|(_, alpha)| alpha.as_f64()).map(Ok))
+            .chain(self.peft.lora_alphas().map(Ok))
             .collect::<Result<Vec<f64>>>()?;
         alphas.sort_by(f64::total_cmp);
         alphas.dedup();

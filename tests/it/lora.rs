@@ -40,7 +40,7 @@ fn pictures_with_loras_of_every_format_are_those_of_diffusers_and_of_the_formula
     let tensors = load(&fixture("lora/goldens.safetensors"));
     let runs = &goldens("lora")["runs"];
     let runs = runs.as_array().unwrap();
-    assert_eq!(runs.len(), 17);
+    assert_eq!(runs.len(), 16);
     for run in runs {
         let name = run["name"].as_str().unwrap();
         let mut plain = sdgen(dir.path());
@@ -97,9 +97,14 @@ fn a_strength_of_zero_changes_no_bit_and_leaves_no_trace() {
 /// A model's weight of the sd1 fixture, changed by these.
 fn weight(loras: &[(&str, f64)], part: &str, name: &str) -> Tensor {
     let mut checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
-    let opened = loras
-        .iter()
-        .map(|(file, strength)| Lora::open(Path::new(&lora(file)), *strength));
+    let opened = loras.iter().map(|(file, strength)| {
+        let path = if file.contains('/') {
+            file.to_string()
+        } else {
+            lora(file)
+        };
+        Lora::open(Path::new(&path), *strength)
+    });
     checkpoint.use_loras(opened, true).unwrap();
     let shape = checkpoint
         .shape(&format!("{part}.{name}"))
@@ -111,21 +116,291 @@ fn weight(loras: &[(&str, f64)], part: &str, name: &str) -> Tensor {
         .unwrap()
 }
 
+/// A weight of the sd1 fixture's U-Net, changed by a LoRA of these tensors and this header.
+fn changed(
+    tensors: &[(&str, Tensor)],
+    header: &[(&str, &str)],
+    strength: f64,
+    name: &str,
+) -> Tensor {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.safetensors");
+    let header = header
+        .iter()
+        .map(|(key, value)| (key.to_string(), value.to_string()));
+    let tensors = tensors
+        .iter()
+        .map(|(key, t)| (key.to_string(), t.contiguous().unwrap()));
+    let tensors: HashMap<String, Tensor> = tensors.collect();
+    safetensors::serialize_to_file(&tensors, Some(header.collect()), &path).unwrap();
+    weight(&[(path.to_str().unwrap(), strength)], "unet", name)
+}
+
+/// Numbers from -1 to 1, times `scale`.
+fn numbers(seed: u32, shape: &[usize], scale: f64) -> Tensor {
+    let count: usize = shape.iter().product();
+    let values: Vec<f32> = (0..count as u32)
+        .map(|i| {
+            let mixed = (i + 1 + seed * 7919).wrapping_mul(2654435761) >> 8;
+            (f64::from(mixed) / f64::from(1 << 23) * scale - scale) as f32
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// The weights of the fixture are f16, and rounded to that.
+fn assert_near(what: &str, got: &Tensor, exact: &Tensor) {
+    assert_eq!(got.dims(), exact.dims(), "{what}");
+    let off = largest(&(got - exact).unwrap());
+    assert!(off < 2e-3 * largest(exact).max(1.0), "{what}: off by {off}");
+}
+
+const LINEAR: &str = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+const CONVOLUTION: &str = "down_blocks.0.resnets.0.conv1";
+
+#[test]
+fn the_strength_of_dora_is_that_of_the_product_before_it_is_normalized() {
+    let name = format!("{LINEAR}.weight");
+    let plain = weight(&[], "unet", &name);
+    let (rows, columns) = plain.dims2().unwrap();
+    let (down, up) = (numbers(1, &[2, columns], 0.3), numbers(2, &[rows, 2], 0.3));
+    let lengths = (numbers(3, &[rows, 1], 0.5) + 1.5).unwrap();
+    for (strength, key) in [
+        (0.5, "lora_magnitude_vector"),
+        (1.0, "lora_magnitude_vector"),
+        (-0.7, "dora_scale"),
+    ] {
+        // peft's DoraLinearLayer, whose scaling holds the strength
+        let sum = (&plain + (up.matmul(&down).unwrap() * strength).unwrap()).unwrap();
+        let norms = sum.sqr().unwrap().sum_keepdim(1).unwrap().sqrt().unwrap();
+        let factors = (&lengths / norms).unwrap();
+        let exact = sum.broadcast_mul(&factors).unwrap();
+        let keys =
+            ["lora_A.weight", "lora_B.weight", key].map(|end| format!("unet.{LINEAR}.{end}"));
+        let tensors = [
+            (&*keys[0], down.clone()),
+            (&*keys[1], up.clone()),
+            (&*keys[2], lengths.flatten_all().unwrap()),
+        ];
+        assert_near(key, &changed(&tensors, &[], strength, &name), &exact);
+    }
+}
+
+#[test]
+fn the_header_of_peft_gives_alphas_by_regular_expressions_and_lora_bias_changes_the_bias() {
+    let name = format!("{LINEAR}.weight");
+    let plain = weight(&[], "unet", &name);
+    let (rows, columns) = plain.dims2().unwrap();
+    let (down, up) = (numbers(1, &[2, columns], 0.3), numbers(2, &[rows, 2], 0.3));
+    let config = r#"{"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn2\\..*": 1, "attn[1]\\.to_(q|k)": 6, "to_q": 9}}"#;
+    let keys = ["lora_A.weight", "lora_B.weight"].map(|end| format!("unet.{LINEAR}.{end}"));
+    let tensors = [(&*keys[0], down.clone()), (&*keys[1], up.clone())];
+    let header = [("lora_adapter_metadata", config)];
+    let exact = (&plain + (up.matmul(&down).unwrap() * 3.0).unwrap()).unwrap();
+    assert_near("alpha", &changed(&tensors, &header, 1.0, &name), &exact);
+
+    // the bias of a convolution, at alpha / rank
+    let name = format!("{CONVOLUTION}.bias");
+    let plain = weight(&[], "unet", &name);
+    let kernels = weight(&[], "unet", &format!("{CONVOLUTION}.weight"));
+    let (rows, columns, h, w) = kernels.dims4().unwrap();
+    let own = numbers(3, &[rows], 0.5);
+    let keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias"]
+        .map(|end| format!("unet.{CONVOLUTION}.{end}"));
+    let tensors = [
+        (&*keys[0], numbers(1, &[4, columns, h, w], 0.1)),
+        (&*keys[1], numbers(2, &[rows, 4, 1, 1], 0.1)),
+        (&*keys[2], own.clone()),
+    ];
+    let exact = (&plain + (own * 0.25).unwrap()).unwrap();
+    assert_near("bias", &changed(&tensors, &header, 0.5, &name), &exact);
+}
+
+#[test]
+fn glora_multiplies_the_weight_and_adds_to_it() {
+    for layer in [LINEAR, CONVOLUTION] {
+        let name = format!("{layer}.weight");
+        let plain = weight(&[], "unet", &name);
+        let (rows, columns) = (plain.dim(0).unwrap(), plain.dim(1).unwrap());
+        let kernel: &[usize] = &vec![1; plain.rank() - 2];
+        let shape = |a, b| [&[a, b], kernel].concat();
+        let a1 = numbers(1, &shape(columns, 2), 0.1);
+        let a2 = numbers(2, &shape(2, columns), 0.1);
+        let b1 = numbers(3, &shape(rows, 2), 0.1);
+        let b2 = numbers(4, &[&[2, columns], &plain.dims()[2..]].concat(), 0.1);
+        let start = format!("lycoris_{}", layer.replace('.', "_"));
+        let keys = ["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"]
+            .map(|end| format!("{start}.{end}"));
+        let tensors = [
+            (&*keys[0], a1.clone()),
+            (&*keys[1], a2.clone()),
+            (&*keys[2], b1.clone()),
+            (&*keys[3], b2.clone()),
+            (&*keys[4], Tensor::new(1f32, &Device::Cpu).unwrap()),
+        ];
+        let matrix = |t: &Tensor| t.flatten_from(1).unwrap();
+        let inputs = plain.flatten_from(2.min(plain.rank() - 1)).unwrap();
+        let multiplied = if layer == LINEAR {
+            plain.matmul(&a1).unwrap().matmul(&a2).unwrap()
+        } else {
+            // [rows, columns, h * w] -> a matrix for each position
+            let inputs = inputs.transpose(1, 2).unwrap().contiguous().unwrap();
+            let product = inputs
+                .broadcast_matmul(&matrix(&a1))
+                .unwrap()
+                .broadcast_matmul(&matrix(&a2))
+                .unwrap();
+            product
+                .transpose(1, 2)
+                .unwrap()
+                .reshape(plain.shape())
+                .unwrap()
+        };
+        let added = matrix(&b1).matmul(&matrix(&b2)).unwrap();
+        let sum = (multiplied + added.reshape(plain.shape()).unwrap()).unwrap();
+        // alpha 1 of rank 2 twice, as lycoris-lora 4 trains it
+        let exact = (&plain + (sum * (0.8 / 4.0)).unwrap()).unwrap();
+        assert_near(layer, &changed(&tensors, &[], 0.8, &name), &exact);
+    }
+}
+
+#[test]
+fn ia3_multiplies_rows_or_columns() {
+    for (layer, on_input) in [
+        (LINEAR, 0u32),
+        (LINEAR, 1),
+        (CONVOLUTION, 0),
+        (CONVOLUTION, 1),
+    ] {
+        let name = format!("{layer}.weight");
+        let plain = weight(&[], "unet", &name);
+        let kernel: &[usize] = &vec![1; plain.rank() - 2];
+        let count = plain.dim(on_input as usize).unwrap();
+        let factors = numbers(5, &[count], 0.5);
+        let stored = match layer {
+            LINEAR => factors.clone(),
+            _ => factors.reshape([&[1, count], kernel].concat()).unwrap(),
+        };
+        let start = format!("lycoris_{}", layer.replace('.', "_"));
+        let keys = ["weight", "on_input"].map(|end| format!("{start}.{end}"));
+        let mark = Tensor::new(i64::from(on_input), &Device::Cpu).unwrap();
+        let tensors = [(&*keys[0], stored), (&*keys[1], mark)];
+        let along = match on_input {
+            0 => factors.reshape([&[count, 1], kernel].concat()).unwrap(),
+            _ => factors.reshape([&[1, count], kernel].concat()).unwrap(),
+        };
+        let exact = (&plain + plain.broadcast_mul(&(along * 0.6).unwrap()).unwrap()).unwrap();
+        assert_near(&name, &changed(&tensors, &[], 0.6, &name), &exact);
+    }
+}
+
+#[test]
+fn orthogonal_finetuning_turns_rows_and_rescales_them() {
+    let name = format!("{LINEAR}.weight");
+    let plain = weight(&[], "unet", &name);
+    let (rows, _) = plain.dims2().unwrap();
+    // blocks of two, each by the angle whose half has the tangent 0.5
+    let block = [0.0, 0.5f32, 0.0, 0.0].repeat(rows / 2);
+    let (sin, cos) = (2.0 * 0.5f64.atan()).sin_cos();
+    let [even, odd] = [0, 1].map(|first| {
+        let rows: Vec<u32> = (0..rows as u32 / 2).map(|i| 2 * i + first).collect();
+        let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+        plain.index_select(&rows, 0).unwrap()
+    });
+    let mixed = |a: f64, b: f64| ((&even * a).unwrap() + (&odd * b).unwrap()).unwrap();
+    let pairs = |a: Tensor, b: Tensor| {
+        Tensor::stack(&[a, b], 1)
+            .unwrap()
+            .reshape(plain.shape())
+            .unwrap()
+    };
+    let start = format!("lycoris_{}", LINEAR.replace('.', "_"));
+    let keys = ["oft_blocks", "rescale", "alpha"].map(|end| format!("{start}.{end}"));
+    let factors = (numbers(6, &[rows, 1], 0.3) + 1.0).unwrap();
+    let blocks = |shape: &[usize]| Tensor::from_vec(block.clone(), shape, &Device::Cpu).unwrap();
+    let none = Tensor::new(0f32, &Device::Cpu).unwrap();
+    let s = 0.5;
+    let half = s * cos + 1.0 - s;
+    let diagonal = [
+        (&*keys[0], blocks(&[rows / 2, 2, 2])),
+        (&*keys[1], factors.clone()),
+        (&*keys[2], none.clone()),
+    ];
+    let exact = pairs(mixed(half, -s * sin), mixed(s * sin, half));
+    let exact = exact.broadcast_mul(&factors).unwrap();
+    assert_near("diag-OFT", &changed(&diagonal, &[], s, &name), &exact);
+    // the butterfly's first stage is of the same blocks, and turns the other way
+    let butterfly = [(&*keys[0], blocks(&[1, rows / 2, 2, 2])), (&*keys[2], none)];
+    let exact = pairs(mixed(cos, sin), mixed(-sin, cos));
+    assert_near("BOFT", &changed(&butterfly, &[], 1.0, &name), &exact);
+}
+
+#[test]
+fn whole_factors_of_lokr_take_the_scale_that_the_header_tells() {
+    let name = format!("{LINEAR}.weight");
+    let plain = weight(&[], "unet", &name);
+    let (rows, columns) = plain.dims2().unwrap();
+    let whole = numbers(1, &[rows, columns], 0.1);
+    let start = format!("lycoris_{}", LINEAR.replace('.', "_"));
+    let keys = ["lokr_w1", "lokr_w2", "alpha"].map(|end| format!("{start}.{end}"));
+    for (alpha, header, scale) in [
+        // 8 to the power of 1.5: rank-stabilised
+        (22.627f32, &[("ss_network_dim", "8")][..], 8f64.sqrt()),
+        (8.0, &[("ss_network_dim", "8")], 1.0),
+        (22.627, &[], 1.0),
+    ] {
+        let tensors = [
+            (
+                &*keys[0],
+                Tensor::ones((1, 1), DType::F32, &Device::Cpu).unwrap(),
+            ),
+            (&*keys[1], whole.clone()),
+            (&*keys[2], Tensor::new(alpha, &Device::Cpu).unwrap()),
+        ];
+        let exact = (&plain + (&whole * scale).unwrap()).unwrap();
+        assert_near("LoKr", &changed(&tensors, header, 1.0, &name), &exact);
+    }
+}
+
+#[test]
+fn a_t_lora_says_what_it_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = format!("lycoris_{}", LINEAR.replace('.', "_"));
+    let tensors = [
+        ("q_layer.weight", numbers(1, &[2, 32], 0.1)),
+        ("p_layer.weight", numbers(2, &[32, 2], 0.1)),
+        ("lambda_layer", numbers(3, &[1, 2], 0.1)),
+    ];
+    let tensors = tensors.map(|(end, tensor)| (format!("{start}.{end}"), tensor));
+    save(&HashMap::from(tensors), &dir.path().join("t.safetensors"));
+    let options = ["--lora", "t.safetensors"];
+    let said = [
+        "is a T-LoRA",
+        "lacks what its change is a difference from",
+        "hint: ",
+    ];
+    fail(
+        &mut command(dir.path(), &fixture("sd1"), &options, "x.png"),
+        3,
+        &said,
+    );
+}
+
 #[test]
 fn what_loras_change_adds_up_in_any_order_and_goes_by_their_strength() {
     let name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight";
     let plain = weight(&[], "unet", name);
     let change = |loras: &[(&str, f64)]| (weight(loras, "unet", name) - &plain).unwrap();
-    let (kohya, dora) = (change(&[("kohya", 1.0)]), change(&[("dora", 1.0)]));
-    assert!(largest(&kohya) > 0.1 && largest(&dora) > 0.1);
+    let (kohya, old) = (change(&[("kohya", 1.0)]), change(&[("old", 1.0)]));
+    assert!(largest(&kohya) > 0.1 && largest(&old) > 0.1);
     // The file's weights are f16, and rounded to that after each change. Below 1 that is off by up to
     // 2^-12, and what is compared is made of two roundings on one side and, with strengths 0.5 and
     // 2, of two and a half on the other: 1.1e-3, twice that between 1 and 2.
     let same =
         |a: &Tensor, b: &Tensor| assert!(largest(&(a - b).unwrap()) < 2e-3 * largest(b).max(1.0));
-    let both = ((&kohya * 0.5).unwrap() - (&dora * 2.0).unwrap()).unwrap();
-    same(&change(&[("kohya", 0.5), ("dora", -2.0)]), &both);
-    same(&change(&[("dora", -2.0), ("kohya", 0.5)]), &both);
+    let both = ((&kohya * 0.5).unwrap() - (&old * 2.0).unwrap()).unwrap();
+    same(&change(&[("kohya", 0.5), ("old", -2.0)]), &both);
+    same(&change(&[("old", -2.0), ("kohya", 0.5)]), &both);
     same(
         &change(&[("kohya", 1.0), ("kohya", 1.0)]),
         &(&kohya * 2.0).unwrap(),

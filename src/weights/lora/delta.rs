@@ -1,15 +1,38 @@
 //! What a LoRA adds to a weight: the low-rank product, its relatives, and DoRA's normalization.
 
 use super::Lora;
-use super::layer_names::{ALPHA, DIFF, DIFF_B, DORA, DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, UP};
-use anyhow::{Context, Result, bail};
+use super::layer_names::{
+    ALPHA, DIFF, DIFF_B, DORA, DOWN, FACTORS, GLORA_DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, OFT,
+    ON_INPUT, RESCALE, UP, UP_BIAS,
+};
+use super::orthogonal::Rotation;
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::Value;
 
 impl Lora {
-    /// The (rows, columns) of a layer's change; nothing if the shapes of its tensors do not match.
+    /// Whether a layer changes a weight of (rows, columns).
+    pub(super) fn fits(&self, layer: &Layer, (rows, columns): (usize, usize)) -> bool {
+        let shape = |slot: &str| layer.get(slot).and_then(|key| self.source.shape(key));
+        let count = |slot: &str| shape(slot).map(|shape| shape.iter().product::<usize>());
+        match Method::of(layer) {
+            Some(Method::Rotation) => {
+                shape(OFT)
+                    .and_then(Rotation::of)
+                    .is_some_and(|rotation| rotation.rows() == rows)
+                    && count(RESCALE).is_none_or(|count| count == rows)
+            }
+            // factors of columns are those of a convolution's inputs, so that the kernel remains
+            Some(Method::Factors) => count(FACTORS)
+                .is_some_and(|count| count > 0 && (count == rows || columns.is_multiple_of(count))),
+            _ => self.size(layer) == Some((rows, columns)),
+        }
+    }
+
+    /// The (rows, columns) of a layer's change; nothing if the shapes of its tensors do not match, or
+    /// do not tell.
     pub(super) fn size(&self, layer: &Layer) -> Option<(usize, usize)> {
         let shape = |slot: &str| layer.get(slot).and_then(|key| self.source.shape(key));
         let matrix = |slot: &str| {
@@ -18,7 +41,7 @@ impl Lora {
         };
         let product = |[a, b, core]: [&str; 3]| {
             let ((a_rows, a_columns), (b_rows, b_columns)) = (matrix(a)?, matrix(b)?);
-            let (rows, inner) = if core == MID || shape(core).is_none() {
+            let (rows, inner) = if [MID, "bm"].contains(&core) || shape(core).is_none() {
                 (a_rows, a_columns)
             } else {
                 (a_columns, a_rows)
@@ -43,12 +66,19 @@ impl Lora {
                 Some((a * c, b * d))
             }
             Method::Difference => matrix(DIFF),
+            Method::Generalized => {
+                let size = product(GENERALIZED[1])?;
+                let ((inputs, inner), (rank, outputs)) = (matrix("a1")?, matrix(GLORA_DOWN)?);
+                let is_square = inner == rank && inputs == outputs && inputs > 0;
+                (is_square && size.1.is_multiple_of(inputs)).then_some(size)
+            }
+            Method::Factors | Method::Rotation => None,
         }
     }
 
     /// The rank of a layer, if it has one above 0.
     pub(super) fn rank(&self, layer: &Layer) -> Option<usize> {
-        let slots = [DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b"];
+        let slots = [DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b", GLORA_DOWN];
         let key = slots.iter().find_map(|slot| layer.get(slot))?;
         self.source
             .shape(key)?
@@ -61,30 +91,53 @@ impl Lora {
     /// given.
     fn scale(&self, layer: &Layer, weight: &str) -> Result<f64> {
         let Some(rank) = self.rank(layer).map(|rank| rank as f64) else {
-            return Ok(1.0);
+            return self.scale_of_whole(layer);
         };
         if let Some(key) = layer.get(ALPHA) {
-            return Ok(self.number(key)? / rank);
+            let scale = self.number(key)? / rank;
+            // lycoris-lora 4 applies it twice to what it trains
+            let is_generalized = matches!(Method::of(layer), Some(Method::Generalized));
+            return Ok(if is_generalized { scale * scale } else { scale });
         }
-        let Some((component, name)) = weight.trim_end_matches(".weight").split_once('.') else {
+        let layer = weight
+            .strip_suffix(".weight")
+            .or(weight.strip_suffix(".bias"));
+        match layer.and_then(|layer| layer.split_once('.')) {
+            Some((component, layer)) => self.peft.scale(component, layer, rank),
+            None => Ok(1.0),
+        }
+    }
+
+    /// The scale of a layer without a rank: 1, but for LoKr's whole factors that were rank-stabilised.
+    /// Their alpha is the rank of the training to the power of 1.5, the scale its root; that rank is
+    /// in the header alone.
+    fn scale_of_whole(&self, layer: &Layer) -> Result<f64> {
+        let (Some(whole), Some(key)) = (layer.get(KRONECKER[1].0), layer.get(ALPHA)) else {
             return Ok(1.0);
         };
-        let setting = |key: &str| self.peft.get(format!("{component}.{key}"));
-        let is_named = |key: &str| {
-            name.strip_suffix(key)
-                .is_some_and(|before| before.is_empty() || before.ends_with('.'))
+        let number = |value: &Value| {
+            value
+                .as_f64()
+                .or_else(|| value.as_str()?.trim().parse::<f64>().ok())
         };
-        let own = setting("alpha_pattern")
-            .and_then(Value::as_object)
-            .and_then(|p| p.iter().find(|(key, _)| is_named(key)))
-            .map(|(_, a)| a);
-        let alpha = own
-            .or_else(|| setting("lora_alpha"))
-            .and_then(Value::as_f64)
-            .unwrap_or(rank);
-        // rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732
-        let is_stabilised = setting("use_rslora").and_then(Value::as_bool) == Some(true);
-        Ok(alpha / if is_stabilised { rank.sqrt() } else { rank })
+        let header = |key: &str| self.source.metadata(key);
+        let has_kernel = self
+            .source
+            .shape(whole)
+            .is_some_and(|shape| shape.iter().skip(2).any(|side| *side > 1));
+        let of_kernels = || {
+            let arguments: Value = serde_json::from_str(header("ss_network_args")?).ok()?;
+            number(arguments.get("conv_dim")?)
+        };
+        let rank = has_kernel
+            .then(of_kernels)
+            .flatten()
+            .or_else(|| header("ss_network_dim")?.trim().parse().ok());
+        let (Some(rank), alpha) = (rank.filter(|rank| *rank > 1.0), self.number(key)?) else {
+            return Ok(1.0);
+        };
+        let is_stabilised = (alpha / rank.powf(1.5) - 1.0).abs() < ROUNDING;
+        Ok(if is_stabilised { rank.sqrt() } else { 1.0 })
     }
 
     /// The first value of a tensor.
@@ -96,24 +149,40 @@ impl Lora {
         Ok(f64::from(*number))
     }
 
-    /// The change of a weight [rows, ..] at strength 1, element by element, and its scale.
+    /// The change of a weight [rows, ..], element by element, and a factor of it.
     fn change(&self, name: &str, weight: &Tensor) -> Result<(Vec<f32>, f32)> {
         let layer = self
             .matched
             .get(name)
             .and_then(|layer| self.layers.get(layer))
             .context("no layer changes it")?;
-        if let Some(key) = layer.get(DIFF_B).filter(|_| name.ends_with(".bias")) {
-            return Ok((to_f32(&self.source.read(key)?)?, 1.0));
+        let strength = self.strength as f32;
+        if name.ends_with(".bias") {
+            if let Some(key) = layer.get(DIFF_B) {
+                return Ok((to_f32(&self.source.read(key)?)?, strength));
+            }
+            let key = layer.get(UP_BIAS).context("it has no change of a bias")?;
+            let scale = self.scale(layer, name)? as f32;
+            return Ok((to_f32(&self.source.read(key)?)?, strength * scale));
         }
-        let (change, scale) = (self.product(layer)?, self.scale(layer, name)? as f32);
+        match Method::of(layer) {
+            Some(Method::Rotation) => return Ok((self.rotated(layer, weight)?, 1.0)),
+            Some(Method::Factors) => return Ok((self.multiplied(layer, weight)?, strength)),
+            _ => (),
+        }
+        let (change, scale) = (
+            self.product(layer, weight)?,
+            self.scale(layer, name)? as f32,
+        );
         match (layer.get(MAGNITUDE), layer.get(DORA)) {
-            (None, None) => Ok((change, scale)),
+            (None, None) => Ok((change, strength * scale)),
             (magnitude, dora) => {
                 let key = magnitude.or(dora).context("it has no magnitudes")?;
                 let magnitudes = self.source.read(key)?;
                 let of_rows =
                     magnitude.is_some() || magnitudes.dims().first() == weight.dims().first();
+                // as PEFT, the strength is that of the product before it is normalized
+                let scale = strength * scale;
                 let change = normalized(weight, change, scale, &to_f32(&magnitudes)?, of_rows)
                     .with_context(|| {
                         format!(
@@ -126,8 +195,62 @@ impl Lora {
         }
     }
 
-    /// The product of a layer's matrices.
-    fn product(&self, layer: &Layer) -> Result<Vec<f32>> {
+    /// What orthogonal finetuning makes of a weight [rows, ..], minus the weight. The factors of rows
+    /// have no strength, as in LyCORIS.
+    fn rotated(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
+        let key = layer.get(OFT).context("it has no turns")?;
+        let blocks = self.source.read(key)?;
+        let rotation = Rotation::of(blocks.dims()).context("its turns have no known shape")?;
+        let constraint = layer.get(ALPHA).map_or(Ok(0.0), |key| self.number(key))?;
+        let weight = to_f32(weight)?;
+        let columns = weight.len() / rotation.rows();
+        let mut turned =
+            rotation.apply(&to_f32(&blocks)?, constraint, self.strength, weight.clone())?;
+        if let Some(key) = layer.get(RESCALE) {
+            let factors = to_f32(&self.source.read(key)?)?;
+            let rows = turned.par_chunks_mut(columns.max(1)).zip(&factors);
+            rows.for_each(|(row, factor)| row.iter_mut().for_each(|value| *value *= factor));
+        }
+        turned
+            .par_iter_mut()
+            .zip(&weight)
+            .for_each(|(value, weight)| *value -= weight);
+        Ok(turned)
+    }
+
+    /// What IA3 adds to a weight [rows, columns, ..]: each row, or each column, times a factor.
+    fn multiplied(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
+        let read = |slot: &str| {
+            let key = layer.get(slot).context("it has no factors")?;
+            to_f32(&self.source.read(key)?)
+        };
+        let is_of_columns = read(ON_INPUT)?.first().is_some_and(|value| *value != 0.0);
+        let factors = read(FACTORS)?;
+        let (rows, columns) = (weight.dim(0)?, weight.dims().get(1).copied().unwrap_or(1));
+        let expected = if is_of_columns { columns } else { rows };
+        ensure!(
+            factors.len() == expected,
+            "it has {} factors instead of {expected}",
+            factors.len()
+        );
+        let mut change = to_f32(weight)?;
+        let row = (change.len() / rows.max(1)).max(1);
+        let kernel = (row / columns.max(1)).max(1);
+        change
+            .par_chunks_mut(row)
+            .enumerate()
+            .for_each(|(at, values)| {
+                for (column, values) in values.chunks_mut(kernel).enumerate() {
+                    let factor = factors.get(if is_of_columns { column } else { at });
+                    let factor = factor.copied().unwrap_or(0.0);
+                    values.iter_mut().for_each(|value| *value *= factor);
+                }
+            });
+        Ok(change)
+    }
+
+    /// The product of a layer's matrices, of which GLoRA multiplies the weight [rows, columns, ..].
+    fn product(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
         let read = |slot: &str| self.matrix(layer, slot);
         let product = |[a, b, core]: [&str; 3]| -> Result<Tensor> {
             let (a, b) = (read(a)?, read(b)?);
@@ -147,7 +270,12 @@ impl Lora {
                 .reshape((p, kernel, columns))?
                 .transpose(1, 2)?
                 .reshape((p, columns * kernel))?;
-            Ok(if core == MID { a } else { a.t()?.contiguous()? }.matmul(&inner)?)
+            Ok(if [MID, "bm"].contains(&core) {
+                a
+            } else {
+                a.t()?.contiguous()?
+            }
+            .matmul(&inner)?)
         };
         match Method::of(layer).context("its tensors do not make a layer")? {
             Method::LowRank => to_f32(&product(LOW_RANK)?),
@@ -171,6 +299,27 @@ impl Lora {
                 kronecker(&a, &b)
             }
             Method::Difference => to_f32(&read(DIFF)?),
+            Method::Generalized => {
+                let [[left, right, _], added] = GENERALIZED;
+                let mut sum = to_f32(&product(added)?)?;
+                // every position of a kernel is a matrix of its own
+                let (rows, columns) = (weight.dim(0)?, weight.dims().get(1).copied().unwrap_or(1));
+                let kernels = weight.to_dtype(DType::F32)?.reshape((rows, columns, ()))?;
+                let kernel = kernels.dim(2)?;
+                let inputs = kernels.transpose(1, 2)?.contiguous()?;
+                let inputs = inputs.reshape((rows * kernel, columns))?;
+                let multiplied = inputs.matmul(&read(left)?)?.matmul(&read(right)?)?;
+                let multiplied = multiplied
+                    .reshape((rows, kernel, columns))?
+                    .transpose(1, 2)?;
+                let multiplied = to_f32(&multiplied.contiguous()?)?;
+                ensure!(multiplied.len() == sum.len(), "its matrices do not fit");
+                sum.par_iter_mut()
+                    .zip(&multiplied)
+                    .for_each(|(a, b)| *a += b);
+                Ok(sum)
+            }
+            Method::Factors | Method::Rotation => bail!("it is no product"),
         }
     }
 
@@ -196,7 +345,18 @@ pub(super) enum Method {
     Kronecker,
     /// the change itself
     Difference,
+    /// a low-rank product, and the weight times another
+    Generalized,
+    /// a factor for each row or column
+    Factors,
+    /// rows are turned
+    Rotation,
 }
+
+/// The share by which a stored alpha may be off its value: that of bf16.
+const ROUNDING: f64 = 1e-2;
+/// The slots of GLoRA's products: of the weight, and of what is added.
+const GENERALIZED: [[&str; 3]; 2] = [["a1", GLORA_DOWN, "no core"], ["b1", "b2", "bm"]];
 
 /// The slots (left, right, core) of LoRA's product.
 const LOW_RANK: [&str; 3] = [UP, DOWN, MID];
@@ -224,6 +384,12 @@ impl Method {
             .all(|(whole, factors)| has(whole) || has_product(factors))
         {
             Some(Self::Kronecker)
+        } else if GENERALIZED.iter().all(has_product) {
+            Some(Self::Generalized)
+        } else if has(OFT) {
+            Some(Self::Rotation)
+        } else if has(FACTORS) && has(ON_INPUT) {
+            Some(Self::Factors)
         } else {
             has(DIFF).then_some(Self::Difference)
         }
@@ -234,17 +400,16 @@ impl Method {
 pub fn patch(loras: &[Lora], name: &str, weight: Tensor) -> Result<Tensor> {
     let mut sum: Option<Vec<f32>> = None;
     for lora in loras.iter().filter(|lora| lora.changes(name)) {
-        let (change, scale) = lora
+        let (change, factor) = lora
             .change(name, &weight)
             .with_context(|| format!("the LoRA `{}` cannot be applied to `{name}`", lora.name))?;
         let sum = match &mut sum {
             Some(sum) => sum,
             none => none.insert(to_f32(&weight)?),
         };
-        let strength = lora.strength as f32 * scale;
         sum.par_iter_mut()
             .zip(&change)
-            .for_each(|(sum, change)| *sum += strength * change);
+            .for_each(|(sum, change)| *sum += factor * change);
     }
     match sum {
         Some(sum) => from_f32(sum, &weight),

@@ -5,7 +5,7 @@ use crate::weights::{Checkpoint, key_mapping};
 use std::collections::BTreeMap;
 
 /// The endings of keys, and the slot of the tensor in its layer.
-const SLOTS: [(&str, &str); 34] = [
+const SLOTS: [(&str, &str); 47] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
@@ -19,6 +19,10 @@ const SLOTS: [(&str, &str); 34] = [
     ("_lora.up.weight", UP),
     (".lora_linear_layer.up.weight", UP),
     (".lora_mid.weight", MID),
+    (".lora_B.bias", UP_BIAS),
+    (".lora_B.default.bias", UP_BIAS),
+    (".lora_up.bias", UP_BIAS),
+    (".lora.up.bias", UP_BIAS),
     (".alpha", ALPHA),
     (".dora_scale", DORA),
     (".lora_magnitude_vector.weight", MAGNITUDE),
@@ -40,6 +44,16 @@ const SLOTS: [(&str, &str); 34] = [
     (".lokr_w2_a", "lokr_w2_a"),
     (".lokr_w2_b", "lokr_w2_b"),
     (".lokr_t2", LOKR_CORE),
+    (".a1.weight", "a1"),
+    (".a2.weight", GLORA_DOWN),
+    (".b1.weight", "b1"),
+    (".b2.weight", "b2"),
+    (".bm.weight", "bm"),
+    (".oft_blocks", OFT),
+    (".rescale", RESCALE),
+    (".on_input", ON_INPUT),
+    // after all longer endings
+    (".weight", FACTORS),
 ];
 pub const LOKR_CORE: &str = "lokr_t2";
 pub const DOWN: &str = "down";
@@ -52,6 +66,18 @@ pub const DORA: &str = "dora";
 pub const MAGNITUDE: &str = "magnitude";
 pub const DIFF: &str = "diff";
 pub const DIFF_B: &str = "diff_b";
+/// what PEFT's `lora_bias` adds to the layer's bias
+pub const UP_BIAS: &str = "up_bias";
+pub const GLORA_DOWN: &str = "a2";
+/// the turns of orthogonal finetuning, and a factor for each row
+pub const OFT: &str = "oft_blocks";
+pub const RESCALE: &str = "rescale";
+/// IA3's factors, and whether there is one for each column rather than row
+pub const FACTORS: &str = "factors";
+pub const ON_INPUT: &str = "on_input";
+
+/// What only T-LoRAs have.
+pub const TLORA_MARK: &str = ".lambda_layer";
 
 /// The prefixes of kohya's layer names, and the components that they stand for.
 const COMPONENTS: [(&str, &str); 4] = [
@@ -72,13 +98,16 @@ const OLD_NAMES: [(&str, &str); 5] = [
 
 /// Whether a key is a LoRA's (or a relative's) and no checkpoint has it.
 pub fn is_adapter_key(key: &str) -> bool {
-    const MARKS: [&str; 6] = [
+    const MARKS: [&str; 9] = [
         ".lora_",
         ".lora.",
         "_lora.",
         ".hada_",
         ".lokr_",
         ".dora_scale",
+        ".oft_blocks",
+        ".on_input",
+        TLORA_MARK,
     ];
     const STARTS: [&str; 3] = ["lora_unet_", "lora_te", "lycoris_"];
     let has_difference = key.ends_with(".diff") || key.ends_with(".diff_b");

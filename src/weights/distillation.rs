@@ -135,7 +135,8 @@ impl Distillation {
     /// Returns the distillation that a name tells of; an owner before it does not count.
     pub fn named(name: &str, bearer: Bearer) -> Option<Self> {
         let name = name.rsplit('/').next().unwrap_or(name);
-        let words = words(name);
+        // one word, whose capitals begin none
+        let words = words(&name.replace("LoRA", "Lora"));
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let named_steps = steps_in(&words);
         let method = METHODS

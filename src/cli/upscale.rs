@@ -11,8 +11,8 @@ use crate::cli::stdout::say;
 use crate::error::ModelError;
 use crate::error::OutOfMemory;
 use crate::image::MAX_SIDE_PX;
-use crate::image::load::{Fit, Input};
-use crate::image::{Format, Image, Metadata, read_metadata};
+use crate::image::load::{Fit, Input, fit_with_alpha, resized_levels};
+use crate::image::{Extras, Format, Image, Metadata, read_metadata};
 use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
 use crate::nn::Forward;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
@@ -191,9 +191,26 @@ impl Upscaler {
     /// A picture made larger; a network's result of another scale is brought to it by Lanczos'
     /// formula. Errors if the result would be too large, or does not fit into memory.
     pub fn upscale(&self, picture: &Image, progress: &Progress) -> Result<Image> {
+        Ok(self.upscale_with_alpha(picture, None, progress)?.0)
+    }
+
+    /// The same with its transparency [height, width], which a network of four channels enlarges, and
+    /// Lanczos' formula beside all others.
+    fn upscale_with_alpha(
+        &self,
+        picture: &Image,
+        alpha: Option<&[u8]>,
+        progress: &Progress,
+    ) -> Result<(Image, Option<Vec<u8>>)> {
         let (width, height) = self.size(picture.width, picture.height)?;
         let Some(network) = &self.network else {
-            return Ok(picture.fit(width, height, Fit::Stretch));
+            return Ok(match alpha {
+                Some(alpha) => {
+                    let (picture, alpha) = fit_with_alpha(picture, alpha, width, height);
+                    (picture, Some(alpha))
+                }
+                None => (picture.fit(width, height, Fit::Stretch), None),
+            });
         };
         let place = || {
             format!(
@@ -205,10 +222,17 @@ impl Upscaler {
             .with_context(place)?;
         progress.task("upscaling");
         let cx = Forward::on(network.device());
-        let larger = network.upscale(cx, picture, TILE_PX, &mut |done, total| {
-            progress.step(done, total)
-        })?;
-        Ok(larger.fit(width, height, Fit::Stretch))
+        let mut on_step = |done, total| progress.step(done, total);
+        let (larger, enlarged) =
+            network.upscale_with_alpha(cx, picture, alpha, TILE_PX, &mut on_step)?;
+        let of_network = [larger.width, larger.height];
+        let own = [picture.width, picture.height];
+        let alpha = match (&enlarged, alpha) {
+            (Some(enlarged), _) => Some(resized_levels(enlarged, of_network, [width, height])),
+            (None, Some(alpha)) => Some(resized_levels(alpha, own, [width, height])),
+            (None, None) => None,
+        };
+        Ok((larger.fit(width, height, Fit::Stretch), alpha))
     }
 
     /// What a picture remembers that was made from `source`. If that is as it was drawn, it can be
@@ -411,21 +435,30 @@ fn save(
     progress: &Progress,
 ) -> Result<()> {
     let source = Source::read(path)?;
-    if source.input.alpha.is_some() {
+    let has_alpha = format != Format::Jpg;
+    if source.input.alpha.is_some() && !has_alpha {
         progress.note(format!(
-            "`{}` is transparent in places; the result shows it on white",
+            "`{}` is transparent in places; a JPEG cannot be, and shows it on white",
             path.display()
         ));
     }
     let start = Instant::now();
     let place = || format!("`{}` cannot be upscaled", path.display());
-    let picture = upscaler
-        .upscale(&source.input.over_white(), progress)
-        .with_context(place)?;
+    let (picture, alpha) = if has_alpha {
+        let Input { picture, alpha, .. } = &source.input;
+        upscaler.upscale_with_alpha(picture, alpha.as_deref(), progress)
+    } else {
+        upscaler.upscale_with_alpha(&source.input.over_white(), None, progress)
+    }
+    .with_context(place)?;
     let upscaling_s = start.elapsed().as_secs_f64();
     let metadata = (!args.no_metadata).then(|| upscaler.metadata(&source));
+    let extras = Extras {
+        alpha: alpha.as_deref(),
+        icc_profile: source.input.icc_profile.as_deref(),
+    };
     let bytes = picture
-        .encode(format, metadata.as_ref())
+        .encode_with(format, metadata.as_ref(), extras)
         .with_context(place)?;
     let Some(to) = file(destination) else {
         return output_path::write_to_stdout(&bytes);

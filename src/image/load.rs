@@ -30,6 +30,8 @@ pub struct Input {
     pub picture: Image,
     /// [height, width], 0 for transparent; `None` where all of it is opaque.
     pub alpha: Option<Vec<u8>>,
+    /// What its colours mean (ICC), where that is said and is of RGB; they are as stored.
+    pub icc_profile: Option<Vec<u8>>,
 }
 
 /// How a picture of another shape gets to a size.
@@ -105,6 +107,9 @@ impl Input {
         }
         // A garbled EXIF block is no reason to refuse the picture.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        // That of CMYK or grey means nothing once the picture is RGB.
+        let icc_profile = decoder.icc_profile().ok().flatten();
+        let icc_profile = icc_profile.filter(|icc| icc.get(16..20) == Some(b"RGB "));
         let mut decoded = DynamicImage::from_decoder(decoder).context(DAMAGED)?;
         decoded.apply_orientation(orientation);
         let (width, height) = (decoded.width() as usize, decoded.height() as usize);
@@ -123,6 +128,7 @@ impl Input {
                 rgb: decoded.into_rgb8().into_raw(),
             },
             alpha,
+            icc_profile,
         })
     }
 
@@ -196,6 +202,32 @@ impl Image {
             rgb: fitted::<3>(&self.rgb, [self.width, self.height], [width, height], fit),
         }
     }
+}
+
+/// Brings a picture and its transparency [height, width] to a size as Pillow's `resize` does: a colour
+/// counts by how much of it shows.
+pub fn fit_with_alpha(
+    picture: &Image,
+    alpha: &[u8],
+    width: usize,
+    height: usize,
+) -> (Image, Vec<u8>) {
+    let from = [picture.width, picture.height];
+    let mut shown = picture.clone();
+    for (pixel, alpha) in shown.rgb.chunks_exact_mut(3).zip(alpha) {
+        for level in pixel {
+            let product = u32::from(*level) * u32::from(*alpha) + 128;
+            *level = ((product + (product >> 8)) >> 8) as u8;
+        }
+    }
+    let mut shown = shown.fit(width, height, Fit::Stretch);
+    let alpha = resized_levels(alpha, from, [width, height]);
+    for (pixel, alpha) in shown.rgb.chunks_exact_mut(3).zip(&alpha) {
+        for level in pixel.iter_mut().filter(|_| !matches!(*alpha, 0 | u8::MAX)) {
+            *level = (u32::from(*level) * 255 / u32::from(*alpha)).min(255) as u8;
+        }
+    }
+    (shown, alpha)
 }
 
 /// Levels [h, w] at another size, distorted if its shape is another.

@@ -139,6 +139,16 @@ impl Image {
     /// Errors if the format cannot hold this size (JPEG 65535, WebP 16384 pixels a side) or, for
     /// JPEG, this much metadata (see `Metadata::check`).
     pub fn encode(&self, format: Format, metadata: Option<&Metadata>) -> anyhow::Result<Vec<u8>> {
+        self.encode_with(format, metadata, Extras::default())
+    }
+
+    /// The same, with transparency, which JPEG leaves out, and a colour profile.
+    pub fn encode_with(
+        &self,
+        format: Format,
+        metadata: Option<&Metadata>,
+        extras: Extras,
+    ) -> anyhow::Result<Vec<u8>> {
         let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
         // The encoders of `image` panic on this.
         if self.rgb.len() as u64 != u64::from(width) * u64::from(height) * 3 {
@@ -150,30 +160,68 @@ impl Image {
         if let Some(metadata) = metadata {
             metadata.check(format)?;
         }
+        let alpha = extras.alpha.filter(|_| format != Format::Jpg);
+        if alpha.is_some_and(|alpha| alpha.len() * 3 != self.rgb.len()) {
+            bail!("the transparency is not of the picture's size");
+        }
+        let rgba = alpha.map(|alpha| {
+            let pixels = self.rgb.chunks_exact(3).zip(alpha);
+            pixels
+                .flat_map(|(rgb, alpha)| [rgb[0], rgb[1], rgb[2], *alpha])
+                .collect::<Vec<u8>>()
+        });
+        let raster = Raster {
+            width,
+            height,
+            pixels: rgba.as_deref().unwrap_or(&self.rgb),
+            has_alpha: rgba.is_some(),
+            icc_profile: extras.icc_profile,
+        };
         let mut bytes = Vec::new();
         match format {
-            Format::Png => self.write_png(&mut bytes, width, height, metadata)?,
+            Format::Png => raster.write_png(&mut bytes, metadata)?,
             Format::Jpg => {
                 let encoder = JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY);
-                self.write_with_exif(encoder, width, height, metadata)?;
+                raster.write_with_exif(encoder, metadata)?;
             }
             Format::Webp => {
                 let encoder = WebPEncoder::new_lossless(&mut bytes);
-                self.write_with_exif(encoder, width, height, metadata)?;
+                raster.write_with_exif(encoder, metadata)?;
             }
         }
         Ok(bytes)
     }
+}
 
-    fn write_png(
-        &self,
-        bytes: &mut Vec<u8>,
-        width: u32,
-        height: u32,
-        metadata: Option<&Metadata>,
-    ) -> anyhow::Result<()> {
-        let mut encoder = png::Encoder::new(bytes, width, height);
-        encoder.set_color(png::ColorType::Rgb);
+/// What a file holds beside a picture's colours.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extras<'a> {
+    /// [height, width], 0 for transparent
+    pub alpha: Option<&'a [u8]>,
+    /// of RGB
+    pub icc_profile: Option<&'a [u8]>,
+}
+
+/// Pixels on their way into a file.
+struct Raster<'a> {
+    width: u32,
+    height: u32,
+    /// RGB, or RGBA
+    pixels: &'a [u8],
+    has_alpha: bool,
+    icc_profile: Option<&'a [u8]>,
+}
+
+impl Raster<'_> {
+    fn write_png(&self, bytes: &mut Vec<u8>, metadata: Option<&Metadata>) -> anyhow::Result<()> {
+        let mut info = png::Info::with_size(self.width, self.height);
+        info.icc_profile = self.icc_profile.map(Into::into);
+        let mut encoder = png::Encoder::with_info(bytes, info)?;
+        encoder.set_color(if self.has_alpha {
+            png::ColorType::Rgba
+        } else {
+            png::ColorType::Rgb
+        });
         encoder.set_depth(png::BitDepth::Eight);
         // 1024x1024 in 45 ms and 1.27 MB, where `Balanced` takes 1.2 s for 1.22 MB.
         encoder.set_compression(png::Compression::Fast);
@@ -192,7 +240,7 @@ impl Image {
             }
         }
         let mut writer = encoder.write_header()?;
-        writer.write_image_data(&self.rgb)?;
+        writer.write_image_data(self.pixels)?;
         writer.finish()?;
         Ok(())
     }
@@ -200,14 +248,20 @@ impl Image {
     fn write_with_exif(
         &self,
         mut encoder: impl ImageEncoder,
-        width: u32,
-        height: u32,
         metadata: Option<&Metadata>,
     ) -> anyhow::Result<()> {
+        if let Some(profile) = self.icc_profile {
+            encoder.set_icc_profile(profile.to_vec())?;
+        }
         if let Some(metadata) = metadata {
             encoder.set_exif_metadata(exif::write(metadata)?)?;
         }
-        encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8)?;
+        let colour = if self.has_alpha {
+            ExtendedColorType::Rgba8
+        } else {
+            ExtendedColorType::Rgb8
+        };
+        encoder.write_image(self.pixels, self.width, self.height, colour)?;
         Ok(())
     }
 }

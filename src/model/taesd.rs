@@ -129,7 +129,7 @@ impl Encoder {
         for blocks in &config.num_encoder_blocks {
             let conv = match layer {
                 0 => Conv2d::new(&at(0), 3, width, 3)?,
-                _ => Conv2d::without_bias(&at(layer), width, width, 2)?,
+                _ => Conv2d::without_bias(&at(layer), width, width, 3, 2)?,
             };
             let next = layer + 1 + blocks;
             stages.push((
@@ -214,7 +214,7 @@ impl Decoder {
                 each,
                 match is_last {
                     true => Conv2d::new(&at(layer), width, config.out_channels, 3)?,
-                    false => Conv2d::without_bias(&at(layer), width, width, 1)?,
+                    false => Conv2d::without_bias(&at(layer), width, width, 3, 1)?,
                 },
             ));
             layer += 1;

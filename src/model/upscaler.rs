@@ -1,6 +1,7 @@
 //! Networks that enlarge images: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Their
 //! configuration is inferred from the names and shapes of their tensors. [`Upscaler::upscale`] works
-//! in tiles, so that memory does not grow with the image.
+//! in tiles, so that memory does not grow with the image. Networks of one channel enlarge red, green
+//! and blue each by itself, those of four the transparency too.
 
 use crate::error::NotFinite;
 use crate::image::Image;
@@ -26,6 +27,8 @@ const PART_PX: usize = 128;
 const REACH: usize = 2;
 /// The most doublings, and pixels a side that become channels; a file with more is a mistake.
 const MOST: usize = 4;
+/// The largest scale of a compact network.
+const MOST_COMPACT: usize = 16;
 /// The slope of RRDBNet's leaky ReLUs.
 const SLOPE: f64 = 0.2;
 /// The factor of a block's output where it is added to the block's input.
@@ -35,6 +38,8 @@ const RESIDUAL_SCALE: f64 = 0.2;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpscalerConfig {
     architecture: Architecture,
+    /// of the image: 1 for grey, 3, or 4 with transparency
+    channels: usize,
     /// channels inside
     width: usize,
     /// pixels a side of the image that become channels of one pixel
@@ -50,6 +55,8 @@ enum Architecture {
         blocks: usize,
         growth: usize,
         doublings: usize,
+        /// ESRGAN+'s second residual path (Rakotonirina and Rasoanaivo 2020, arXiv 2001.08073)
+        is_plus: bool,
     },
     /// SRVGGNetCompact: convolutions, the last one included
     Compact { convolutions: usize },
@@ -63,24 +70,26 @@ impl UpscalerConfig {
             Some(&[outputs, inputs, 3, 3]) => Some((outputs, inputs)),
             _ => None,
         };
-        let root = |n: usize| (1..=MOST).find(|side| 3 * side * side == n);
+        let root = |n: usize, channels: usize, most: usize| {
+            let is_known = matches!(channels, 1 | 3 | 4);
+            (1..=most).find(|side| is_known && channels * side * side == n)
+        };
         let children = |name: &str| checkpoint.count(&format!("upscaler.{name}."));
         let known = || -> Option<Self> {
             let Some((width, inputs)) = shape("conv_first") else {
                 let convolutions = children("body").checked_add(1)? / 2;
-                let (width, 3) = shape("body.0")? else {
-                    return None;
-                };
+                let (width, channels) = shape("body.0")?;
                 let (outputs, _) = shape(&format!("body.{}", 2 * convolutions.checked_sub(1)?))?;
                 return Some(Self {
                     architecture: Architecture::Compact { convolutions },
+                    channels,
                     width,
                     unshuffle: 1,
-                    factor: root(outputs)?,
+                    factor: root(outputs, channels, MOST_COMPACT)?,
                 });
             };
-            let (growth, _) = shape("body.0.rdb1.conv1")?;
-            let (unshuffle, doublings) = (root(inputs)?, children("up"));
+            let ((growth, _), (channels, _)) = (shape("body.0.rdb1.conv1")?, shape("conv_last")?);
+            let (unshuffle, doublings) = (root(inputs, channels, MOST)?, children("up"));
             let factor = (doublings <= MOST && (1usize << doublings).is_multiple_of(unshuffle))
                 .then(|| (1 << doublings) / unshuffle)?;
             Some(Self {
@@ -88,7 +97,11 @@ impl UpscalerConfig {
                     blocks: children("body"),
                     growth,
                     doublings,
+                    is_plus: checkpoint
+                        .shape("upscaler.body.0.rdb1.conv1x1.weight")
+                        .is_some(),
                 },
+                channels,
                 width,
                 unshuffle,
                 factor,
@@ -118,10 +131,12 @@ impl Upscaler {
                 blocks,
                 growth,
                 doublings,
+                is_plus,
             } => Network::Rrdb(Box::new(Rrdb::new(
                 w,
                 &config,
                 [blocks, growth, doublings],
+                is_plus,
             )?)),
             Architecture::Compact { convolutions } => {
                 Network::Compact(Compact::new(w, &config, convolutions)?)
@@ -146,7 +161,10 @@ impl Upscaler {
             width: channels,
             unshuffle,
             factor,
+            channels: of_image,
         } = self.config;
+        // one pass for each colour goes through the network at the same time
+        let passes = if of_image == 1 { 3 } else { 1 };
         let side = |n: usize| n.min(TILE_PX) / unshuffle;
         // the channels of a block's tensors: its input, features, their concatenation, and the
         // network's input
@@ -155,7 +173,7 @@ impl Upscaler {
             Architecture::Compact { .. } => 2 * channels,
         };
         let part = (PART_PX + 2 * REACH * unshuffle) * factor;
-        4 * (side(height) * side(width) * features + 2 * part * part * channels) as u64
+        4 * passes * (side(height) * side(width) * features + 2 * part * part * channels) as u64
     }
 
     /// Enlarges an image of any size by `factor` in both directions, in tiles of up to `side` pixels
@@ -168,9 +186,33 @@ impl Upscaler {
         side: usize,
         done: &mut dyn FnMut(usize, usize),
     ) -> Result<Image> {
+        Ok(self.upscale_with_alpha(cx, picture, None, side, done)?.0)
+    }
+
+    /// The same of an image whose transparency [height, width] a network of four channels enlarges
+    /// too; all others leave it to the caller, and return none.
+    pub fn upscale_with_alpha(
+        &self,
+        cx: Forward,
+        picture: &Image,
+        alpha: Option<&[u8]>,
+        side: usize,
+        done: &mut dyn FnMut(usize, usize),
+    ) -> Result<(Image, Option<Vec<u8>>)> {
         let UpscalerConfig {
-            unshuffle, factor, ..
+            unshuffle,
+            factor,
+            channels,
+            ..
         } = self.config;
+        let source = Pixels {
+            picture,
+            alpha,
+            channels,
+        };
+        let mut enlarged_alpha = alpha
+            .filter(|_| channels == 4)
+            .map(|_| vec![0; picture.width * factor * picture.height * factor]);
         let (width, height) = (picture.width * factor, picture.height * factor);
         let mut result = Image {
             width,
@@ -186,7 +228,7 @@ impl Upscaler {
             .iter()
             .flat_map(|y| columns.iter().map(move |x| (y, x)))
         {
-            let seen = patch(picture, y.seen.clone(), x.seen.clone(), &self.device)?;
+            let seen = source.patch(y.seen.clone(), x.seen.clone(), &self.device)?;
             let features = self.network.features(cx, &seen, &mut || {
                 step += 1;
                 done(step, steps);
@@ -212,6 +254,7 @@ impl Upscaler {
                     }
                     .into());
                 }
+                let (rgb, levels) = split(&rgb)?;
                 let part = Image::from_tensor(&rgb)?
                     .pop()
                     .context("nothing was enlarged")?;
@@ -222,10 +265,14 @@ impl Upscaler {
                     let from = ((above + row) * part.width + before) * 3;
                     let to = ((top.start * factor + row) * width + left.start * factor) * 3;
                     result.rgb[to..to + length].copy_from_slice(&part.rgb[from..from + length]);
+                    if let (Some(all), Some(levels)) = (&mut enlarged_alpha, &levels) {
+                        let (from, to, length) = (from / 3, to / 3, length / 3);
+                        all[to..to + length].copy_from_slice(&levels[from..from + length]);
+                    }
                 }
             }
         }
-        Ok(result)
+        Ok((result, enlarged_alpha))
     }
 }
 
@@ -280,33 +327,75 @@ fn tiles(n: usize, side: usize, unshuffle: usize) -> Vec<Tile> {
     (0..n).step_by(step).map(tile).collect()
 }
 
-/// A part of an image as RGB [1, rows, columns, 3] in 0..=1, mirrored beyond the end.
-fn patch(
-    picture: &Image,
-    rows: Range<usize>,
-    columns: Range<usize>,
-    device: &Device,
-) -> TensorResult<Tensor> {
-    let inside = |at: usize, n: usize| {
-        if at < n {
-            at
-        } else {
-            (2 * (n - 1)).saturating_sub(at)
+/// An image as a network takes it.
+struct Pixels<'a> {
+    picture: &'a Image,
+    /// [height, width]; opaque where there is none
+    alpha: Option<&'a [u8]>,
+    channels: usize,
+}
+
+impl Pixels<'_> {
+    /// A part [b, rows, columns, channels] in 0..=1, mirrored beyond the end: a batch of red, green
+    /// and blue for a network of one channel.
+    fn patch(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        device: &Device,
+    ) -> TensorResult<Tensor> {
+        let inside = |at: usize, n: usize| {
+            if at < n {
+                at
+            } else {
+                (2 * (n - 1)).saturating_sub(at)
+            }
+        };
+        let picture = self.picture;
+        let passes: &[&[usize]] = match self.channels {
+            1 => &[&[0], &[1], &[2]],
+            4 => &[&[0, 1, 2, 3]],
+            _ => &[&[0, 1, 2]],
+        };
+        let shape = (passes.len(), rows.len(), columns.len(), self.channels);
+        let mut values = Vec::with_capacity(passes.len() * rows.len() * columns.len() * 4);
+        for channels in passes {
+            for y in rows.clone() {
+                for x in columns.clone() {
+                    let at = inside(y, picture.height) * picture.width + inside(x, picture.width);
+                    for &channel in *channels {
+                        let level = match channel {
+                            3 => self.alpha.map_or(u8::MAX, |alpha| alpha[at]),
+                            _ => picture.rgb[at * 3 + channel],
+                        };
+                        values.push(f32::from(level) / 255.0);
+                    }
+                }
+            }
         }
-    };
-    let shape = (1, rows.len(), columns.len(), 3);
-    let mut values = Vec::with_capacity(rows.len() * columns.len() * 3);
-    for y in rows {
-        for x in columns.clone() {
-            let at = (inside(y, picture.height) * picture.width + inside(x, picture.width)) * 3;
-            values.extend(
-                picture.rgb[at..at + 3]
-                    .iter()
-                    .map(|level| f32::from(*level) / 255.0),
-            );
-        }
+        Tensor::from_vec(values, shape, device)
     }
-    Tensor::from_vec(values, shape, device)
+}
+
+/// RGB [1, h, w, 3] of a network's result [b, h, w, channels], and of four channels the levels of the
+/// transparency.
+fn split(result: &Tensor) -> TensorResult<(Tensor, Option<Vec<u8>>)> {
+    let (b, h, w, channels) = result.dims4()?;
+    match channels {
+        1 => {
+            let rgb = result.reshape((b, h, w))?.permute((1, 2, 0))?; // [h, w, 3]
+            Ok((rgb.unsqueeze(0)?.contiguous()?, None))
+        }
+        4 => {
+            let rgb = result.narrow(3, 0, 3)?.contiguous()?;
+            let alpha = result.narrow(3, 3, 1)?.flatten_all()?.to_vec1::<f32>()?;
+            let levels = alpha
+                .iter()
+                .map(|value| (value.clamp(0.0, 1.0) * 255.0).round_ties_even() as u8);
+            Ok((rgb, Some(levels.collect())))
+        }
+        _ => Ok((result.clone(), None)),
+    }
 }
 
 enum Network {
@@ -359,20 +448,34 @@ impl Rrdb {
         w: &Weights,
         config: &UpscalerConfig,
         [blocks, growth, doublings]: [usize; 3],
+        is_plus: bool,
     ) -> Result<Self> {
         let UpscalerConfig {
-            width, unshuffle, ..
+            channels,
+            width,
+            unshuffle,
+            ..
         } = *config;
         let slope = (w.zeros(&[width])? + SLOPE)?;
         let leaky = |name: String| {
             anyhow::Ok(Conv2d::new(&w.at(name), width, width, 3)?.leaky(slope.clone()))
         };
         let dense = |block: usize, i: usize| {
-            Dense::new(&w.at(format!("body.{block}.rdb{i}")), width, growth)
+            Dense::new(
+                &w.at(format!("body.{block}.rdb{i}")),
+                width,
+                growth,
+                is_plus,
+            )
         };
         Ok(Self {
             unshuffle,
-            conv_first: Conv2d::new(&w.at("conv_first"), 3 * unshuffle * unshuffle, width, 3)?,
+            conv_first: Conv2d::new(
+                &w.at("conv_first"),
+                channels * unshuffle * unshuffle,
+                width,
+                3,
+            )?,
             blocks: (0..blocks)
                 .map(|block| Ok([dense(block, 1)?, dense(block, 2)?, dense(block, 3)?]))
                 .collect::<Result<_>>()?,
@@ -381,7 +484,7 @@ impl Rrdb {
                 .map(|i| leaky(format!("up.{i}")))
                 .collect::<Result<_>>()?,
             conv_hr: leaky("conv_hr".into())?,
-            conv_last: Conv2d::new(&w.at("conv_last"), width, 3, 3)?,
+            conv_last: Conv2d::new(&w.at("conv_last"), width, channels, 3)?,
         })
     }
 
@@ -412,12 +515,14 @@ impl Rrdb {
 struct Dense {
     convs: Vec<Conv2d>,
     last: Conv2d,
+    /// ESRGAN+'s: the block's input is added to the second output, and that to the fourth
+    shortcut: Option<Conv2d>,
 }
 
 impl Dense {
     const CONVS: usize = 4;
 
-    fn new(w: &Weights, width: usize, growth: usize) -> Result<Self> {
+    fn new(w: &Weights, width: usize, growth: usize, is_plus: bool) -> Result<Self> {
         let slope = (w.zeros(&[growth])? + SLOPE)?;
         let seen = |i: usize| width + i * growth;
         let conv = |i: usize| {
@@ -436,14 +541,30 @@ impl Dense {
         Ok(Self {
             convs: (0..Self::CONVS).map(conv).collect::<Result<_>>()?,
             last,
+            shortcut: is_plus
+                .then(|| Conv2d::without_bias(&w.at("conv1x1"), width, growth, 1, 1))
+                .transpose()?,
         })
     }
 
     /// [b, h, w, c] -> [b, h, w, c].
     fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
-        let mut seen = x.clone();
-        for conv in &self.convs {
-            seen = concat(cx, &seen, &conv.forward(cx, &seen)?)?;
+        let (mut seen, mut second) = (x.clone(), None);
+        for (i, conv) in self.convs.iter().enumerate() {
+            let mut y = conv.forward(cx, &seen)?;
+            match (&self.shortcut, i) {
+                (Some(shortcut), 1) => {
+                    y = (y + shortcut.forward(cx, x)?)?;
+                    second = Some(y.clone());
+                }
+                (_, 3) => {
+                    if let Some(second) = &second {
+                        y = (y + second)?;
+                    }
+                }
+                _ => (),
+            }
+            seen = concat(cx, &seen, &y)?;
         }
         self.last.forward_add(cx, &seen, None, Some(x))
     }
@@ -453,19 +574,25 @@ impl Dense {
 /// the size of the input, whose result, shuffled to pixels, is added to the enlarged input.
 struct Compact {
     convs: Vec<Conv2d>,
+    channels: usize,
     factor: usize,
 }
 
 impl Compact {
     fn new(w: &Weights, config: &UpscalerConfig, convolutions: usize) -> Result<Self> {
-        let UpscalerConfig { width, factor, .. } = *config;
+        let UpscalerConfig {
+            channels,
+            width,
+            factor,
+            ..
+        } = *config;
         let conv = |i: usize| {
-            let inputs = if i == 0 { 3 } else { width };
+            let inputs = if i == 0 { channels } else { width };
             if i + 1 == convolutions {
                 return Conv2d::new(
                     &w.at(format!("body.{}", 2 * i)),
                     inputs,
-                    3 * factor * factor,
+                    channels * factor * factor,
                     3,
                 );
             }
@@ -479,6 +606,7 @@ impl Compact {
         }
         Ok(Self {
             convs: (0..convolutions).map(conv).collect::<Result<_>>()?,
+            channels,
             factor,
         })
     }
@@ -492,15 +620,15 @@ impl Compact {
     }
 
     fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
-        let ((b, h, w, _), r) = (features.dims4()?, self.factor);
+        let ((b, h, w, _), c, r) = (features.dims4()?, self.channels, self.factor);
         // channel, row and column of the larger image, in this order, as torch has them
         let added = features
-            .reshape((b, h, w, 3, r, r))?
-            .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, 3]
+            .reshape((b, h, w, c, r, r))?
+            .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, c]
         let base = rgb
-            .reshape((b, h, 1, w, 1, 3))?
-            .broadcast_as((b, h, r, w, r, 3))?;
-        (added + base)?.reshape((b, r * h, r * w, 3))
+            .reshape((b, h, 1, w, 1, c))?
+            .broadcast_as((b, h, r, w, r, c))?;
+        (added + base)?.reshape((b, r * h, r * w, c))
     }
 }
 
@@ -539,13 +667,14 @@ mod tests {
             )
             .unwrap();
             let whole = |n: usize| 0..n.next_multiple_of(network.config.unshuffle);
-            let seen = patch(
-                &source,
-                whole(source.height),
-                whole(source.width),
-                &Device::Cpu,
-            )
-            .unwrap();
+            let pixels = Pixels {
+                picture: &source,
+                alpha: None,
+                channels: 3,
+            };
+            let seen = pixels
+                .patch(whole(source.height), whole(source.width), &Device::Cpu)
+                .unwrap();
             let cx = Forward::on(&Device::Cpu);
             let features = network.network.features(cx, &seen, &mut || ()).unwrap();
             let (h, w, _) = golden.dims3().unwrap();
@@ -566,6 +695,63 @@ mod tests {
             assert!(off < 1e-4, "{name} is off by {off:e}");
         }
         assert_eq!(goldens.len(), 6);
+    }
+
+    /// A dense block of ESRGAN+ against candle's own convolutions, as spandrel's
+    /// ResidualDenseBlock_5C has it.
+    #[test]
+    fn a_dense_block_of_esrgan_plus_adds_its_input_to_the_second_and_that_to_the_fourth_output() {
+        let (width, growth) = (6, 4);
+        let random = |shape: &[usize]| Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+        let mut tensors = std::collections::HashMap::new();
+        for i in 0..5 {
+            let outputs = if i == 4 { width } else { growth };
+            let shape = [outputs, width + i * growth, 3, 3];
+            tensors.insert(format!("b.conv{}.weight", i + 1), random(&shape));
+            tensors.insert(format!("b.conv{}.bias", i + 1), random(&[outputs]));
+        }
+        tensors.insert("b.conv1x1.weight".into(), random(&[growth, width, 1, 1]));
+        let x = random(&[1, width, 5, 7]);
+        let conv = |i: usize, x: &Tensor| {
+            let bias = tensors[&format!("b.conv{i}.bias")]
+                .reshape((1, (), 1, 1))
+                .unwrap();
+            let weight = &tensors[&format!("b.conv{i}.weight")];
+            x.conv2d(weight, 1, 1, 1, 1)
+                .unwrap()
+                .broadcast_add(&bias)
+                .unwrap()
+        };
+        let leaky = |x: Tensor| x.maximum(&(&x * SLOPE).unwrap()).unwrap();
+        let cat = |all: &[&Tensor]| Tensor::cat(all, 1).unwrap();
+        let x1 = leaky(conv(1, &x));
+        let x2 = leaky(conv(2, &cat(&[&x, &x1])));
+        let shortcut = x.conv2d(&tensors["b.conv1x1.weight"], 0, 1, 1, 1).unwrap();
+        let x2 = (x2 + shortcut).unwrap();
+        let x3 = leaky(conv(3, &cat(&[&x, &x1, &x2])));
+        let x4 = (leaky(conv(4, &cat(&[&x, &x1, &x2, &x3]))) + &x2).unwrap();
+        let x5 = conv(5, &cat(&[&x, &x1, &x2, &x3, &x4]));
+        let exact = ((x5 * 0.2).unwrap() + &x)
+            .unwrap()
+            .permute((0, 2, 3, 1))
+            .unwrap();
+
+        let file = tempfile::Builder::new()
+            .suffix(".safetensors")
+            .tempfile()
+            .unwrap();
+        let named: std::collections::HashMap<String, Tensor> = tensors
+            .iter()
+            .map(|(key, t)| (key.replace("b.", "body.0.rdb1."), t.clone()))
+            .collect();
+        candle_core::safetensors::save(&named, file.path()).unwrap();
+        let checkpoint = Checkpoint::open_upscaler(file.path()).unwrap();
+        let weights = checkpoint.weights("upscaler", &Device::Cpu, DType::F32);
+        let dense = Dense::new(&weights.at("body.0.rdb1"), width, growth, true).unwrap();
+        let x = x.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
+        let own = dense.forward(Forward::on(&Device::Cpu), &x).unwrap();
+        let off = (own - exact).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(off.to_scalar::<f32>().unwrap() < 1e-4);
     }
 
     #[test]

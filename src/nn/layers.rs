@@ -194,16 +194,22 @@ impl Conv2d {
         })
     }
 
-    /// Reads `weight` [out, in, 3, 3] alone; padding that keeps height and width, but for the
+    /// Reads `weight` [out, in, k, k] alone; padding that keeps height and width, but for the
     /// stride.
-    pub fn without_bias(w: &Weights, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
+    pub fn without_bias(
+        w: &Weights,
+        inputs: usize,
+        outputs: usize,
+        size: usize,
+        stride: usize,
+    ) -> Result<Self> {
         Ok(Self {
-            weight: layout(w, &[outputs, inputs, 3, 3], false)?,
+            weight: layout(w, &[outputs, inputs, size, size], false)?,
             bias: w.zeros(&[outputs])?,
             slope: None,
-            size: 3,
+            size,
             stride,
-            padding: (1, 1),
+            padding: (size / 2, size / 2),
         })
     }
 

@@ -162,7 +162,7 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
     };
     let inner: BTreeSet<&str> = keys
         .iter()
-        .filter_map(|key| key.strip_prefix(prefix))
+        .filter_map(|key| key.strip_prefix(&*prefix))
         .collect();
     let up_blocks = max_index(&inner, "decoder.up.").map(|last| last + 1);
     let map = |key: &str| match (key.split_once('.'), up_blocks) {
@@ -192,13 +192,21 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
 pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec<Named>> {
     let keys: BTreeSet<&str> = keys.collect();
     let has = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
-    let prefix = ["params_ema.", "params."]
+    // what training programs wrap a network in: all keys begin with it, or those of an average
+    let mut prefix = String::new();
+    while let Some(wrapper) = ["module.", "netG.", "params_ema.", "params."]
         .into_iter()
-        .find(|prefix| has(prefix))
-        .unwrap_or_default();
+        .find(|wrapper| {
+            let whole = format!("{prefix}{wrapper}");
+            let is_of_all = !keys.is_empty() && keys.iter().all(|key| key.starts_with(&whole));
+            is_of_all || wrapper.starts_with("params") && has(&whole)
+        })
+    {
+        prefix += wrapper;
+    }
     let inner: BTreeSet<&str> = keys
         .iter()
-        .filter_map(|key| key.strip_prefix(prefix))
+        .filter_map(|key| key.strip_prefix(&prefix))
         .collect();
     // ESRGAN's first code also counts layers without weights
     let tail: BTreeSet<usize> = inner
@@ -213,10 +221,11 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
             ["conv_first" | "conv_body" | "conv_hr" | "conv_last"] => parts[0].into(),
             ["body", n] => format!("body.{}", number(n)?),
             ["body" | "RRDB_trunk", n, block, conv]
-            | ["model", "1", "sub", n, block, conv, "0"] => {
+            | ["model", "1", "sub", n, block, conv, "0"]
+            | ["model", "1", "sub", n, block, conv @ "conv1x1"] => {
                 let block = block.to_lowercase();
                 let is_known = kind.contains(&&*block)
-                    && ["conv1", "conv2", "conv3", "conv4", "conv5"].contains(&conv);
+                    && ["conv1", "conv2", "conv3", "conv4", "conv5", "conv1x1"].contains(&conv);
                 is_known.then(|| format!("body.{n}.{block}.{conv}"))?
             }
             ["trunk_conv"] | ["model", "1", "sub", _] => "conv_body".into(),
@@ -250,7 +259,7 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
         .map(|key| {
             (
                 key.to_string(),
-                key.strip_prefix(prefix).and_then(map).unwrap_or_default(),
+                key.strip_prefix(&prefix).and_then(map).unwrap_or_default(),
             )
         })
         .collect()

@@ -21,7 +21,7 @@ pub enum Origin<'a> {
 }
 
 /// The upscalers that can be used, for error messages.
-pub const UPSCALERS: &str = "ESRGAN, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
+pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
 
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
@@ -250,11 +250,11 @@ impl Checkpoint {
         let map = key_mapping::from_upscaler(keys.iter().map(String::as_str));
         let mut upscaler = Self::empty(file_name(path));
         upscaler.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
-        let has_average = keys.iter().any(|key| key.starts_with("params_ema."));
+        let has_average = keys.iter().any(|key| key.contains("params_ema."));
         let unexpected = upscaler
             .unexpected_keys
             .iter()
-            .find(|key| !has_average || !key.starts_with("params."));
+            .find(|key| !has_average || !key.contains("params."));
         let first = keys.first().filter(|_| !upscaler.has("upscaler"));
         if let Some(key) = unexpected.or(first) {
             bail!("{}", not_an_upscaler(path, &keys, key));

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
-use sdgen::image::load::{Fit, Input};
+use sdgen::image::load::{Fit, Input, resized_levels};
 use sdgen::image::{Image, read_metadata};
 use sdgen::model::upscaler::{TILE_PX, Upscaler, UpscalerConfig};
 use sdgen::nn::Forward;
@@ -139,7 +139,11 @@ fn a_network_is_known_by_any_of_its_names() {
             .map(|(key, tensor)| (format!("params.{key}"), tensor.zeros_like().unwrap())),
     );
     save(&both, &place("both.safetensors"));
-    for name in ["x4", "old", "trunk", "ema", "both"] {
+    for (name, start) in [("module", "module."), ("netg", "netG.params_ema.")] {
+        let to = place(&format!("{name}.safetensors"));
+        renamed(&place("x4.safetensors"), &to, |key| format!("{start}{key}"));
+    }
+    for name in ["x4", "old", "trunk", "ema", "both", "module", "netg"] {
         let (model, output) = (format!("{name}.safetensors"), format!("{name}.png"));
         succeed(sdgen(dir.path()).args([
             "upscale",
@@ -385,24 +389,204 @@ fn large(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn transparency_is_shown_on_white_and_that_is_said() {
+fn transparency_is_kept_and_on_white_in_a_jpeg_which_is_said() {
     let dir = folder();
-    image::RgbaImage::from_pixel(4, 4, image::Rgba([0, 0, 0, 0]))
-        .save(dir.path().join("clear.png"))
+    let picture = image::RgbaImage::from_fn(9, 7, |x, y| {
+        let [x, y] = [x, y].map(|at| u8::try_from(at).unwrap());
+        image::Rgba([x * 20, y * 30, 90, x * 25])
+    });
+    picture.save(dir.path().join("clear.png")).unwrap();
+    let upscale = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        succeed(
+            command
+                .args(["upscale", "clear.png", "--force"])
+                .args(options),
+        )
+    };
+    let alpha = |name: &str| {
+        let picture = image::open(dir.path().join(name)).unwrap();
+        assert!(picture.color().has_alpha(), "{name}");
+        let picture = picture.to_rgba8();
+        picture
+            .pixels()
+            .map(|pixel| pixel.0[3])
+            .collect::<Vec<u8>>()
+    };
+    let own: Vec<u8> = picture.pixels().map(|pixel| pixel.0[3]).collect();
+    for output in ["large.png", "large.webp"] {
+        let said = upscale(&["-m", "lanczos", "--scale", "2", "-o", output]);
+        assert!(!stderr(&said).contains("transparent"));
+        assert_eq!(
+            alpha(output),
+            resized_levels(&own, [9, 7], [18, 14]),
+            "{output}"
+        );
+    }
+    upscale(&["-m", "x4.safetensors", "-o", "net.png"]);
+    assert_eq!(alpha("net.png"), resized_levels(&own, [9, 7], [36, 28]));
+    // a picture of the same size is the same picture
+    upscale(&["-m", "lanczos", "--scale", "1", "-o", "same.png"]);
+    assert_eq!(alpha("same.png"), own);
+    let said = stderr(&upscale(&["-m", "lanczos", "-o", "large.jpg"]));
+    assert!(
+        said.contains("a JPEG cannot be, and shows it on white"),
+        "{said}"
+    );
+    let white = read(&dir.path().join("large.jpg")).rgb;
+    assert!(
+        white[..3].iter().all(|level| *level > 240),
+        "{:?}",
+        &white[..3]
+    );
+}
+
+#[test]
+fn the_colour_profile_of_rgb_is_kept_in_every_format() {
+    use image::{ImageDecoder, ImageEncoder};
+    let dir = folder();
+    let place = |name: &str| dir.path().join(name);
+    let profile = |space: &[u8]| [&[0; 16], space, &[7; 108]].concat();
+    let save_with = |name: &str, profile: &[u8]| {
+        let mut bytes = vec![];
+        let mut encoder = image::codecs::png::PngEncoder::new(&mut bytes);
+        encoder.set_icc_profile(profile.to_vec()).unwrap();
+        let pixels = [90u8; 4 * 4 * 3];
+        encoder
+            .write_image(&pixels, 4, 4, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        std::fs::write(place(name), bytes).unwrap();
+    };
+    save_with("rgb.png", &profile(b"RGB "));
+    save_with("cmyk.png", &profile(b"CMYK"));
+    let kept = |source: &str, output: &str| {
+        let mut command = sdgen(dir.path());
+        succeed(command.args(["upscale", "-m", "lanczos", source, "--force", "-o", output]));
+        let reader = image::ImageReader::open(place(output)).unwrap();
+        reader.into_decoder().unwrap().icc_profile().unwrap()
+    };
+    for output in ["a.png", "a.jpg", "a.webp"] {
+        assert_eq!(kept("rgb.png", output), Some(profile(b"RGB ")), "{output}");
+        assert_eq!(kept("cmyk.png", output), None, "{output}");
+    }
+}
+
+#[test]
+fn networks_of_one_and_four_channels_draw_what_those_of_three_draw() {
+    let dir = folder();
+    let place = |name: &str| dir.path().join(name);
+    let source = read(&place("source.png"));
+    let cx = Forward::on(&Device::Cpu);
+    let cat = |all: &[&Tensor], dim| Tensor::cat(all, dim).unwrap().contiguous().unwrap();
+    // a grey picture: each of three equal channels is the one channel's third
+    let grey: Vec<u8> = source
+        .rgb
+        .chunks_exact(3)
+        .flat_map(|pixel| [pixel[1]; 3])
+        .collect();
+    let grey = Image {
+        rgb: grey,
+        ..source.clone()
+    };
+    for (name, first, last) in [
+        ("compact_x2", "body.0", ""),
+        ("rrdb_x4", "conv_first", "conv_last"),
+    ] {
+        let mut tensors = load(&network(name));
+        let is_body = |key: &&String| key.starts_with("body.");
+        let numbers = tensors
+            .keys()
+            .filter(is_body)
+            .filter_map(|key| key.split('.').nth(1)?.parse::<usize>().ok());
+        let last = match last {
+            "" => format!("body.{}", numbers.max().unwrap()),
+            last => last.to_string(),
+        };
+        let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+        let one = wide(&tensors[&format!("{first}.weight")])
+            .narrow(1, 0, 1)
+            .unwrap();
+        let [weight, bias] = ["weight", "bias"].map(|end| {
+            let t = wide(&tensors[&format!("{last}.{end}")]);
+            let outputs = t.dim(0).unwrap() / 3;
+            t.narrow(0, 0, outputs).unwrap().contiguous().unwrap()
+        });
+        let mut made = |first_weight: Tensor, weight: Tensor, bias: Tensor, file: &str| {
+            tensors.insert(format!("{first}.weight"), first_weight);
+            tensors.insert(format!("{last}.weight"), weight);
+            tensors.insert(format!("{last}.bias"), bias);
+            save(&tensors, &place(file));
+            open(&place(file))
+        };
+        let third = (&one / 3.0).unwrap();
+        let of_one = made(
+            one.contiguous().unwrap(),
+            weight.clone(),
+            bias.clone(),
+            "1.safetensors",
+        );
+        let three = cat(&[&third, &third, &third], 1);
+        let of_three = made(
+            three.clone(),
+            cat(&[&weight, &weight, &weight], 0),
+            cat(&[&bias, &bias, &bias], 0),
+            "3.safetensors",
+        );
+        let nothing = third.zeros_like().unwrap();
+        let of_four = made(
+            cat(&[&three, &nothing], 1),
+            cat(&[&weight, &weight, &weight, &weight], 0),
+            cat(&[&bias, &bias, &bias, &bias], 0),
+            "4.safetensors",
+        );
+        let expected = of_three.upscale(cx, &grey, 1000, &mut |_, _| ()).unwrap();
+        let largest = |other: &Image| expected.difference(other).largest;
+        // sums in another order: a value may be rounded to the next level
+        let own = of_one.upscale(cx, &grey, 1000, &mut |_, _| ()).unwrap();
+        assert!(largest(&own) <= 1, "{name}: one channel");
+        let alpha: Vec<u8> = grey.rgb.chunks_exact(3).map(|pixel| pixel[0]).collect();
+        let (own, shown) = of_four
+            .upscale_with_alpha(cx, &grey, Some(&alpha), 1000, &mut |_, _| ())
+            .unwrap();
+        assert!(largest(&own) <= 1, "{name}: four channels");
+        // as the fourth channel has the weights of the others, and its own picture is the grey one
+        let shown = shown.unwrap();
+        let levels = expected.rgb.chunks_exact(3).map(|pixel| pixel[0]);
+        assert!(
+            levels.zip(&shown).all(|(a, b)| a.abs_diff(*b) <= 1),
+            "{name}: transparency"
+        );
+    }
+}
+
+#[test]
+fn a_compact_network_may_enlarge_by_more_than_four() {
+    let dir = folder();
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let tensors = [
+        ("body.0.weight", zeros(&[4, 3, 3, 3])),
+        ("body.0.bias", zeros(&[4])),
+        ("body.1.weight", zeros(&[4])),
+        ("body.2.weight", zeros(&[3 * 64, 4, 3, 3])),
+        ("body.2.bias", zeros(&[3 * 64])),
+    ];
+    let path = dir.path().join("x8.safetensors");
+    save(
+        &HashMap::from(tensors.map(|(key, t)| (key.to_string(), t))),
+        &path,
+    );
+    let source = read(&dir.path().join("source.png"));
+    let cx = Forward::on(&Device::Cpu);
+    let large = open(&path)
+        .upscale(cx, &source, 1000, &mut |_, _| ())
         .unwrap();
-    let output =
-        succeed(sdgen(dir.path()).args(["upscale", "-m", "lanczos", "--scale", "2", "clear.png"]));
-    assert!(
-        stderr(&output).contains("`clear.png` is transparent"),
-        "{}",
-        stderr(&output)
+    // nothing is added to the enlarged picture
+    assert_eq!(
+        (large.width, large.height),
+        (8 * source.width, 8 * source.height)
     );
-    assert!(
-        read(&dir.path().join("clear-2x.png"))
-            .rgb
-            .iter()
-            .all(|level| *level == 255)
-    );
+    assert_eq!(large.rgb[..3], source.rgb[..3]);
+    assert_eq!(large.rgb[8 * 3..][..3], source.rgb[3..6]);
 }
 
 #[test]
@@ -453,11 +637,11 @@ fn what_is_no_upscaler_is_refused_by_what_it_is() {
     let whole = load(&place("x4.safetensors"));
     let mut plus = whole.clone();
     plus.insert(
-        "body.0.rdb1.conv1x1.weight".into(),
+        "body.0.rdb1.conv6.weight".into(),
         plus["conv_hr.weight"].clone(),
     );
     save(&plus, &place("plus.safetensors"));
-    up("plus.safetensors", 3, &["`body.0.rdb1.conv1x1.weight`"]);
+    up("plus.safetensors", 3, &["`body.0.rdb1.conv6.weight`"]);
     let mut less = whole;
     less.remove("body.1.rdb2.conv3.bias");
     save(&less, &place("less.safetensors"));

@@ -80,6 +80,12 @@ fn warn_of_no_effect(work: &WorkList, checkpoint: &Checkpoint, progress: &Progre
             ));
         }
     }
+    let skips = |task: &Task| task.job.settings.clip_skip > 1;
+    if work.tasks.iter().any(skips) && Family::detect(checkpoint).is_ok_and(|f| f == Family::Sdxl) {
+        progress.note(
+            "warning: `--clip-skip 2` takes a layer further from the end than Stable Diffusion XL was trained with; A1111 and Forge take no notice of it there: leave it out for their picture",
+        );
+    }
     for Embedding { token, file, .. } in checkpoint.embeddings() {
         let uses = |task: &Task| {
             let mut used = task.job.settings.embeddings.iter();

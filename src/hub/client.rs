@@ -7,12 +7,13 @@ use std::error::Error;
 use std::io::Read;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::Hub;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 /// A longer chain of redirects is a circle.
 pub const MAX_REDIRECTS: usize = 10;
@@ -29,6 +30,7 @@ const IN_PATH: &AsciiSet = &IN_SEGMENT.remove(b'/');
 pub struct Client {
     endpoint: String,
     timeout: Duration,
+    tls: TlsConfig,
     authorized: ApiRepo,
     /// Sends no token: for every origin but the endpoint's.
     anonymous: ApiRepo,
@@ -79,6 +81,7 @@ impl Client {
         Ok(Client {
             endpoint: hub.endpoint.clone(),
             timeout: hub.timeout,
+            tls: TlsConfig::builder().root_certs(trusted(hub)?).build(),
             authorized: api(hub.token.clone())?,
             anonymous: api(None)?,
         })
@@ -119,6 +122,7 @@ impl Client {
         }
         let request = request
             .config()
+            .tls_config(self.tls.clone())
             .http_status_as_error(false)
             .max_redirects(0)
             .timeout_connect(Some(self.timeout))
@@ -161,6 +165,36 @@ impl Client {
             response = self.get(&url, range)?;
         }
         Ok((response, url))
+    }
+}
+
+/// Whom https connections trust: the certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR` where one is
+/// set, else those of the system, else Mozilla's, which are built in. Errors if what is set holds no
+/// certificate.
+fn trusted(hub: &Hub) -> Result<RootCerts> {
+    if !hub.endpoint.starts_with("https:") {
+        return Ok(RootCerts::WebPki);
+    }
+    let found = rustls_native_certs::load_native_certs();
+    if !found.certs.is_empty() {
+        let certificates = found
+            .certs
+            .iter()
+            .map(|der| Certificate::from_der(der).to_owned());
+        return Ok(certificates.collect::<Vec<_>>().into());
+    }
+    let is_set = |name: &&&str| std::env::var_os(**name).is_some_and(|value| !value.is_empty());
+    match ["SSL_CERT_FILE", "SSL_CERT_DIR"].iter().find(is_set) {
+        None => Ok(RootCerts::WebPki),
+        Some(name) => {
+            let value = std::env::var_os(name).unwrap_or_default();
+            let why = found.errors.first().map(|error| format!(": {error}"));
+            bail!(
+                "{name} is `{}`, where no certificate can be read{}\n\nhint: it names certificates in PEM form; without it the system's are trusted",
+                value.display(),
+                why.unwrap_or_default()
+            )
+        }
     }
 }
 

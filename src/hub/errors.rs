@@ -90,6 +90,13 @@ pub fn disk(error: &io::Error, path: &Path, missing: u64, reference: &Reference)
 /// The error of a connection that could not be made.
 pub fn unreachable(error: &ConnectionError, reference: &Reference) -> anyhow::Error {
     let ConnectionError { origin, reason } = error;
+    if reason.contains("certificate") {
+        return anyhow!(
+            "cannot reach `{origin}`: {reason}\n\n\
+             hint: where a company signs its connections itself, SSL_CERT_FILE names the file of \
+             its certificates"
+        );
+    }
     anyhow!(
         "cannot reach `{origin}`: {reason}\n\n\
          hint: check the network and HF_ENDPOINT, then run `sdgen pull {}` again",

@@ -72,7 +72,15 @@ impl Hub {
     /// Reads `HF_ENDPOINT`, `HF_HUB_CACHE`, `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` and their kin
     /// from the environment; `offline` (the flag) alone is enough to stay off the network.
     pub fn from_env(offline: bool) -> Hub {
-        Hub::from_lookup(offline, &|name| std::env::var_os(name))
+        let is_given = |value: &OsString| !value.is_empty();
+        Hub::from_lookup(offline, &|name| {
+            // where HOME is not set, the system's list of users tells
+            let fallback = || {
+                let home = (name == "HOME").then(std::env::home_dir);
+                home.flatten().map(OsString::from)
+            };
+            std::env::var_os(name).filter(is_given).or_else(fallback)
+        })
     }
 
     /// [`Hub::from_env`] over any source of variables. An empty value counts as unset.
@@ -81,12 +89,17 @@ impl Hub {
         let text = |name: &str| raw(name)?.into_string().ok();
         let user = raw("HOME").or_else(|| raw("USERPROFILE"));
         let user = PathBuf::from(user.unwrap_or_default());
+        // as Python's expanduser and expandvars
         let path = |name: &str| {
             let path = PathBuf::from(raw(name)?);
-            match path.strip_prefix("~") {
-                Ok(rest) => Some(user.join(rest)),
-                Err(_) => Some(path),
-            }
+            let path = match path.strip_prefix("~") {
+                Ok(rest) => user.join(rest),
+                Err(_) => path,
+            };
+            Some(match path.to_str() {
+                Some(text) => expand_variables(text, &text_of(lookup)).into(),
+                None => path,
+            })
         };
 
         let home = path("HF_HOME").unwrap_or_else(|| {
@@ -178,6 +191,40 @@ impl Hub {
         }
         Ok(selection.path(folder))
     }
+}
+
+/// The values of variables that are text.
+fn text_of<'a>(
+    lookup: &'a dyn Fn(&str) -> Option<OsString>,
+) -> impl Fn(&str) -> Option<String> + 'a {
+    |name| lookup(name)?.into_string().ok()
+}
+
+/// Puts in the values of `$NAME` and `${NAME}`; what is not set stays as it is.
+fn expand_variables(text: &str, value: &dyn Fn(&str) -> Option<String>) -> String {
+    let (mut out, mut rest) = (String::new(), text);
+    while let Some((before, after)) = rest.split_once('$') {
+        out += before;
+        let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, end) = match after
+            .strip_prefix('{')
+            .and_then(|inner| inner.split_once('}'))
+        {
+            Some((name, end)) => (name, end),
+            None => after.split_at(after.find(|c| !is_part(c)).unwrap_or(after.len())),
+        };
+        match value(name).filter(|_| !name.is_empty()) {
+            Some(value) => {
+                out += &value;
+                rest = end;
+            }
+            None => {
+                out.push('$');
+                rest = after;
+            }
+        }
+    }
+    out + rest
 }
 
 /// Python's reading of a boolean variable.

@@ -662,3 +662,17 @@ fn fail_events(command: &mut std::process::Command) {
             && stderr(&output).contains("`--show` and `--progress json` both want stderr")
     );
 }
+
+#[test]
+fn clip_skip_of_sdxl_is_said_to_be_another_picture_than_a1111s() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |model: &str, skip: &str| {
+        let mut command = sdgen(dir.path());
+        command.args(["a frog", "-s", "1", "--dry-run", "--clip-skip", skip, "-m"]);
+        stderr(&succeed(command.arg(fixture(model))))
+    };
+    let warning = "warning: `--clip-skip 2` takes a layer further from the end";
+    assert!(said("sdxl", "2").contains(warning));
+    assert!(!said("sdxl", "1").contains(warning));
+    assert!(!said("sd1", "2").contains(warning));
+}

@@ -17,6 +17,103 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const OTHER_COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
 const TOKEN: &str = "hf_secret";
 
+/// A hub that speaks https with a certificate of its own, and answers every request with 404.
+fn start_https() -> u16 {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let pem = |name: &str| fs::read(crate::common::fixture("hub").join(name)).unwrap();
+    let certificate = CertificateDer::from_pem_slice(&pem("server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(&pem("server.key")).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::ring::default_provider(),
+    ))
+    .with_safe_default_protocol_versions()
+    .unwrap()
+    .with_no_client_auth()
+    .with_single_cert(vec![certificate], key)
+    .unwrap();
+    let (config, listener) = (Arc::new(config), TcpListener::bind("127.0.0.1:0").unwrap());
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+            let mut stream = rustls::StreamOwned::new(connection, stream);
+            let mut lines = BufReader::new(&mut stream).lines();
+            while lines
+                .next()
+                .is_some_and(|line| line.is_ok_and(|line| !line.is_empty()))
+            {}
+            let answer =
+                b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            stream.write_all(answer).unwrap_or_default();
+            stream.conn.send_close_notify();
+            stream.flush().unwrap_or_default();
+        }
+    });
+    port
+}
+
+#[test]
+fn a_hub_behind_an_authority_of_its_own_is_trusted_where_ssl_cert_file_names_it() {
+    use crate::common::{fail, sdgen};
+    let dir = tempfile::tempdir().unwrap();
+    let port = start_https();
+    let pull = |certificates: Option<PathBuf>| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["pull", "owner/tiny"])
+            .env("HF_HUB_OFFLINE", "0")
+            .env("HF_HOME", dir.path())
+            .env("HF_ENDPOINT", format!("https://localhost:{port}"))
+            .env_remove("SSL_CERT_DIR")
+            .env_remove("SSL_CERT_FILE");
+        if let Some(certificates) = certificates {
+            command.env("SSL_CERT_FILE", certificates);
+        }
+        command
+    };
+    let unknown = [
+        "cannot reach `https://localhost",
+        "certificate",
+        "SSL_CERT_FILE names the file",
+    ];
+    fail(&mut pull(None), 3, &unknown);
+    let known = crate::common::fixture("hub").join("ca.pem");
+    fail(
+        &mut pull(Some(known)),
+        3,
+        &["`owner/tiny` does not exist on the hub (404)"],
+    );
+    let nothing = dir.path().join("nothing.pem");
+    let said = [
+        "SSL_CERT_FILE is `",
+        "where no certificate can be read",
+        "hint: ",
+    ];
+    fail(&mut pull(Some(nothing)), 3, &said);
+}
+
+#[test]
+fn paths_in_variables_are_expanded_as_python_expands_them() {
+    let hub = |variables: &[(&str, &str)]| {
+        let lookup = |name: &str| {
+            let found = variables.iter().find(|(own, _)| *own == name);
+            found.map(|(_, value)| OsString::from(value))
+        };
+        Hub::from_lookup(true, &lookup).cache_dir
+    };
+    for (value, expected) in [
+        ("$HOME/hf", "/home/me/hf/hub"),
+        ("${HOME}/hf", "/home/me/hf/hub"),
+        ("~/$NAME-x", "/home/me/n-x/hub"),
+        ("/a/$UNKNOWN/b$", "/a/$UNKNOWN/b$/hub"),
+        ("/a/${UNKNOWN}/b", "/a/${UNKNOWN}/b/hub"),
+    ] {
+        let variables = [("HOME", "/home/me"), ("NAME", "n"), ("HF_HOME", value)];
+        assert_eq!(hub(&variables), PathBuf::from(expected), "{value}");
+    }
+}
+
 /// What one request said.
 #[derive(Clone, Debug)]
 struct Seen {

@@ -363,6 +363,47 @@ fn whole_factors_of_lokr_take_the_scale_that_the_header_tells() {
 }
 
 #[test]
+fn tags_find_loras_in_folders_below_the_one_that_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("loras/styles/deep");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy(lora("kohya"), folder.join("ink.safetensors")).unwrap();
+    let tagged = |tag: &str, output: &str| {
+        let mut command = sdgen(dir.path());
+        let small = [
+            "-s",
+            "7",
+            "--steps",
+            "2",
+            "-W",
+            "16",
+            "-H",
+            "16",
+            "--lora-dir",
+            "loras",
+        ];
+        command
+            .arg(format!("a frog {tag}"))
+            .args(small)
+            .arg("-m")
+            .arg(fixture("sd1"));
+        command.args(["--force", "-o", output]);
+        command
+    };
+    succeed(&mut tagged("<lora:ink:1>", "a.png"));
+    succeed(&mut tagged("<lora:styles/deep/ink:1>", "b.png"));
+    assert!(pixels(&dir.path().join("a.png")) == pixels(&dir.path().join("b.png")));
+    let said = ["has no LoRA `inc`", "did you mean `ink`?"];
+    fail(&mut tagged("<lora:inc:1>", "c.png"), 2, &said);
+    std::fs::copy(lora("old"), dir.path().join("loras/styles/ink.safetensors")).unwrap();
+    let said = [
+        "`ink` is both `",
+        "hint: name it with its folder, as in `<lora:styles/",
+    ];
+    fail(&mut tagged("<lora:ink:1>", "c.png"), 2, &said);
+}
+
+#[test]
 fn a_t_lora_says_what_it_lacks() {
     let dir = tempfile::tempdir().unwrap();
     let start = format!("lycoris_{}", LINEAR.replace('.', "_"));

@@ -458,6 +458,15 @@ fn require_same(pipeline: &Pipeline, upscaler: Option<&Upscaler>, of: &Settings)
             of.upscaler.as_deref().unwrap_or_default()
         );
     }
+    // last, as its other VAE has a configuration too
+    if let (Some(of), Some(own)) = (&of.config_hash, &identity.config_hash)
+        && of != own
+    {
+        bail!(
+            "it was drawn with another configuration, scheduler or tokenizer than those of `{}`\n\nhint: pass the model that drew it with `--model`; its .json and .txt files count, not its weights alone",
+            pipeline.checkpoint.name
+        );
+    }
     Ok(())
 }
 

@@ -25,6 +25,8 @@ use crate::nn::device::{Compute, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::job::Job;
 use crate::pipeline::{Pipeline, RunOptions};
+use crate::weights::Checkpoint;
+use crate::weights::file_hash::FileHashes;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 use std::collections::HashMap;
@@ -81,6 +83,9 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         return verify(args, &work, &finished, &print);
     }
     summary.skipped = finished.len();
+    if !args.dry_run && !args.no_metadata && finished.len() < work.tasks.len() {
+        name_by_files(&pipeline.checkpoint, &mut work, progress).code(3)?;
+    }
     let mut report = args.report(&work.tasks, finished, &print);
     if args.dry_run {
         announce(args, &list, &work, &pipeline, summary.skipped, progress);
@@ -194,6 +199,32 @@ fn finished(args: &DrawArgs, work: &mut WorkList) -> Outcomes {
         vae_tiling: args.vae_tiling,
     };
     resume::finished(&mut work.tasks, options)
+}
+
+/// Tells what A1111 and sites that share models call the files of a model and its VAE: their hashes.
+fn name_by_files(checkpoint: &Checkpoint, work: &mut WorkList, progress: &Progress) -> Result<()> {
+    const SLOW_BYTES: u64 = 1 << 30;
+    let hashes = FileHashes::of_user();
+    let hash = |model: &Checkpoint| -> Result<Option<Arc<str>>> {
+        let file = model.only_file();
+        if let Some(file) = file.filter(|file| file.len >= SLOW_BYTES)
+            && hashes.known(file.path()).is_none()
+        {
+            progress.note(format!(
+                "reading `{}` once for its SHA-256, which pictures remember",
+                file.path().display()
+            ));
+        }
+        Ok(model.file_hash(&hashes)?.map(Arc::from))
+    };
+    let model_sha256 = hash(checkpoint)?;
+    let vae_sha256 = checkpoint.vae().map(hash).transpose()?.flatten();
+    for task in &mut work.tasks {
+        let settings = &mut task.job.settings;
+        settings.model_sha256.clone_from(&model_sha256);
+        settings.vae_sha256.clone_from(&vae_sha256);
+    }
+    Ok(())
 }
 
 /// Has the steps of images saved if they are to be. Errors if that is not possible.

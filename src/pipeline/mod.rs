@@ -85,9 +85,10 @@ pub struct RunOptions {
     pub keep_networks: bool,
 }
 
-/// What tells a pipeline's weights from all others, as the metadata of an image says it.
+/// What tells a pipeline's model from all others, as the metadata of an image says it.
 pub struct Identity {
     pub model_hash: Arc<str>,
+    pub config_hash: Option<Arc<str>>,
     pub refiner_hash: Option<Arc<str>>,
     pub vae_hash: Option<Arc<str>>,
     pub merges: Vec<Merged>,
@@ -107,6 +108,7 @@ impl Identity {
         };
         Ok(Self {
             model_hash: hash(checkpoint)?,
+            config_hash: checkpoint.config_hash().map(Arc::from),
             refiner_hash: checkpoint.refiner().map(hash).transpose()?,
             vae_hash: checkpoint.vae().map(hash).transpose()?,
             merges: Merged::all(checkpoint)?,

@@ -197,6 +197,7 @@ impl<'a> Resolver<'a> {
         let identity = self.pipeline.identity()?;
         let settings = &mut job.settings;
         settings.model_hash = identity.model_hash.clone();
+        settings.config_hash = identity.config_hash.clone();
         settings.refiner_hash = identity.refiner_hash.clone();
         settings.vae_hash = identity.vae_hash.clone();
         settings.merges = identity.merges.clone();
@@ -271,10 +272,13 @@ impl<'a> Resolver<'a> {
             dtype: self.dtype.clone(),
             model: self.model.clone(),
             model_hash: self.empty.clone(),
+            config_hash: None,
+            model_sha256: None,
             loras: Arc::default(),
             embeddings: Arc::default(),
             vae: self.vae.clone(),
             vae_hash: None,
+            vae_sha256: None,
             merges: vec![],
             vae_tiling: false,
             upscaler: None,

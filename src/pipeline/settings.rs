@@ -80,6 +80,12 @@ pub struct Settings {
     pub model: Arc<str>,
     /// [`crate::weights::Checkpoint::hash`]
     pub model_hash: Arc<str>,
+    /// [`crate::weights::Checkpoint::config_hash`]; pictures of older versions do not say it
+    #[serde(default)]
+    pub config_hash: Option<Arc<str>>,
+    /// of the model's file, as A1111 names it; none of folders, and where no picture is written
+    #[serde(default)]
+    pub model_sha256: Option<Arc<str>>,
     /// what changes the model's weights
     #[serde(default, skip_serializing_if = "<[UsedLora]>::is_empty")]
     pub loras: Arc<[UsedLora]>,
@@ -90,6 +96,8 @@ pub struct Settings {
     pub vae: Option<Arc<str>>,
     /// as of the model
     pub vae_hash: Option<Arc<str>>,
+    #[serde(default)]
+    pub vae_sha256: Option<Arc<str>>,
     /// what was added to the model's weights
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub merges: Vec<Merged>,
@@ -353,11 +361,16 @@ impl Settings {
         })
     }
 
-    /// Whether these settings draw the same picture: all is equal but the program's version.
+    /// Whether these settings draw the same picture: all is equal but the program's version and the
+    /// names of files. What one of them does not say of its configuration is no difference.
     pub fn draws_the_same_as(&self, other: &Self) -> bool {
+        let own = || self.config_hash.clone();
         *self
             == Self {
                 version: self.version.clone(),
+                config_hash: own().and(other.config_hash.clone()).or_else(own),
+                model_sha256: self.model_sha256.clone(),
+                vae_sha256: self.vae_sha256.clone(),
                 ..other.clone()
             }
     }
@@ -450,12 +463,12 @@ impl Settings {
         let short = |lora: &UsedLora| Some(format!("{}: {}", lora.name, lora.hash.get(..12)?));
         let loras: Vec<String> = self.loras.iter().filter_map(short).collect();
         extra.extend((!loras.is_empty()).then(|| ("Lora hashes", loras.join(", "))));
-        let short = |used: &UsedEmbedding| Some(format!("{}: {}", used.name, used.hash.get(..10)?));
+        let short = |used: &UsedEmbedding| Some(format!("{}: {}", used.name, used.hash.get(..12)?));
         let inverted: Vec<String> = self.embeddings.iter().filter_map(short).collect();
         extra.extend((!inverted.is_empty()).then(|| ("TI hashes", inverted.join(", "))));
         extra.extend(self.vae.as_ref().map(|vae| ("VAE", vae.to_string())));
         extra.extend(
-            self.vae_hash
+            self.vae_sha256
                 .as_ref()
                 .and_then(|hash| Some(("VAE hash", hash.get(..10)?.to_string()))),
         );
@@ -492,7 +505,7 @@ impl Settings {
             seed: self.seed,
             width: self.width,
             height: self.height,
-            model_hash: self.model_hash.get(..10),
+            model_hash: self.model_sha256.as_deref().and_then(|hash| hash.get(..10)),
             model: &self.model,
             extra: &extra,
         };

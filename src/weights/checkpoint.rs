@@ -2,10 +2,11 @@
 //! what changes its weights as they are read.
 
 use super::embedding::Embedding;
+use super::file_hash::FileHashes;
 use super::key_mapping::{Named, Part};
 use super::lora::{self, LayerNames, Lora};
 use super::safetensors::SafetensorsFile;
-use super::{ENCODERS, PARTS, TokenizerSource};
+use super::{ENCODERS, PARTS, TokenizerFiles, TokenizerSource};
 use crate::hex::hex;
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
 use crate::suggest::nearest;
@@ -32,6 +33,8 @@ pub struct Checkpoint {
     pub name: String,
     pub(super) configs: BTreeMap<String, Value>,
     pub(super) tokenizers: BTreeMap<&'static str, TokenizerSource>,
+    /// whether its configuration was read, and not inferred from its weights
+    pub(super) is_configured: bool,
     pub(super) unexpected_keys: Vec<String>,
     pub(super) assumptions: Vec<String>,
     pub(super) warnings: Vec<String>,
@@ -58,6 +61,7 @@ impl Checkpoint {
             name,
             configs: BTreeMap::new(),
             tokenizers: BTreeMap::new(),
+            is_configured: false,
             unexpected_keys: vec![],
             assumptions: vec![],
             warnings: vec![],
@@ -348,6 +352,55 @@ impl Checkpoint {
         Ok(hex(&hash.finalize()))
     }
 
+    /// The only file that it consists of, for people; none of folders.
+    pub fn only_file(&self) -> Option<&SafetensorsFile> {
+        match self.sources.as_slice() {
+            [file] => Some(file),
+            _ => None,
+        }
+    }
+
+    /// SHA-256 of the only file that it consists of, by which A1111 and sites that share models know
+    /// it; none of folders. Errors if the file cannot be read.
+    pub fn file_hash(&self, hashes: &FileHashes) -> Result<Option<String>> {
+        self.only_file()
+            .map(|file| file.file_hash(hashes))
+            .transpose()
+    }
+
+    /// SHA-256 of what draws besides weights: the configurations of its parts, the scheduler's, and
+    /// the tokenizers, of its refiner and its other VAE too. None where all of it is inferred from
+    /// the weights.
+    pub fn config_hash(&self) -> Option<String> {
+        let parts = [Some(self), self.refiner(), self.vae()];
+        let mut configured = parts
+            .into_iter()
+            .flatten()
+            .filter(|part| part.is_configured)
+            .peekable();
+        configured.peek()?;
+        let mut hash = Sha256::new();
+        for part in configured {
+            for (component, config) in &part.configs {
+                hash.update(component.as_bytes());
+                update_with(&mut hash, config);
+            }
+            for (encoder, TokenizerSource { files, config }) in &part.tokenizers {
+                hash.update(encoder.as_bytes());
+                match files {
+                    TokenizerFiles::Json(text) => hash.update(text.as_bytes()),
+                    TokenizerFiles::VocabMerges { vocab, merges } => {
+                        hash.update(vocab.as_bytes());
+                        hash.update(merges.as_bytes());
+                    }
+                    TokenizerFiles::Clip => (),
+                }
+                update_with(&mut hash, config);
+            }
+        }
+        Some(hex(&hash.finalize()))
+    }
+
     /// The weights of one component, to build a network from.
     pub fn weights<'a>(&'a self, component: &str, device: &'a Device, dtype: DType) -> Weights<'a> {
         Weights::new(self.holder(component), component, device, dtype)
@@ -456,6 +509,54 @@ impl TensorSource for Checkpoint {
     fn tensor(&self, name: &str, _shape: &[usize]) -> Result<Tensor> {
         let merged = self.merged(name, self.read_own(name)?)?;
         lora::patch(&self.loras, name, merged)
+    }
+}
+
+/// Keys of configurations that say who wrote them, and draw nothing.
+const PROVENANCE: [&str; 11] = [
+    "_diffusers_version",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "feature_extractor",
+    "safety_checker",
+];
+
+/// Adds a configuration to a hash, whatever the order of its keys. What is null counts as absent.
+fn update_with(hash: &mut Sha256, config: &Value) {
+    match config {
+        Value::Object(map) => {
+            let sorted: BTreeMap<_, _> = map
+                .iter()
+                .filter(|(key, value)| !value.is_null() && !PROVENANCE.contains(&key.as_str()))
+                .collect();
+            hash.update(b"{");
+            for (key, value) in sorted {
+                hash.update(Value::from(key.as_str()).to_string().as_bytes());
+                hash.update(b":");
+                update_with(hash, value);
+            }
+            hash.update(b"}");
+        }
+        Value::Array(values) => {
+            hash.update(b"[");
+            for value in values {
+                update_with(hash, value);
+                hash.update(b",");
+            }
+            hash.update(b"]");
+        }
+        // 1 and 1.0 are the same
+        Value::Number(number) => match number.as_f64() {
+            Some(number) => hash.update(number.to_le_bytes()),
+            None => hash.update(number.to_string().as_bytes()),
+        },
+        other => hash.update(other.to_string().as_bytes()),
     }
 }
 

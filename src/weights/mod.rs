@@ -11,6 +11,7 @@
 mod checkpoint;
 pub mod distillation;
 pub mod embedding;
+pub mod file_hash;
 mod infer_config;
 mod key_mapping;
 pub mod lora;

@@ -73,6 +73,7 @@ impl Checkpoint {
         let needed = needed_folders(path, &index)?;
         let is_needed = |folder: &&str| needed.contains(folder);
         let mut checkpoint = Self::empty(folder_name(path));
+        checkpoint.is_configured = true;
         for part in PARTS.into_iter().filter(is_needed) {
             let folder = path.join(part);
             checkpoint
@@ -137,6 +138,7 @@ impl Checkpoint {
     fn canonical(name: String, source: SafetensorsFile) -> Result<Self> {
         let path = source.path().to_path_buf();
         let mut checkpoint = Self::empty(name);
+        checkpoint.is_configured = true;
         let text = |key: &str| {
             source.metadata(key).with_context(|| {
                 format!(
@@ -229,6 +231,7 @@ impl Checkpoint {
                 )
             })?;
             vae.configs.insert("vae".into(), config);
+            vae.is_configured = true;
             vae.add_folder(folder, "vae")?;
             return Ok(vae);
         }

@@ -2,6 +2,7 @@
 //! is read when asked for, so a file that shrinks meanwhile is an error rather than a crash, and
 //! memory holds only what was asked for.
 
+use super::file_hash::FileHashes;
 use super::key_mapping::Part;
 use crate::hex::hex;
 use anyhow::{Context, Result, bail};
@@ -164,6 +165,15 @@ impl SafetensorsFile {
             );
         }
         Ok(hex(&hash.finalize()))
+    }
+
+    /// SHA-256 of the whole file, in hex.
+    pub fn file_hash(&self, hashes: &FileHashes) -> Result<String> {
+        match &self.bytes {
+            #[cfg(feature = "mini")]
+            Bytes::Embedded(bytes) => Ok(hex(&Sha256::digest(bytes))),
+            Bytes::File(_) => hashes.sha256(&self.path),
+        }
     }
 
     /// Returns the first bytes of a tensor's part, for fingerprints.

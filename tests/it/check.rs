@@ -547,3 +547,65 @@ fn pictures_of_the_program_before_the_redesign_are_still_drawn_again() {
         &[&fixture("sd1"), &fixture("lora/kohya.safetensors")],
     );
 }
+
+#[test]
+fn another_configuration_scheduler_or_tokenizer_is_another_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("m");
+    with_base("sd1", &model);
+    let draw = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["a frog", "-s", "7", "--steps", "2", "-W", "16", "-H", "16"])
+            .args(["-m", "m", "-o", "a.png", "--json"])
+            .args(options);
+        command
+    };
+    let check = || {
+        let mut command = sdgen(dir.path());
+        command.args(["check", "a.png", "-m", "m"]);
+        command
+    };
+    succeed(&mut draw(&["-q"]));
+    succeed(&mut check());
+    type Edit<'a> = &'a dyn Fn(&Path);
+    let edits: [(&str, Edit); 3] = [
+        ("scheduler/scheduler_config.json", &|path| {
+            edit_json(path, |c| drop(c.insert("beta_end".into(), 0.013.into())));
+        }),
+        ("unet/config.json", &|path| {
+            edit_json(path, |c| drop(c.insert("norm_eps".into(), 1e-3.into())));
+        }),
+        ("tokenizer/vocab.json", &|path| {
+            edit_json(path, |c| {
+                let ids: Vec<(String, Value)> = c.clone().into_iter().collect();
+                let [(a, first), (b, second), ..] = &ids[..] else {
+                    panic!("a small vocabulary")
+                };
+                c.insert(a.clone(), second.clone());
+                c.insert(b.clone(), first.clone());
+            });
+        }),
+    ];
+    for (file, edit) in edits {
+        let path = model.join(file);
+        let before = std::fs::read(&path).unwrap();
+        edit(&path);
+        let output = check().output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{file}");
+        let said = "another configuration, scheduler or tokenizer";
+        assert!(stderr(&output).contains(said), "{file}");
+        let output = draw(&["--verify"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(6), "{file}");
+        assert!(stderr(&output).contains("have other settings"), "{file}");
+        // who wrote it, and the order of its keys, are no difference
+        std::fs::write(&path, before).unwrap();
+        if file.ends_with("config.json") {
+            edit_json(&path, |c| {
+                drop(c.insert("_diffusers_version".into(), "9.9.9".into()))
+            });
+        }
+        succeed(&mut check());
+        succeed(&mut draw(&["--verify"]));
+    }
+}

@@ -6,6 +6,7 @@ use sdgen::sampling::noise::Generator;
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::TokenizerFiles;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -28,8 +29,21 @@ fn small(command: &mut std::process::Command, model: &Path, output: &str) {
         .arg(model);
 }
 
+/// Whether `folder.png` and `file.png` have the same pixels and settings, but for what tells a file
+/// from a folder.
+fn is_same_picture(folder: &Path) -> bool {
+    let read = |name: &str| {
+        let bytes = std::fs::read(folder.join(name)).unwrap();
+        let metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap();
+        let mut settings = metadata.sdgen.as_object().unwrap().clone();
+        settings.retain(|key, _| !["config_hash", "model_sha256"].contains(&key.as_str()));
+        (image::load_from_memory(&bytes).unwrap().to_rgb8(), settings)
+    };
+    read("folder.png") == read("file.png")
+}
+
 #[test]
-fn a_folder_and_its_single_file_give_the_same_bytes() {
+fn a_folder_and_its_single_file_give_the_same_picture() {
     for model in ["sd1", "sd2", "sdxl", "sdxl_refiner"] {
         let (dir, is_refiner) = (tempfile::tempdir().unwrap(), model == "sdxl_refiner");
         let (folder, file) = (dir.path().join("tiny"), dir.path().join("tiny.safetensors"));
@@ -49,9 +63,8 @@ fn a_folder_and_its_single_file_give_the_same_bytes() {
             }
             succeed(&mut command);
         }
-        let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
         assert!(
-            read("folder.png") == read("file.png"),
+            is_same_picture(dir.path()),
             "{model}: folder and single file differ"
         );
         if model == "sdxl" {
@@ -77,7 +90,7 @@ fn a_folder_and_its_single_file_give_the_same_bytes() {
 }
 
 #[test]
-fn a_u_net_whose_layers_differ_gives_the_same_bytes_from_its_single_file() {
+fn a_u_net_whose_layers_differ_gives_the_same_picture_from_its_single_file() {
     for name in ["ssd", "vega", "bksdm"] {
         let dir = tempfile::tempdir().unwrap();
         let (folder, file, u_net) = (
@@ -109,9 +122,8 @@ fn a_u_net_whose_layers_differ_gives_the_same_bytes_from_its_single_file() {
             small(&mut command, model, output);
             succeed(&mut command);
         }
-        let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
         assert!(
-            read("folder.png") == read("file.png"),
+            is_same_picture(dir.path()),
             "{name}: folder and single file differ"
         );
     }
@@ -619,4 +631,29 @@ fn a_picture_of_one_colour_is_saved_with_a_warning() {
         "{}",
         stderr(&output)
     );
+}
+
+#[test]
+fn a_picture_tells_the_sha256_of_its_models_file_as_a1111_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, file) = (dir.path().join("tiny"), dir.path().join("tiny.safetensors"));
+    with_full_vocabulary("sd1", &folder);
+    edit_json(&folder.join("unet/config.json"), |c| {
+        drop(c.insert("norm_num_groups".into(), 32.into()))
+    });
+    single_file("single_sd1.json", &folder, &file);
+    let told = |model: &Path| {
+        let mut command = sdgen(dir.path());
+        small(&mut command, model, "x.png");
+        succeed(command.arg("--force"));
+        let bytes = std::fs::read(dir.path().join("x.png")).unwrap();
+        sdgen::image::read_metadata(&bytes).unwrap().unwrap()
+    };
+    let sha256 = sdgen::hex::hex(&Sha256::digest(std::fs::read(&file).unwrap()));
+    let of_file = told(&file);
+    assert_eq!(of_file.sdgen["model_sha256"], sha256);
+    let name = format!("Model hash: {}, Model: tiny", &sha256[..10]);
+    assert!(of_file.parameters.contains(&name), "{}", of_file.parameters);
+    // a folder has no such file
+    assert!(!told(&folder).parameters.contains("Model hash"));
 }

@@ -270,7 +270,7 @@ fn a_picture_remembers_what_its_prompts_use_and_check_asks_for_it() {
     assert!(
         metadata
             .parameters
-            .contains(&format!("TI hashes: \"easy-style: {}\"", &hash[..10])),
+            .contains(&format!("TI hashes: \"easy-style: {}\"", &hash[..12])),
         "{}",
         metadata.parameters
     );

@@ -87,7 +87,7 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let parts: serde_json::Map<_, _> = parts(checkpoint).map(part).collect();
     Ok(json!({
         "name": checkpoint.name, "family": family.name(), "prediction": scheduler.prediction.to_string(),
-        "sampler": scheduler.sampler().to_string(), "width": width * factor, "height": height * factor,
+        "sampler": scheduler.sampler().ok(), "width": width * factor, "height": height * factor,
         "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
         "takes": match unet.kind()? {
             ModelKind::TextToImage => Value::Null,

@@ -12,6 +12,18 @@ pub struct LatentFormat {
 }
 
 impl LatentFormat {
+    /// Errors if it leaves nothing of latents.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.scaling_factor.is_normal() && self.shift_factor.is_finite(),
+            "`scaling_factor` and `shift_factor` of the VAE are {} and {}, which does not fit: \
+             expected numbers, the first not 0",
+            self.scaling_factor,
+            self.shift_factor
+        );
+        Ok(())
+    }
+
     /// Latents of the VAE -> latents of the model: (x - shift) * scale.
     pub fn process_in(&self, x: &Tensor) -> Result<Tensor> {
         if self.shift_factor == 0.0 {

@@ -7,6 +7,7 @@ use super::{LatentFormat, Posterior, require_neutral, tiles};
 use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d};
 use crate::nn::weights::Weights;
+use crate::weights::config::{parse, require_size};
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -60,9 +61,16 @@ impl TaesdConfig {
                 ("upsampling_scaling_factor", json!(2)),
             ],
         )?;
-        let config: Self = serde_json::from_value(value.clone()).context(
-            "the VAE's config.json is damaged or uses a value that sdgen does not support",
-        )?;
+        let config: Self = parse("VAE", value)?;
+        require_size("VAE", "latent_channels", config.latent_channels, 1..=1024)?;
+        let blocks = config
+            .num_encoder_blocks
+            .iter()
+            .chain(&config.num_decoder_blocks);
+        for blocks in blocks {
+            require_size("VAE", "num_decoder_blocks", *blocks, 0..=256)?;
+        }
+        config.latent_format().check()?;
         for (side, widths, blocks) in [
             (
                 "encoder",

@@ -1,16 +1,28 @@
 //! `unet/config.json`: every width, depth and head count of a [`super::unet::UNet`].
 
 use super::{ModelKind, require_neutral};
-use anyhow::{Context, Result, bail};
+use crate::weights::config::{parse, require_size};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// Activations of the widest of the outer levels that are held at once, measured.
 const ACTIVATIONS: u64 = 12;
 
+/// The most layers of a block, and the most transformer blocks of a layer.
+const MAX_DEPTH: usize = 256;
+
+/// The most channels, of latents and of layers, and the longest side of latents.
+const MAX_CHANNELS: usize = 1024;
+const MAX_WIDTH: usize = 1 << 16;
+const MAX_SIDE: usize = 1 << 12;
+
 /// A value for all blocks, or one a block.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected one value, or a list with one for each block"
+)]
 pub enum PerBlock<T> {
     One(T),
     Each(Vec<T>),
@@ -28,10 +40,22 @@ impl<T: Copy> PerBlock<T> {
     }
 }
 
+impl PerBlock<usize> {
+    fn largest(&self) -> usize {
+        match self {
+            Self::One(value) => *value,
+            Self::Each(values) => values.iter().copied().max().unwrap_or(0),
+        }
+    }
+}
+
 /// The number of transformer blocks of layers: one for all, or for each block either one or a list
 /// with one for each of its layers.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a number, or a list with a number or a list of numbers for each block"
+)]
 pub enum Depths {
     One(usize),
     Each(Vec<PerBlock<usize>>),
@@ -173,9 +197,8 @@ impl UNetConfig {
             ("cross_attention_norm", Value::Null),
         ];
         require_neutral("U-Net", value, &neutral)?;
-        let config: Self = serde_json::from_value(value.clone()).context(
-            "the U-Net's config.json is damaged or uses a value that sdgen does not support",
-        )?;
+        let config: Self = parse("U-Net", value)?;
+        config.check_sizes()?;
         if let Some(other) = config
             .addition_embed_type
             .as_deref()
@@ -201,6 +224,83 @@ impl UNetConfig {
             }
         }
         Ok(config)
+    }
+
+    /// Errors if a size is beyond those of any U-Net.
+    fn check_sizes(&self) -> Result<()> {
+        let require = |key, size, range| require_size("U-Net", key, size, range);
+        let depths = |depths: &Depths| match depths {
+            Depths::One(depth) => *depth,
+            Depths::Each(each) => each.iter().map(PerBlock::largest).max().unwrap_or(0),
+        };
+        require("block_out_channels", self.block_out_channels.len(), 1..=10)
+            .context("the number of blocks does not fit")?;
+        for width in &self.block_out_channels {
+            require("block_out_channels", *width, 1..=MAX_WIDTH)?;
+        }
+        let padding = self.downsample_padding;
+        let (h, w) = self.sample_size()?;
+        for (key, size, range) in [
+            ("in_channels", self.in_channels, 1..=MAX_CHANNELS),
+            ("out_channels", self.out_channels, 1..=MAX_CHANNELS),
+            ("sample_size", h, 1..=MAX_SIDE),
+            ("sample_size", w, 1..=MAX_SIDE),
+            ("downsample_padding", padding, 0..=1),
+            (
+                "layers_per_block",
+                self.layers_per_block.largest(),
+                0..=MAX_DEPTH,
+            ),
+            (
+                "transformer_layers_per_block",
+                depths(&self.transformer_layers_per_block),
+                0..=MAX_DEPTH,
+            ),
+            (
+                "reverse_transformer_layers_per_block",
+                self.reverse_transformer_layers_per_block
+                    .as_ref()
+                    .map_or(0, depths),
+                0..=MAX_DEPTH,
+            ),
+            (
+                "cross_attention_dim",
+                self.cross_attention_dim.largest(),
+                1..=MAX_WIDTH,
+            ),
+            (
+                "time_embedding_dim",
+                self.time_embedding_dim.unwrap_or(1),
+                1..=MAX_WIDTH,
+            ),
+            (
+                "time_cond_proj_dim",
+                self.time_cond_proj_dim.unwrap_or(1),
+                1..=MAX_WIDTH,
+            ),
+            (
+                "addition_time_embed_dim",
+                self.addition_time_embed_dim.unwrap_or(1),
+                0..=MAX_WIDTH,
+            ),
+            (
+                "projection_class_embeddings_input_dim",
+                self.projection_class_embeddings_input_dim.unwrap_or(1),
+                0..=MAX_WIDTH,
+            ),
+            ("conv_in_kernel", self.conv_in_kernel, 1..=15),
+            ("conv_out_kernel", self.conv_out_kernel, 1..=15),
+        ] {
+            require(key, size, range)?;
+        }
+        ensure!(
+            self.conv_in_kernel % 2 == 1 && self.conv_out_kernel % 2 == 1,
+            "`conv_in_kernel` and `conv_out_kernel` of the U-Net are {} and {}, which does not \
+             fit: expected odd numbers",
+            self.conv_in_kernel,
+            self.conv_out_kernel
+        );
+        Ok(())
     }
 
     /// Height and width of the latents that the model was trained on.

@@ -6,6 +6,7 @@ use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::weights::Weights;
+use crate::weights::config::{parse, require_size};
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -70,12 +71,27 @@ impl VaeConfig {
                 ("_class_name", json!("AutoencoderKL")),
             ],
         )?;
-        let config: Self = serde_json::from_value(value.clone()).context(
-            "the VAE's config.json is damaged or uses a value that sdgen does not support",
-        )?;
+        let config: Self = parse("VAE", value)?;
         if config.block_out_channels.is_empty() {
             bail!("block_out_channels of the VAE is empty");
         }
+        require_size(
+            "VAE",
+            "block_out_channels",
+            config.block_out_channels.len(),
+            1..=10,
+        )
+        .context("the number of blocks does not fit")?;
+        for (key, size, range) in [
+            ("latent_channels", config.latent_channels, 1..=1024),
+            ("layers_per_block", config.layers_per_block, 0..=256),
+        ] {
+            require_size("VAE", key, size, range)?;
+        }
+        for width in &config.block_out_channels {
+            require_size("VAE", "block_out_channels", *width, 1..=1 << 24)?;
+        }
+        config.latent_format().check()?;
         for (types, known) in [
             (&config.down_block_types, "DownEncoderBlock2D"),
             (&config.up_block_types, "UpDecoderBlock2D"),

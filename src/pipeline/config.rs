@@ -9,6 +9,7 @@ use crate::sampling::SchedulerConfig;
 use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 /// How much of an init image is noise at first (`strength`) where nobody says.
 const STRENGTH: f64 = 0.75;
@@ -102,8 +103,16 @@ impl ModelConfig {
             .pooled_dim()
             .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
         let pipeline = checkpoint.optional_config("pipeline");
-        let force_zeros =
-            pipeline.and_then(|config| config.get("force_zeros_for_empty_prompt")?.as_bool());
+        let force_zeros = match pipeline
+            .and_then(|config| config.get("force_zeros_for_empty_prompt"))
+        {
+            None | Some(Value::Null) => None,
+            Some(Value::Bool(force)) => Some(*force),
+            Some(other) => bail!(
+                "`force_zeros_for_empty_prompt` of `{}` is {other}, which does not fit: expected true or false",
+                checkpoint.name
+            ),
+        };
         Ok(Self {
             scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
             // diffusers' default in the pipelines that know this key

@@ -9,6 +9,7 @@ use crate::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use crate::sampling::Prediction;
 use crate::suggest::nearest;
 use crate::weights::embedding::Embedding;
+use crate::weights::file;
 use crate::weights::lora::Lora;
 use crate::weights::{Checkpoint, Merge, Origin};
 use anyhow::{Context, Result, bail};
@@ -212,7 +213,7 @@ impl ModelFinder {
             );
         }
         let path = Path::new(model);
-        if path.exists() {
+        if !file::is_absent(path) {
             return Checkpoint::open(Origin::Path(path));
         }
         if let Some(id) = model.to_str().and_then(hub_id) {
@@ -228,7 +229,7 @@ impl ModelFinder {
     /// The path of a VAE, fetched if it is one of the hub.
     fn vae(self, vae: &OsStr) -> Result<PathBuf> {
         let path = Path::new(vae);
-        if path.exists() {
+        if !file::is_absent(path) {
             return Ok(path.into());
         }
         if let Some(id) = vae.to_str().and_then(hub_id) {

@@ -71,10 +71,10 @@ impl ModelNetworks {
     ) -> Result<Arc<Backbone>> {
         self.backbone.get_or_read(|| {
             events.stage("reading the U-Net");
-            let weights = model
+            let to = (&compute.device, compute.dtype);
+            model
                 .checkpoint
-                .weights("unet", &compute.device, compute.dtype);
-            model.config.backbone.build(&weights)
+                .read_network("unet", &[], to, |w| model.config.backbone.build(w))
         })
     }
 }
@@ -107,9 +107,8 @@ impl Networks {
     ) -> Result<Arc<Encoder>> {
         self.vae_encoder.get_or_read(|| {
             events.stage("encoding the picture");
-            config
-                .vae
-                .encoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+            let (parts, to) = (["encoder.", "quant_conv."], (&compute.device, DType::F32));
+            checkpoint.read_network("vae", &parts, to, |w| config.vae.encoder(w))
         })
     }
 
@@ -123,9 +122,11 @@ impl Networks {
     ) -> Result<Arc<Decoder>> {
         self.vae_decoder.get_or_read(|| {
             events.stage("reading the VAE");
-            config
-                .vae
-                .decoder(&checkpoint.weights("vae", &compute.device, DType::F32))
+            let (parts, to) = (
+                ["decoder.", "post_quant_conv."],
+                (&compute.device, DType::F32),
+            );
+            checkpoint.read_network("vae", &parts, to, |w| config.vae.decoder(w))
         })
     }
 }

@@ -224,7 +224,10 @@ impl<'a> Resolver<'a> {
                 options.height.unwrap_or(own.1),
             ),
         };
-        let sampler = options.sampler.unwrap_or(base.scheduler.sampler());
+        let sampler = match options.sampler {
+            Some(sampler) => sampler,
+            None => base.scheduler.sampler().context(ModelError)?,
+        };
         Ok(Settings {
             version: self.version.clone(),
             prompt: prompt.clone(),

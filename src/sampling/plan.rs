@@ -429,7 +429,7 @@ impl Levels {
         );
         let spaced = settings.timesteps(n, training)?;
         let per_step = settings.file.train_timesteps / n;
-        let (timesteps, mut moves, prk_evaluations) = if settings.file.skip_prk_steps {
+        let (timesteps, mut moves, prk_evaluations) = if settings.skips_prk_steps() {
             (plms_timesteps(spaced, skipped), Vec::new(), 0)
         } else {
             ensure!(

@@ -100,7 +100,9 @@ enum Variance {
 pub struct SchedulerConfig {
     /// What the network predicts.
     pub prediction: Prediction,
-    sampler: Sampler,
+    /// That of the file's class; none where no sampler here equals it.
+    sampler: Option<Sampler>,
+    class: String,
     pub(super) train_timesteps: usize,
     beta_start: Option<f64>,
     beta_end: Option<f64>,
@@ -121,7 +123,7 @@ pub struct SchedulerConfig {
     pub(super) lambda_min_clipped: f64,
     solver: SolverConfig,
     variance: Variance,
-    pub(super) skip_prk_steps: bool,
+    skip_prk_steps: Option<bool>,
     pub(super) original_inference_steps: usize,
     pub(super) timestep_scaling: f64,
     /// Read as diffusers' Stable Diffusion pipelines read it, see [`Self::for_pipeline`].
@@ -167,8 +169,8 @@ impl Keys<'_> {
 }
 
 impl SchedulerConfig {
-    /// Reads a parsed `scheduler_config.json`. Errors if the class is unknown or a value is not
-    /// supported, naming key and value.
+    /// Reads a parsed `scheduler_config.json`. Errors if the class is for models of another kind or
+    /// a value is not supported, naming key and value.
     pub fn from_json(value: &Value) -> Result<Self> {
         let map = value
             .as_object()
@@ -182,9 +184,14 @@ impl SchedulerConfig {
         ];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
         let mut solver = SolverConfig::read(&keys)?;
-        let sampler = read_class(&keys, &solver)?;
-        let traits = &sampler.spec().traits;
-        solver.solver_type = solver.solver_type.map(|chosen| traits.solver_type(chosen));
+        let class: String = keys
+            .get("_class_name")?
+            .context("the scheduler's config has no `_class_name`")?;
+        let sampler = read_class(&class, &solver)?;
+        if let Some(sampler) = sampler {
+            let traits = &sampler.spec().traits;
+            solver.solver_type = solver.solver_type.map(|chosen| traits.solver_type(chosen));
+        }
         let train_timesteps = keys.or("num_train_timesteps", 1000)?;
         ensure!(
             (2..=1_000_000).contains(&train_timesteps),
@@ -193,6 +200,7 @@ impl SchedulerConfig {
         let config = Self {
             prediction: keys.or("prediction_type", Prediction::Epsilon)?,
             sampler,
+            class,
             train_timesteps,
             beta_start: keys.get("beta_start")?,
             beta_end: keys.get("beta_end")?,
@@ -213,7 +221,7 @@ impl SchedulerConfig {
             lambda_min_clipped: keys.or("lambda_min_clipped", f64::NEG_INFINITY)?,
             solver,
             variance: keys.or("variance_type", Variance::Small)?,
-            skip_prk_steps: keys.or("skip_prk_steps", false)?,
+            skip_prk_steps: keys.get("skip_prk_steps")?,
             original_inference_steps: keys.or("original_inference_steps", 50)?,
             timestep_scaling: keys.or("timestep_scaling", 10.0)?,
             pipeline: false,
@@ -222,8 +230,9 @@ impl SchedulerConfig {
     }
 
     /// Applies what diffusers' Stable Diffusion pipelines change in an outdated config of their
-    /// own scheduler: `steps_offset` becomes 1 and `clip_sample` false. As there, a key that the
-    /// file lacks keeps the default of another class when another sampler is chosen.
+    /// own scheduler: `steps_offset` becomes 1 and `clip_sample` false. Where the file lacks them,
+    /// no class clips latents, and PNDM has no Runge-Kutta steps: no model of Stable Diffusion is
+    /// drawn so.
     pub fn for_pipeline(mut self) -> Self {
         self.pipeline = true;
         self.steps_offset = self.steps_offset.map(|_| 1);
@@ -231,9 +240,15 @@ impl SchedulerConfig {
         self
     }
 
-    /// The sampler of the checkpoint's scheduler class.
-    pub fn sampler(&self) -> Sampler {
-        self.sampler
+    /// The sampler of the checkpoint's scheduler class. Errors if there is none for it.
+    pub fn sampler(&self) -> Result<Sampler> {
+        self.sampler.with_context(|| {
+            format!(
+                "the scheduler's `_class_name` is \"{}\", which sdgen has no sampler for\n\n\
+                 hint: choose one with `--sampler`, such as `euler` or `dpmpp-2m`",
+                self.class
+            )
+        })
     }
 
     /// The settings of a sampler's class, with `schedule` in place of the file's. Errors if the
@@ -252,7 +267,7 @@ impl SchedulerConfig {
             );
         }
         // anything else is a new scheduler, made with `from_config`
-        let corrected = self.pipeline && sampler == self.sampler && schedule.is_none();
+        let corrected = self.pipeline && Some(sampler) == self.sampler && schedule.is_none();
         let in_file = self
             .sigma_schedule
             .filter(|schedule| traits.knows_sigma_schedule(*schedule));
@@ -271,7 +286,6 @@ impl SchedulerConfig {
                 FinalLevel::SigmaMin => FinalSigma::SigmaMin,
                 FinalLevel::Configured => self.final_sigma,
             },
-            corrected,
         })
     }
 
@@ -283,6 +297,12 @@ impl SchedulerConfig {
         ensure!(
             betas == self.train_timesteps,
             "the scheduler's `trained_betas` has {betas} values for {} timesteps",
+            self.train_timesteps
+        );
+        let offset = self.steps_offset.unwrap_or(0);
+        ensure!(
+            offset < self.train_timesteps,
+            "the scheduler's `steps_offset` is {offset}, beyond its {} timesteps",
             self.train_timesteps
         );
         let order = self.solver.order.unwrap_or(2);
@@ -308,29 +328,42 @@ impl SolverConfig {
     }
 }
 
-/// The sampler of the file's class: where several share one, that of the file's algorithm and, if
-/// there is one, of its order.
-fn read_class(keys: &Keys, solver: &SolverConfig) -> Result<Sampler> {
-    let class: String = keys
-        .get("_class_name")?
-        .context("the scheduler's config has no `_class_name`")?;
+/// Parts of the names of classes that scale latents or noise in another way: models that come with
+/// them cannot be drawn by the samplers here.
+const OTHER_KINDS: [(&str, &str); 8] = [
+    ("EDM", "an EDM model"),
+    ("CosineDPM", "an EDM model"),
+    ("FlowMatch", "a flow model"),
+    ("KarrasVe", "a model of exploding variance"),
+    ("ScoreSde", "a score model"),
+    ("CMStochastic", "a consistency model of pixels"),
+    ("VQDiffusion", "a model of discrete tokens"),
+    ("Amused", "a model of discrete tokens"),
+];
+
+/// The sampler of the file's class, if there is one: where several share it, that of the file's
+/// algorithm and, if there is one, of its order. Errors if the class is for models of another kind.
+fn read_class(class: &str, solver: &SolverConfig) -> Result<Option<Sampler>> {
+    if let Some((_, kind)) = OTHER_KINDS.iter().find(|(part, _)| class.contains(part)) {
+        bail!("the scheduler's `_class_name` is \"{class}\", of {kind}, which sdgen does not draw");
+    }
+    // the same numbers for other array libraries and for many steps at once
+    let class = class.strip_prefix("Flax").unwrap_or(class);
+    let class = class.replace("ParallelScheduler", "Scheduler");
     let dpm_solver = |sampler: &Sampler| sampler.spec().traits.dpm_solver;
     let candidates: Vec<Sampler> = Sampler::ALL
         .into_iter()
-        .filter(|sampler| sampler.spec().class == Some(&class))
+        .filter(|sampler| sampler.spec().class == Some(class.as_str()))
         .filter(|sampler| {
             dpm_solver(sampler)
                 .is_none_or(|(_, algorithm)| algorithm.is_sde() == solver.algorithm.is_sde())
         })
         .collect();
-    candidates
+    Ok(candidates
         .iter()
         .find(|sampler| dpm_solver(sampler).is_some_and(|(order, _)| Some(order) == solver.order))
         .or(candidates.first())
-        .copied()
-        .with_context(|| {
-            format!("the scheduler's `_class_name` is \"{class}\", which is not supported")
-        })
+        .copied())
 }
 
 fn read_sigma_schedule(keys: &Keys) -> Result<Option<SigmaSchedule>> {
@@ -378,8 +411,6 @@ pub(super) struct SamplerConfig<'a> {
     pub(super) sigma_schedule: Option<SigmaSchedule>,
     pub(super) steps_offset: usize,
     pub(super) final_sigma: FinalSigma,
-    /// Whether this is the checkpoint's own scheduler as it is, corrected by the pipeline.
-    corrected: bool,
 }
 
 /// What a multistep solver needs besides the sigmas.
@@ -419,11 +450,16 @@ impl SamplerConfig<'_> {
 
     /// The range -x..=x that predicted latents are clipped to, if they are.
     pub(super) fn clip(&self) -> Option<f64> {
-        let default = self.traits.clip_sample? && !self.corrected;
+        let default = self.traits.clip_sample? && !self.file.pipeline;
         self.file
             .clip_sample
             .unwrap_or(default)
             .then_some(self.file.clip_sample_range)
+    }
+
+    /// Whether PNDM begins without Runge-Kutta steps, `skip_prk_steps`.
+    pub(super) fn skips_prk_steps(&self) -> bool {
+        self.file.skip_prk_steps.unwrap_or(self.file.pipeline)
     }
 
     /// Whether the levels are spaced evenly in log(sigma), `interpolation_type`.
@@ -453,7 +489,7 @@ impl SamplerConfig<'_> {
     pub(super) fn solver(&self) -> Result<Solver> {
         let file = &self.file.solver;
         let (order, algorithm) = match self.traits.dpm_solver {
-            Some(named) if self.sampler != self.file.sampler => named,
+            Some(named) if Some(self.sampler) != self.file.sampler => named,
             _ => (file.order.unwrap_or(2), file.algorithm),
         };
         if self.traits.dpm_solver.is_some() {

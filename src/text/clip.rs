@@ -3,7 +3,8 @@
 use crate::nn::layers::{Activation, LayerNorm, Linear};
 use crate::nn::weights::Weights;
 use crate::nn::{Forward, plain};
-use anyhow::{Context, Result, bail};
+use crate::weights::config::{parse, require_size};
+use anyhow::{Result, bail};
 use candle_core::{Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
@@ -45,8 +46,22 @@ impl Default for ClipConfig {
 impl ClipConfig {
     /// Parses config.json. Errors name the field that is wrong.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = serde_json::from_value(value.clone())
-            .context("the text encoder's config.json is damaged")?;
+        const NAME: &str = "text encoder";
+        let config: Self = parse(NAME, value)?;
+        for (key, size, most) in [
+            ("vocab_size", config.vocab_size, 1 << 24),
+            ("hidden_size", config.hidden_size, 1 << 16),
+            ("intermediate_size", config.intermediate_size, 1 << 20),
+            ("num_hidden_layers", config.num_hidden_layers, 256),
+            (
+                "max_position_embeddings",
+                config.max_position_embeddings,
+                4096,
+            ),
+            ("projection_dim", config.projection_dim, 1 << 16),
+        ] {
+            require_size(NAME, key, size, 1..=most)?;
+        }
         if config.num_attention_heads == 0
             || !config
                 .hidden_size

@@ -135,6 +135,7 @@ impl TextEncoderConfigs {
         let tokenizer = |(name, config): &(&'static str, TextEncoderConfig)| {
             let source = checkpoint.tokenizer(name)?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
+            tokenizer.require_rows(config.vocab_size(), name)?;
             let mut next = config.vocab_size() as u32;
             for embedding in checkpoint.embeddings() {
                 embedding.vectors_for(name, config.hidden_size())?;
@@ -260,9 +261,11 @@ impl PromptEncoder {
         };
         let mut parts = vec![];
         for ((name, config), tokenizer) in configs.0.iter().zip(configs.tokenizers(checkpoint)?) {
-            let weights = checkpoint.weights(name, &compute.device, compute.dtype);
+            let to = (&compute.device, compute.dtype);
             let has_projection = *name == ENCODERS[1];
-            let mut encoder = TextEncoder::new(&weights, config, output, has_projection)?;
+            let mut encoder = checkpoint.read_network(name, &[], to, |weights| {
+                TextEncoder::new(weights, config, output, has_projection)
+            })?;
             let learned = checkpoint
                 .embeddings()
                 .iter()

@@ -8,7 +8,7 @@ use super::prompt::Segment;
 use crate::weights::TokenizerFiles;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -47,6 +47,10 @@ pub struct Chunk {
     /// the factor of each token's embedding
     pub weights: Vec<f32>,
 }
+
+/// Rows that an encoder may have beyond its tokenizer's: their number is rounded up to a multiple
+/// of this by some.
+const SPARE_ROWS: usize = 128;
 
 /// The number of last tokens among which a chunk may end early at a comma, so that a phrase stays
 /// whole; A1111's default.
@@ -88,6 +92,7 @@ impl Tokenizer {
                 let mut inner: tokenizers::Tokenizer = json
                     .parse()
                     .map_err(|e| anyhow!("tokenizer.json is damaged: {e}"))?;
+                require_merges_of_json(json)?;
                 inner.with_padding(None);
                 inner.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
                 inner
@@ -95,7 +100,9 @@ impl Tokenizer {
             TokenizerFiles::VocabMerges { vocab, merges } => {
                 let vocab: HashMap<String, u32> =
                     serde_json::from_str(vocab).context("vocab.json is damaged")?;
-                build(vocab, pairs(merges)?)?
+                let merges = pairs(merges)?;
+                require_merges("merges.txt", vocab.keys().map(String::as_str), &merges)?;
+                build(vocab, merges)?
             }
             TokenizerFiles::Clip => {
                 let merges = pairs(CLIP_MERGES)?;
@@ -114,6 +121,15 @@ impl Tokenizer {
             named("eos_token", END),
             named("pad_token", END),
         );
+        if let Some(missing) = [&start, &end, &pad]
+            .into_iter()
+            .find(|token| inner.token_to_id(token).is_none())
+        {
+            bail!(
+                "the vocabulary of the tokenizer lacks its token `{missing}`\n\nhint: fetch the tokenizer again"
+            );
+        }
+        add_tokens(&mut inner, config)?;
         // as in transformers these are never split, and stand for themselves in a prompt: SD2.x's
         // padding `!` does (transformers matches the start token, and the end token unless it pads,
         // in lower-cased text)
@@ -149,6 +165,21 @@ impl Tokenizer {
             inner,
             inversions: vec![],
         })
+    }
+
+    /// Errors if its vocabulary is not that of an encoder with so many rows of embeddings: each id
+    /// needs one. Encoders may have some more, as their number is rounded up.
+    pub fn require_rows(&self, rows: usize, encoder: &str) -> Result<()> {
+        let ids = self.inner.get_vocab(true);
+        let size = ids.values().max().map_or(0, |last| *last as usize + 1);
+        ensure!(
+            size <= rows && rows <= ids.len() + SPARE_ROWS,
+            "the tokenizer has {} tokens, up to id {}, `{encoder}` has {rows} embeddings\n\n\
+             hint: the two do not belong together; fetch both again",
+            ids.len(),
+            size.saturating_sub(1)
+        );
+        Ok(())
     }
 
     /// Adds a token of these ids, which is matched wherever it stands by itself. Errors if no text
@@ -363,6 +394,102 @@ fn unreadable(e: tokenizers::Error) -> anyhow::Error {
 fn runs_on(text: &str, next: &str) -> bool {
     text.chars().next_back().is_some_and(char::is_alphabetic)
         && next.chars().next().is_some_and(char::is_alphabetic)
+}
+
+/// Adds the words that were added to a vocabulary: those of `added_tokens.json`, and those of
+/// `added_tokens_decoder`, which says how they are matched. Errors if an id is not the next one.
+fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Result<()> {
+    let flag = |token: &Value, key: &str, default: bool| {
+        token.get(key).and_then(Value::as_bool).unwrap_or(default)
+    };
+    let mut added = BTreeMap::new();
+    let plain = config.get("added_tokens").and_then(Value::as_object);
+    for (text, id) in plain.into_iter().flatten() {
+        let id = id
+            .as_u64()
+            .with_context(|| format!("the id of `{text}` in added_tokens.json is {id}"))?;
+        added.insert(id, AddedToken::from(text.clone(), false));
+    }
+    let described = config
+        .get("added_tokens_decoder")
+        .and_then(Value::as_object);
+    for (id, token) in described.into_iter().flatten() {
+        let text = token.get("content").and_then(Value::as_str);
+        if let (Some(text), Ok(id)) = (text, id.parse()) {
+            let special = flag(token, "special", false);
+            let token = AddedToken::from(text, special)
+                .normalized(flag(token, "normalized", !special))
+                .lstrip(flag(token, "lstrip", false))
+                .rstrip(flag(token, "rstrip", false))
+                .single_word(flag(token, "single_word", false));
+            added.insert(id, token);
+        }
+    }
+    for (id, token) in added {
+        let text = token.content.clone();
+        if inner.token_to_id(&text).is_none() {
+            inner.add_tokens([token]).map_err(|e| anyhow!("{e}"))?;
+        }
+        ensure!(
+            inner.token_to_id(&text).map(u64::from) == Some(id),
+            "the tokenizer's added token `{text}` has the id {id}, which its vocabulary does not reach or gives to another\n\nhint: fetch the tokenizer again"
+        );
+    }
+    Ok(())
+}
+
+/// Errors if a vocabulary has words that no merge makes: they would be spelled out.
+fn require_merges<'a>(
+    file: &str,
+    vocab: impl Iterator<Item = &'a str>,
+    merges: &[(String, String)],
+) -> Result<()> {
+    let made: HashSet<String> = merges.iter().map(|(a, b)| format!("{a}{b}")).collect();
+    let is_byte = |word: &str| word.trim_end_matches("</w>").chars().count() <= 1;
+    let is_special = |word: &str| word.starts_with("<|") && word.ends_with("|>");
+    let mut unmade: Vec<&str> = vocab
+        .filter(|word| !is_byte(word) && !is_special(word) && !made.contains(*word))
+        .collect();
+    unmade.sort_unstable();
+    match unmade.first() {
+        None => Ok(()),
+        Some(first) => bail!(
+            "{file} has {} merges, which do not make {} words of the vocabulary, such as `{first}`\n\nhint: it was cut short, or belongs to another vocabulary; fetch the tokenizer again",
+            merges.len(),
+            unmade.len()
+        ),
+    }
+}
+
+/// The same of a `tokenizer.json`, which holds both.
+fn require_merges_of_json(json: &str) -> Result<()> {
+    let value: Value = serde_json::from_str(json).context("tokenizer.json is damaged")?;
+    let model = value.get("model");
+    let vocab = model.and_then(|model| model.get("vocab")?.as_object());
+    let merges = model.and_then(|model| model.get("merges")?.as_array());
+    let (Some(vocab), Some(merges)) = (vocab, merges) else {
+        return Ok(());
+    };
+    let merges: Vec<(String, String)> = merges
+        .iter()
+        .filter_map(|merge| match merge {
+            Value::String(text) => text.split_once(' ').map(|(a, b)| (a.into(), b.into())),
+            pair => Some((pair.get(0)?.as_str()?.into(), pair.get(1)?.as_str()?.into())),
+        })
+        .collect();
+    let added: HashSet<&str> = value
+        .get("added_tokens")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(|token| token.get("content")?.as_str())
+        .collect();
+    let words = vocab.keys().map(String::as_str);
+    require_merges(
+        "tokenizer.json",
+        words.filter(|word| !added.contains(word)),
+        &merges,
+    )
 }
 
 /// Parses the merges file, without its version line.

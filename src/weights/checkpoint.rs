@@ -15,6 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 /// The place of a tensor in the checkpoint's files.
 struct Entry {
@@ -287,7 +288,7 @@ impl Checkpoint {
     /// [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
         let width = |dtype: &str| {
-            if matches!(dtype, "f16" | "bf16") {
+            if matches!(dtype, "f16" | "bf16" | "f8_e4m3" | "f8_e5m2") {
                 2
             } else {
                 4
@@ -406,6 +407,43 @@ impl Checkpoint {
         Weights::new(self.holder(component), component, device, dtype)
     }
 
+    /// Reads a network from the weights of one component, or from its tensors below `parts`. Errors
+    /// if it leaves one of them unused, but for what many files have besides a network's weights:
+    /// its configuration and its weights do not belong together.
+    pub fn read_network<T>(
+        &self,
+        component: &str,
+        parts: &[&str],
+        (device, dtype): (&Device, DType),
+        build: impl FnOnce(&Weights) -> Result<T>,
+    ) -> Result<T> {
+        let source = Recorded {
+            checkpoint: self.holder(component),
+            read: Mutex::default(),
+        };
+        let network = build(&Weights::new(&source, component, device, dtype))?;
+        let read = source.read.into_inner().unwrap_or_default();
+        let is_part = |name: &str| {
+            let name = name.strip_prefix(component).unwrap_or_default();
+            let name = name.strip_prefix('.').unwrap_or_default();
+            parts.is_empty() || parts.iter().any(|part| name.starts_with(part))
+        };
+        let unused: Vec<&str> = self
+            .entries_of(component)
+            .map(|(name, _)| name.as_str())
+            .filter(|name| !read.contains(*name) && is_part(name))
+            .filter(|name| !LEFTOVERS.iter().any(|leftover| name.contains(leftover)))
+            .collect();
+        let Some(first) = unused.first() else {
+            return Ok(network);
+        };
+        bail!(
+            "the configuration of `{component}` leaves {} of its tensors in `{}` unused, such as `{first}`\n\nhint: its configuration and its weights do not belong together; fetch both again",
+            unused.len(),
+            source.checkpoint.name
+        )
+    }
+
     /// Merges another checkpoint into those parts of this one that both have. Errors if a tensor of
     /// these is missing there, or has another shape.
     pub fn merge(&mut self, merge: Merge) -> Result<()> {
@@ -496,6 +534,38 @@ impl Checkpoint {
             "`{}` has no tensor `{name}`{near}\n\nhint: its configuration and its weights do not belong together",
             self.name
         )
+    }
+}
+
+/// Parts of the names of tensors that files have besides what a network reads: positions counted
+/// up, what CLIP's training and its image encoder need, and the projection of an encoder whose
+/// hidden states alone are used.
+const LEFTOVERS: [&str; 7] = [
+    "position_ids",
+    "logit_scale",
+    "attn_mask",
+    "vision_model.",
+    "visual_projection",
+    "text_encoder.text_projection",
+    "text_encoder.text_model.text_projection",
+];
+
+/// A checkpoint that remembers which of its tensors were read.
+struct Recorded<'a> {
+    checkpoint: &'a Checkpoint,
+    read: Mutex<BTreeSet<String>>,
+}
+
+impl TensorSource for Recorded<'_> {
+    fn name(&self) -> &str {
+        self.checkpoint.name()
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.insert(name.into());
+        drop(read);
+        self.checkpoint.tensor(name, shape)
     }
 }
 

@@ -4,6 +4,7 @@
 //! Hides in which of the formats of A1111, diffusers and kohya a file holds them. The text layer's
 //! tokenizer finds them in prompts.
 
+use super::file;
 use super::key_mapping::{self, Layout};
 use super::model_files::file_name;
 use super::safetensors::SafetensorsFile;
@@ -48,7 +49,7 @@ impl Embedding {
             text.display()
         );
         ensure!(
-            path.is_file(),
+            !file::is_absent(path),
             "there is no file `{file}`\n\nhint: `--embedding` takes a .safetensors file, and perhaps its word in prompts: FILE:TOKEN"
         );
         let source = SafetensorsFile::open(path)?;
@@ -138,7 +139,7 @@ impl Embedding {
 fn file_and_token(text: &OsStr) -> (&Path, String) {
     let split = text
         .to_str()
-        .filter(|text| !Path::new(text).exists())
+        .filter(|text| !Path::new(text).exists() && !text.contains("://"))
         .and_then(|text| text.rsplit_once(':'));
     match split {
         Some((path, token)) => (Path::new(path), token.trim().into()),
@@ -150,6 +151,10 @@ fn file_and_token(text: &OsStr) -> (&Path, String) {
 fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
     let tensors: Vec<_> = source.tensors().collect();
     let is_matrix = |shape: &[usize]| matches!(shape, [_] | [_, _]);
+    let names = tensors.iter().map(|(key, ..)| key.as_str());
+    if key_mapping::layout(names) != Layout::Unknown {
+        return None;
+    }
     if tensors.iter().any(|(_, shape, _)| !is_matrix(shape)) {
         return None;
     }

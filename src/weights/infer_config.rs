@@ -66,8 +66,13 @@ impl Traits {
         let is_second_generation =
             !is_xl && unet.get("use_linear_projection") == Some(&Value::Bool(true));
         let distillation = Distillation::named(&checkpoint.name, Bearer::Model);
-        // models with a distillation's name were made from ones that predict noise
-        let known = extra.v_prediction.or(distillation.as_ref().map(|_| false));
+        // models with a distillation's name were made from ones that predict noise, and so was the
+        // one that Stability made for inpainting
+        let is_inpainting = unet.get("in_channels") == Some(&9.into());
+        let known = extra
+            .v_prediction
+            .or(distillation.as_ref().map(|_| false))
+            .or((is_second_generation && is_inpainting).then_some(false));
         if known.is_none() && is_second_generation {
             checkpoint.warnings.push(
                 "assumed v-prediction, as in Stable Diffusion 2.1; for a 2.0 base model use `--prediction epsilon -W 512 -H 512`"
@@ -103,13 +108,8 @@ impl Traits {
         } else {
             "PNDMScheduler"
         };
-        // a model with zero terminal SNR has to start from the very last timestep
-        let spacing = if self.zero_snr { "trailing" } else { "leading" };
-        let prediction = if self.v_prediction {
-            "v_prediction"
-        } else {
-            "epsilon"
-        };
+        // what the published files say, and no more: a sampler of another class takes its own
+        // defaults for what they leave out
         let config = json!({
             "_class_name": class,
             "num_train_timesteps": 1000,
@@ -120,11 +120,19 @@ impl Traits {
             "clip_sample": false,
             "skip_prk_steps": true,
             "steps_offset": 1,
-            "timestep_spacing": spacing,
-            "prediction_type": prediction,
-            "rescale_betas_zero_snr": self.zero_snr,
         });
         let mut config = config.as_object().cloned().unwrap_or_default();
+        if self.is_xl {
+            config.insert("timestep_spacing".into(), "leading".into());
+        }
+        if self.v_prediction {
+            config.insert("prediction_type".into(), "v_prediction".into());
+        }
+        if self.zero_snr {
+            // a model with zero terminal SNR has to start from the very last timestep
+            config.insert("timestep_spacing".into(), "trailing".into());
+            config.insert("rescale_betas_zero_snr".into(), true.into());
+        }
         if let Some(named) = &self.distillation {
             config.extend(named.scheduler.as_object().cloned().unwrap_or_default());
         }
@@ -144,11 +152,17 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
             .and_then(Value::as_str)
             .unwrap_or_default()
     };
+    let spacing = match setting("timestep_spacing") {
+        "" => String::new(),
+        spacing => format!("{spacing} timesteps, "),
+    };
+    let prediction = match setting("prediction_type") {
+        "" => "epsilon",
+        prediction => prediction,
+    };
     checkpoint.assumptions.push(format!(
-        "{}, {} timesteps, predicts {}",
-        setting("_class_name"),
-        setting("timestep_spacing"),
-        setting("prediction_type")
+        "{}, {spacing}predicts {prediction}",
+        setting("_class_name")
     ));
     let scale = vae_scale(checkpoint);
     checkpoint.assumptions.push(format!(

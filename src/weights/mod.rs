@@ -9,8 +9,10 @@
 //! [`embedding`].
 
 mod checkpoint;
+pub mod config;
 pub mod distillation;
 pub mod embedding;
+pub mod file;
 pub mod file_hash;
 mod infer_config;
 mod key_mapping;

@@ -2,6 +2,7 @@
 //!
 //! [`weight_files`] holds the rules for weights, for folders and for repositories of the hub alike.
 
+use super::file::read_text;
 use super::{TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -181,6 +182,11 @@ pub fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
             config.extend(read_json(&path)?.as_object().cloned().unwrap_or_default());
         }
     }
+    // words that were added to the vocabulary, with their ids
+    let added = folder.join("added_tokens.json");
+    if added.exists() {
+        config.insert("added_tokens".into(), read_json(&added)?);
+    }
     let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
     let files = if vocab.exists() && merges.exists() {
         TokenizerFiles::VocabMerges {
@@ -218,10 +224,6 @@ pub fn file_name(path: &Path) -> String {
     path.file_stem()
         .map(|stem| stem.to_string_lossy().into_owned())
         .unwrap_or_default()
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))
 }
 
 /// Parses a JSON file.

@@ -4,7 +4,9 @@
 //! Only headers and JSON are read. Errors say what a file is that cannot be opened as what was
 //! asked for.
 
+use super::config::number;
 use super::embedding::Embedding;
+use super::file;
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
 use super::safetensors::SafetensorsFile;
@@ -32,6 +34,47 @@ const OTHER_FAMILIES: [&str; 2] = [
     "model.diffusion_model.double_blocks.",
 ];
 
+/// Beginnings of keys of single files that are drawn in another way than their other keys tell.
+const OTHER_KINDS: [(&str, &str); 16] = [
+    (
+        "edm_mean",
+        "is an EDM model whose latents have a mean and a spread of their own (Playground v2.5)",
+    ),
+    (
+        "edm_std",
+        "is an EDM model whose latents have a mean and a spread of their own (Playground v2.5)",
+    ),
+    ("edm_vpred.", "is an EDM model that predicts v (CosXL)"),
+    ("control_model.", "is a ControlNet together with its model"),
+    ("depth_model.", "draws from a depth map"),
+    ("low_scale_model.", "enlarges pictures by a prompt (x4)"),
+    (
+        "model.diffusion_model.label_emb.weight",
+        "is told a class or a noise level besides the prompt (the x4 upscaler)",
+    ),
+    ("noise_augmentor.", "draws from a picture (unCLIP)"),
+    ("embedder.model.visual.", "draws from a picture (unCLIP)"),
+    ("cc_projection.", "draws from a picture (Zero-1-to-3)"),
+    (
+        "cond_stage_model.roberta.",
+        "has another text encoder (AltDiffusion)",
+    ),
+    (
+        "cond_stage_model.transformer.token_emb.",
+        "has another text encoder (latent diffusion of 2021)",
+    ),
+    (
+        "model.diffusion_model.position_net.",
+        "draws by boxes (GLIGEN)",
+    ),
+    (
+        "conditioner.embedders.0.open_clip.",
+        "draws videos (Stable Video Diffusion)",
+    ),
+    ("image_proj.", "is an IP-Adapter, not a model"),
+    ("ip_adapter.", "is an IP-Adapter, not a model"),
+];
+
 impl Checkpoint {
     /// Opens a folder, a file or the embedded model; reads headers and configuration only.
     /// Errors say what is missing or damaged, and what to do.
@@ -39,11 +82,11 @@ impl Checkpoint {
         match origin {
             Origin::Embedded => Self::embedded(),
             Origin::Path(path) if path.is_dir() => Self::folder(path),
-            Origin::Path(path) if path.exists() => Self::file(path),
-            Origin::Path(path) => bail!(
+            Origin::Path(path) if file::is_absent(path) => bail!(
                 "`{}` does not exist\n\nhint: pass a diffusers folder, a .safetensors file, a hub id (owner/name) or a short name with `--model`",
                 path.display()
             ),
+            Origin::Path(path) => Self::file(path),
         }
     }
 
@@ -110,23 +153,49 @@ impl Checkpoint {
         let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         let is_of_other_family = |key: &String| OTHER_FAMILIES.iter().any(|p| key.starts_with(p));
+        let wrapper = key_mapping::wrapper(keys.iter().map(String::as_str));
+        let other_kind = keys.iter().find_map(|key| {
+            let bare = key.strip_prefix(wrapper)?;
+            let (_, what) = OTHER_KINDS
+                .iter()
+                .find(|(start, _)| bare.starts_with(start))?;
+            Some((key, what))
+        });
+        if let Some((key, what)) = other_kind {
+            bail!(
+                "`{}` {what}, which sdgen does not draw: it has a tensor `{key}`\n\nhint: Stable Diffusion 1.x, 2.x and XL work today",
+                path.display()
+            );
+        }
         match key_mapping::layout(keys.iter().map(String::as_str)) {
             Layout::Original if !keys.iter().any(is_of_other_family) => {
                 Self::original(path, source, &keys)
             }
-            Layout::Canonical => Self::canonical(file_name(path), source),
+            Layout::Canonical if source.metadata("sdgen.configs").is_some() => {
+                Self::canonical(file_name(path), source)
+            }
             Layout::Adapter => bail!(
                 "`{}` is a LoRA, not a model: it only changes one\n\nhint: pass a whole checkpoint with `--model`, and this with `--lora {0}`",
                 path.display()
             ),
-            Layout::Original | Layout::Unknown => bail!("{}", not_a_checkpoint(path, &keys)),
+            Layout::Original | Layout::Canonical | Layout::Unknown => {
+                bail!("{}", not_a_checkpoint(path, &keys))
+            }
         }
     }
 
     /// Opens a single file in CompVis' and Stability's layout, which brings no configuration.
     fn original(path: &Path, source: SafetensorsFile, keys: &[String]) -> Result<Self> {
         let mut checkpoint = Self::empty(file_name(path));
-        let map = key_mapping::from_original(keys.iter().map(String::as_str));
+        let mapped = key_mapping::from_original(keys.iter().map(String::as_str));
+        if let Some(key) = mapped.unknown.first() {
+            bail!(
+                "`{}` has a tensor `{key}`, and {} more, that no layer of Stable Diffusion has\n\nhint: it is a kind of model that sdgen does not draw",
+                path.display(),
+                mapped.unknown.len() - 1
+            );
+        }
+        let map = mapped.names;
         let extra = infer_config::Extra::of(&source, keys);
         checkpoint.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
         checkpoint.require_parts(path)?;
@@ -188,7 +257,9 @@ impl Checkpoint {
         };
         let own = self.optional_config("vae").filter(|own| !is_tiny(own));
         let scaling_factor = own
-            .and_then(|own| own.get("scaling_factor")?.as_f64())
+            .map(|own| number("VAE", own, "scaling_factor"))
+            .transpose()?
+            .flatten()
             .unwrap_or_else(|| infer_config::vae_scale(self));
         let shift_factor = own.and_then(|own| own.get("shift_factor").cloned());
         let vae = Self::open_vae(path, scaling_factor)?;
@@ -334,17 +405,22 @@ fn not_a_checkpoint(path: &Path, keys: &[String]) -> String {
             "is a model of a family that sdgen does not draw yet",
             "Stable Diffusion 1.x, 2.x and XL work today",
         )
-    } else if starts_any(&["decoder.", "encoder.down"]) {
+    } else if starts_any(&[
+        "decoder.",
+        "encoder.down",
+        "vae.decoder.",
+        "state_dict.decoder.",
+    ]) {
         (
             "is only a VAE, not a whole model",
             "pass it with `--vae`, and a whole checkpoint with `--model`",
         )
-    } else if starts("down_blocks.") {
+    } else if starts_any(&["down_blocks.", "unet.", "input_blocks.", "diffusion_model."]) {
         (
             "is only a U-Net, not a whole model",
             "pass the folder that holds model_index.json",
         )
-    } else if starts("text_model.") {
+    } else if starts_any(&["text_model.", "text_encoder.", "transformer.resblocks."]) {
         (
             "is only a text encoder, not a whole model",
             "pass the folder that holds model_index.json",

@@ -2,6 +2,7 @@
 //! is read when asked for, so a file that shrinks meanwhile is an error rather than a crash, and
 //! memory holds only what was asked for.
 
+use super::file;
 use super::file_hash::FileHashes;
 use super::key_mapping::Part;
 use crate::hex::hex;
@@ -11,6 +12,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -22,9 +24,30 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// The number of bytes of a tensor that go into a fingerprint.
 const SAMPLE_BYTES: usize = 4096;
 
+/// The most tensors that a file may list: the largest models have some ten thousand.
+const MAX_TENSORS: usize = 200_000;
+
+/// The most elements that a tensor may have, dimensions of size 0 left out.
+const MAX_ELEMENTS: usize = 1 << 40;
+
+/// The key that every tensor has in a header.
+const OFFSETS: &[u8] = b"\"data_offsets\"";
+
+/// The number of first bytes by which a file that is no safetensors is recognised.
+const RECOGNISED_BY: u64 = 1024;
+
 /// The suffix of the scales [rows] of an 8-bit tensor, one factor for each row of its first
 /// dimension.
 const SCALE: &str = "_scale";
+
+/// Endings of what belongs to an 8-bit `.weight`: its scale, and that of what it is multiplied
+/// with in 8 bits.
+const COMPANIONS: [&str; 4] = [
+    ".scale_weight",
+    ".weight_scale",
+    ".scale_input",
+    ".input_scale",
+];
 
 enum Bytes {
     File(Mutex<File>),
@@ -48,23 +71,20 @@ impl SafetensorsFile {
     /// with it.
     pub fn open(path: &Path) -> Result<Self> {
         let shown = path.display();
-        let mut file = File::open(path).with_context(|| format!("cannot open `{shown}`"))?;
-        let len = file
-            .metadata()
-            .with_context(|| format!("cannot read `{shown}`"))?
-            .len();
+        let (mut file, len) = file::open(path)?;
         let mut start = vec![];
-        let mut limited = (&mut file).take(8);
-        limited
-            .read_to_end(&mut start)
-            .with_context(|| format!("cannot read `{shown}`"))?;
+        let mut read = |start: &mut Vec<u8>, bytes: u64| {
+            (&mut file)
+                .take(bytes)
+                .read_to_end(start)
+                .with_context(|| format!("cannot read `{shown}`"))
+        };
+        read(&mut start, RECOGNISED_BY)?;
         refuse_other_formats(&start, path)?;
         let header_len = header_len(&start, len)
             .with_context(|| format!("`{shown}` is not a safetensors file"))?;
-        (&mut file)
-            .take(header_len)
-            .read_to_end(&mut start)
-            .with_context(|| format!("cannot read `{shown}`"))?;
+        read(&mut start, (8 + header_len).saturating_sub(RECOGNISED_BY))?;
+        start.truncate(usize::try_from(8 + header_len)?);
         Self::checked(
             path.to_path_buf(),
             &start,
@@ -90,12 +110,34 @@ impl SafetensorsFile {
 
     fn checked(path: PathBuf, start: &[u8], len: u64, bytes: Bytes) -> Result<Self> {
         let shown = path.display();
+        let listed = start
+            .windows(OFFSETS.len())
+            .filter(|bytes| *bytes == OFFSETS)
+            .count();
+        if listed > MAX_TENSORS {
+            bail!("the header of `{shown}` lists {listed} tensors, more than any model has");
+        }
         // parsing checks that tensors neither overlap nor leave gaps, and are as long as shape and
         // type say
         let header: Metadata = serde_json::from_slice(start.get(8..).unwrap_or_default())
             .with_context(|| format!("the header of `{shown}` is damaged"))?;
-        let end = header
-            .tensors()
+        let elements = |shape: &[usize]| {
+            let mut sizes = shape.iter().map(|size| (*size).max(1));
+            sizes
+                .try_fold(1_usize, |product, size| product.checked_mul(size))
+                .filter(|elements| *elements <= MAX_ELEMENTS)
+        };
+        let tensors = header.tensors();
+        if let Some((name, info)) = tensors
+            .iter()
+            .find(|(_, info)| elements(&info.shape).is_none())
+        {
+            bail!(
+                "the header of `{shown}` is damaged: tensor `{name}` has shape {:?}",
+                info.shape
+            );
+        }
+        let end = tensors
             .values()
             .map(|t| t.data_offsets.1 as u64)
             .max()
@@ -130,15 +172,23 @@ impl SafetensorsFile {
             .map(String::as_str)
     }
 
-    /// Iterates over (name, shape, stored type) of every tensor; the scales of 8-bit tensors belong
-    /// to them and are not listed.
+    /// Iterates over (name, shape, stored type) of every tensor, by name; the scales of 8-bit
+    /// tensors belong to them and are not listed.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
-        let scales = |name: &str| {
-            name.strip_suffix(SCALE)
-                .is_some_and(|n| self.header.info(n).is_some_and(|t| t.dtype == Dtype::I8))
+        let is_8_bit = |name: &str| {
+            self.header
+                .info(name)
+                .is_some_and(|info| matches!(info.dtype, Dtype::I8) || is_fp8(info.dtype))
         };
-        self.header
-            .tensors()
+        let scales = move |name: &str| {
+            name.strip_suffix(SCALE).is_some_and(is_8_bit)
+                || COMPANIONS
+                    .iter()
+                    .filter_map(|end| name.strip_suffix(end))
+                    .any(|layer| is_8_bit(&format!("{layer}.weight")))
+        };
+        let sorted: BTreeMap<_, _> = self.header.tensors().into_iter().collect();
+        sorted
             .into_iter()
             .filter(move |(name, _)| !scales(name))
             .map(|(name, t)| (name, t.shape.clone(), t.dtype))
@@ -228,7 +278,8 @@ impl SafetensorsFile {
         }
     }
 
-    /// Reads one tensor in its stored shape on the CPU, f16 and bf16 as they are, all else as f32.
+    /// Reads one tensor in its stored shape on the CPU: f16 and bf16 as they are, fp8 without a
+    /// scale as f16, which holds each of its values, all else as f32.
     /// Errors name file and tensor.
     pub fn read(&self, key: &str) -> Result<Tensor> {
         let shown = self.path.display();
@@ -259,18 +310,52 @@ impl SafetensorsFile {
             Dtype::F32 => numbers(&raw, f32::from_le_bytes),
             Dtype::F64 => numbers(&raw, |bytes| f64::from_le_bytes(bytes) as f32),
             Dtype::I64 => numbers(&raw, |bytes| i64::from_le_bytes(bytes) as f32),
-            Dtype::I8 => self.rescale(key, info.shape.first().copied().unwrap_or(1), &raw)?,
+            Dtype::I8 => {
+                let rows = info.shape.first().copied().unwrap_or(1);
+                self.rescale(key, rows, &raw, |byte| f32::from(byte as i8))?
+            }
+            dtype if is_fp8(dtype) => {
+                let widen = if dtype == Dtype::F8_E5M2 {
+                    from_e5m2
+                } else {
+                    from_e4m3
+                };
+                if self.scale_of(key).is_none() {
+                    let values = numbers(&raw, |[byte]| widen(byte));
+                    return Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
+                }
+                let rows = info.shape.first().copied().unwrap_or(1);
+                self.rescale(key, rows, &raw, |byte| widen(byte).to_f32())?
+            }
             other => bail!(
-                "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16, f64 and i8 with scales can be read; convert the file to one of these"
+                "tensor `{key}` of `{shown}` is stored as {other:?}\n\nhint: f32, f16, bf16, f64, fp8 and i8 with scales can be read; convert the file to one of these"
             ),
         };
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
-    /// Multiplies the bytes of an 8-bit tensor by the scale of their row.
-    fn rescale(&self, key: &str, rows: usize, raw: &[u8]) -> Result<Vec<f32>> {
-        let name = format!("{key}{SCALE}");
-        let scales = match self.header.info(&name) {
+    /// The name of the scale of an 8-bit tensor.
+    fn scale_of(&self, key: &str) -> Option<String> {
+        let layer = key.strip_suffix(".weight");
+        std::iter::once(format!("{key}{SCALE}"))
+            .chain(layer.map(|layer| format!("{layer}.scale_weight")))
+            .find(|name| self.header.info(name).is_some())
+    }
+
+    /// Multiplies the numbers of an 8-bit tensor by the scale of their row, or by the one that all
+    /// have.
+    fn rescale(
+        &self,
+        key: &str,
+        rows: usize,
+        raw: &[u8],
+        number: impl Fn(u8) -> f32 + Sync,
+    ) -> Result<Vec<f32>> {
+        let name = self
+            .scale_of(key)
+            .unwrap_or_else(|| format!("{key}{SCALE}"));
+        let is_float = self.header.info(key).is_some_and(|info| is_fp8(info.dtype));
+        let mut scales = match self.header.info(&name) {
             Some(info) if info.dtype != Dtype::I8 => self
                 .read(&name)?
                 .to_dtype(DType::F32)?
@@ -278,6 +363,9 @@ impl SafetensorsFile {
                 .to_vec1::<f32>()?,
             _ => vec![],
         };
+        if let ([scale], true) = (&*scales, is_float) {
+            scales = vec![*scale; rows];
+        }
         if scales.len() != rows || raw.is_empty() {
             bail!(
                 "`{}` has tensor `{key}` in 8 bits without its {rows} scales `{name}`\n\nhint: convert the file to f16",
@@ -292,10 +380,31 @@ impl SafetensorsFile {
             .for_each(|((out, bytes), scale)| {
                 out.iter_mut()
                     .zip(bytes)
-                    .for_each(|(out, b)| *out = f32::from(*b as i8) * scale);
+                    .for_each(|(out, byte)| *out = number(*byte) * scale);
             });
         Ok(values)
     }
+}
+
+fn is_fp8(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2)
+}
+
+/// The value of a byte as 8-bit floating point with 5 bits of exponent (Micikevicius et al. 2022,
+/// arXiv 2209.05433): the upper half of an f16.
+fn from_e5m2(byte: u8) -> f16 {
+    f16::from_bits(u16::from(byte) << 8)
+}
+
+/// The same with 4 bits of exponent, which has no infinity.
+fn from_e4m3(byte: u8) -> f16 {
+    let (sign, exponent, mantissa) = (byte >> 7, (byte >> 3) & 15, byte & 7);
+    let magnitude = match (exponent, mantissa) {
+        (15, 7) => f32::NAN,
+        (0, _) => f32::from(mantissa) * 2f32.powi(-9),
+        _ => (1.0 + f32::from(mantissa) / 8.0) * 2f32.powi(i32::from(exponent) - 7),
+    };
+    f16::from_f32(if sign == 1 { -magnitude } else { magnitude })
 }
 
 /// Converts stored elements of N bytes to numbers, in parallel.
@@ -325,13 +434,52 @@ fn header_len(start: &[u8], len: u64) -> Result<u64> {
     Ok(header)
 }
 
-/// Errors if a file is a PyTorch pickle, which can run code when it is opened, or a GGUF file.
+/// Errors if a file is in another format, such as a PyTorch pickle, which can run code when it is
+/// opened, or no model at all.
 fn refuse_other_formats(start: &[u8], path: &Path) -> Result<()> {
     let extension = path
         .extension()
         .and_then(|e| e.to_str())
         .unwrap_or("")
         .to_lowercase();
+    let claimed = start
+        .first_chunk::<8>()
+        .map(|length| u64::from_le_bytes(*length));
+    // a header may be as long as a pickle begins
+    if start.get(8) == Some(&b'{') && claimed.is_some_and(|length| length <= MAX_HEADER_BYTES) {
+        return Ok(());
+    }
+    if let Some((what, hint)) = file::stand_in(start) {
+        bail!("`{}` {what}\n\nhint: {hint}", path.display());
+    }
+    let again = "fetch the file again";
+    let other = if start.first() == Some(&b'{') {
+        let text: String = String::from_utf8_lossy(start)
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(120)
+            .collect();
+        Some((
+            format!("is JSON, such as the error of a server: {text}"),
+            again,
+        ))
+    } else if start.len() as u64 == RECOGNISED_BY && start.iter().all(|byte| *byte == 0) {
+        let what = "begins with zeros, as files do that were not written to the end";
+        Some((what.into(), again))
+    } else if [&b"\x1f\x8b"[..], b"7z\xbc\xaf", b"Rar!"]
+        .iter()
+        .any(|archive| start.starts_with(archive))
+    {
+        Some((
+            "is a compressed archive".into(),
+            "unpack it, and name the file inside",
+        ))
+    } else {
+        None
+    };
+    if let Some((what, hint)) = other {
+        bail!("`{}` {what}\n\nhint: {hint}", path.display());
+    }
     let pickled = start.starts_with(b"PK\x03\x04")
         || start.starts_with(&[0x80, 2])
         || start.starts_with(&[0x80, 4]);
@@ -394,6 +542,23 @@ mod tests {
             tensor.to_vec2::<f32>().unwrap(),
             [[0.5, -63.5, 0.0], [6.0, -8.0, 254.0]]
         );
+    }
+
+    #[test]
+    fn fp8_with_four_bits_of_exponent_holds_the_published_numbers() {
+        // Micikevicius et al. 2022, table 1
+        for (byte, value) in [
+            (0x00, 0.0),
+            (0x01, 0.001953125),
+            (0x07, 0.013671875),
+            (0x08, 0.015625),
+            (0x38, 1.0),
+            (0xc4, -3.0),
+            (0x7e, 448.0),
+        ] {
+            assert_eq!(from_e4m3(byte).to_f32(), value, "{byte:08b}");
+        }
+        assert!(from_e4m3(0x7f).is_nan() && from_e4m3(0xff).is_nan());
     }
 
     #[test]

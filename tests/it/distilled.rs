@@ -248,7 +248,7 @@ fn a_single_file_says_by_its_name_how_it_was_distilled() {
         (
             "hyperrealism",
             "sd1",
-            json!(["pndm", 50, 7.5, "epsilon", 512, "leading"]),
+            json!(["pndm", 50, 7.5, "epsilon", 512, null]),
         ),
     ] {
         let dir = tempfile::tempdir().unwrap();

@@ -40,3 +40,4 @@ mod tile;
 mod traps;
 mod upscale;
 mod vae;
+mod weights;

@@ -576,7 +576,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
         for run in f.json["runs"].as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
             let count = run["count"].as_u64().unwrap() as usize;
-            let (sampler, schedule) = sampler_of(run).unwrap_or((config.sampler(), None));
+            let (sampler, schedule) = sampler_of(run).unwrap_or((config.sampler().unwrap(), None));
             let steps = run["steps"].as_u64().unwrap() as usize;
             let eta = run["eta"].as_f64().filter(|e| *e > 0.0);
             let plan = plan(&config, sampler, schedule, steps, eta).unwrap();

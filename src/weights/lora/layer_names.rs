@@ -144,6 +144,9 @@ fn flattened(layer: &str) -> String {
 
 /// The component of a layer, by its name in the file.
 pub fn component(layer: &str) -> &'static str {
+    if let Some((component, _)) = key_mapping::split_component(layer) {
+        return component;
+    }
     let flat = flattened(layer);
     let starts = |marks: &[&str]| marks.iter().any(|mark| flat.starts_with(mark));
     if starts(&["lora_te2_", "text_encoder_2_"]) {
@@ -183,6 +186,9 @@ impl LayerNames {
             }
             if !layer.starts_with("vae.") {
                 names.insert(layer.replace('.', "_"), layer.to_string());
+                // transformers 5.6 and later have no `text_model`
+                let bare = layer.replacen(".text_model.", ".", 1);
+                names.insert(bare.replace('.', "_"), layer.to_string());
             }
         }
         Self(names)
@@ -190,6 +196,9 @@ impl LayerNames {
 
     /// The layer of the model that a file's layer changes.
     pub fn find(&self, layer: &str) -> Option<&String> {
+        if let Some((component, rest)) = key_mapping::split_component(layer) {
+            return self.0.get(&format!("{component}_{}", flattened(rest)));
+        }
         let flat = flattened(layer);
         if let Some((rest, component)) = COMPONENTS
             .iter()

@@ -53,7 +53,10 @@ pub fn stderr(output: &Output) -> String {
 pub fn sampler_of(run: &Value) -> Option<(Sampler, Option<Schedule>)> {
     let mut config = run["scheduler_kwargs"].clone();
     config["_class_name"] = run["scheduler"].as_str()?.into();
-    let sampler = SchedulerConfig::from_json(&config).unwrap().sampler();
+    let sampler = SchedulerConfig::from_json(&config)
+        .unwrap()
+        .sampler()
+        .unwrap();
     let is_karras = config["use_karras_sigmas"] == true;
     Some((sampler, is_karras.then_some(Schedule::Karras)))
 }

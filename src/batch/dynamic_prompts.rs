@@ -4,7 +4,8 @@
 //! Pure but for the files of wildcards, each of which is read once. Parsed into a tree whose size,
 //! depth and length are bounded, so that neither lists that name each other nor braces in braces
 //! run away. What a template draws depends on its own text and a seed alone. Used by
-//! [`crate::batch::jobs`], before there are pictures to speak of.
+//! [`crate::batch::jobs`], before there are pictures to speak of. The reference is the library
+//! `dynamicprompts` 0.31; where this differs is in `sdgen help batches`.
 
 use crate::suggest::nearest;
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -18,8 +19,12 @@ const MAX_DEPTH: usize = 64;
 const MAX_LENGTH: usize = 100_000;
 /// A larger share than any that is meant, so that sums stay finite.
 const MAX_WEIGHT: f64 = 1e9;
+/// Bytes of all texts of a template.
+const MAX_BYTES_OF_ALL: u64 = 1 << 28;
 /// The characters that a backslash makes literal.
-const ESCAPED: &str = "{}|_$";
+const ESCAPED: &str = "{}|_$#";
+/// What joins several alternatives.
+const JOINT: &str = ",";
 
 /// `--dynamic`: what becomes of a template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +60,26 @@ struct Tree {
     /// the longest text in characters, and the choices on the way
     length: usize,
     depth: usize,
+    /// whether something in it is chosen in a way of its own
+    ways: Ways,
+}
+
+/// The ways to choose that are said in a template.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ways {
+    /// `~` or `@`
+    drawn: bool,
+    /// `!`
+    all: bool,
+}
+
+impl Ways {
+    fn and(self, other: Self) -> Self {
+        Self {
+            drawn: self.drawn || other.drawn,
+            all: self.all || other.all,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -66,10 +91,34 @@ enum Node {
 /// So many different ones of some alternatives.
 #[derive(Debug)]
 struct Choice {
+    way: Option<Way>,
     options: Arc<Options>,
     least: usize,
     most: usize,
     joint: String,
+}
+
+/// How a choice is made where it says so itself.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Way {
+    /// `~`: at random
+    Random,
+    /// `@`: one after the other, seed by seed
+    InTurn,
+    /// `!`: every one
+    All,
+}
+
+impl Way {
+    /// The way that a text begins with.
+    fn of(text: &str) -> Option<Self> {
+        match text.bytes().next()? {
+            b'~' => Some(Self::Random),
+            b'@' => Some(Self::InTurn),
+            b'!' => Some(Self::All),
+            _ => None,
+        }
+    }
 }
 
 /// At least one alternative, with weights above 0.
@@ -79,6 +128,7 @@ struct Options {
     total_weight: f64,
     length: usize,
     depth: usize,
+    ways: Ways,
 }
 
 impl Template {
@@ -100,22 +150,45 @@ impl Template {
         })
     }
 
+    /// Errors if its choices are not made in this way.
+    pub fn check(&self, how: Dynamic) -> Result<()> {
+        let Ways { drawn, all } = self.tree.ways;
+        ensure!(
+            how == Dynamic::Random || !drawn,
+            "`~` and `@` in a template choose by the seed, not every text\n\nhint: leave them out, or `--dynamic` without `=all`"
+        );
+        ensure!(
+            how == Dynamic::All || !all,
+            "`!` in a template takes every text, not one for each seed\n\nhint: leave it out, or `--dynamic=all`"
+        );
+        Ok(())
+    }
+
     /// The text of a seed, the same one wherever the template stands.
     pub fn draw(&self, seed: u64) -> String {
         // two templates with one seed shall not both take their first alternative
-        let mut random = Random(Random(self.hash).next().wrapping_add(Random(seed).next()));
+        let state = Random(self.hash).next().wrapping_add(Random(seed).next());
+        let mut random = Seeded {
+            random: Random(state),
+            seed,
+        };
         let mut text = String::new();
         self.tree.write(&mut random, &mut text);
         text
     }
 
-    /// How many texts [`Self::all`] goes through, perhaps some of them twice.
+    /// How many texts [`Self::all`] goes through, perhaps some of them twice; as many as there can
+    /// be where they would take too much memory.
     pub fn count(&self) -> u64 {
+        let bytes = self.tree.count.saturating_mul(self.tree.length as u64);
+        if bytes > MAX_BYTES_OF_ALL {
+            return u64::MAX;
+        }
         self.tree.count
     }
 
-    /// Every text once, the last choice innermost; of several the shorter first, each in the order
-    /// written.
+    /// Every text once, the last choice innermost; of several the shorter first, in every order,
+    /// and none of them twice.
     pub fn all(&self) -> Vec<String> {
         let mut seen = HashSet::new();
         let mut texts = self.tree.texts();
@@ -127,6 +200,7 @@ impl Template {
 impl Tree {
     fn new(nodes: Vec<Node>) -> Result<Self> {
         let (mut count, mut length, mut depth) = (1u64, 1usize, 0);
+        let mut ways = Ways::default();
         for node in &nodes {
             match node {
                 Node::Text(text) => length = length.saturating_add(text.len()),
@@ -137,6 +211,10 @@ impl Tree {
                         .saturating_add(choice.most.saturating_mul(of_one))
                         .saturating_add(1);
                     depth = depth.max(choice.options.depth + 1);
+                    ways = ways.and(choice.options.ways).and(Ways {
+                        drawn: matches!(choice.way, Some(Way::Random | Way::InTurn)),
+                        all: choice.way == Some(Way::All),
+                    });
                 }
             }
         }
@@ -153,10 +231,11 @@ impl Tree {
             count,
             length,
             depth,
+            ways,
         })
     }
 
-    fn write(&self, random: &mut Random, to: &mut String) {
+    fn write(&self, random: &mut Seeded, to: &mut String) {
         for node in &self.nodes {
             match node {
                 Node::Text(text) => to.push_str(text),
@@ -171,32 +250,71 @@ impl Tree {
             Node::Choice(choice) => choice.texts(),
         };
         let parts: Vec<Vec<String>> = self.nodes.iter().map(part).collect();
-        product(parts.iter().map(Vec::as_slice), "")
+        product(parts.iter().map(Vec::as_slice))
     }
 }
 
 /// Every way to take one text of each part.
-fn product<'a>(parts: impl Iterator<Item = &'a [String]>, joint: &str) -> Vec<String> {
+fn product<'a>(parts: impl Iterator<Item = &'a [String]>) -> Vec<String> {
     let mut texts = vec![String::new()];
-    for (i, part) in parts.enumerate() {
-        let joint = if i == 0 { "" } else { joint };
+    for part in parts {
         texts = texts
             .iter()
-            .flat_map(|text| part.iter().map(move |more| format!("{text}{joint}{more}")))
+            .flat_map(|text| part.iter().map(move |more| format!("{text}{more}")))
             .collect();
     }
     texts
 }
 
 impl Choice {
-    fn write(&self, random: &mut Random, to: &mut String) {
+    /// One of these alternatives.
+    fn one(options: Arc<Options>, way: Option<Way>) -> Self {
+        Self {
+            way,
+            options,
+            least: 1,
+            most: 1,
+            joint: String::new(),
+        }
+    }
+
+    fn write(&self, random: &mut Seeded, to: &mut String) {
+        let chosen = match self.way {
+            Some(Way::InTurn) => self.in_turn(random.seed),
+            _ => self.drawn(&mut random.random),
+        };
+        let texts: Vec<String> = chosen
+            .into_iter()
+            .map(|tree| {
+                let mut text = String::new();
+                tree.write(random, &mut text);
+                text
+            })
+            .collect();
+        to.push_str(&self.joined(&texts));
+    }
+
+    /// Joins texts. An empty one at an end leaves no separator there.
+    fn joined<T: AsRef<str>>(&self, texts: &[T]) -> String {
+        if let [one] = texts {
+            return one.as_ref().into();
+        }
+        let texts: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
+        let text = texts.join(&self.joint);
+        let text = text.strip_prefix(&*self.joint).unwrap_or(&text);
+        text.strip_suffix(&*self.joint).unwrap_or(text).into()
+    }
+
+    /// Different alternatives at random, by their weights.
+    fn drawn(&self, random: &mut Random) -> Vec<&Tree> {
         let Options {
             all, total_weight, ..
         } = &*self.options;
         let many = self.least + random.below(self.most - self.least + 1);
         let mut left = *total_weight;
         let mut taken = vec![false; all.len()];
-        for i in 0..many {
+        let mut trees = vec![];
+        for _ in 0..many {
             let mut at = random.unit() * left;
             let mut chosen = None;
             for (option, taken) in all.iter().zip(&mut taken).filter(|(_, taken)| !**taken) {
@@ -207,16 +325,46 @@ impl Choice {
                 }
             }
             let Some(((weight, tree), taken)) = chosen else {
-                return;
+                break;
             };
             (*taken, left) = (true, left - weight);
-            to.push_str(if i == 0 { "" } else { &self.joint });
-            tree.write(random, to);
+            trees.push(tree);
         }
+        trees
+    }
+
+    /// The alternatives whose turn it is, in the order of [`Self::texts`].
+    fn in_turn(&self, seed: u64) -> Vec<&Tree> {
+        let mut left: Vec<&Tree> = self.options.all.iter().map(|(_, tree)| tree).collect();
+        let orders = |of: usize, many: usize| {
+            let factors = (0..many).map(|i| (of - i) as u64);
+            factors.fold(1, u64::saturating_mul)
+        };
+        let sizes = self.least..=self.most;
+        let total = sizes
+            .clone()
+            .map(|many| orders(left.len(), many))
+            .fold(0, u64::saturating_add);
+        let mut at = seed % total.max(1);
+        for many in sizes {
+            let of_size = orders(left.len(), many);
+            if at >= of_size {
+                at -= of_size;
+                continue;
+            }
+            let mut trees = vec![];
+            for i in 0..many {
+                let each = orders(left.len() - 1, many - i - 1);
+                trees.push(left.remove((at / each) as usize));
+                at %= each;
+            }
+            return trees;
+        }
+        vec![]
     }
 
     /// How many texts, saturating: the elementary symmetric polynomials of the alternatives'
-    /// counts.
+    /// counts, each in every order.
     fn count(&self) -> u64 {
         let counts = self.options.all.iter().map(|(_, tree)| tree.count);
         if self.most.saturating_mul(self.options.all.len()) > 1 << 26 {
@@ -229,46 +377,61 @@ impl Choice {
                 of_many[k] = of_many[k].saturating_add(of_many[k - 1].saturating_mul(count));
             }
         }
-        of_many
-            .iter()
-            .skip(self.least)
-            .fold(0, |sum, count| sum.saturating_add(*count))
+        let mut orders = 1u64;
+        let mut sum = 0u64;
+        for (k, count) in of_many.iter().enumerate() {
+            orders = orders.saturating_mul(k.max(1) as u64);
+            if k >= self.least {
+                sum = sum.saturating_add(count.saturating_mul(orders));
+            }
+        }
+        sum
     }
 
     fn texts(&self) -> Vec<String> {
-        let options: Vec<Vec<String>> = self
-            .options
-            .all
-            .iter()
-            .map(|(_, tree)| tree.texts())
-            .collect();
         let mut texts = vec![];
-        for many in self.least..=self.most {
-            let mut taken: Vec<usize> = (0..many).collect();
-            loop {
-                texts.extend(product(
-                    taken
-                        .iter()
-                        .filter_map(|i| options.get(*i))
-                        .map(Vec::as_slice),
-                    &self.joint,
-                ));
-                // the last one that can go on does, and those behind it follow it
-                let Some(i) = (0..many)
-                    .rev()
-                    .find(|i| taken[*i] < options.len() - many + i)
-                else {
-                    break;
-                };
-                let next = taken[i] + 1;
-                taken
-                    .iter_mut()
-                    .skip(i)
-                    .zip(next..)
-                    .for_each(|(taken, next)| *taken = next);
-            }
+        if self.least == 0 {
+            texts.push(String::new());
+        }
+        if self.most == 0 {
+            return texts;
+        }
+        let trees = self.options.all.iter().map(|(_, tree)| tree);
+        let options: Vec<Vec<String>> = trees.map(Tree::texts).collect();
+        for many in self.least.max(1)..=self.most {
+            self.add_orders(&options, many, &mut vec![], &mut vec![], &mut texts);
         }
         texts
+    }
+
+    /// Adds every order of `many` different texts, each of another alternative, after those that are
+    /// `chosen` from the alternatives `taken`.
+    fn add_orders<'a>(
+        &self,
+        options: &'a [Vec<String>],
+        many: usize,
+        taken: &mut Vec<usize>,
+        chosen: &mut Vec<&'a str>,
+        texts: &mut Vec<String>,
+    ) {
+        if chosen.len() == many {
+            texts.push(self.joined(chosen));
+            return;
+        }
+        for (i, option) in options.iter().enumerate() {
+            if taken.contains(&i) {
+                continue;
+            }
+            taken.push(i);
+            for text in option {
+                if !chosen.contains(&text.as_str()) {
+                    chosen.push(text);
+                    self.add_orders(options, many, taken, chosen, texts);
+                    chosen.pop();
+                }
+            }
+            taken.pop();
+        }
     }
 }
 
@@ -279,11 +442,15 @@ impl Options {
         let total_weight = all.iter().map(|(weight, _)| weight).sum();
         let length = all.iter().map(|(_, tree)| tree.length).max()?;
         let depth = all.iter().map(|(_, tree)| tree.depth).max()?;
+        let ways = all
+            .iter()
+            .fold(Ways::default(), |ways, (_, tree)| ways.and(tree.ways));
         Some(Arc::new(Self {
             all,
             total_weight,
             length,
             depth,
+            ways,
         }))
     }
 }
@@ -331,7 +498,12 @@ impl Wildcards {
         self.open.push(name.into());
         let lines = (1..)
             .zip(text.trim_start_matches('\u{feff}').lines())
-            .map(|(number, line)| (number, line.trim()));
+            .map(|(number, line)| (number, line.trim()))
+            .filter(|(_, line): &(usize, &str)| !line.is_empty() && !line.starts_with('#'));
+        // lines are a set, in order
+        let mut lines: Vec<_> = lines.collect();
+        lines.sort_by_key(|(_, line)| *line);
+        lines.dedup_by_key(|(_, line)| *line);
         let read = |(number, line)| {
             let tree = Reader {
                 text: line,
@@ -345,9 +517,7 @@ impl Wildcards {
                 tree.with_context(|| format!("line {number} of `{}`", path.display()))?,
             ))
         };
-        let all = lines
-            .filter(|(_, line): &(usize, &str)| !line.is_empty() && !line.starts_with('#'))
-            .map(read);
+        let all = lines.into_iter().map(read);
         let options = Options::new(all.collect::<Result<_>>()?)
             .ok_or_else(|| anyhow!("the list `{}` has no lines", path.display()))?;
         self.open.pop();
@@ -421,14 +591,11 @@ impl<'a> Reader<'a> {
                     Some(name) => {
                         nodes.push(Node::Text(std::mem::take(&mut text)));
                         self.deeper()?;
-                        let options = self.wildcards.list(name, self.depth)?;
+                        let way = Way::of(name);
+                        let list = &name[usize::from(way.is_some())..];
+                        let options = self.wildcards.list(list, self.depth)?;
                         self.depth -= 1;
-                        nodes.push(Node::Choice(Choice {
-                            options,
-                            least: 1,
-                            most: 1,
-                            joint: String::new(),
-                        }));
+                        nodes.push(Node::Choice(Choice::one(options, way)));
                         self.at += name.len() + 4;
                     }
                     None => {
@@ -436,6 +603,10 @@ impl<'a> Reader<'a> {
                         self.at += 2;
                     }
                 },
+                '#' => {
+                    text.truncate(text.trim_end().len());
+                    self.at += rest.find('\n').unwrap_or(rest.len());
+                }
                 '\\' => {
                     // what it means elsewhere in a prompt it goes on to mean
                     let next = rest[1..].chars().next();
@@ -472,9 +643,13 @@ impl<'a> Reader<'a> {
         let begun = self.at;
         self.at += 1;
         self.deeper()?;
+        self.skip_blanks();
+        let way = Way::of(self.rest());
+        self.at += usize::from(way.is_some());
         let count = self.count()?;
         let mut all = vec![];
         loop {
+            self.skip_blanks();
             let weight = self.weight()?;
             all.push((weight, self.tree(true)?));
             match self.rest().chars().next() {
@@ -494,12 +669,7 @@ impl<'a> Reader<'a> {
         let options = Options::new(all)
             .ok_or_else(|| anyhow!("every weight is 0 in the braces {}", self.place(begun)))?;
         let Some((least, most, joint)) = count else {
-            return Ok(Choice {
-                options,
-                least: 1,
-                most: 1,
-                joint: String::new(),
-            });
+            return Ok(Choice::one(options, way));
         };
         // several of a list are several of its lines
         let options = match &*options.all {
@@ -518,6 +688,7 @@ impl<'a> Reader<'a> {
         };
         let most = most.unwrap_or(usize::MAX).min(options.all.len());
         Ok(Choice {
+            way,
             least: least.min(most),
             most,
             joint,
@@ -525,13 +696,20 @@ impl<'a> Reader<'a> {
         })
     }
 
+    fn skip_blanks(&mut self) {
+        self.at += self.rest().len() - self.rest().trim_start().len();
+    }
+
     /// Reads `2$$`, `1-3$$ and $$`: the least, the most if that is said, and what joins them.
     fn count(&mut self) -> Result<Option<(usize, Option<usize>, String)>> {
         let rest = self.rest();
         let head = &rest[..rest.find(['{', '|', '}']).unwrap_or(rest.len())];
-        let Some((count, after)) = head.split_once("$$") else {
+        let Some((count, _)) = head.split_once("$$") else {
             return Ok(None);
         };
+        // what joins may be a `|`
+        let after = &rest[count.len() + 2..];
+        let after = &after[..after.find(['{', '}']).unwrap_or(after.len())];
         let number = |text: &str| text.trim().parse::<usize>().ok();
         let range = match count.split_once('-') {
             None => number(count).map(|n| (n, Some(n))),
@@ -549,7 +727,10 @@ impl<'a> Reader<'a> {
                     .map(|(least, most)| (least, Some(most)))
             }
         };
-        let range = range.filter(|(least, most)| most.is_none_or(|most| *least <= most));
+        let range = range.map(|(least, most)| match most {
+            Some(most) => (least.min(most), Some(least.max(most))),
+            None => (least, None),
+        });
         let Some((least, most)) = range else {
             let place = self.place(self.at);
             bail!(
@@ -558,7 +739,7 @@ impl<'a> Reader<'a> {
         };
         let joint = after.split_once("$$").map(|(joint, _)| joint);
         self.at += count.len() + 2 + joint.map_or(0, |joint| joint.len() + 2);
-        Ok(Some((least, most, joint.unwrap_or(", ").into())))
+        Ok(Some((least, most, joint.unwrap_or(JOINT).into())))
     }
 
     /// Reads `3::`, if that is there.
@@ -576,8 +757,8 @@ impl<'a> Reader<'a> {
             .parse()
             .ok()
             .filter(|weight| (0.0..=MAX_WEIGHT).contains(weight));
-        let place = self.place(self.at + rest.len() - text.len());
         let weight = weight.with_context(|| {
+            let place = self.place(self.at + rest.len() - text.len());
             format!("`{number}` is not a weight, {place}\n\nhint: `{{3::red|blue}}`, from 0")
         })?;
         self.at += rest.len() - after.len() + 2;
@@ -593,6 +774,12 @@ fn list_name(text: &str) -> Option<&str> {
         && name.trim() == name
         && !name.contains(|c: char| c.is_control() || "{}|$()[]<>:,\"\\".contains(c));
     is_name.then_some(name)
+}
+
+/// A seed, and the random numbers that it starts.
+struct Seeded {
+    random: Random,
+    seed: u64,
 }
 
 /// SplitMix64, Steele et al. 2014: small, and every seed is a good one.

@@ -11,6 +11,7 @@ use crate::image::Format;
 use crate::pipeline::options::{JobOptions, MAX_JOBS, Seeds};
 use crate::pipeline::settings::PromptBlend;
 use crate::sampling::noise::Variation;
+use crate::text::prompt::Syntax;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::ImageFormat;
 use serde_json::{Map, Value};
@@ -337,9 +338,16 @@ fn prompts<'a>(
         });
         let prompt = line.and_then(|line| {
             let line = line.trim_start_matches('\u{feff}');
-            if line.trim().is_empty() {
+            // comments as in lists of wildcards
+            if line.trim().is_empty() || line.trim_start().starts_with('#') {
                 return Ok(None);
             }
+            let is_plain = source.options.prompt_syntax == Some(Syntax::Plain);
+            ensure!(
+                is_plain || !is_options(line),
+                "`{}` are options, which a line of text cannot have\n\nhint: `{{\"prompt\": \"a frog\", \"seed\": 7}}`, in a list whose name ends in .jsonl",
+                line.trim()
+            );
             // templates may begin with braces, too
             let looks_like_json = line
                 .trim_start()
@@ -354,6 +362,12 @@ fn prompts<'a>(
             .with_context(|| format!("line {number} of {name}"))
             .transpose()
     })
+}
+
+/// Whether a line looks like `--prompt "a cat" --steps 3`.
+fn is_options(line: &str) -> bool {
+    let name = line.trim_start().strip_prefix("--");
+    name.is_some_and(|name| name.starts_with(|c: char| c.is_ascii_alphabetic()))
 }
 
 impl Prompt {
@@ -409,8 +423,14 @@ impl Texts {
         let Some((how, wildcards)) = dynamic else {
             return Ok(Self::Fixed(vec![(prompt.clone(), options.clone())]));
         };
+        let how = *how;
+        let parse = |text: &Arc<str>, wildcards: &mut Wildcards| -> Result<Template> {
+            let template = Template::parse(text, wildcards)?;
+            template.check(how)?;
+            Ok(template)
+        };
         let mut template = |name: &str, text: Option<&Arc<str>>| {
-            text.map(|text| Template::parse(text, wildcards))
+            text.map(|text| parse(text, wildcards))
                 .transpose()
                 .with_context(|| format!("the {name}"))
         };
@@ -453,6 +473,10 @@ impl Texts {
                 others.push(with_texts(options, negative.clone(), to.clone()));
             }
         }
+        ensure!(
+            !prompts.is_empty() && !others.is_empty(),
+            "this template comes to no text: it wants more different ones than there are"
+        );
         let mut all = vec![];
         for prompt in prompts.into_iter().flatten() {
             let with_prompt = |options: &Arc<JobOptions>| (Arc::clone(&prompt), options.clone());

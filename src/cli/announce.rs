@@ -18,6 +18,7 @@ use crate::weights::embedding::Embedding;
 pub fn announce(
     args: &DrawArgs,
     list: &JobList,
+    notes: &[String],
     work: &WorkList,
     pipeline: &Pipeline,
     skipped: usize,
@@ -32,6 +33,16 @@ pub fn announce(
         progress.note(format!("{skipped} of {total} pictures are there already"));
     }
     warn_of_no_effect(work, checkpoint, progress);
+    if args.model.is_embedded() {
+        tell_of_embedded(work, pipeline, progress);
+    }
+    for note in notes {
+        progress.note(format!("warning: {note}"));
+    }
+    if !notes.is_empty() {
+        progress
+            .note("hint: so does A1111; `--prompt-syntax plain` takes every character for itself");
+    }
     for warning in checkpoint.warnings() {
         if args.prediction.is_none() {
             progress.note(format!("warning: {warning}"));
@@ -97,6 +108,89 @@ fn warn_of_no_effect(work: &WorkList, checkpoint: &Checkpoint, progress: &Progre
             ));
         }
     }
+}
+
+/// Says what the embedded model cannot draw: words and sizes that it does not know, and colours of
+/// things.
+fn tell_of_embedded(work: &WorkList, pipeline: &Pipeline, progress: &Progress) {
+    // who asks for more than this has seen it
+    const PROMPTS: usize = 1000;
+    const WORDS: usize = 12;
+    const SIDE_PX: usize = 128;
+    let settings = || work.tasks.iter().map(|task| &task.job.settings);
+    let texts = || {
+        let mut texts: Vec<&str> = settings().map(|settings| &*settings.prompt).collect();
+        texts.dedup();
+        texts.truncate(PROMPTS);
+        texts.into_iter()
+    };
+    let encoder = &pipeline.config.base.encoder;
+    let unknown = encoder.unknown_words(&pipeline.checkpoint, texts());
+    let mut says = vec![];
+    if let Ok(words) = unknown
+        && !words.is_empty()
+    {
+        let quoted: Vec<String> = words.iter().take(WORDS).map(|w| format!("`{w}`")).collect();
+        let more = if words.len() > WORDS { ", ..." } else { "" };
+        says.push(format!("does not know {}{more}", quoted.join(", ")));
+    }
+    if let Some(colour) = texts().find_map(coloured_thing) {
+        says.push(format!(
+            "knows colours of backgrounds (`on red`), not of things (`{colour}`)"
+        ));
+    }
+    let other_size = settings()
+        .map(|settings| (settings.width, settings.height))
+        .find(|size| *size != (SIDE_PX, SIDE_PX));
+    if let Some((width, height)) = other_size {
+        says.push(format!(
+            "was trained for {SIDE_PX}x{SIDE_PX} alone, not {width}x{height}"
+        ));
+    }
+    if says.is_empty() {
+        return;
+    }
+    for what in says {
+        progress.note(format!("warning: the embedded model {what}"));
+    }
+    progress.note(
+        "hint: `-m sd15` is a model that does (4 GB to fetch); `sdgen help models` tells of others",
+    );
+}
+
+/// The first colour with the thing that it is of, but for those in which the embedded model knows it.
+fn coloured_thing(prompt: &str) -> Option<&str> {
+    const COLOURS: [&str; 11] = [
+        "white", "black", "gray", "red", "yellow", "green", "blue", "purple", "pink", "brown",
+        "teal",
+    ];
+    const KNOWN: [&str; 7] = [
+        "red helmet",
+        "red lantern",
+        "red paper",
+        "green apple",
+        "black cat",
+        "blue heart",
+        "white wine",
+    ];
+    let words: Vec<&str> = prompt.split(' ').collect();
+    let mut at = 0;
+    for (i, word) in words.iter().enumerate() {
+        let is_background = words[..i].iter().rev().take(2).any(|word| *word == "on");
+        if let Some(next) = words.get(i + 1)
+            && COLOURS.contains(word)
+            && !is_background
+            && next.starts_with(char::is_alphabetic)
+        {
+            let thing = next.trim_end_matches(|c: char| !c.is_alphabetic());
+            let phrase = &prompt[at..at + word.len() + 1 + thing.len()];
+            if thing != "background" && !COLOURS.contains(&thing) && !KNOWN.contains(&phrase) {
+                return Some(phrase);
+            }
+        }
+        at += word.len() + 1;
+    }
+    None
 }
 
 /// Says that images are decoded in tiles, if any is.

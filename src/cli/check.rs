@@ -213,6 +213,7 @@ impl Adapters {
             let lora = Lora::open(self.loras.get(&*used.hash)?, used.strength);
             Some(lora.map(|mut lora| {
                 lora.name = used.name.to_string();
+                lora.text_strength = used.text_strength.unwrap_or(used.strength);
                 lora
             }))
         })

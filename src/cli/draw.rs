@@ -71,6 +71,7 @@ pub fn draw(args: &DrawArgs) -> u8 {
 fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Result<(), Failure> {
     let Prepared {
         list,
+        notes,
         pipeline,
         upscaler,
         mut work,
@@ -88,7 +89,15 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     }
     let mut report = args.report(&work.tasks, finished, &print);
     if args.dry_run {
-        announce(args, &list, &work, &pipeline, summary.skipped, progress);
+        announce(
+            args,
+            &list,
+            &notes,
+            &work,
+            &pipeline,
+            summary.skipped,
+            progress,
+        );
         return dry_run(&work, &mut report, memory_bytes, progress);
     }
     preflight::check_files(args, &list, &work).code(2)?;
@@ -100,7 +109,15 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     }
     let left = report.left();
     save_steps(args, &pipeline, &left, progress).code(2)?;
-    announce(args, &list, &work, &pipeline, summary.skipped, progress);
+    announce(
+        args,
+        &list,
+        &notes,
+        &work,
+        &pipeline,
+        summary.skipped,
+        progress,
+    );
     report.flush().code(1)?;
     signals::listen(progress)
         .context("cannot listen for signals")
@@ -123,6 +140,8 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
 /// Everything that is decided before the first image is drawn.
 struct Prepared {
     list: JobList,
+    /// What prompts have that is not what it looks like.
+    notes: Vec<String>,
     pipeline: Pipeline,
     upscaler: Option<Upscaler>,
     work: WorkList,
@@ -136,6 +155,7 @@ impl Prepared {
     fn new(args: &DrawArgs) -> Result<Self, Failure> {
         let mut list = JobList::read(&args.source()).code(2)?;
         preflight::check_options(args, &list).code(2)?;
+        let notes = preflight::prompt_notes(&list);
         let model = ModelArgs {
             lora: preflight::take_loras(args, &mut list).code(2)?,
             ..args.model.clone()
@@ -163,6 +183,7 @@ impl Prepared {
             .max(upscaling_bytes);
         Ok(Self {
             list,
+            notes,
             pipeline,
             upscaler,
             work,

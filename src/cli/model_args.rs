@@ -47,13 +47,15 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Whether the model is the one that is part of the program.
+    pub fn is_embedded(&self) -> bool {
+        self.model.as_ref().is_none_or(|model| model == "mini")
+    }
+
     /// Opens the model with everything that is added to it; `strict` refuses LoRAs that fit only in
     /// part. Downloads are shown if `shows_progress`. Errors name what cannot be found or read.
     pub fn open(&self, strict: bool, shows_progress: bool) -> Result<Checkpoint> {
-        let loras = self
-            .lora
-            .iter()
-            .map(|lora| Lora::open(&lora.path, lora.strength));
+        let loras = self.lora.iter().map(LoraSpec::open);
         self.open_with(loras, self.embeddings()?, strict, shows_progress)
     }
 

@@ -1,7 +1,7 @@
 //! What is found out before anything is drawn: contradictions, files that cannot be written, LoRAs
 //! that prompts name.
 
-use crate::batch::jobs::JobList;
+use crate::batch::jobs::{JobList, JobSpec};
 use crate::batch::output_path::{self, Destination};
 use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
@@ -11,9 +11,11 @@ use crate::image::Format;
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::guidance::Guidance;
 use crate::pipeline::model_spec::LoraSpec;
-use crate::text::prompt::Syntax;
+use crate::text::prompt::{self, Syntax, without_comments};
+use crate::text::tags::{LoraTag, take_tags};
 use crate::weights::lora;
 use anyhow::{Context, Result, anyhow, bail};
+use std::collections::HashSet;
 use std::path::Path;
 
 /// Errors if options contradict each other, before a model is looked at.
@@ -59,6 +61,39 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
     Ok(())
 }
 
+/// Says what stands in the prompts as text although it looks like syntax, or is left out; every
+/// kind of it once.
+pub fn prompt_notes(list: &JobList) -> Vec<String> {
+    const MOST: usize = 8;
+    let (mut notes, mut seen) = (vec![], HashSet::new());
+    for JobSpec {
+        prompt, options, ..
+    } in &list.jobs
+    {
+        let texts = [
+            (Some(prompt), false),
+            (options.negative.as_ref(), true),
+            (options.to.as_ref(), false),
+        ];
+        for (text, is_negative) in texts {
+            let Some(text) = text.filter(|_| options.prompt_syntax != Some(Syntax::Plain)) else {
+                continue;
+            };
+            if seen.insert((text.clone(), is_negative)) {
+                notes.extend(prompt::notes(text, is_negative));
+            }
+        }
+    }
+    let mut known = HashSet::new();
+    notes.retain(|note| known.insert(note.clone()));
+    if notes.len() > MOST {
+        let more = notes.len() - MOST;
+        notes.truncate(MOST);
+        notes.push(format!("{more} more such places in prompts"));
+    }
+    notes
+}
+
 /// The LoRAs of the run: those of `--lora`, then those of A1111's tags, which are taken out of the
 /// prompts. Errors if prompts differ in their tags, or a tag's file is not found.
 pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraSpec>> {
@@ -68,8 +103,8 @@ pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraSpec>> 
         .iter_mut()
         .filter(|item| item.options.prompt_syntax != Some(Syntax::Plain))
     {
-        let (text, tags) = lora::take_tags(&item.prompt)?;
-        if !tags.is_empty() {
+        let (text, tags) = take_tags(&without_comments(&item.prompt))?;
+        if text != *item.prompt {
             item.prompt = text.into();
         }
         if *of_all.get_or_insert_with(|| tags.clone()) != tags {
@@ -78,15 +113,17 @@ pub fn take_loras(args: &DrawArgs, list: &mut JobList) -> Result<Vec<LoraSpec>> 
             ));
         }
     }
-    let find = |(name, strength): (String, f64)| {
+    let find = |tag: LoraTag| {
+        let name = &tag.name;
         let hint = "`--lora-dir DIR` says where its file is; `--prompt-syntax plain` takes every character for itself";
         let folder = args
             .lora_dir
             .as_ref()
             .with_context(|| format!("the prompt names the LoRA `{name}`\n\nhint: {hint}"))?;
         Ok(LoraSpec {
-            path: lora::find_named(folder, &name)?,
-            strength,
+            path: lora::find_named(folder, name)?,
+            strength: tag.strength,
+            text_strength: tag.text_strength,
         })
     };
     let named = of_all

@@ -96,7 +96,7 @@ impl Denoising {
             _ => &first.plan,
         };
         let cx = run.forward(settings);
-        let mut texts = prompts.at(batch, plan.before());
+        let mut texts = prompts.at(batch, plan.call_of(0));
         let state = self.init(init, plan, batch, prompts, run)?;
         let extra = ExtraInputs {
             concat: state.concat,
@@ -119,7 +119,7 @@ impl Denoising {
         let (before, total) = (*done, *total);
         let mut failure: Option<anyhow::Error> = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
-            let now = prompts.at(batch, plan.step_of(*done - before));
+            let now = prompts.at(batch, plan.call_of(*done - before));
             if now != texts {
                 let conditioning = prompts.of(batch, &now).map_err(candle_core::Error::wrap)?;
                 denoiser.model = backbone.bind(cx, &conditioning, extra.clone())?;

@@ -104,6 +104,7 @@ impl Identity {
                 name,
                 hash,
                 strength: lora.strength,
+                text_strength: Some(lora.text_strength).filter(|own| *own != lora.strength),
             })
         };
         Ok(Self {

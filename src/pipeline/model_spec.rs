@@ -64,6 +64,15 @@ pub struct LoraSpec {
     pub path: PathBuf,
     /// how much of its change is made; negative for the opposite
     pub strength: f64,
+    /// the same for text encoders
+    pub text_strength: f64,
+}
+
+impl LoraSpec {
+    /// Opens the file. Errors if it is not a LoRA.
+    pub fn open(&self) -> Result<Lora> {
+        Ok(Lora::open(&self.path, self.strength)?.with_text_strength(self.text_strength))
+    }
 }
 
 impl From<OsString> for LoraSpec {
@@ -77,10 +86,12 @@ impl From<OsString> for LoraSpec {
             Some((path, strength)) => Self {
                 path: path.into(),
                 strength,
+                text_strength: strength,
             },
             None => Self {
                 path: text.into(),
                 strength: 1.0,
+                text_strength: 1.0,
             },
         }
     }
@@ -105,6 +116,7 @@ impl ModelSpec {
         self.loras.push(LoraSpec {
             path: path.into(),
             strength,
+            text_strength: strength,
         });
         self
     }
@@ -164,10 +176,7 @@ impl ModelSpec {
     }
 
     fn open(&self) -> Result<Checkpoint> {
-        let loras = self
-            .loras
-            .iter()
-            .map(|lora| Lora::open(&lora.path, lora.strength));
+        let loras = self.loras.iter().map(LoraSpec::open);
         let embeddings = self.embeddings.iter().map(|asked| Embedding::asked(asked));
         self.open_with(loras, embeddings.collect::<Result<_>>()?, false, false)
     }

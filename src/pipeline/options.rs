@@ -8,7 +8,7 @@
 use crate::image::load::Fit;
 use crate::pipeline::settings::{Border, Point, Size, Tile};
 use crate::sampling::noise::Variation;
-use crate::sampling::{Sampler, Schedule};
+use crate::sampling::{NamedSampler, Sampler, Schedule};
 use crate::suggest::nearest;
 use crate::text::prompt::Syntax;
 use anyhow::{Context, Result, anyhow, bail};
@@ -110,7 +110,7 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(help = names_help(Sampler::names())))]
     #[cfg_attr(feature = "cli", arg(long, alias = "sampling-method"))]
     #[cfg_attr(feature = "cli", arg(value_name = "NAME", help_heading = "Sampling"))]
-    pub sampler: Option<Sampler>,
+    pub sampler: Option<NamedSampler>,
     /// The schedule by name
     #[serde(alias = "scheduler")]
     #[cfg_attr(feature = "cli", arg(help = names_help(Schedule::names())))]
@@ -275,8 +275,14 @@ impl JobOptions {
         Ok(given.map(|(name, _)| name.replace('_', "-")).collect())
     }
 
+    /// The schedule, which may be in the sampler's name.
+    pub fn schedule(&self) -> Option<Schedule> {
+        self.schedule.or_else(|| self.sampler?.schedule)
+    }
+
     /// These options, with those of `base` where nothing is given.
     pub fn over(self, base: &Self) -> Self {
+        let schedule = self.schedule().or(base.schedule);
         Self {
             negative: self.negative.or_else(|| base.negative.clone()),
             prompt_syntax: self.prompt_syntax.or(base.prompt_syntax),
@@ -293,7 +299,7 @@ impl JobOptions {
             guidance: self.guidance.or(base.guidance),
             guidance_rescale: self.guidance_rescale.or(base.guidance_rescale),
             sampler: self.sampler.or(base.sampler),
-            schedule: self.schedule.or(base.schedule),
+            schedule,
             eta: self.eta.or(base.eta),
             clip_skip: self.clip_skip.or(base.clip_skip),
             deep_cache: self.deep_cache.or(base.deep_cache),

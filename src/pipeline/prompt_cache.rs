@@ -21,6 +21,9 @@ use std::sync::Arc;
 /// is zeros.
 type Key = Option<(Arc<str>, usize, Syntax)>;
 
+/// How often the longest text of a picture is repeated for the sake of others at most.
+const MOST_REPEATED: usize = 12;
+
 /// The texts of a batch at a step: for each pass of the network one row an image, pass after pass.
 #[derive(PartialEq)]
 pub struct BatchPrompts(Vec<Text>);
@@ -124,16 +127,22 @@ impl<'a> PromptCache<'a> {
     }
 
     /// A text's embedding padded to `tokens` by repetition: keys and values that are there twice
-    /// change no attention.
+    /// change no attention. Where it does not fit a whole number of times, its end is repeated.
     fn get(&self, text: &Text, tokens: usize) -> Result<PromptEmbeds> {
         let repeated = |key: &Key| -> Result<PromptEmbeds> {
             let embeds = self.embedded(key)?;
             let own = embeds.prompt_embeds.dim(1)?;
-            let prompt_embeds = if own == tokens {
-                embeds.prompt_embeds.clone()
-            } else {
-                embeds.prompt_embeds.repeat((1, tokens / own, 1))?
-            };
+            let mut prompt_embeds = embeds.prompt_embeds.clone(); // [1, own, d]
+            if own < tokens {
+                prompt_embeds = prompt_embeds.repeat((1, tokens / own, 1))?;
+            }
+            let missing = tokens - prompt_embeds.dim(1)?;
+            if missing > 0 {
+                // as A1111 does where it makes lengths equal
+                let last = embeds.prompt_embeds.narrow(1, own - 1, 1)?;
+                let end = last.repeat((1, missing, 1))?;
+                prompt_embeds = Tensor::cat(&[&prompt_embeds, &end], 1)?; // [1, tokens, d]
+            }
             Ok(PromptEmbeds {
                 prompt_embeds,
                 ..embeds.clone()
@@ -146,14 +155,17 @@ impl<'a> PromptCache<'a> {
         }
     }
 
-    /// Returns the context length of a job in tokens, to which all its texts are repeated.
+    /// Returns the context length of a job in tokens, to which all its texts are repeated; the
+    /// longest text's where a common multiple of all lengths would be much longer.
     pub fn tokens(&self, job: &Job) -> Result<usize> {
-        let mut all = 1;
+        let (mut all, mut longest) = (1usize, 1usize);
         for key in self.keys(job) {
             let tokens = self.embedded(&key)?.prompt_embeds.dim(1)?;
-            all = all / greatest_common_divisor(all, tokens) * tokens;
+            longest = longest.max(tokens);
+            all = (all / greatest_common_divisor(all, tokens)).saturating_mul(tokens);
         }
-        Ok(all)
+        let is_short = all / longest <= MOST_REPEATED;
+        Ok(if is_short { all } else { longest })
     }
 
     /// Adds a job's first texts to its trace, as the model reads them or its refiner.
@@ -179,15 +191,15 @@ impl<'a> PromptCache<'a> {
         Ok(())
     }
 
-    /// The texts of a batch at a step, from 0.
-    pub fn at(&self, batch: &[&Job], step: usize) -> BatchPrompts {
+    /// The texts of a batch at a call of the network, from 0.
+    pub fn at(&self, batch: &[&Job], call: usize) -> BatchPrompts {
         let Some(first) = batch.first() else {
             return BatchPrompts(vec![]);
         };
         let parts = first.prompts.parts.len();
         let negatives = first.guidance.passes().saturating_sub(parts);
         let row = |job: &Job, row: usize| {
-            let at = |prompt: &ScheduledPrompt| prompt.at(step).clone();
+            let at = |prompt: &ScheduledPrompt| prompt.at(call).clone();
             match row
                 .checked_sub(negatives)
                 .and_then(|i| job.prompts.parts.get(i))

@@ -13,9 +13,10 @@ use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
 use crate::sampling::{Prediction, Sampler, SamplingPlan, Schedule, plan, plan_img2img};
-use crate::text::prompt::{Prompts, Syntax};
+use crate::text::prompt::{Prompts, Syntax, without_comments};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -83,7 +84,7 @@ impl Params {
 
     /// The sampler.
     pub fn sampler(self, sampler: Sampler) -> Self {
-        self.with(|options| options.sampler = Some(sampler))
+        self.with(|options| options.sampler = Some(sampler.into()))
     }
 
     /// The schedule of noise levels.
@@ -225,17 +226,25 @@ impl<'a> Resolver<'a> {
             ),
         };
         let sampler = match options.sampler {
-            Some(sampler) => sampler,
+            Some(named) => named.sampler,
             None => base.scheduler.sampler().context(ModelError)?,
+        };
+        let prompt_syntax = options.prompt_syntax.unwrap_or(Syntax::A1111);
+        let text = |text: &Arc<str>| match (prompt_syntax, without_comments(text)) {
+            (Syntax::A1111, Cow::Owned(text)) => Arc::from(text),
+            _ => text.clone(),
         };
         Ok(Settings {
             version: self.version.clone(),
-            prompt: prompt.clone(),
-            negative: options.negative.as_ref().unwrap_or(&self.empty).clone(),
-            prompt_syntax: options.prompt_syntax.unwrap_or(Syntax::A1111),
+            prompt: text(prompt),
+            negative: text(options.negative.as_ref().unwrap_or(&self.empty)),
+            prompt_syntax,
             seed: *seed,
             variation: *variation,
-            to: blend.clone(),
+            to: blend.as_ref().map(|blend| PromptBlend {
+                prompt: text(&blend.prompt),
+                ..blend.clone()
+            }),
             width,
             height,
             tile: options.tile,
@@ -243,7 +252,7 @@ impl<'a> Resolver<'a> {
             guidance: options.guidance.unwrap_or(defaults.guidance),
             guidance_rescale: options.guidance_rescale.unwrap_or(0.0),
             sampler,
-            schedule: options.schedule.map(|schedule| match schedule {
+            schedule: options.schedule().map(|schedule| match schedule {
                 Schedule::Ays if base.added_ids > 0 => Schedule::AysSdxl,
                 other => other,
             }),
@@ -520,6 +529,7 @@ impl<'a> Resolver<'a> {
                 s.to.clone(),
                 s.prompt_syntax,
                 s.steps,
+                s.sampler.spec().calls_per_step(),
             )
         };
         if let Some(last) = self
@@ -534,11 +544,13 @@ impl<'a> Resolver<'a> {
             negative,
             prompt_syntax,
             steps,
+            sampler,
             to,
             ..
         } = settings;
+        let calls = steps * sampler.spec().calls_per_step();
         let to = to.as_ref().map(|blend| (&blend.prompt, blend.weight));
-        Prompts::parse(prompt, negative, to, *prompt_syntax, *steps).map(Arc::new)
+        Prompts::parse(prompt, negative, to, *prompt_syntax, calls).map(Arc::new)
     }
 
     /// The learned words that an image's prompts use, in the order in which they were given.

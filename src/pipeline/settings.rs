@@ -157,6 +157,9 @@ pub struct UsedLora {
     pub hash: Arc<str>,
     /// how much of its change is made
     pub strength: f64,
+    /// the same for text encoders, where it differs
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_strength: Option<f64>,
 }
 
 /// An embedding that a prompt uses.

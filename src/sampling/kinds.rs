@@ -82,12 +82,13 @@ macro_rules! table {
 
             fn from_str(text: &str) -> anyhow::Result<Self> {
                 let wanted = simplify(text);
-                let names = Self::ALL.map(|kind| (kind.name(), kind.spec().aliases));
-                let found = names.iter().position(|(name, aliases)| {
-                    simplify(name) == wanted || aliases.contains(&wanted.as_str())
+                let found = Self::ALL.into_iter().find(|kind| {
+                    let spec = kind.spec();
+                    let names = [spec.name, spec.a1111].map(simplify);
+                    names.contains(&wanted) || spec.aliases.contains(&wanted.as_str())
                 });
-                found.map(|i| Self::ALL[i]).ok_or_else(|| {
-                    let close = nearest(&wanted, names.map(|(name, _)| name));
+                found.ok_or_else(|| {
+                    let close = nearest(&wanted, Self::ALL.map(Self::name));
                     anyhow::anyhow!("unknown {} `{text}`\n\nhint: did you mean {close}?", $noun)
                 })
             }
@@ -124,6 +125,11 @@ impl SamplerSpec {
     /// Whether the network runs twice in every step but the last.
     pub fn is_two_stage(&self) -> bool {
         self.second_stage.is_some()
+    }
+
+    /// How often the network runs in every step but the last.
+    pub fn calls_per_step(&self) -> usize {
+        1 + usize::from(self.is_two_stage())
     }
 
     /// Whether diffusers' latents are variance-preserving, x / sqrt(1 + sigma^2), and not
@@ -344,7 +350,7 @@ table! {
     /// SDE-DPM-Solver++(2M), same paper.
     Dpmpp2mSde = SamplerSpec {
         name: "dpmpp-2m-sde",
-        aliases: &["kdpmpp2msde"],
+        aliases: &["kdpmpp2msde", "dpmpp2msdegpu"],
         class: Some("DPMSolverMultistepScheduler"),
         a1111: "DPM++ 2M SDE",
         run: sampler::dpm_multistep,
@@ -355,7 +361,7 @@ table! {
     /// DPM-Solver++ for the stochastic equation, single step (k-diffusion).
     DpmppSde = SamplerSpec {
         name: "dpmpp-sde",
-        aliases: &["kdpmppsde"],
+        aliases: &["kdpmppsde", "dpmppsdegpu"],
         class: Some("DPMSolverSDEScheduler"),
         a1111: "DPM++ SDE",
         run: sampler::dpmpp_sde,
@@ -366,7 +372,7 @@ table! {
     /// SDE-DPM-Solver++ of third order.
     Dpmpp3mSde = SamplerSpec {
         name: "dpmpp-3m-sde",
-        aliases: &["kdpmpp3msde"],
+        aliases: &["kdpmpp3msde", "dpmpp3msdegpu"],
         class: Some("DPMSolverMultistepScheduler"),
         a1111: "DPM++ 3M SDE",
         run: sampler::dpm_multistep,
@@ -550,7 +556,7 @@ table! {
     /// Spaced from the first timestep up.
     Leading = ScheduleSpec {
         name: "leading",
-        aliases: &[],
+        aliases: &["ddimuniform"],
         a1111: "DDIM",
         sigmas: None,
         spacing: Some(TimestepSpacing::Leading),
@@ -558,7 +564,7 @@ table! {
     /// Spaced over all timesteps, both ends included.
     Linspace = ScheduleSpec {
         name: "linspace",
-        aliases: &[],
+        aliases: &["normal"],
         a1111: "Uniform",
         sigmas: None,
         spacing: Some(TimestepSpacing::Linspace),
@@ -579,6 +585,57 @@ table! {
         sigmas: Some(SigmaSchedule::Table(&AYS_SDXL)),
         spacing: None,
     };
+}
+
+/// A sampler as people write it: perhaps with a schedule behind it, as in `DPM++ 2M Karras`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct NamedSampler {
+    pub sampler: Sampler,
+    pub schedule: Option<Schedule>,
+}
+
+impl From<Sampler> for NamedSampler {
+    fn from(sampler: Sampler) -> Self {
+        Self {
+            sampler,
+            schedule: None,
+        }
+    }
+}
+
+impl From<NamedSampler> for String {
+    fn from(NamedSampler { sampler, schedule }: NamedSampler) -> Self {
+        match schedule {
+            Some(schedule) => format!("{sampler} {schedule}"),
+            None => sampler.to_string(),
+        }
+    }
+}
+
+impl TryFrom<String> for NamedSampler {
+    type Error = anyhow::Error;
+
+    fn try_from(name: String) -> anyhow::Result<Self> {
+        name.parse()
+    }
+}
+
+impl FromStr for NamedSampler {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        text.parse::<Sampler>().map(Self::from).or_else(|error| {
+            let words = text.match_indices([' ', '-', '_']).map(|(at, _)| at);
+            let named = |at: usize| {
+                Some(Self {
+                    sampler: text[..at].parse().ok()?,
+                    schedule: Some(text[at..].parse().ok()?),
+                })
+            };
+            words.into_iter().find_map(named).ok_or(error)
+        })
+    }
 }
 
 /// Lower case, `+` as `p`, letters and digits only: `DPM++ 2M` and `dpmpp_2m` become one.

@@ -15,7 +15,7 @@ mod scheduler_config;
 mod sigmas;
 mod timesteps;
 
-pub use kinds::{Sampler, Schedule};
+pub use kinds::{NamedSampler, Sampler, Schedule};
 pub use plan::{SamplingPlan, plan, plan_img2img};
 pub use prediction::{Prediction, Scalings};
 pub use sampler::{Step, sample};

@@ -92,14 +92,10 @@ impl SamplingPlan {
         self.before
     }
 
-    /// The step of the whole run, from 0, that an evaluation of this part belongs to.
-    pub fn step_of(&self, evaluation: usize) -> usize {
-        let per_step = if self.sampler.spec().is_two_stage() {
-            2
-        } else {
-            1
-        };
-        self.before + evaluation / per_step
+    /// The number of an evaluation of this part, from 0, among those of a whole run in which every
+    /// step takes as many.
+    pub fn call_of(&self, evaluation: usize) -> usize {
+        self.before * self.sampler.spec().calls_per_step() + evaluation
     }
 
     /// The number of evaluations of the network.

@@ -12,6 +12,7 @@ use crate::nn::weights::Weights;
 use crate::weights::{Checkpoint, ENCODERS};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// The embeddings of a prompt, under diffusers' names.
@@ -151,6 +152,34 @@ impl TextEncoderConfigs {
             Ok(tokenizer)
         };
         self.0.iter().map(tokenizer).collect()
+    }
+
+    /// The words of texts that are not in the first encoder's vocabulary, neither as they stand nor,
+    /// for English plurals, in the singular; each once. Errors if a text cannot be tokenized.
+    pub fn unknown_words<'t>(
+        &self,
+        checkpoint: &Checkpoint,
+        texts: impl Iterator<Item = &'t str>,
+    ) -> Result<Vec<&'t str>> {
+        let mut unknown = vec![];
+        let Some(tokenizer) = self.tokenizers(checkpoint)?.into_iter().next() else {
+            return Ok(unknown);
+        };
+        let mut seen = HashSet::new();
+        let is_letter = |c: char| c.is_alphabetic();
+        for word in texts.flat_map(|text| text.split(move |c: char| !is_letter(c))) {
+            if !seen.insert(word) || tokenizer.knows(word)? {
+                continue;
+            }
+            let endings = [("s", ""), ("es", ""), ("ies", "y"), ("ves", "f")];
+            let mut singulars = endings
+                .iter()
+                .filter_map(|(plural, one)| Some(format!("{}{one}", word.strip_suffix(plural)?)));
+            if !singulars.any(|one| one.len() > 2 && tokenizer.knows(&one).unwrap_or(false)) {
+                unknown.push(word);
+            }
+        }
+        Ok(unknown)
     }
 
     /// The added tokens of the checkpoint's textual inversions, if it has any. Errors if one of them

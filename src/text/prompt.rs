@@ -1,18 +1,28 @@
 //! The grammar of A1111's prompts: attention weights, prompt editing, alternating words, and `AND`.
 //!
 //! Only text goes in and out; [`super::tokenizer`] makes tokens of it and [`super::encoder`]
-//! embeddings. As in A1111 everything that is not syntax stands for itself. Malformed numbers are
-//! errors with their position; nothing else is.
+//! embeddings. As in A1111 everything that is not syntax stands for itself, and [`notes`] says what
+//! only looks like syntax. Malformed weights and prompts that are too long are errors.
 
+use super::tags::{Tag, unclosed_tag};
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// The factors of round and square brackets without a number.
-const ROUND: f32 = 1.1;
-const SQUARE: f32 = 1.0 / 1.1;
-/// The deepest nesting of square brackets that is parsed; deeper ones stand for themselves.
+const ROUND: f64 = 1.1;
+const SQUARE: f64 = 1.0 / 1.1;
+/// The deepest nesting of brackets in which prompt editing is read; deeper ones stand for themselves.
 const MAX_DEPTH: usize = 64;
+/// The most bytes of a prompt: about 170 chunks of 75 tokens.
+const MAX_BYTES: usize = 1 << 16;
+/// The most bytes of all texts that a picture's prompts are on their way.
+const MAX_BYTES_OF_ALL: usize = 1 << 19;
+/// The most prompts that `AND` joins, each of which is a forward pass in every step.
+const MAX_PARTS: usize = 64;
+/// What stands for `BREAK` among weighted texts, as in A1111: any other weight makes it a word.
+const BREAK: (&str, f64) = ("BREAK", -1.0);
 
 /// The syntax of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -34,7 +44,7 @@ pub enum Segment {
         text: String,
         weight: f32,
     },
-    /// `BREAK`: the next chunk of tokens begins
+    /// `BREAK`: the next chunk of tokens begins; a word where brackets give it a weight
     Break,
 }
 
@@ -49,38 +59,47 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Parses a prompt, a negative prompt and perhaps one to interpolate to, for a run of `steps`
-    /// steps. Errors name what cannot be parsed, and where.
+    /// Parses a prompt, a negative prompt and perhaps one to interpolate to, for a run of `calls`
+    /// calls of the network. Errors name what cannot be parsed, and where, or say that a prompt is too long.
     pub fn parse(
         prompt: &Arc<str>,
         negative: &Arc<str>,
         to: Option<(&Arc<str>, f64)>,
         syntax: Syntax,
-        steps: usize,
+        calls: usize,
     ) -> Result<Self> {
+        let all = [Some(prompt), Some(negative), to.map(|(text, _)| text)];
+        for text in all.into_iter().flatten() {
+            ensure!(
+                text.len() <= MAX_BYTES,
+                "a prompt has {} bytes, at most {MAX_BYTES} are read\n\nhint: make it shorter",
+                text.len()
+            );
+        }
         let one = |text: &Arc<str>| match syntax {
-            Syntax::A1111 => ScheduledPrompt::parse(text, steps),
-            Syntax::Plain => Ok(ScheduledPrompt::constant(text.clone())),
+            Syntax::A1111 => ScheduledPrompt::parse(text, calls),
+            Syntax::Plain => ScheduledPrompt::constant(text.clone()),
         };
         let parts = match syntax {
-            Syntax::A1111 => composable(prompt, steps)?,
+            Syntax::A1111 => composable(prompt, calls)?,
             Syntax::Plain => vec![ComposablePrompt {
-                prompt: one(prompt)?,
+                prompt: one(prompt),
                 weight: 1.0,
             }],
         };
-        let to = to
-            .map(|(text, weight)| Ok::<_, anyhow::Error>((one(text)?, weight)))
-            .transpose()?;
         ensure!(
             to.is_none() || parts.len() == 1,
             "prompts that `AND` joins cannot go to another\n\nhint: write it in lower case, or leave `--to` out"
         );
         let prompts = Self {
             parts,
-            negative: one(negative)?,
-            to,
+            negative: one(negative),
+            to: to.map(|(text, weight)| (one(text), weight)),
         };
+        ensure!(
+            prompts.texts().map(|text| text.len()).sum::<usize>() <= MAX_BYTES_OF_ALL,
+            "a prompt comes to more than {MAX_BYTES_OF_ALL} bytes in {calls} calls of the network\n\nhint: make what `[a:b:0.5]` and `[a|b]` change shorter, or write fewer of them"
+        );
         if syntax == Syntax::A1111 {
             prompts
                 .texts()
@@ -119,21 +138,37 @@ impl ScheduledPrompt {
         Self(vec![(0, text)])
     }
 
-    /// Parses `[a:b:when]` and `[a|b]` for a run of `steps` steps.
-    pub fn parse(prompt: &str, steps: usize) -> Result<Self> {
-        if !prompt.contains('[') {
-            return Ok(Self::constant(prompt.into()));
-        }
-        let nodes = Parser::new(prompt).nodes(prompt, steps)?;
+    /// Parses `[a:b:when]` and `[a|b]` for a run in which the network is called for `calls` steps.
+    ///
+    /// A1111 makes a list of texts, each with the last step, counted from 1, that it is for, and
+    /// compares it to steps that are counted from 0: `[a:b:3]` is `a` for four steps.
+    pub fn parse(prompt: &str, calls: usize) -> Self {
+        let nodes = match Editing::of(prompt).nodes {
+            Some(nodes) if prompt.contains('[') => nodes,
+            _ => return Self::constant(prompt.into()),
+        };
+        let calls = calls.max(1);
+        let mut is_end = vec![false; calls + 1];
+        is_end[calls] = true;
+        nodes.iter().for_each(|node| node.ends(&mut is_end));
         let mut texts: Vec<(usize, Arc<str>)> = vec![];
-        for step in 0..steps.max(1) {
-            let mut text = String::new();
-            nodes.iter().for_each(|node| node.write(step, &mut text));
-            if texts.last().is_none_or(|(_, last)| **last != *text) {
-                texts.push((step, text.into()));
+        let (mut first, mut bytes) = (0, 0);
+        // what is beyond the limit is an error in `Prompts::parse`
+        for end in (1..=calls).filter(|end| is_end[*end]) {
+            if first >= calls || bytes > MAX_BYTES_OF_ALL {
+                break;
             }
+            let mut text = String::new();
+            nodes
+                .iter()
+                .for_each(|node| node.write(end, calls, &mut text));
+            if texts.last().is_none_or(|(_, last)| **last != *text) {
+                bytes += text.len();
+                texts.push((first, text.into()));
+            }
+            first = end + 1;
         }
-        Ok(Self(texts))
+        Self(texts)
     }
 
     /// The text of a step.
@@ -149,32 +184,35 @@ impl ScheduledPrompt {
 }
 
 /// Splits a prompt at `AND` (Liu et al. 2022, arXiv 2206.01714) and parses the weights behind its
-/// parts (`a cat AND a dog:0.5`).
-fn composable(prompt: &str, steps: usize) -> Result<Vec<ComposablePrompt>> {
+/// parts (`a cat AND a dog:0.5`), of which a prompt without `AND` may have one, too.
+fn composable(prompt: &str, calls: usize) -> Result<Vec<ComposablePrompt>> {
     let mut parts = vec![];
     let mut rest = prompt;
     while let Some(at) = word(rest, "AND") {
         parts.push(&rest[..at]);
         rest = &rest[at + 3..];
+        ensure!(
+            parts.len() < MAX_PARTS,
+            "`AND` joins more than {MAX_PARTS} prompts\n\nhint: write it in lower case"
+        );
     }
     parts.push(rest);
-    let is_one = parts.len() == 1;
     let part = |text: &str| {
-        let (text, weight) = match text
-            .rsplit_once(':')
-            .map(|(text, number)| (text, number.trim()))
-        {
-            Some((before, number)) if !is_one && is_plain_number(number) => {
-                (before, number.parse().unwrap_or(1.0))
-            }
-            _ => (text, 1.0),
-        };
-        Ok(ComposablePrompt {
-            prompt: ScheduledPrompt::parse(text, steps)?,
+        let (text, weight) = trailing_weight(text).unwrap_or((text.trim_end(), 1.0));
+        ComposablePrompt {
+            prompt: ScheduledPrompt::parse(text, calls),
             weight,
-        })
+        }
     };
-    parts.into_iter().map(part).collect()
+    Ok(parts.into_iter().map(part).collect())
+}
+
+/// Splits `a cat:1.5` into the text and the number.
+fn trailing_weight(text: &str) -> Option<(&str, f64)> {
+    let (before, number) = text.rsplit_once(':')?;
+    let number = number.trim();
+    let weight = is_plain_number(number).then(|| number.parse().ok())??;
+    Some((before.trim_end(), weight))
 }
 
 fn is_plain_number(text: &str) -> bool {
@@ -196,8 +234,21 @@ fn word(text: &str, wanted: &str) -> Option<usize> {
 /// Parses the weights of a prompt. Brackets that are never closed reach to its end. Errors name a
 /// weight that is not a number.
 pub fn segments(prompt: &str) -> Result<Vec<Segment>> {
-    let mut segments: Vec<Segment> = vec![];
-    // the segments at which brackets were opened
+    let segment = |(text, weight): (String, f64)| {
+        if (&*text, weight) == BREAK {
+            return Segment::Break;
+        }
+        let weight = weight as f32;
+        Segment::Text { text, weight }
+    };
+    Ok(weighted(prompt)?.into_iter().map(segment).collect())
+}
+
+/// The texts of a prompt with their weights, and [`BREAK`]s.
+fn weighted(prompt: &str) -> Result<Vec<(String, f64)>> {
+    let mut texts: Vec<(String, f64)> = vec![];
+    let push = |texts: &mut Vec<(String, f64)>, text: &str| texts.push((text.into(), 1.0));
+    // the texts at which brackets were opened
     let (mut round, mut square): (Vec<usize>, Vec<usize>) = (vec![], vec![]);
     let mut at = 0;
     while let Some(c) = prompt[at..].chars().next() {
@@ -211,79 +262,61 @@ pub fn segments(prompt: &str) -> Result<Vec<Segment>> {
                     .next()
                     .filter(|next| r"()[]\".contains(*next));
                 length += escaped.map_or(0, char::len_utf8);
-                push(&mut segments, &rest[1..length]);
+                push(&mut texts, &rest[1..length]);
             }
-            '(' => round.push(segments.len()),
-            '[' => square.push(segments.len()),
-            ')' if !round.is_empty() => multiply(&mut segments, round.pop(), ROUND),
-            ']' if !square.is_empty() => multiply(&mut segments, square.pop(), SQUARE),
+            '(' => round.push(texts.len()),
+            '[' => square.push(texts.len()),
+            ')' if !round.is_empty() => multiply(&mut texts, round.pop(), ROUND),
+            ']' if !square.is_empty() => multiply(&mut texts, square.pop(), SQUARE),
             ':' if !round.is_empty() && weight_length(rest).is_some() => {
                 length = weight_length(rest).unwrap_or(1);
                 let number = rest[1..length - 1].trim();
                 let weight = number
                     .parse()
                     .ok()
-                    .filter(|weight: &f32| weight.is_finite());
+                    .filter(|weight: &f64| (*weight as f32).is_finite());
                 let Some(weight) = weight else {
                     let place = prompt[..at].chars().count() + 2;
                     bail!(
                         "`{number}` is not a weight, at character {place} of the prompt `{prompt}`\n\nhint: `(word:1.2)`, or `\\(` for a bracket itself"
                     );
                 };
-                multiply(&mut segments, round.pop(), weight);
+                multiply(&mut texts, round.pop(), weight);
             }
-            ')' | ']' | ':' => push(&mut segments, &rest[..length]),
+            ')' | ']' | ':' => push(&mut texts, &rest[..length]),
             _ => {
                 length = rest
                     .find(['\\', '(', ')', '[', ']', ':'])
                     .unwrap_or(rest.len());
                 let mut text = &rest[..length];
-                while let Some(place) = word(text, "BREAK") {
-                    push(&mut segments, text[..place].trim_end());
-                    segments.push(Segment::Break);
-                    text = text[place + 5..].trim_start();
+                while let Some(place) = word(text, BREAK.0) {
+                    push(&mut texts, text[..place].trim_end());
+                    texts.push((BREAK.0.into(), BREAK.1));
+                    text = text[place + BREAK.0.len()..].trim_start();
                 }
-                push(&mut segments, text);
+                push(&mut texts, text);
             }
         }
         at += length;
     }
-    for (opened, factor) in round
-        .into_iter()
-        .map(|at| (at, ROUND))
-        .chain(square.into_iter().map(|at| (at, SQUARE)))
-    {
-        multiply(&mut segments, Some(opened), factor);
+    let opened = round.into_iter().map(|at| (at, ROUND));
+    for (opened, factor) in opened.chain(square.into_iter().map(|at| (at, SQUARE))) {
+        multiply(&mut texts, Some(opened), factor);
     }
     // neighbours of one weight are one text, whose words may run on
-    let mut joined: Vec<Segment> = vec![];
-    for segment in segments {
-        match (joined.last_mut(), segment) {
-            (
-                Some(Segment::Text { text, weight }),
-                Segment::Text {
-                    text: more,
-                    weight: other,
-                },
-            ) if *weight == other => text.push_str(&more),
-            (_, segment) => joined.push(segment),
+    let mut joined: Vec<(String, f64)> = vec![];
+    for (text, weight) in texts {
+        match joined.last_mut() {
+            Some((before, same)) if *same == weight => before.push_str(&text),
+            _ => joined.push((text, weight)),
         }
     }
     Ok(joined)
 }
 
-fn push(segments: &mut Vec<Segment>, text: &str) {
-    segments.push(Segment::Text {
-        text: text.into(),
-        weight: 1.0,
-    });
-}
-
-fn multiply(segments: &mut [Segment], from: Option<usize>, factor: f32) {
-    for segment in segments.iter_mut().skip(from.unwrap_or(usize::MAX)) {
-        if let Segment::Text { weight, .. } = segment {
-            *weight *= factor;
-        }
+fn multiply(texts: &mut [(String, f64)], from: Option<usize>, factor: f64) {
+    for (_, weight) in texts.iter_mut().skip(from.unwrap_or(usize::MAX)) {
+        *weight *= factor;
     }
 }
 
@@ -302,170 +335,388 @@ fn weight_length(text: &str) -> Option<usize> {
 }
 
 /// A node of the syntax tree of prompt editing.
-enum Node {
-    Text(String),
-    /// `[before:after:step]`
+enum Node<'a> {
+    Text(&'a str),
+    /// `[before:after:when]`
     EditAt {
-        before: Vec<Node>,
-        after: Vec<Node>,
-        step: usize,
+        before: Vec<Self>,
+        after: Vec<Self>,
+        when: When,
     },
     /// `[a|b]`: one after the other, step by step
-    Alternate(Vec<Vec<Node>>),
+    Alternate(Vec<Vec<Self>>),
 }
 
-impl Node {
-    fn write(&self, step: usize, to: &mut String) {
-        let mut write = |nodes: &[Node]| nodes.iter().for_each(|node| node.write(step, to));
+/// When a text is replaced.
+#[derive(Clone, Copy)]
+enum When {
+    Step(f64),
+    Fraction(f64),
+}
+
+impl When {
+    /// Parses `0.5`, which is a fraction, or `12`.
+    fn parse(text: &str) -> Option<Self> {
+        let is_number = |c: char| c.is_ascii_digit() || ".+-eE".contains(c);
+        let number: f64 = text.chars().all(is_number).then(|| text.parse().ok())??;
+        let is_fraction = text.contains('.');
+        Some(if is_fraction {
+            Self::Fraction
+        } else {
+            Self::Step
+        }(number))
+    }
+
+    /// The last step, from 1, of the text that is replaced; 0 for none.
+    fn step(self, calls: usize) -> usize {
+        let step = match self {
+            Self::Step(step) => step,
+            Self::Fraction(fraction) => fraction * calls as f64,
+        };
+        (step as usize).min(calls)
+    }
+}
+
+impl Node<'_> {
+    /// Marks the steps, from 1, after which the text may be another.
+    fn ends(&self, is_end: &mut [bool]) {
+        let mut of = |nodes: &[Self]| nodes.iter().for_each(|node| node.ends(is_end));
+        match self {
+            Self::Text(_) => {}
+            Self::EditAt {
+                before,
+                after,
+                when,
+            } => {
+                of(before);
+                of(after);
+                let step = when.step(is_end.len() - 1);
+                is_end[step] = true;
+            }
+            // in every step, whatever changes in it
+            Self::Alternate(_) => is_end.fill(true),
+        }
+    }
+
+    /// Writes the text of a step, from 1.
+    fn write(&self, step: usize, calls: usize, to: &mut String) {
+        let mut write = |nodes: &[Self]| nodes.iter().for_each(|node| node.write(step, calls, to));
         match self {
             Self::Text(text) => to.push_str(text),
             Self::EditAt {
                 before,
                 after,
-                step: at,
-            } => write(if step < *at { before } else { after }),
+                when,
+            } => write(if step <= when.step(calls) {
+                before
+            } else {
+                after
+            }),
             Self::Alternate(alternatives) => write(
                 alternatives
-                    .get(step % alternatives.len().max(1))
+                    .get((step - 1) % alternatives.len().max(1))
                     .map_or(&[], Vec::as_slice),
             ),
         }
     }
 }
 
-/// Parses prompt editing and alternating words; brackets that only weigh stay as they are.
+/// A bracket that is open, with what stands in it so far.
+struct Open<'a> {
+    /// its position in the prompt
+    at: usize,
+    /// what stands between separators
+    parts: Vec<Vec<Node<'a>>>,
+    /// the positions of the separators
+    separators: Vec<usize>,
+}
+
+/// Prompt editing and alternating words, read as A1111's grammar does: a bracket in which something
+/// is no syntax is text, and so are all around it; a `|` outside of `[a|b]` makes the whole prompt
+/// text.
+struct Editing<'a> {
+    /// none if the whole prompt is text
+    nodes: Option<Vec<Node<'a>>>,
+    /// what looks like editing and is text
+    text: Vec<&'a str>,
+}
+
+impl<'a> Editing<'a> {
+    /// Parses a prompt in one pass.
+    fn of(prompt: &'a str) -> Self {
+        let mut parser = Parser {
+            prompt,
+            done: vec![],
+            open: vec![],
+            is_text: false,
+        };
+        let mut text = vec![];
+        let mut at = 0;
+        while let Some(c) = prompt[at..].chars().next() {
+            let mut length = c.len_utf8();
+            match c {
+                '\\' => match prompt[at + 1..].chars().next().filter(|next| *next != '\n') {
+                    Some(next) => {
+                        length += next.len_utf8();
+                        parser.push(at..at + length);
+                    }
+                    None => {
+                        parser.is_text = true;
+                        parser.push(at..at + length);
+                    }
+                },
+                '(' | '[' => parser.open(at),
+                ':' | '|' => parser.separate(at),
+                ')' | ']' => {
+                    if let Some(from) = parser.close(at) {
+                        text.push(&prompt[from..=at]);
+                    }
+                }
+                _ => {
+                    length = prompt[at..]
+                        .find(['\\', '(', ')', '[', ']', ':', '|'])
+                        .unwrap_or(prompt.len() - at);
+                    parser.push(at..at + length);
+                }
+            }
+            at += length;
+        }
+        parser.all_is_text();
+        let nodes = Some(parser.done).filter(|_| !parser.is_text);
+        Self { nodes, text }
+    }
+}
+
 struct Parser<'a> {
-    rest: &'a str,
-    depth: usize,
+    prompt: &'a str,
+    /// what is outside of brackets
+    done: Vec<Node<'a>>,
+    open: Vec<Open<'a>>,
+    is_text: bool,
 }
 
 impl<'a> Parser<'a> {
-    fn new(text: &'a str) -> Self {
-        Self {
-            rest: text,
-            depth: 0,
+    fn byte(&self, at: usize) -> u8 {
+        self.prompt.as_bytes().get(at).copied().unwrap_or_default()
+    }
+
+    /// The nodes of the innermost bracket's last part.
+    fn nodes(&mut self) -> &mut Vec<Node<'a>> {
+        let part = self.open.last_mut().and_then(|open| open.parts.last_mut());
+        part.unwrap_or(&mut self.done)
+    }
+
+    fn push(&mut self, range: std::ops::Range<usize>) {
+        let text = &self.prompt[range];
+        self.nodes().push(Node::Text(text));
+    }
+
+    fn open(&mut self, at: usize) {
+        if self.open.len() == MAX_DEPTH {
+            self.all_is_text();
+        }
+        self.open.push(Open {
+            at,
+            parts: vec![vec![]],
+            separators: vec![],
+        });
+    }
+
+    /// Reads a `:` or a `|`.
+    fn separate(&mut self, at: usize) {
+        let fits = self.open.last().is_some_and(|open| {
+            let same = open
+                .separators
+                .iter()
+                .all(|other| self.byte(*other) == self.byte(at));
+            let most = match (self.byte(open.at), self.byte(at)) {
+                (b'(', b':') => 1,
+                (b'[', b':') => 2,
+                (b'[', _) => usize::MAX,
+                _ => 0,
+            };
+            same && open.separators.len() < most
+        });
+        if !fits {
+            self.all_is_text();
+            self.is_text |= self.byte(at) == b'|';
+            return self.push(at..at + 1);
+        }
+        if let Some(open) = self.open.last_mut() {
+            open.separators.push(at);
+            open.parts.push(vec![]);
         }
     }
 
-    fn nodes(&mut self, prompt: &str, steps: usize) -> Result<Vec<Node>> {
-        let mut nodes = self.until(&[], prompt, steps)?;
-        // brackets that are closed without being opened
-        while let Some(c) = self.rest.chars().next() {
-            nodes.push(Node::Text(self.take(c.len_utf8()).into()));
-            nodes.extend(self.until(&[], prompt, steps)?);
-        }
-        Ok(nodes)
-    }
-
-    fn take(&mut self, length: usize) -> &'a str {
-        let (taken, rest) = self.rest.split_at(length);
-        self.rest = rest;
-        taken
-    }
-
-    /// Parses up to one of these characters, which is left there, or to the end.
-    fn until(&mut self, ends: &[char], prompt: &str, steps: usize) -> Result<Vec<Node>> {
-        let mut nodes = vec![];
-        let mut text = String::new();
-        let mut round = 0;
-        while let Some(c) = self.rest.chars().next() {
-            if ends.contains(&c) && (round == 0 || c == ']') {
-                break;
-            }
-            match c {
-                '\\' => {
-                    let length = 1 + self.rest[1..].chars().next().map_or(0, char::len_utf8);
-                    text.push_str(self.take(length));
-                }
-                '[' if self.depth < MAX_DEPTH => {
-                    nodes.push(Node::Text(std::mem::take(&mut text)));
-                    nodes.extend(self.brackets(prompt, steps)?);
-                }
-                _ => {
-                    round = match c {
-                        '(' => round + 1,
-                        ')' if round > 0 => round - 1,
-                        _ => round,
-                    };
-                    text.push_str(self.take(c.len_utf8()));
-                }
-            }
-        }
-        nodes.push(Node::Text(text));
-        Ok(nodes)
-    }
-
-    /// Parses `[...]` of any kind.
-    fn brackets(&mut self, prompt: &str, steps: usize) -> Result<Vec<Node>> {
-        let begun = self.rest;
-        let opening = self.take(1);
-        self.depth += 1;
-        let mut parts = vec![];
-        let mut separators = vec![];
-        let closed = loop {
-            let start = self.rest;
-            let part = self.until(&[':', '|', ']'], prompt, steps)?;
-            parts.push((part, &start[..start.len() - self.rest.len()]));
-            match self.rest.chars().next() {
-                Some(']') => {
-                    self.take(1);
-                    break true;
-                }
-                Some(c) => {
-                    separators.push(c);
-                    self.take(1);
-                }
-                None => break false,
-            }
+    /// Reads a `)` or a `]`. Returns where the bracket begins if it looks like editing and is not.
+    fn close(&mut self, at: usize) -> Option<usize> {
+        let pair = |open: &Open| {
+            matches!(
+                (self.byte(open.at), self.byte(at)),
+                (b'(', b')') | (b'[', b']')
+            )
         };
-        self.depth -= 1;
-        let has = |c: char| separators.iter().all(|other| *other == c) && !separators.is_empty();
-        if closed && has('|') {
-            return Ok(vec![Node::Alternate(
-                parts.into_iter().map(|(nodes, _)| nodes).collect(),
-            )]);
+        if !self.open.last().is_some_and(pair) {
+            // of brackets that cross, the innermost square one is what was meant
+            let from = self.open.iter().rev().find(|open| {
+                self.byte(at) == b']' && self.byte(open.at) == b'[' && !open.separators.is_empty()
+            });
+            let from = from.map(|open| open.at);
+            self.all_is_text();
+            self.push(at..at + 1);
+            return from;
         }
-        let when = parts.last().map_or("", |(_, text)| text.trim());
-        if closed
-            && has(':')
-            && parts.len() <= 3
-            && when.starts_with(|c: char| c.is_ascii_digit() || c == '.')
-        {
-            let place = prompt.len() - begun.len();
-            let place = prompt
-                .get(..place)
-                .map_or(0, |before| before.chars().count())
-                + 1;
-            let at = when.parse().ok().filter(|at: &f64| at.is_finite());
-            let hint =
-                "a fraction of the steps below 1, or a step: `[cat:dog:0.5]`, `[cat:dog:12]`";
-            ensure!(
-                at.is_some(),
-                "`{when}` is not a step, in the brackets at character {place} of the prompt `{prompt}`\n\nhint: {hint}"
-            );
-            let at = at.unwrap_or(0.0);
-            let is_fraction = at < 1.0 || when.contains('.');
-            let step = if is_fraction { at * steps as f64 } else { at } as usize;
-            parts.pop();
-            let after = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
-            let before = parts.pop().map(|(nodes, _)| nodes).unwrap_or_default();
-            return Ok(vec![Node::EditAt {
-                before,
-                after,
-                step,
-            }]);
+        let mut open = self.open.pop()?;
+        let from = open.at;
+        match (
+            self.byte(from),
+            open.separators.last().map(|last| (*last, self.byte(*last))),
+        ) {
+            (b'[', Some((_, b'|'))) => {
+                let alternatives = Node::Alternate(open.parts);
+                self.nodes().push(alternatives);
+            }
+            (b'[', Some((last, _))) => {
+                let Some(when) = When::parse(self.prompt[last + 1..at].trim()) else {
+                    self.open.push(open);
+                    self.all_is_text();
+                    self.push(at..at + 1);
+                    return Some(from);
+                };
+                open.parts.pop();
+                let after = open.parts.pop().unwrap_or_default();
+                let before = open.parts.pop().unwrap_or_default();
+                self.nodes().push(Node::EditAt {
+                    before,
+                    after,
+                    when,
+                });
+            }
+            _ => {
+                self.as_text(open);
+                self.push(at..at + 1);
+            }
         }
-        // weights or no syntax at all: as typed, with the nodes that are inside
-        let mut nodes = vec![Node::Text(opening.into())];
-        for (i, (part, _)) in parts.into_iter().enumerate() {
-            nodes.extend(
-                i.checked_sub(1)
-                    .and_then(|i| separators.get(i))
-                    .map(|c| Node::Text(c.to_string())),
-            );
-            nodes.extend(part);
+        None
+    }
+
+    /// Adds a bracket as it was typed, with the nodes in it.
+    fn as_text(&mut self, open: Open<'a>) {
+        let Open {
+            at,
+            parts,
+            separators,
+        } = open;
+        self.push(at..at + 1);
+        let mut separators = separators.into_iter();
+        for (i, part) in parts.into_iter().enumerate() {
+            if let Some(at) = (i > 0).then(|| separators.next()).flatten() {
+                self.is_text |= self.byte(at) == b'|';
+                self.push(at..at + 1);
+            }
+            self.nodes().extend(part);
         }
-        nodes.extend(closed.then(|| Node::Text("]".into())));
-        Ok(nodes)
+    }
+
+    /// Makes all open brackets text.
+    fn all_is_text(&mut self) {
+        for open in std::mem::take(&mut self.open) {
+            self.as_text(open);
+        }
+    }
+}
+
+/// A prompt without its comments: A1111 leaves out what is between a `#` and the end of the line.
+pub fn without_comments(prompt: &str) -> Cow<'_, str> {
+    if !prompt.contains('#') {
+        return Cow::Borrowed(prompt);
+    }
+    let line = |line: &str| {
+        line.split('#')
+            .next()
+            .unwrap_or_default()
+            .trim_end()
+            .to_owned()
+    };
+    let lines: Vec<String> = prompt.lines().map(line).collect();
+    Cow::Owned(lines.join("\n").trim().into())
+}
+
+/// Says what a prompt has that is left out or stands for itself although it looks like syntax, and
+/// what few would expect of it: all of it as in A1111. `is_negative` says that it is a negative one,
+/// in which tags are text.
+pub fn notes(prompt: &str, is_negative: bool) -> Vec<String> {
+    let mut notes = vec![];
+    let mut text = without_comments(prompt);
+    if let Some((_, comment)) = prompt.split_once('#') {
+        let comment = comment.lines().next().unwrap_or_default();
+        notes.push(format!("`#{}` is a comment and left out", short(comment)));
+    }
+    let mut bare = String::new();
+    let mut rest = &*text;
+    while let Some(tag) = Tag::find(rest) {
+        bare += tag.before;
+        if is_negative {
+            let whole = short(tag.whole);
+            notes.push(format!("`{whole}` is text in a negative prompt"));
+        } else if !matches!(tag.name, "lora" | "lyco") {
+            notes.push(format!(
+                "`{}` is left out: of such tags `<lora:...>` and `<lyco:...>` are read",
+                short(tag.whole)
+            ));
+        }
+        rest = tag.after;
+    }
+    if let Some(tag) = unclosed_tag(rest) {
+        notes.push(format!("`{}` is text: it has no `>`", short(tag)));
+    }
+    if !is_negative {
+        bare += rest;
+        text = Cow::Owned(bare);
+    }
+    let mut parts = vec![];
+    let mut rest = &*text;
+    while let Some(at) = word(rest, "AND").filter(|_| !is_negative && parts.len() < MAX_PARTS) {
+        parts.push(&rest[..at]);
+        rest = &rest[at + 3..];
+    }
+    parts.push(rest);
+    let is_one = parts.len() == 1;
+    for part in parts {
+        let (part, weight) = trailing_weight(part)
+            .filter(|_| !is_negative)
+            .unwrap_or((part, 1.0));
+        if is_one && weight != 1.0 {
+            notes.push(format!(
+                "the prompt ends in `:{weight}`, which multiplies its guidance; a full stop behind it makes it text"
+            ));
+        }
+        let editing = Editing::of(part);
+        for brackets in editing.text {
+            notes.push(format!(
+                "`{}` is text: prompt editing is `[a:b:0.5]`, `[a:b:12]` or `[a|b]`",
+                short(brackets)
+            ));
+        }
+        if editing.nodes.is_none() && part.contains('[') && part.contains([':', '|']) {
+            notes.push(format!(
+                "`{}` has a `|` or a backslash that stands alone, which makes all its prompt editing text",
+                short(part)
+            ));
+        }
+        let has_word = |(text, weight): &(String, f64)| text == BREAK.0 && *weight != BREAK.1;
+        if weighted(part).is_ok_and(|texts| texts.iter().any(has_word)) {
+            notes.push("`BREAK` in brackets with a weight is a word".into());
+        }
+    }
+    notes
+}
+
+/// The beginning of a text, for messages.
+fn short(text: &str) -> Cow<'_, str> {
+    const CHARACTERS: usize = 60;
+    match text.char_indices().nth(CHARACTERS) {
+        Some((end, _)) => Cow::Owned(format!("{}...", &text[..end])),
+        None => Cow::Borrowed(text),
     }
 }

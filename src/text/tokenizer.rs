@@ -214,6 +214,11 @@ impl Tokenizer {
             .collect())
     }
 
+    /// Whether a word is in the vocabulary, and not spelled with parts of others.
+    pub fn knows(&self, word: &str) -> Result<bool> {
+        Ok(self.words(word)?.len() <= 1)
+    }
+
     /// The number of tokens in a chunk, without start and end.
     fn room(&self, positions: usize) -> usize {
         self.max_tokens.min(positions).saturating_sub(2)

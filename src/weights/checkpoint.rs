@@ -122,7 +122,7 @@ impl Checkpoint {
             if let Some(unexpected) = lora.describe_unexpected().filter(|_| strict) {
                 bail!("{unexpected}\n\nhint: without `--strict` the rest of it is used");
             }
-            if lora.strength == 0.0 {
+            if (lora.strength, lora.text_strength) == (0.0, 0.0) {
                 continue;
             }
             if let (Some(named), Some(Value::Object(scheduler))) =

@@ -17,7 +17,7 @@ mod tags;
 
 pub use delta::patch;
 pub use layer_names::{LayerNames, is_adapter_key};
-pub use tags::{find_named, take_tags};
+pub use tags::find_named;
 
 use super::distillation::{Bearer, Distillation};
 use super::model_files::{file_name, folder_name};
@@ -67,6 +67,8 @@ pub struct Lora {
     pub name: String,
     /// the factor of its changes; a negative one makes the opposite
     pub strength: f64,
+    /// the same for text encoders
+    pub text_strength: f64,
     source: SafetensorsFile,
     /// by their names in the file
     layers: BTreeMap<String, Layer>,
@@ -127,6 +129,7 @@ impl Lora {
         Ok(Self {
             name: name_of(path),
             strength,
+            text_strength: strength,
             source,
             layers,
             unknown_keys,
@@ -134,6 +137,23 @@ impl Lora {
             unexpected_keys: vec![],
             peft,
         })
+    }
+
+    /// Changes text encoders by another factor.
+    pub fn with_text_strength(self, text_strength: f64) -> Self {
+        Self {
+            text_strength,
+            ..self
+        }
+    }
+
+    /// The factor of the change of a weight.
+    fn strength_of(&self, weight: &str) -> f64 {
+        if weight.starts_with("text_encoder") {
+            self.text_strength
+        } else {
+            self.strength
+        }
     }
 
     /// Finds the weights of a model that its layers change. Errors if there are none, or if the

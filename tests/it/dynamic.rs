@@ -68,18 +68,25 @@ fn a_template_comes_to_every_combination_in_order() {
         ("{red |}frog", &["red frog", "frog"]),
         ("{a|a|b}", &["a", "b"]),
         ("{0::a|2::b|.5::c}", &["b", "c"]),
+        ("{ red | green }", &["red ", "green "]),
+        ("a {red|green} # note", &["a red", "a green"]),
         ("{}", &[""]),
-        ("{2$$a|b|c}", &["a, b", "a, c", "b, c"]),
+        ("{2$$a|b|c}", &["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"]),
         (
             "{1-2$$ and $$a|b|c}",
-            &["a", "b", "c", "a and b", "a and c", "b and c"],
+            &[
+                "a", "b", "c", "a and b", "a and c", "b and a", "b and c", "c and a", "c and b",
+            ],
         ),
         ("{0-1$$a|b}", &["", "a", "b"]),
-        ("{-2$$a|b}", &["a", "b", "a, b"]),
-        ("{2-$$/$$a|b|c}", &["a/b", "a/c", "b/c", "a/b/c"]),
-        ("{5$$a|b}", &["a, b"]),
-        ("{2$${x|y}|b}", &["x, b", "y, b"]),
-        ("{2$${x|y|z}}", &["x, y", "x, z", "y, z"]),
+        ("{-2$$a|b}", &["a", "b", "a,b", "b,a"]),
+        ("{2-1$$a|b}", &["a", "b", "a,b", "b,a"]),
+        ("{2-$$/$$a|b}", &["a/b", "b/a"]),
+        ("{5$$a|b}", &["a,b", "b,a"]),
+        ("{2$$a|}", &["a"]),
+        ("{2$$a|a|b}", &["a,b", "b,a"]),
+        ("{2$${x|y}|b}", &["x,b", "y,b", "b,x", "b,y"]),
+        ("a{1-2$$|$$x|y}b", &["axb", "ayb", "ax|yb", "ay|xb"]),
         (
             r"\{a\|b\} {c\|d|e} \(f\) \__g__",
             &[r"{a|b} c|d \(f\) __g__", r"{a|b} e \(f\) __g__"],
@@ -103,8 +110,86 @@ fn several_are_different_ones_in_any_order() {
     let drawn: BTreeSet<String> = (0..200).map(|seed| template.draw(seed)).collect();
     assert_eq!(
         Vec::from_iter(&drawn),
-        ["a, b", "a, c", "b, a", "b, c", "c, a", "c, b"]
+        ["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"]
     );
+}
+
+#[test]
+fn lines_of_a_list_are_a_set_and_choices_say_how_they_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    lists(dir.path(), &[("c.txt", "red # warm\ngreen\ngreen\nblue\n")]);
+    let prompts = |args: &[&str]| -> Vec<String> {
+        let pairs = planned(&mut dynamic(dir.path(), args));
+        pairs.into_iter().map(|(prompt, _)| prompt).collect()
+    };
+    assert_eq!(
+        prompts(&["__c__", "-s", "1", "--dynamic=all"]),
+        ["blue", "green", "red"]
+    );
+    assert_eq!(
+        prompts(&["__@c__ {@a|b} {@2$$x|y}", "-s", "0..4"]),
+        ["blue a x,y", "green b y,x", "red a x,y", "blue b y,x"]
+    );
+    assert_eq!(prompts(&["{~a|b}", "-s", "0..9"]).len(), 9);
+    assert_eq!(prompts(&["{!a|b}", "-s", "1", "--dynamic=all"]), ["a", "b"]);
+    for (template, how, text) in [
+        ("{!a|b}", "random", "`!` in a template takes every text"),
+        (
+            "x {a|{@b|c}}",
+            "all",
+            "`~` and `@` in a template choose by the seed",
+        ),
+        (
+            "__~c__",
+            "all",
+            "`~` and `@` in a template choose by the seed",
+        ),
+        ("{3$$a|a|a}", "all", "comes to no text"),
+    ] {
+        let how = format!("--dynamic={how}");
+        fail(
+            &mut dynamic(dir.path(), &[template, "-s", "1", &how]),
+            2,
+            &[text],
+        );
+    }
+}
+
+#[test]
+fn lines_of_options_are_no_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = "--prompt \"a cat\" --steps 3";
+    fs::write(dir.path().join("list.txt"), format!("a frog\n{line}\n")).unwrap();
+    fail(
+        sdgen(dir.path()).args(["--from", "list.txt", "-s", "1"]),
+        2,
+        &["line 2 of `list.txt`", "are options", ".jsonl"],
+    );
+    let plain = ["--from", "list.txt", "-s", "1", "--prompt-syntax", "plain"];
+    assert_eq!(planned(sdgen(dir.path()).args(plain))[1].0, line);
+    fs::write(dir.path().join("list.txt"), "# mine\na frog\n  # more\n").unwrap();
+    let mut command = sdgen(dir.path());
+    assert_eq!(
+        planned(command.args(["--from", "list.txt", "-s", "1"])).len(),
+        1
+    );
+}
+
+#[test]
+fn every_text_of_a_template_fits_into_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let digits = "{1|2|3|4|5|6|7|8|9|0}".repeat(4);
+    let long = format!("{}{digits}", "x ".repeat(30_000));
+    let seed = ["-s", "1", "--dynamic=all"];
+    fail(
+        dynamic(dir.path(), &[&long]).args(seed),
+        2,
+        &["more than 1000000 texts"],
+    );
+    let weights = format!("{{{}1::a}}", "1::a|".repeat(15_000));
+    let start = std::time::Instant::now();
+    assert_eq!(template(&weights).count(), 15_001);
+    assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
 
 #[test]
@@ -167,7 +252,8 @@ fn lists_lie_in_folders_and_name_others() {
             "--dynamic=all",
         ],
     );
-    let ends = ["red, dark blue", "red, blue"];
+    // as in dynamicprompts lines are in alphabetical order
+    let ends = ["red,dark blue", "red,blue", "dark blue,red", "blue,red"];
     let all = ["a red lion", "a dark blue lion", "a blue lion", "a tiger"]
         .map(|cat| ends.map(|end| format!("{cat}, {end}")));
     let prompts: Vec<String> = planned(&mut command)
@@ -360,7 +446,6 @@ fn what_is_no_template_is_an_error_that_names_the_place() {
             "a {x$$b|c}",
             &["`x` is not a count, at character 4", "{2$$red|green|blue}"],
         ),
-        ("a {3-1$$b|c}", &["`3-1` is not a count"]),
         ("{b|-1::c}", &["`-1` is not a weight, at character 4"]),
         ("{1.2.3::b|c}", &["`1.2.3` is not a weight, at character 2"]),
         ("{0::b|0::c}", &["every weight is 0", "at character 1"]),

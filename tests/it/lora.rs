@@ -834,6 +834,38 @@ fn tags_in_a_prompt_stand_for_options_and_are_taken_out_of_it() {
         "tags.png",
     ));
     assert!(read("options.png") == read("tags.png"));
+    let tagged = |tags: &str| {
+        let prompt = format!("a frog {tags}");
+        succeed(&mut run(&prompt, &["--lora-dir", folder], "tags.png"));
+        pixels(&dir.path().join("tags.png"))
+    };
+    let [both, text, unet] =
+        ["0.8", "0.8:0", "0:0.6"].map(|x| tagged(&format!("<lora:kohya:{x}>")));
+    assert!(both != text && both != unet && text != unet);
+    assert!(tagged("<lyco:kohya:0.8> <hypernet:x:1>") == both);
+    assert!(tagged("<lora:kohya:0.8:0.8:lbw=ALL>") == both);
+    let two = tagged("<lora:kohya:0.8:0.6>");
+    assert!(tagged("<lora:kohya:unet=0.6:te=0.8>") == two);
+    assert!(tagged("<lora:kohya:0.8:0><lora:kohya:0:0.6>") == two);
+    succeed(&mut run(
+        "a frog <lora:kohya:0.8:0.6>",
+        &["--lora-dir", folder],
+        "two.png",
+    ));
+    succeed(
+        sdgen(dir.path())
+            .args(["check", "two.png", "--lora", &lora("kohya"), "-m"])
+            .arg(fixture("sd1")),
+    );
+    fail(
+        &mut run(
+            "a frog <lora:kohya:1:1:4>",
+            &["--lora-dir", folder],
+            "x.png",
+        ),
+        2,
+        &["a LoRA of fewer ranks"],
+    );
     fail(
         &mut run("a frog <lora:kohya:1>", &[], "x.png"),
         2,

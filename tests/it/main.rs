@@ -15,6 +15,8 @@ mod docs;
 mod dynamic;
 mod embeddings;
 mod from_picture;
+#[cfg(unix)]
+mod fuzz;
 mod help;
 #[cfg(feature = "hub")]
 mod hub;

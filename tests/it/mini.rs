@@ -3,7 +3,7 @@
 //! The goldens are pictures of this program. Platforms differ in the last bits of their sums, so
 //! they are compared by PSNR.
 
-use crate::common::{fixture, sdgen, succeed};
+use crate::common::{fixture, sdgen, stderr, succeed};
 use image::RgbImage;
 use std::path::Path;
 
@@ -128,4 +128,46 @@ fn narrower_weights_draw_nearly_the_same_picture() {
         let close = psnr(&f32, narrow);
         assert!(close > least && close.is_finite(), "{name}: {close} dB");
     }
+}
+
+/// What a run says of the embedded model, without drawing.
+fn said(args: &[&str]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = sdgen(dir.path());
+    stderr(&succeed(command.args(["-s", "1", "--dry-run"]).args(args)))
+}
+
+#[test]
+fn words_colours_and_sizes_that_the_embedded_model_does_not_know_are_said() {
+    for (args, text) in [
+        (&["a castle at dusk"][..], "does not know `dusk`\n"),
+        (
+            &["Zeppelin over a KITCHEN"],
+            "does not know `Zeppelin`, `over`, `KITCHEN`\n",
+        ),
+        (&["a red fish"], "not of things (`red fish`)"),
+        (
+            &["a frog", "-W", "256"],
+            "trained for 128x128 alone, not 256x128",
+        ),
+    ] {
+        let said = said(args);
+        assert!(
+            said.contains(text) && said.contains("-m sd15"),
+            "{args:?}: {said}"
+        );
+    }
+    for args in [
+        &["a frog in a top hat"][..],
+        &["three strawberries, 3d"],
+        &["a robot on a light blue background"],
+        &["a black cat, flat on red"],
+        &["a frog next to a green apple on yellow background"],
+        &["a fox wearing sunglasses and a scarf"],
+    ] {
+        let said = said(args);
+        assert!(!said.contains("warning"), "{args:?}: {said}");
+    }
+    let other = said(&["a zeppelin", "-m", fixture("sd1").to_str().unwrap()]);
+    assert!(!other.contains("embedded"), "{other}");
 }

@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 
+use crate::common::{sdgen, stdout, succeed};
 use candle_core::{Device, Tensor};
 use sdgen::sampling::noise::Generator;
 use sdgen::sampling::{
-    Prediction, Sampler, SamplingPlan, Schedule, SchedulerConfig, Step, plan, sample,
+    NamedSampler, Prediction, Sampler, SamplingPlan, Schedule, SchedulerConfig, Step, plan, sample,
 };
 use serde_json::{Value, json};
 
@@ -534,6 +535,56 @@ fn every_name_that_people_use_for_a_sampler_is_understood() {
     ] {
         assert_eq!(name.parse::<Schedule>().unwrap(), schedule, "{name}");
     }
+}
+
+#[test]
+fn samplers_and_schedules_are_called_by_the_names_of_other_programs() {
+    for (text, name) in [
+        ("DPM++ 2M Karras", "dpmpp-2m karras"),
+        ("DPM++ 2M SDE Karras", "dpmpp-2m-sde karras"),
+        ("DPM++ 3M SDE Exponential", "dpmpp-3m-sde exponential"),
+        ("DPM2 a Karras", "dpm2-a karras"),
+        ("DPM++ 2M SGM Uniform", "dpmpp-2m trailing"),
+        ("Euler A", "euler-a"),
+        ("LMS Karras", "lms karras"),
+        ("dpmpp_2m_sde_gpu", "dpmpp-2m-sde"),
+        ("uni_pc", "unipc"),
+        ("euler-a-beta", "euler-a beta"),
+    ] {
+        let named: NamedSampler = text.parse().unwrap();
+        assert_eq!(String::from(named), name, "{text}");
+    }
+    for text in ["DPM++ 9M Karras", "Karras", "Euler a Karas", "", " Karras"] {
+        assert!(text.parse::<NamedSampler>().is_err(), "{text}");
+    }
+    // what the metadata has can be given again
+    for sampler in Sampler::ALL {
+        assert_eq!(sampler.spec().a1111.parse::<Sampler>().unwrap(), sampler);
+    }
+    for schedule in Schedule::ALL {
+        let again: Schedule = schedule.spec().a1111.parse().unwrap();
+        assert_eq!(again.spec().a1111, schedule.spec().a1111);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let planned = |args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["a frog", "-s", "1", "--dry-run", "--json"])
+            .args(args);
+        let record: Value = serde_json::from_str(&stdout(&succeed(&mut command))).unwrap();
+        [&record["sampler"], &record["schedule"]].map(|name| name.as_str().map(String::from))
+    };
+    let named = |a: &str, b: &str| [Some(a.to_string()), Some(b.to_string())];
+    let long = "DPM++ 2M Karras";
+    assert_eq!(planned(&["--sampler", long]), named("dpmpp-2m", "karras"));
+    assert_eq!(
+        planned(&["--sampler", long, "--schedule", "beta"]),
+        named("dpmpp-2m", "beta")
+    );
+    assert_eq!(
+        planned(&["--sweep", "sampler=Euler a Karras", "--schedule", "beta"]),
+        named("euler-a", "karras")
+    );
 }
 
 #[test]

@@ -156,7 +156,7 @@ impl Lora {
             .get(name)
             .and_then(|layer| self.layers.get(layer))
             .context("no layer changes it")?;
-        let strength = self.strength as f32;
+        let strength = self.strength_of(name) as f32;
         if name.ends_with(".bias") {
             if let Some(key) = layer.get(DIFF_B) {
                 return Ok((to_f32(&self.source.read(key)?)?, strength));
@@ -166,7 +166,7 @@ impl Lora {
             return Ok((to_f32(&self.source.read(key)?)?, strength * scale));
         }
         match Method::of(layer) {
-            Some(Method::Rotation) => return Ok((self.rotated(layer, weight)?, 1.0)),
+            Some(Method::Rotation) => return Ok((self.rotated(layer, name, weight)?, 1.0)),
             Some(Method::Factors) => return Ok((self.multiplied(layer, weight)?, strength)),
             _ => (),
         }
@@ -197,15 +197,15 @@ impl Lora {
 
     /// What orthogonal finetuning makes of a weight [rows, ..], minus the weight. The factors of rows
     /// have no strength, as in LyCORIS.
-    fn rotated(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
+    fn rotated(&self, layer: &Layer, name: &str, weight: &Tensor) -> Result<Vec<f32>> {
         let key = layer.get(OFT).context("it has no turns")?;
         let blocks = self.source.read(key)?;
         let rotation = Rotation::of(blocks.dims()).context("its turns have no known shape")?;
         let constraint = layer.get(ALPHA).map_or(Ok(0.0), |key| self.number(key))?;
         let weight = to_f32(weight)?;
         let columns = weight.len() / rotation.rows();
-        let mut turned =
-            rotation.apply(&to_f32(&blocks)?, constraint, self.strength, weight.clone())?;
+        let strength = self.strength_of(name);
+        let mut turned = rotation.apply(&to_f32(&blocks)?, constraint, strength, weight.clone())?;
         if let Some(key) = layer.get(RESCALE) {
             let factors = to_f32(&self.source.read(key)?)?;
             let rows = turned.par_chunks_mut(columns.max(1)).zip(&factors);

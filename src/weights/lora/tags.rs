@@ -1,4 +1,4 @@
-//! A1111's tags `<lora:name:strength>` in prompts.
+//! The files of the LoRAs that prompts name.
 
 use crate::suggest::nearest;
 use anyhow::{Context, Result, bail};
@@ -6,35 +6,6 @@ use std::path::{Path, PathBuf};
 
 /// The beginning of a tag.
 const TAG: &str = "<lora:";
-
-/// Removes the tags from a prompt; returns it with the names and strengths of the tags. A tag
-/// without a strength has 1. Errors if a strength is not a number.
-pub fn take_tags(prompt: &str) -> Result<(String, Vec<(String, f64)>)> {
-    let (mut text, mut tags, mut rest) = (String::new(), vec![], prompt);
-    while let Some((before, tag, after)) = rest.split_once(TAG).and_then(|(before, tag)| {
-        let (tag, after) = tag.split_once('>')?;
-        Some((before, tag, after))
-    }) {
-        let (name, strength) = tag.split_once(':').unwrap_or((tag, "1"));
-        let strength = strength
-            .trim()
-            .parse()
-            .ok()
-            .filter(|strength: &f64| strength.is_finite());
-        let strength = strength.with_context(|| {
-            format!("the strength in `{TAG}{tag}>` is not a number\n\nhint: `{TAG}{name}:0.8>`")
-        })?;
-        tags.push((name.trim().into(), strength));
-        text += before;
-        rest = after;
-    }
-    text += rest;
-    Ok(if tags.is_empty() {
-        (text, tags)
-    } else {
-        (text.trim().into(), tags)
-    })
-}
 
 /// How deep, and how many files, folders of LoRAs are looked through.
 const MAX_DEPTH: usize = 8;

@@ -126,7 +126,6 @@ fn errors_of_prompts_and_lists_are_as_reviewed() {
     let lines = [
         "",
         "'a (cat:1.2.3)'",
-        "'a [cat:dog:0.5.5]'",
         "'a AND b' -g 1",
         "'a {cat|dog' --dynamic",
         "'a __animal__' --dynamic",

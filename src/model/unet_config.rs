@@ -286,7 +286,8 @@ impl UNetConfig {
             (
                 "projection_class_embeddings_input_dim",
                 self.projection_class_embeddings_input_dim.unwrap_or(1),
-                0..=MAX_WIDTH,
+                // pooled prompt embeddings beside those of six time ids
+                0..=7 * MAX_WIDTH,
             ),
             ("conv_in_kernel", self.conv_in_kernel, 1..=15),
             ("conv_out_kernel", self.conv_out_kernel, 1..=15),

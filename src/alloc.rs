@@ -7,7 +7,7 @@
 //! pages.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// Blocks from this size on are kept, in bytes.
 const LARGE: usize = 1 << 20;
@@ -22,6 +22,25 @@ const STALE: u64 = 384;
 const SLOTS: usize = 96;
 /// Before every large block, so that blocks keep their alignment: its size.
 const HEADER: usize = 64;
+
+/// What is done where the system has no memory left.
+static ON_EXHAUSTION: OnceLock<fn(usize)> = OnceLock::new();
+
+/// Has a function called with the number of bytes whenever the system has not as many left. It must
+/// not allocate, and may end the process; if it returns, the caller of the allocator fails.
+pub fn on_exhaustion(act: fn(usize)) {
+    ON_EXHAUSTION.set(act).ok();
+}
+
+/// Tells of a block that the system did not give.
+fn told(block: *mut u8, bytes: usize) -> *mut u8 {
+    if block.is_null()
+        && let Some(act) = ON_EXHAUSTION.get()
+    {
+        act(bytes);
+    }
+    block
+}
 
 /// The allocator: `#[global_allocator] static MEMORY: Reuse = Reuse;`
 pub struct Reuse;
@@ -138,7 +157,12 @@ fn allocate(layout: Layout) -> *mut u8 {
             release();
             return_to_system();
             // SAFETY: the size is not zero
-            let start = unsafe { System.alloc(wanted) };
+            let mut start = unsafe { System.alloc(wanted) };
+            if start.is_null() {
+                give_back_all();
+                // SAFETY: as before
+                start = unsafe { System.alloc(wanted) };
+            }
             if start.is_null() {
                 freed(wanted.size());
                 return start;
@@ -163,14 +187,26 @@ fn freed(size: usize) {
 /// Gives back what is idle for too long or too much.
 fn release() {
     while let Some(block) = POOL.lock().ok().and_then(|mut pool| pool.excess()) {
-        // SAFETY: it was allocated with this layout, and nobody has it any more
-        unsafe {
-            System.dealloc(
-                block.address as *mut u8,
-                Layout::from_size_align_unchecked(block.size, HEADER),
-            )
-        };
+        give_back(block);
     }
+}
+
+/// Gives back all that is idle.
+fn give_back_all() {
+    let any = |mut pool: MutexGuard<Pool>| (pool.len > 0).then(|| pool.remove(0));
+    while let Some(block) = POOL.lock().ok().and_then(any) {
+        give_back(block);
+    }
+}
+
+fn give_back(block: Idle) {
+    // SAFETY: it was allocated with this layout, and nobody has it any more
+    unsafe {
+        System.dealloc(
+            block.address as *mut u8,
+            Layout::from_size_align_unchecked(block.size, HEADER),
+        )
+    };
 }
 
 /// Lets the system's allocator take each large block from the kernel and give it back when it is
@@ -204,15 +240,15 @@ fn huge_pages(_: *mut u8, _: usize) {}
 unsafe impl GlobalAlloc for Reuse {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(&layout) {
-            return allocate(layout);
+            return told(allocate(layout), layout.size());
         }
         // SAFETY: the caller's promise
-        unsafe { System.alloc(layout) }
+        told(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         if is_large(&layout) {
-            let start = allocate(layout);
+            let start = told(allocate(layout), layout.size());
             if !start.is_null() {
                 // SAFETY: the block holds that many bytes
                 unsafe { start.write_bytes(0, layout.size()) };
@@ -220,7 +256,7 @@ unsafe impl GlobalAlloc for Reuse {
             return start;
         }
         // SAFETY: the caller's promise
-        unsafe { System.alloc_zeroed(layout) }
+        told(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
@@ -250,7 +286,7 @@ unsafe impl GlobalAlloc for Reuse {
         };
         if !is_large(&layout) && !is_large(&new) {
             // SAFETY: the caller's promise
-            return unsafe { System.realloc(address, layout, size) };
+            return told(unsafe { System.realloc(address, layout, size) }, size);
         }
         // SAFETY: both blocks hold the smaller size, and the old one is freed once
         unsafe {

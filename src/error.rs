@@ -66,7 +66,7 @@ impl std::error::Error for Error {}
 pub fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
     if error.is::<NotFinite>() {
         Some(ErrorKind::NotFinite)
-    } else if error.is::<OutOfMemory>() {
+    } else if error.is::<OutOfMemory>() || error.chain().any(is_out_of_memory) {
         Some(ErrorKind::OutOfMemory)
     } else if error.is::<Cancelled>() {
         Some(ErrorKind::Cancelled)
@@ -75,6 +75,12 @@ pub fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
     } else {
         None
     }
+}
+
+/// Whether the system says that it has no memory left, as for a file that is mapped into it.
+fn is_out_of_memory(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let io = cause.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::OutOfMemory)
 }
 
 /// Splits a chain of causes into what went wrong and what to do about it.

@@ -9,11 +9,13 @@ use std::path::Path;
 use ab_glyph::{Font, FontRef, ScaleFont, point};
 use anyhow::{Result, bail};
 use epaint_default_fonts::{NOTO_EMOJI_REGULAR, UBUNTU_LIGHT};
+use serde_json::json;
 
 use crate::batch::jobs::JobList;
 use crate::batch::output_path;
 use crate::batch::work_list::Task;
-use crate::image::{Format, Image, MAX_SIDE_PX};
+use crate::batch::writer::WriteOptions;
+use crate::image::{Format, Image, MAX_SIDE_PX, Metadata};
 
 /// 256 megapixels, 768 MiB of RGB.
 const MAX_AREA_PX: usize = 256 << 20;
@@ -37,7 +39,12 @@ pub struct Cell {
 
 /// Saves a sheet of the images of a list that are there: a row for each prompt and columns for
 /// seeds, or columns for the last sweep and rows for all else. There is none if none of them is.
-pub fn save_sheet(path: &Path, list: &JobList, tasks: &[Task], overwrite: bool) -> Result<()> {
+pub fn save_sheet(
+    path: &Path,
+    list: &JobList,
+    tasks: &[Task],
+    options: WriteOptions,
+) -> Result<()> {
     let cell = |task: &Task| {
         let spec = list.jobs.get(task.index)?;
         let picture = Image::decode(&std::fs::read(task.path.as_ref()?).ok()?).ok()?;
@@ -57,7 +64,12 @@ pub fn save_sheet(path: &Path, list: &JobList, tasks: &[Task], overwrite: bool) 
         return Ok(());
     }
     let format = Format::of_path(path)?.unwrap_or(Format::Png);
-    output_path::save(path, &sheet(&cells)?.encode(format, None)?, overwrite)
+    let metadata = options.metadata.then(|| Metadata {
+        parameters: format!("a contact sheet of {} pictures", cells.len()),
+        sdgen: json!({ "contact_sheet": cells.len() }),
+    });
+    let bytes = sheet(&cells)?.encode(format, metadata.as_ref())?;
+    output_path::save(path, &bytes, options.overwrite)
 }
 
 /// Lays pictures out on white, rows and columns in the order in which their labels first appear.

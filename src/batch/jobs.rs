@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, stdin};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// Options whose values contain commas, or that say how many images there are.
@@ -41,6 +41,34 @@ pub struct JobSource<'a> {
     pub wildcards: &'a Path,
     /// The file format of every image; `None`: as its name says.
     pub format: Option<Format>,
+    /// Whether a line's `output` may lead out of the folder of the options' one.
+    pub outputs_anywhere: bool,
+}
+
+impl JobSource<'_> {
+    /// Where a line's `output` leads: below the folder of the options' one. Errors if it leads out
+    /// of that and may not.
+    fn place_output(&self, output: PathBuf) -> Result<PathBuf> {
+        if output.as_os_str() == "-" {
+            return Ok(output);
+        }
+        let folder = self
+            .options
+            .output
+            .as_deref()
+            .map_or(PathBuf::new(), output_path::folder_of_output);
+        let stays = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
+        ensure!(
+            self.outputs_anywhere || output.components().all(stays),
+            "`output` `{}` leads out of {}\n\nhint: `--outputs-anywhere` allows that; `-o FOLDER/` is where all outputs of a list go",
+            output.display(),
+            match folder.as_os_str().is_empty() {
+                true => "the current folder".into(),
+                false => format!("`{}`", folder.display()),
+            }
+        );
+        Ok(folder.join(output))
+    }
 }
 
 /// All images that are asked for, in order: line by line, within a line seed by seed, within a
@@ -158,6 +186,14 @@ impl JobList {
     /// Reads the prompt, or the list. Errors name the line of the list.
     pub fn read(source: &JobSource) -> Result<Self> {
         let missing = "no prompt\n\nhint: sdgen \"a frog in a top hat\"";
+        if let Some(prompts) = swept_prompts(source.sweeps)? {
+            ensure!(
+                source.prompt.is_none() && source.from.is_none(),
+                "`--sweep prompt` and another prompt cannot be used together\n\nhint: leave that out, or put all prompts into a list for `--from`"
+            );
+            let prompts = prompts.iter().map(|prompt| Ok(Prompt::plain(None, prompt)));
+            return Self::of(source, String::new(), prompts);
+        }
         let (name, reader): (_, Box<dyn BufRead>) = match (source.from, source.prompt) {
             (Some(_), Some(_)) => bail!(
                 "a prompt and `--from` cannot be used together\n\nhint: put the prompt into the list"
@@ -209,7 +245,14 @@ impl JobList {
                 shared = variants(source.options, &sweeps)?;
             }
             let own = keys
-                .map(|keys| variants(&options_of_line(keys)?.over(source.options), &sweeps))
+                .map(|keys| {
+                    let mut options = options_of_line(keys)?;
+                    options.output = options
+                        .output
+                        .map(|output| source.place_output(output))
+                        .transpose()?;
+                    variants(&options.over(source.options), &sweeps)
+                })
                 .transpose();
             let added = own.and_then(|own| {
                 let variants = own.as_ref().unwrap_or(&shared);
@@ -545,7 +588,7 @@ impl Sweep {
     /// Reads all sweeps of a run. Errors if two are of one option.
     fn parse_all(texts: &[String]) -> Result<Vec<Self>> {
         let mut sweeps: Vec<Self> = vec![];
-        for text in texts {
+        for text in texts.iter().filter(|text| !text.starts_with(PROMPTS)) {
             let sweep = Self::parse(text)?;
             let Self { name, .. } = &sweep;
             ensure!(
@@ -557,7 +600,7 @@ impl Sweep {
         Ok(sweeps)
     }
 
-    /// Reads `KEY=V1,V2,...`.
+    /// Reads `KEY=V1,V2,...`, of which a value of numbers may be a range.
     fn parse(text: &str) -> Result<Self> {
         let split = text.split_once('=');
         let Some((key, values)) = split.filter(|(_, values)| !values.is_empty()) else {
@@ -573,7 +616,14 @@ impl Sweep {
                 let seeds = values.parse::<Seeds>()?.values(1)?;
                 seeds.iter().map(u64::to_string).collect()
             }
-            _ => values.split(',').map(String::from).collect(),
+            _ => {
+                let listed = split_at_commas(values).into_iter();
+                let ranges = listed.map(|value| range(&value).unwrap_or(Ok(vec![value])));
+                let values = ranges.collect::<Result<Vec<_>>>();
+                values
+                    .with_context(|| format!("`--sweep {dashed}`"))?
+                    .concat()
+            }
         };
         let read = |value: String| {
             let options = JobOptions::of_key(key, &Value::String(value.clone()))?;
@@ -593,6 +643,82 @@ impl Sweep {
             values,
         })
     }
+}
+
+/// How a sweep of prompts begins.
+const PROMPTS: &str = "prompt=";
+
+/// The prompts of `--sweep prompt=A,B,...`, if there is one. Errors if there are two.
+fn swept_prompts(sweeps: &[String]) -> Result<Option<Vec<String>>> {
+    let mut swept = sweeps.iter().filter_map(|text| text.strip_prefix(PROMPTS));
+    let (first, second) = (swept.next(), swept.next());
+    ensure!(
+        second.is_none(),
+        "`--sweep prompt` is given twice\n\nhint: one sweep takes all its values: `--sweep prompt=A,B,C`; `\\,` is a comma"
+    );
+    let Some(values) = first else { return Ok(None) };
+    let prompts: Vec<String> = split_at_commas(values)
+        .iter()
+        .map(|prompt| prompt.trim().to_string())
+        .collect();
+    ensure!(
+        prompts.iter().all(|prompt| !prompt.is_empty()),
+        "`--sweep prompt={values}` has an empty prompt\n\nhint: write them as `--sweep 'prompt=a cat,a dog'`; `\\,` is a comma"
+    );
+    Ok(Some(prompts))
+}
+
+/// The values of a sweep; `\,` is a comma.
+fn split_at_commas(values: &str) -> Vec<String> {
+    let mut all = vec![String::new()];
+    let mut chars = values.chars().peekable();
+    while let Some(c) = chars.next() {
+        match (c, all.last_mut()) {
+            (',', _) => all.push(String::new()),
+            ('\\', Some(last)) if chars.next_if_eq(&',').is_some() => last.push(','),
+            (c, Some(last)) => last.push(c),
+            (_, None) => {}
+        }
+    }
+    all
+}
+
+/// The numbers of `A..B` or `A..B:STEP`, the end excluded as in ranges of seeds; `None` if it is no
+/// such text.
+fn range(text: &str) -> Option<Result<Vec<String>>> {
+    let (from, rest) = text.split_once("..")?;
+    let (to, step) = rest
+        .split_once(':')
+        .map_or((rest, None), |(to, step)| (to, Some(step)));
+    let decimals = |text: &str| {
+        text.split_once('.')
+            .map_or(0, |(_, decimals)| decimals.len())
+    };
+    let number = |text: &str| text.trim().parse::<f64>().ok().filter(|x| x.is_finite());
+    let places = [from, to, step.unwrap_or("1")].map(|it| decimals(it.trim()));
+    let places = places.into_iter().max().unwrap_or(0);
+    let (from, to) = (number(from)?, number(to)?);
+    let step = match step {
+        Some(step) => number(step)?,
+        None if places == 0 => 1.0,
+        None => {
+            return Some(Err(anyhow!(
+                "the range `{text}` has no step\n\nhint: `{text}:0.5` goes on by a half"
+            )));
+        }
+    };
+    // what rounding leaves of the end is not one more value
+    let count = ((to - from) / step - 1e-9).ceil();
+    if step <= 0.0 || count < 1.0 {
+        return Some(Err(anyhow!("the range `{text}` is empty")));
+    }
+    if count > MAX_JOBS as f64 {
+        return Some(Err(anyhow!(
+            "the range `{text}` has more than {MAX_JOBS} values"
+        )));
+    }
+    let value = |i: usize| format!("{:.places$}", from + i as f64 * step);
+    Some(Ok((0..count as usize).map(value).collect()))
 }
 
 /// Every combination of the sweeps' values over some options, the last sweep innermost, and within

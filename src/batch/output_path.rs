@@ -4,17 +4,18 @@
 //! appears under its name only when it is complete. What is in the file is told by
 //! [`crate::image`].
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf, is_separator};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
+use tempfile::{NamedTempFile, PersistError};
 
-use crate::image::Format;
+use crate::image::{Format, read_metadata};
 
 /// The name of a picture when none is asked for; the format's extension follows.
 const DEFAULT_NAME: &str = "{prompt}-{seed}";
@@ -26,9 +27,46 @@ const SLUG_BYTES: usize = 150;
 const MOST_DIGITS: usize = 20;
 /// How the names of temporary files start and end.
 const TEMPORARY: (&str, &str) = (".sdgen-", ".tmp");
+/// A picture of ours is not larger; more bytes of another's are not read.
+const MAX_PICTURE_BYTES: u64 = 1 << 30;
 
 /// Held while a file is saved. The process has one set of signal handlers, so there is one lock.
 static SAVING: Mutex<()> = Mutex::new(());
+
+/// Which files may be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overwrite {
+    Never,
+    /// Pictures that say that sdgen has made them.
+    Own,
+    All,
+}
+
+impl Overwrite {
+    /// Whether the file at `path`, which is there, may be replaced.
+    fn allows(self, path: &Path) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Own => is_own(path),
+            Self::All => true,
+        }
+    }
+}
+
+/// Whether a file is a picture that says that sdgen has made it. A link that leads nowhere holds
+/// nothing that could be lost.
+fn is_own(path: &Path) -> bool {
+    let Ok(file) = fs::File::open(path) else {
+        return fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    };
+    let mut start = vec![];
+    let mut file = file.take(MAX_PICTURE_BYTES);
+    let has_format = file.by_ref().take(64).read_to_end(&mut start).is_ok()
+        && Format::of_bytes(&start).is_some();
+    has_format
+        && file.read_to_end(&mut start).is_ok()
+        && read_metadata(&start).is_ok_and(|read| read.is_some_and(|read| !read.sdgen.is_null()))
+}
 
 /// Where the pictures of a run go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -185,11 +223,7 @@ impl Destination {
             return Ok((Destination::Stdout, format.unwrap_or(Format::Png)));
         }
         let typed = output.display();
-        // A path that is not UTF-8 holds no placeholders: it was not typed as a template.
-        let (folder, pieces) = match output.to_str() {
-            Some(text) => (PathBuf::new(), parse_pieces(text)?),
-            None => (PathBuf::from(output), Vec::new()),
-        };
+        let (folder, pieces) = split_template(output)?;
         match output.to_string_lossy().rsplit(is_separator).next() {
             Some("") => {
                 let template = Template::default_in(folder, pieces)?;
@@ -271,6 +305,53 @@ impl Template {
             }
         }
         path
+    }
+}
+
+/// The folder of what `--output` says, as typed: of a template that part of its path that all
+/// pictures share. Empty for the current folder.
+pub fn folder_of_output(output: &Path) -> PathBuf {
+    if output.as_os_str() == "-" {
+        return PathBuf::new();
+    }
+    let Some(text) = output.to_str() else {
+        let is_folder = output.to_string_lossy().ends_with(is_separator);
+        let folder = if is_folder {
+            Some(output)
+        } else {
+            output.parent()
+        };
+        return folder.map_or(PathBuf::new(), PathBuf::from);
+    };
+    let mut end = text.rfind(is_separator).map_or(0, |at| at + 1);
+    // Braces that are doubled are part of a name.
+    let mut at = 0;
+    while let Some(found) = text.get(at..end).and_then(|rest| rest.find('{')) {
+        at += found;
+        if text.get(at + 1..).is_some_and(|rest| rest.starts_with('{')) {
+            at += 2;
+            continue;
+        }
+        let before = text.get(..at).and_then(|text| text.rfind(is_separator));
+        end = before.map_or(0, |at| at + 1);
+    }
+    text.get(..end).map_or(PathBuf::new(), PathBuf::from)
+}
+
+/// Splits a path into a folder that is taken as it stands and what holds placeholders. The whole
+/// holds them where it is UTF-8, else the name of the file where that is.
+fn split_template(output: &OsStr) -> anyhow::Result<(PathBuf, Vec<Piece>)> {
+    if let Some(text) = output.to_str() {
+        return Ok((PathBuf::new(), parse_pieces(text)?));
+    }
+    let is_folder = output.to_string_lossy().ends_with(is_separator);
+    let (path, text) = (Path::new(output), Path::new(output).file_name());
+    match (path.parent(), text.and_then(OsStr::to_str)) {
+        (Some(folder), Some(text)) if !is_folder => {
+            // with its separator, as the name is appended
+            Ok((folder.join(""), parse_pieces(text)?))
+        }
+        _ => Ok((PathBuf::from(output), Vec::new())),
     }
 }
 
@@ -513,39 +594,82 @@ fn folded(path: &Path) -> String {
     path.to_string_lossy().to_lowercase()
 }
 
-/// Finds out before anything is drawn whether the planned paths can be written. Makes their folders
-/// if `make_folders` is given, as templates want it, and removes what killed runs have left there.
-/// Errors if a file exists and `force` is not given, if a path is a folder or a device, or if a
-/// folder is missing, cannot be made or cannot be written.
-pub fn check_writable(paths: &[&Path], make_folders: bool, force: bool) -> anyhow::Result<()> {
+/// Folders that were made for pictures. Those that are still empty when this is dropped go again.
+#[derive(Debug, Default)]
+pub struct MadeFolders(Vec<PathBuf>);
+
+impl MadeFolders {
+    /// Makes a folder and those above it that are missing.
+    pub fn make(&mut self, folder: &Path) -> anyhow::Result<()> {
+        let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
+        let missing: Vec<&Path> = folder.ancestors().take_while(is_missing).collect();
+        self.0.extend(missing.into_iter().rev().map(PathBuf::from));
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder `{}`", folder.display()))
+    }
+
+    /// Takes over the folders of another.
+    pub fn extend(&mut self, mut other: Self) {
+        self.0.append(&mut other.0);
+    }
+}
+
+impl Drop for MadeFolders {
+    fn drop(&mut self) {
+        for folder in self.0.iter().rev() {
+            // one that holds anything stays
+            fs::remove_dir(folder).ok();
+        }
+    }
+}
+
+/// Finds out before anything is drawn whether the planned paths can be written, by doing in each
+/// folder what [`save`] will do. Makes their folders if `make_folders` is given, as templates want
+/// it, and removes what killed runs have left there. Errors if a file exists that may not be
+/// replaced, if a path is a folder or a device, or if a folder is missing, cannot be made or cannot
+/// be written.
+pub fn check_writable(
+    paths: &[&Path],
+    make_folders: bool,
+    overwrite: Overwrite,
+) -> anyhow::Result<MadeFolders> {
     let mut existing = Vec::new();
     for path in paths {
-        if exists(path)? {
+        if exists(path)? && !overwrite.allows(path) {
             existing.push(path);
         }
     }
-    if let (Some(first), false) = (existing.first(), force) {
+    if let Some(first) = existing.first() {
         let others = match existing.len() {
             1 => String::new(),
             count => format!(", and {} more", count - 1),
         };
-        return Err(exists_error(first, &others));
+        return Err(exists_error(first, &others, overwrite));
     }
-    let folders: HashSet<&Path> = paths.iter().copied().map(folder_of).collect();
+    let folders: BTreeSet<&Path> = paths.iter().copied().map(folder_of).collect();
+    let mut made = MadeFolders::default();
     for folder in folders {
         if make_folders {
-            fs::create_dir_all(folder)
-                .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+            made.make(folder)?;
         } else if !folder.is_dir() {
             bail!(
                 "there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`",
                 folder.display()
             );
         }
-        temporary_file(folder).map_err(|error| write_error(folder, error))?;
+        repeated(|| try_to_save(folder)).map_err(|error| write_error(folder, error))?;
         remove_leftovers(folder);
     }
-    Ok(())
+    Ok(made)
+}
+
+/// Writes a file and names it as [`save`] does, and removes it.
+fn try_to_save(folder: &Path) -> io::Result<()> {
+    let mut file = temporary_file(folder)?;
+    file.write_all(TEMPORARY.0.as_bytes())?;
+    let name = file.path().with_extension("check.tmp");
+    name_file(file, &name, false)?;
+    fs::remove_file(&name)
 }
 
 /// Whether a file is at `path`. Errors if anything else is there or the path cannot be one.
@@ -575,33 +699,63 @@ fn exists(path: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Writes a picture so that it appears under `path` only when it is complete and on the disk.
-/// Without `force` a file that is there by then stays, and that is an error, as is a full disk or
-/// a folder that cannot be written; nothing of the picture is left then.
-pub fn save(path: &Path, bytes: &[u8], force: bool) -> anyhow::Result<()> {
+/// Writes a picture so that it appears under `path` only when it is complete and on the disk. A
+/// file that is there by then and may not be replaced stays, and that is an error, as is a full
+/// disk or a folder that cannot be written; nothing of the picture is left then.
+pub fn save(path: &Path, bytes: &[u8], overwrite: Overwrite) -> anyhow::Result<()> {
     let _saving = hold_saves();
     // Again: what is there may have changed while the picture was drawn.
-    exists(path)?;
-    let write = || -> io::Result<fs::File> {
+    let replaces = exists(path)?;
+    if replaces && !overwrite.allows(path) {
+        return Err(exists_error(path, "", overwrite));
+    }
+    let write = || -> io::Result<()> {
         let mut file = temporary_file(folder_of(path))?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?; // some file systems report a full disk only here
-        let file = if force {
-            file.persist(path)
-        } else {
-            file.persist_noclobber(path)
-        };
-        Ok(file?)
+        name_file(file, path, replaces || overwrite == Overwrite::All)
     };
-    // A run that starts just now may have taken the new file for a leftover, before it was locked.
-    let written = (0..3)
-        .map(|_| write())
-        .find(|result| !matches!(result, Err(error) if error.kind() == ErrorKind::NotFound));
-    match written.unwrap_or_else(write) {
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(exists_error(path, "")),
+    match repeated(write) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Err(exists_error(path, "", overwrite))
+        }
         Err(error) => Err(write_error(path, error)),
     }
+}
+
+/// Writes a file once more if it is gone before it has its name: a run that starts just now may
+/// have taken it for a leftover, before it was locked.
+fn repeated(mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    for _ in 0..3 {
+        match write() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            other => return other,
+        }
+    }
+    write()
+}
+
+/// Gives a complete file its name. Errors if the name is taken, unless it replaces what is there.
+fn name_file(file: NamedTempFile, path: &Path, replaces: bool) -> io::Result<()> {
+    if replaces {
+        file.persist(path)?;
+        return Ok(());
+    }
+    let PersistError { error, file } = match file.persist_noclobber(path) {
+        Ok(_) => return Ok(()),
+        Err(error) => error,
+    };
+    if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) {
+        return Err(error);
+    }
+    // Some file systems can neither refuse to replace a file when renaming nor link to one: mounts
+    // of object stores, for one.
+    if fs::symlink_metadata(path).is_ok() {
+        return Err(ErrorKind::AlreadyExists.into());
+    }
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Waits until no file is being saved. While the result is held none is saved, so that the process
@@ -610,18 +764,19 @@ pub fn hold_saves() -> MutexGuard<'static, ()> {
     SAVING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes the bytes of an image to stdout. Errors if they are not all taken.
+/// Writes the bytes of an image to stdout. A reader that has gone away wants no more of them; any
+/// other reason why they are not taken is an error.
 pub fn write_to_stdout(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout();
-    stdout
-        .write_all(bytes)
-        .and_then(|()| stdout.flush())
-        .context("cannot write the picture to stdout")
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write the picture to stdout"),
+    }
 }
 
 /// A file next to its final place, so that the rename stays on one file system; gone when dropped,
 /// and locked, so that what is left of a killed process is known by its lock being gone.
-fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+fn temporary_file(folder: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
     #[cfg(unix)]
@@ -676,11 +831,16 @@ impl fmt::Display for DiskFull {
 
 impl std::error::Error for DiskFull {}
 
-fn exists_error(path: &Path, others: &str) -> anyhow::Error {
-    anyhow!(
-        "`{}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name",
-        path.display()
-    )
+fn exists_error(path: &Path, others: &str, overwrite: Overwrite) -> anyhow::Error {
+    let path = path.display();
+    match overwrite {
+        Overwrite::Own => anyhow!(
+            "`{path}` exists already{others}, and does not say that sdgen has made it\n\nhint: `--force` overwrites it all the same, another `--output` gives another name"
+        ),
+        _ => anyhow!(
+            "`{path}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name"
+        ),
+    }
 }
 
 fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
@@ -692,6 +852,9 @@ fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
                 "no permission to write `{path}`\n\nhint: put the pictures elsewhere with `-o FOLDER/`"
             )
         }
+        ErrorKind::FileTooLarge => anyhow!(
+            "`{path}` would be larger than this process may write\n\nhint: `ulimit -f` says how large, in the shell that started it"
+        ),
         _ => anyhow!("cannot write `{path}`: {error}"),
     }
 }

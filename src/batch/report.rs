@@ -1,17 +1,24 @@
 //! What is said of each image on stdout and in the manifest, in the order of the list, whatever the
 //! order in which images are finished.
 
+use crate::batch::output_path::Overwrite;
 use crate::batch::work_list::Task;
 use crate::pipeline::fingerprint::Trace;
-use crate::pipeline::settings::Settings;
-use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use crate::pipeline::options::field_names;
+use crate::pipeline::settings::{Merged, Settings, Source};
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
 
-/// An image that is there.
+/// A record is not longer.
+const MAX_RECORD_BYTES: u64 = 16 << 20;
+
+/// What became of an image: it is there, or failed.
 #[derive(Default)]
 pub struct Outcome {
     /// Hash of the pixels; `None` if nobody asks, or for a JPEG of an earlier run.
@@ -22,6 +29,8 @@ pub struct Outcome {
     pub trace: Option<Trace>,
     /// Whether it is of an earlier run.
     pub skipped: bool,
+    /// Why there is no image.
+    pub error: Option<String>,
 }
 
 /// The time that an image took.
@@ -31,11 +40,21 @@ pub struct Timings {
     pub decoding_s: f64,
 }
 
-/// The outcome of each finished job by its index; `None` for a job that failed.
+/// The outcome of each job by its index; `None` for one of which nothing is to be said.
 pub type Outcomes = HashMap<usize, Option<Outcome>>;
 
-/// Where lines of text go.
-pub type Print<'a> = dyn Fn(&str) -> Result<()> + Sync + 'a;
+/// Where lines go: text, but for paths that are not UTF-8.
+pub type Print<'a> = dyn Fn(&[u8]) -> Result<()> + Sync + 'a;
+
+/// Marks the error of a record that cannot be written. No image has failed.
+#[derive(Debug)]
+pub struct ReportFailed;
+
+impl fmt::Display for ReportFailed {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("what is drawn cannot be reported")
+    }
+}
 
 /// Reports outcomes in the order of the list.
 pub struct OrderedReport<'a> {
@@ -76,12 +95,19 @@ impl<'a> OrderedReport<'a> {
 
     /// Writes a line for each image into a file, too. Errors if it is there and may not be
     /// overwritten.
-    pub fn open_manifest(&mut self, path: &Path, overwrite: bool) -> Result<()> {
+    pub fn open_manifest(&mut self, path: &Path, overwrite: Overwrite) -> Result<()> {
         let mut options = File::options();
-        if overwrite {
-            options.write(true).create(true).truncate(true);
-        } else {
-            options.write(true).create_new(true);
+        options.write(true);
+        match overwrite {
+            Overwrite::Never => options.create_new(true),
+            Overwrite::Own | Overwrite::All => options.create(true).truncate(true),
+        };
+        if overwrite == Overwrite::Own {
+            ensure!(
+                is_manifest(path),
+                "`{}` exists already, and is not a manifest\n\nhint: `--force` overwrites it all the same",
+                path.display()
+            );
         }
         let file = options
             .open(path)
@@ -130,38 +156,99 @@ impl<'a> OrderedReport<'a> {
         let (Some(path), Some(outcome)) = (&task.path, outcome) else {
             return Ok(());
         };
-        let mut record = format!("{}\n", path.display());
+        let has_failed = outcome.error.is_some();
+        let mut record = path.as_os_str().as_encoded_bytes().to_vec();
+        record.push(b'\n');
         if self.wants_details {
             let json = format!("{}\n", as_json(path, &task.job.settings, outcome));
             if let Some(manifest) = &mut self.manifest {
                 manifest
                     .write_all(json.as_bytes())
-                    .context("cannot write the manifest")?;
+                    .context("cannot write the manifest")
+                    .context(ReportFailed)?;
             }
             if self.json {
-                record = json;
+                record = json.into_bytes();
             }
         }
-        (self.print)(&record)
+        if has_failed && !self.json {
+            return Ok(());
+        }
+        (self.print)(&record).context(ReportFailed)
     }
 }
 
-/// One line of `--json`.
+/// Whether a file is a manifest, as far as its first line tells, is empty or is not there.
+fn is_manifest(path: &Path) -> bool {
+    let mut line = String::new();
+    let read = match File::open(path) {
+        Ok(file) => BufReader::new(file.take(MAX_RECORD_BYTES)).read_line(&mut line),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error),
+    };
+    let is_record =
+        || serde_json::from_str(&line).is_ok_and(|record: Value| record.get("path").is_some());
+    read.is_ok_and(|bytes| bytes == 0 || is_record())
+}
+
+/// One line of `--json`: every key is there, null where there is nothing to say.
+/// `assets/docs/records.schema.json` describes it.
 fn as_json(path: &Path, settings: &Settings, outcome: Outcome) -> Value {
-    let mut record = json!({ "path": path.to_string_lossy() });
-    if let (Some(record), Value::Object(settings)) = (record.as_object_mut(), json!(settings)) {
-        record.extend(outcome.sha256.map(|hash| ("sha256".into(), hash.into())));
+    let Outcome {
+        sha256,
+        timings,
+        trace,
+        skipped,
+        error,
+    } = outcome;
+    let mut record = Map::new();
+    record.insert("path".into(), path.to_string_lossy().into());
+    record.insert("sha256".into(), sha256.into());
+    if let Value::Object(settings) = json!(settings) {
         record.extend(settings);
-        let timings = |Timings {
-                           sampling_s,
-                           decoding_s,
-                       }| {
-            let timings = json!({ "sampling_s": sampling_s, "decoding_s": decoding_s });
-            ("timings".into(), timings)
-        };
-        record.extend(outcome.timings.map(timings));
-        record.extend(outcome.trace.map(|trace| (Trace::KEY.into(), json!(trace))));
-        record.extend(outcome.skipped.then(|| ("skipped".into(), true.into())));
     }
-    record
+    fill::<Settings>(&mut record);
+    if let Some(Value::Object(source)) = record.get_mut("source") {
+        fill::<Source>(source);
+    }
+    for list in ["loras", "embeddings", "merges"] {
+        if record.get(list).is_some_and(Value::is_null) {
+            record.insert(list.into(), json!([]));
+        }
+    }
+    for merged in record
+        .get_mut("merges")
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        if let Value::Object(merged) = merged {
+            fill::<Merged>(merged);
+        }
+    }
+    // many readers of JSON keep no more than 53 bits of a number
+    record.insert("seed_text".into(), settings.seed.to_string().into());
+    let timings = timings.map(
+        |Timings {
+             sampling_s,
+             decoding_s,
+         }| { json!({ "sampling_s": sampling_s, "decoding_s": decoding_s }) },
+    );
+    record.insert("timings".into(), timings.into());
+    record.insert(Trace::KEY.into(), json!(trace));
+    record.insert("skipped".into(), skipped.then_some(true).into());
+    record.insert("error".into(), error.into());
+    Value::Object(record)
+}
+
+/// Adds the fields of a type that an object lacks: false for the one flag, null for all others.
+fn fill<'de, T: Deserialize<'de>>(object: &mut Map<String, Value>) {
+    for name in field_names::<T>() {
+        let unset = if *name == "alpha" {
+            false.into()
+        } else {
+            Value::Null
+        };
+        object.entry(*name).or_insert(unset);
+    }
 }

@@ -1,7 +1,6 @@
 //! `--shard`: a part of the work list, known to every machine without asking another.
 
 use crate::batch::work_list::Task;
-use crate::pipeline::job::Job;
 use anyhow::{Context, Result, bail};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -104,21 +103,11 @@ impl Shard {
     /// do, so that all parts take about as long; where all cost the same, it is every N-th.
     pub fn take(self, tasks: &mut Vec<Task>) -> Result<()> {
         let (number, of) = self.numbers(|name| std::env::var(name).ok())?;
-        let owners = deal(&tasks.iter().map(cost).collect::<Vec<_>>(), of);
+        let owners = deal(&tasks.iter().map(Task::cost).collect::<Vec<_>>(), of);
         let mut owners = owners.into_iter();
         tasks.retain(|_| owners.next() == Some(number));
         Ok(())
     }
-}
-
-/// About how much work a picture is: the network's runs, and the decoding as five more, times
-/// pixels.
-fn cost(task: &Task) -> u64 {
-    let Job {
-        settings, guidance, ..
-    } = &task.job;
-    let runs = task.job.evaluations() * guidance.passes();
-    ((runs + 5) * settings.width * settings.height) as u64
 }
 
 /// Who does each job.

@@ -1,9 +1,11 @@
 //! `--save-steps`: files of what images look like on the way, from the previews of a batch.
 
-use crate::batch::output_path;
+use crate::batch::output_path::{self, MadeFolders, Overwrite};
 use crate::batch::work_list::Task;
-use crate::image::{Format, Image};
+use crate::batch::writer::WriteOptions;
+use crate::image::{Format, Image, Metadata};
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +16,9 @@ const UNNAMED: &str = "image";
 pub struct StepImages {
     folder: PathBuf,
     every: usize,
-    overwrite: bool,
+    options: WriteOptions,
+    /// Kept while the run lives, as the folder may stay empty.
+    _made: MadeFolders,
     /// The stem of each image's files, by the image's index; no two are equal.
     stems: HashMap<usize, String>,
 }
@@ -22,16 +26,22 @@ pub struct StepImages {
 impl StepImages {
     /// Makes the folder. Errors if that cannot be, or if it has files of one of the images and
     /// these may not be overwritten.
-    pub fn new(folder: &Path, every: usize, tasks: &[&Task], overwrite: bool) -> Result<Self> {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    pub fn new(
+        folder: &Path,
+        every: usize,
+        tasks: &[&Task],
+        options: WriteOptions,
+    ) -> Result<Self> {
+        let mut made = MadeFolders::default();
+        made.make(folder)?;
         let steps = Self {
             folder: folder.into(),
             every,
-            overwrite,
+            options,
+            _made: made,
             stems: stems(tasks),
         };
-        if !overwrite {
+        if options.overwrite == Overwrite::Never {
             steps.require_none()?;
         }
         Ok(steps)
@@ -71,7 +81,12 @@ impl StepImages {
             };
             let path = self.folder.join(format!("{stem}-step-{step:03}.png"));
             let preview = columns(previews, place * width, width);
-            output_path::save(&path, &preview.encode(Format::Png, None)?, self.overwrite)?;
+            let metadata = self.options.metadata.then(|| Metadata {
+                parameters: format!("step {step} of a picture"),
+                sdgen: json!({ "step": step }),
+            });
+            let bytes = preview.encode(Format::Png, metadata.as_ref())?;
+            output_path::save(&path, &bytes, self.options.overwrite)?;
         }
         Ok(())
     }

@@ -27,6 +27,17 @@ pub struct Task {
     pub format: Format,
 }
 
+impl Task {
+    /// About how much work it is: the network's runs, and the decoding as five more, times pixels.
+    pub fn cost(&self) -> u64 {
+        let Job {
+            settings, guidance, ..
+        } = &self.job;
+        let runs = self.job.evaluations() * guidance.passes();
+        ((runs + 5) * settings.width * settings.height) as u64
+    }
+}
+
 /// The images of a run.
 pub struct WorkList {
     pub tasks: Vec<Task>,

@@ -1,8 +1,9 @@
 //! Writes files beside the drawing of the next images.
 
-use crate::batch::output_path::{self, DiskFull};
+use crate::batch::output_path::{self, DiskFull, Overwrite};
 use crate::batch::report::{OrderedReport, Outcome, Timings};
 use crate::batch::work_list::{Task, WorkList};
+use crate::error;
 use crate::pipeline::event::Generated;
 use anyhow::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,8 +26,8 @@ pub struct Summary {
 pub struct WriteOptions {
     /// Whether a file remembers how it was drawn.
     pub metadata: bool,
-    /// Whether files that are there may be replaced.
-    pub overwrite: bool,
+    /// Which files may be replaced.
+    pub overwrite: Overwrite,
 }
 
 /// An event of an [`ImageWriter`].
@@ -43,42 +44,54 @@ pub struct ImageWriter<'a> {
     pub work: &'a WorkList,
     pub report: OrderedReport<'a>,
     pub summary: &'a mut Summary,
-    /// Set when nothing more can be written.
-    pub is_full: &'a AtomicBool,
+    /// Set when nothing more can be written or reported.
+    pub has_ended: &'a AtomicBool,
     pub on_event: &'a (dyn Fn(WriteEvent) + Sync),
 }
 
 impl<'a> ImageWriter<'a> {
     /// Takes images until no more come. Errors are those after which no other image can be written
-    /// either.
+    /// or reported either; after the latter, images that were under way are saved all the same.
     pub fn run(&mut self, images: Receiver<(&'a Task, Result<Generated>)>) -> Result<()> {
-        let mut ended = Ok(());
+        let (mut ended, mut is_full) = (Ok(()), false);
         for (task, drawn) in images {
-            if !self.is_full.load(Ordering::Relaxed) {
-                ended = self.take(task, drawn);
-                self.is_full.store(ended.is_err(), Ordering::Relaxed);
+            if is_full {
+                continue;
+            }
+            if let Err(error) = self.take(task, drawn) {
+                is_full = error.is::<DiskFull>();
+                self.has_ended.store(true, Ordering::Relaxed);
+                ended = ended.and(Err(error));
             }
         }
-        ended.and(self.report.finish())
+        let reported = self.report.finish();
+        ended.and(reported)
     }
 
     fn take(&mut self, task: &'a Task, drawn: Result<Generated>) -> Result<()> {
-        match drawn.and_then(|drawn| self.save(task, drawn)) {
+        let mut error = match drawn.and_then(|drawn| self.save(task, drawn)) {
             Ok(outcome) => {
                 self.summary.saved += 1;
-                self.report.add(task, Some(outcome))
+                return self.report.add(task, Some(outcome));
             }
-            Err(error) if error.is::<DiskFull>() => Err(error),
-            Err(mut error) => {
-                self.summary.failed += 1;
-                if self.work.tasks.len() > 1 {
-                    error = error.context(self.work.place(task));
-                }
-                (self.on_event)(WriteEvent::Failed(task, &error));
-                self.summary.first_failure.get_or_insert(error);
-                self.report.add(task, None)
-            }
+            Err(error) => error,
+        };
+        let outcome = Outcome {
+            error: Some(error::split(&error).0),
+            ..Outcome::default()
+        };
+        if error.is::<DiskFull>() {
+            // it is the reason why the run ends, whatever becomes of the report
+            self.report.add(task, Some(outcome)).ok();
+            return Err(error);
         }
+        self.summary.failed += 1;
+        if self.work.tasks.len() > 1 {
+            error = error.context(self.work.place(task));
+        }
+        (self.on_event)(WriteEvent::Failed(task, &error));
+        self.summary.first_failure.get_or_insert(error);
+        self.report.add(task, Some(outcome))
     }
 
     fn save(&self, task: &Task, drawn: Generated) -> Result<Outcome> {
@@ -101,7 +114,7 @@ impl<'a> ImageWriter<'a> {
                 decoding_s: drawn.decoding_s,
             }),
             trace: drawn.trace,
-            skipped: false,
+            ..Outcome::default()
         })
     }
 }

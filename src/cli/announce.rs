@@ -3,7 +3,7 @@
 
 use crate::batch::jobs::JobList;
 use crate::batch::work_list::{Task, WorkList};
-use crate::cli::args::DrawArgs;
+use crate::cli::args::{Cli, DrawArgs};
 use crate::cli::progress::Progress;
 use crate::pipeline::Pipeline;
 use crate::pipeline::family::{Family, distillation_by_name};
@@ -12,6 +12,7 @@ use crate::pipeline::options::VaeTiling;
 use crate::pipeline::settings::Settings;
 use crate::weights::Checkpoint;
 use crate::weights::embedding::Embedding;
+use clap::CommandFactory;
 
 /// Says the seed if it is random, how many images are skipped, what has no effect, and with `-v`
 /// what the model is and how it draws.
@@ -27,6 +28,11 @@ pub fn announce(
     let checkpoint = &pipeline.checkpoint;
     if let Some(seed) = list.random_seed {
         progress.note(format!("seed {seed}"));
+    }
+    if let Some(command) = args.source().prompt.and_then(nearly_a_command) {
+        progress.note(format!(
+            "this draws a picture of the word; the command is `sdgen {command}`"
+        ));
     }
     if args.resume {
         let total = work.tasks.len();
@@ -71,6 +77,14 @@ pub fn announce(
             "{model}: {width}x{height}, {steps} steps of {sampler}, {guidance}"
         ));
     }
+}
+
+/// The command of which a prompt is the beginning.
+fn nearly_a_command(prompt: &str) -> Option<String> {
+    let cli = Cli::command();
+    let mut names = cli.get_subcommands().map(clap::Command::get_name);
+    let is_beginning = |name: &&str| prompt.len() >= 4 && name.starts_with(prompt);
+    names.find(is_beginning).map(String::from)
 }
 
 /// Warns of options that change nothing.

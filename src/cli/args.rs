@@ -5,7 +5,9 @@
 
 use crate::batch::dynamic_prompts::Dynamic;
 use crate::batch::jobs::JobSource;
+use crate::batch::output_path::Overwrite;
 use crate::batch::shard::Shard;
+use crate::batch::writer::WriteOptions;
 use crate::cli::bench::BenchArgs;
 use crate::cli::check::CheckArgs;
 use crate::cli::config::Config;
@@ -20,7 +22,7 @@ use crate::nn::device::{DTypeChoice, DeviceChoice};
 use crate::pipeline::PipelineOptions;
 use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one};
 use crate::sampling::Prediction;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -72,7 +74,20 @@ impl Cli {
         if arguments.iter().any(|argument| argument == "--help") {
             command = command.mut_args(|arg| arg.hide_short_help(false));
         }
-        let matches = command.get_matches_from(arguments);
+        // a value may be a number below zero, of which its option says what it thinks
+        command = command.mut_args(|arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        });
+        let bare = several_words(&command, &arguments);
+        let matches = match command.try_get_matches_from(arguments) {
+            Ok(matches) => matches,
+            Err(error) if is_about_words(&error) && bare.is_some() => {
+                let command = bare.unwrap_or_default();
+                bail!("a prompt of several words needs quotes\n\nhint: {command}")
+            }
+            Err(error) => error.exit(),
+        };
         Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
@@ -86,6 +101,74 @@ impl Cli {
             Some(_) => None,
         }
     }
+}
+
+/// Whether an error is about words that are no value of an option.
+fn is_about_words(error: &clap::Error) -> bool {
+    use clap::error::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand | ErrorKind::ArgumentConflict
+    )
+}
+
+/// The command that was meant where a prompt has no quotes, so that each of its words is an argument
+/// of its own; `None` where no two words stand side by side.
+fn several_words(command: &clap::Command, arguments: &[OsString]) -> Option<String> {
+    let words: Vec<&str> = arguments
+        .iter()
+        .skip(1)
+        .map(|it| it.to_str())
+        .collect::<Option<_>>()?;
+    let takes_value = |word: &str| {
+        command.get_arguments().any(|arg| {
+            let long = word.strip_prefix("--");
+            let short = word.strip_prefix('-').and_then(|rest| rest.chars().next());
+            let names = arg.get_long_and_visible_aliases().unwrap_or_default();
+            let aliases = arg.get_all_aliases().unwrap_or_default();
+            let is_it = match long {
+                Some(long) => names.contains(&long) || aliases.contains(&long),
+                None => word.len() == 2 && arg.get_short() == short,
+            };
+            // `--show=blocks`: its value never stands apart
+            is_it && arg.get_action().takes_values() && !arg.is_require_equals_set()
+        })
+    };
+    let mut is_value = false;
+    let is_bare: Vec<bool> = words
+        .iter()
+        .map(|word| {
+            let is_option = word.starts_with('-') && word.len() > 1;
+            let is_bare = !is_option && !is_value;
+            is_value = is_option && takes_value(word);
+            is_bare
+        })
+        .collect();
+    let start = is_bare.windows(2).position(|pair| pair == [true, true])?;
+    let length = is_bare.iter().skip(start).take_while(|bare| **bare).count();
+    let first = words.get(start)?;
+    if command.find_subcommand(first).is_some() && start == 0 {
+        return None;
+    }
+    let (before, rest) = words.split_at(start);
+    let (prompt, after) = rest.split_at(length);
+    let quoted = |word: &&str| match word.contains([' ', '"', '$', '(', '<', '*', ';', '&', '|']) {
+        true => format!("'{word}'"),
+        false => word.to_string(),
+    };
+    let prompt = format!("\"{}\"", prompt.join(" "));
+    let parts = before
+        .iter()
+        .map(quoted)
+        .chain([prompt])
+        .chain(after.iter().map(quoted));
+    Some(
+        ["sdgen".to_string()]
+            .into_iter()
+            .chain(parts)
+            .collect::<Vec<_>>()
+            .join(" "),
+    )
 }
 
 /// All commands but the plain one.
@@ -122,6 +205,9 @@ pub enum Command {
 pub struct DrawArgs {
     /// What to draw; `-`, or nothing with a pipe on stdin: one prompt a line
     pub prompt: Option<String>,
+    /// The prompt, for those whose hands know it as an option
+    #[arg(short = 'p', long = "prompt", hide = true, conflicts_with = "prompt")]
+    pub prompt_option: Option<String>,
     #[command(flatten)]
     pub model: ModelArgs,
     /// The folder of the LoRAs that prompts name as A1111's do: <lora:NAME:X>
@@ -178,15 +264,18 @@ pub struct DrawArgs {
     )]
     pub wildcards: Option<PathBuf>,
     /// Skip pictures that are there with the same settings, overwrite others
-    #[arg(long, conflicts_with_all = ["no_metadata", "force"], help_heading = "Many pictures")]
+    #[arg(long, conflicts_with = "no_metadata", help_heading = "Many pictures")]
     pub resume: bool,
+    /// Lists may name outputs outside of the folder of --output
+    #[arg(hide_short_help = true, long, help_heading = "Many pictures")]
+    pub outputs_anywhere: bool,
     /// Draw only part I of N of the list, from 0; auto: as Slurm, Kubernetes and others say
     #[arg(long, value_name = "I/N|auto", help_heading = "Many pictures")]
     pub shard: Option<Shard>,
     /// Draw nothing; print which pictures are missing or have other settings
     #[arg(long, conflicts_with_all = ["resume", "dry_run", "no_metadata"], help_heading = "Many pictures")]
     pub verify: bool,
-    /// Print the work list and the memory it needs; draw nothing
+    /// Print the work list, its memory and time; draw nothing
     #[arg(long, help_heading = "Many pictures")]
     pub dry_run: bool,
     /// A contact sheet of all pictures as well
@@ -281,19 +370,27 @@ impl DrawArgs {
     /// Where the prompts come from.
     pub fn source(&self) -> JobSource<'_> {
         JobSource {
-            prompt: self.prompt.as_deref(),
+            prompt: self.prompt.as_deref().or(self.prompt_option.as_deref()),
             from: self.from.as_deref(),
             options: &self.job,
             sweeps: &self.sweep,
             dynamic: self.dynamic,
             wildcards: self.wildcards.as_deref().unwrap_or(Path::new("wildcards")),
             format: self.format,
+            outputs_anywhere: self.outputs_anywhere,
         }
     }
 
-    /// Whether files that are there may be replaced.
-    pub fn overwrites(&self) -> bool {
-        self.force || self.resume
+    /// How files are written.
+    pub fn write_options(&self) -> WriteOptions {
+        WriteOptions {
+            metadata: !self.no_metadata,
+            overwrite: match (self.force, self.resume) {
+                (true, _) => Overwrite::All,
+                (false, true) => Overwrite::Own,
+                (false, false) => Overwrite::Never,
+            },
+        }
     }
 
     /// What holds for all images, beside the model.

@@ -5,8 +5,9 @@ use crate::batch::resume::{UNREADABLE, settings_of};
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::model_args::ModelArgs;
 use crate::cli::progress::{Progress, ProgressMode};
-use crate::cli::stdout::say;
+use crate::cli::stdout::{self, say};
 use crate::cli::upscale::Upscaler;
+use crate::error;
 use crate::image::{Difference, Format, Image, read_metadata};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::event::{Event, Generated};
@@ -22,8 +23,10 @@ use crate::weights::lora::Lora;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Arg, Args, ValueEnum};
 use serde_json::json;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::DirEntry;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +42,7 @@ use std::sync::Arc;
 #[command(mut_arg("refiner", |arg| of_check(arg, REFINER_HELP)))]
 #[command(mut_arg("offline", |arg| arg.help_heading(None::<&'static str>)))]
 pub struct CheckArgs {
-    /// Pictures that sdgen has drawn
+    /// Pictures that sdgen has drawn, or folders of them
     #[arg(required = true)]
     pictures: Vec<PathBuf>,
     #[command(flatten)]
@@ -53,6 +56,9 @@ pub struct CheckArgs {
     /// Compare what is drawn with this picture, not with the one that says how
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
+    /// Fetch models that pictures name and that are not in the hub's cache
+    #[arg(long, conflicts_with = "offline")]
+    allow_download: bool,
     /// auto, cpu, cuda[:N] or metal
     #[arg(
         long,
@@ -71,6 +77,9 @@ pub struct CheckArgs {
     #[arg(short, long)]
     quiet: bool,
 }
+
+/// The exit code where images cannot be compared.
+const UNCHECKED: u8 = 6;
 
 const MODEL_HELP: &str = "The model that they were drawn with [default: the one that each names]";
 const LORA_HELP: &str =
@@ -93,7 +102,8 @@ fn of_check(arg: Arg, help: &'static str) -> Arg {
 
 /// An image, and what its file says of it.
 struct Drawing {
-    path: PathBuf,
+    /// Its place among all that are checked, from 0.
+    index: usize,
     settings: Settings,
     trace: Option<Trace>,
     format: Format,
@@ -109,33 +119,64 @@ struct Comparison {
     first_difference: Option<Option<String>>,
 }
 
-/// Compares every image and prints a line for each. Errors if any differs or cannot be drawn again.
+/// Compares every image and prints a line for each, in the order of the arguments. Errors if any
+/// differs, or cannot be compared.
 pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
-    let mut report = Report {
-        args,
-        progress: &progress,
-        differing: 0,
-        hint: "",
-    };
-    let mut drawings = vec![];
+    let (mut paths, mut drawings, mut failed) = (vec![], vec![], vec![]);
     for path in &args.pictures {
-        match Drawing::read(path, args.expect.as_deref()) {
+        match pictures_at(path) {
+            Ok(found) => paths.extend(found),
+            Err(error) => {
+                failed.push((paths.len(), error));
+                paths.push(path.clone());
+            }
+        }
+    }
+    let mut report = Report::new(args, &progress, &paths);
+    for (index, error) in failed {
+        report.fail(index, Failure::new(error, UNCHECKED))?;
+    }
+    for (index, path) in paths.iter().enumerate() {
+        if report.has(index) {
+            continue;
+        }
+        match Drawing::read(index, path, args.expect.as_deref()) {
             Ok(drawing) => drawings.push(drawing),
-            Err(error) => report.add(path, Err(error))?,
+            Err(error) => report.fail(index, Failure::new(error, UNCHECKED))?,
         }
     }
     let adapters = Adapters::read(&args.model).code(3)?;
     // images of one model and type are drawn together
-    while let Some(first) = drawings.first() {
+    while let Some(first) = drawings.first().filter(|_| !stdout::is_closed()) {
         let first = first.settings.clone();
         let (group, rest) = drawings
             .into_iter()
             .partition(|drawing: &Drawing| args.are_drawn_together(&drawing.settings, &first));
         drawings = rest;
-        check_group(args, &adapters, group, &first, &mut report)?;
+        check_group(args, &adapters, &group, &first, &mut report)?;
     }
     report.end()
+}
+
+/// The images of a folder, in the order of their names, or the path itself if it is none. Errors if
+/// a folder has no images.
+fn pictures_at(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.into()]);
+    }
+    let entries = std::fs::read_dir(path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let entries = entries.context("the folder cannot be read")?;
+    let is_picture =
+        |path: &PathBuf| path.is_file() && matches!(Format::of_path(path), Ok(Some(_)));
+    let mut paths: Vec<PathBuf> = entries
+        .iter()
+        .map(DirEntry::path)
+        .filter(is_picture)
+        .collect();
+    paths.sort();
+    ensure!(!paths.is_empty(), "it is a folder without pictures");
+    Ok(paths)
 }
 
 impl CheckArgs {
@@ -165,9 +206,37 @@ impl CheckArgs {
         ModelArgs {
             model: Some(or_named(&asked.model, &settings.model)),
             refiner: refiner.map(|named| or_named(&asked.refiner, named)),
+            offline: asked.offline || self.stays_offline(settings),
             vae,
             ..asked.clone()
         }
+    }
+
+    /// Whether the hub is not asked for the model of an image: where it is the image that names a
+    /// part of it, which may come from anywhere.
+    fn stays_offline(&self, settings: &Settings) -> bool {
+        let asked = &self.model;
+        let is_named = asked.model.is_none()
+            || asked.vae.is_none() && settings.vae.is_some()
+            || asked.refiner.is_none() && settings.refiner.is_some();
+        is_named && !self.allow_download
+    }
+
+    /// What is wrong where the model of an image cannot be opened.
+    fn cannot_open(&self, settings: &Settings) -> String {
+        let cause = "its model cannot be opened";
+        let named = [
+            Some(&settings.model),
+            settings.vae.as_ref(),
+            settings.refiner.as_ref(),
+        ];
+        let is_of_hub = |name: &Arc<str>| name.contains('/') && !Path::new(&**name).exists();
+        if self.stays_offline(settings) && named.into_iter().flatten().any(is_of_hub) {
+            return format!(
+                "{cause}\n\nhint: `--allow-download` fetches what it names from the hub; `--model`, `--vae` and `--refiner` name others"
+            );
+        }
+        cause.into()
     }
 
     /// The upscaler of an image. Without a hash it has no weights, and its name is enough.
@@ -238,34 +307,42 @@ impl Adapters {
 fn check_group(
     args: &CheckArgs,
     adapters: &Adapters,
-    group: Vec<Drawing>,
+    group: &[Drawing],
     first: &Settings,
     report: &mut Report,
 ) -> Result<(), Failure> {
+    match open(args, adapters, first) {
+        Ok((pipeline, upscaler)) => compare(group, &pipeline, upscaler.as_ref(), report),
+        Err(failure) => report.fail_all(group, failure),
+    }
+}
+
+/// Opens what has drawn an image.
+fn open(
+    args: &CheckArgs,
+    adapters: &Adapters,
+    first: &Settings,
+) -> Result<(Pipeline, Option<Upscaler>), Failure> {
     if let Some(UsedLora { name, hash, .. }) = adapters.missing(first) {
-        let error = || {
-            anyhow!(
-                "it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: pass its file with `--lora`"
-            )
-        };
-        return group
-            .iter()
-            .try_for_each(|drawing| report.add(&drawing.path, Err(error())));
+        return Err(anyhow!(
+            "it was drawn with the LoRA `{name}`, SHA-256 {hash:.12}\n\nhint: pass its file with `--lora`"
+        ))
+        .code(UNCHECKED);
     }
     let dtype = DTypeChoice::from_str(&first.dtype, true)
-        .map_err(anyhow::Error::msg)
-        .context("unknown type of weights")
-        .code(1)?;
+        .map_err(|_| {
+            anyhow!(
+                "it was drawn in an unknown type of weights, `{}`",
+                first.dtype
+            )
+        })
+        .code(UNCHECKED)?;
     let compute = Compute::choose(args.device, dtype).code(2)?;
-    let place = || match group.first() {
-        Some(drawing) => format!("the model of `{}` cannot be opened", drawing.path.display()),
-        None => String::new(),
-    };
     let (loras, embeddings) = (adapters.loras_of(first), adapters.embeddings_of(first));
     let checkpoint = args
         .model_of(first)
         .open_with(loras, embeddings, false, !args.quiet)
-        .with_context(place)
+        .with_context(|| args.cannot_open(first))
         .code(3)?;
     let upscaler = args.upscaler_of(first, &compute).code(3)?;
     let options = PipelineOptions {
@@ -273,12 +350,13 @@ fn check_group(
         vae_tiling: VaeTiling::Off,
     };
     let pipeline = Pipeline::new(checkpoint, compute, options).code(3)?;
-    compare(group, &pipeline, upscaler.as_ref(), report)
+    pipeline.identity().code(3)?;
+    Ok((pipeline, upscaler))
 }
 
 impl Drawing {
     /// Reads an image, and the one that it should look like if that is another.
-    fn read(path: &Path, expect: Option<&Path>) -> Result<Self> {
+    fn read(index: usize, path: &Path, expect: Option<&Path>) -> Result<Self> {
         let bytes = std::fs::read(path).context("it cannot be read")?;
         let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
         let trace = Trace::of(&metadata.sdgen).context(UNREADABLE)?;
@@ -293,7 +371,7 @@ impl Drawing {
             None => Image::decode(&bytes).context("it is damaged")?,
         };
         Ok(Self {
-            path: path.into(),
+            index,
             settings,
             trace,
             format,
@@ -302,36 +380,111 @@ impl Drawing {
     }
 }
 
-/// Prints how images compare, and counts those that differ.
+/// Prints how images compare, in the order of the arguments, and counts those that differ and those
+/// that cannot be compared.
 struct Report<'a> {
     args: &'a CheckArgs,
     progress: &'a Progress,
+    paths: &'a [PathBuf],
+    /// The line of each image, once it is known.
+    lines: Vec<Option<String>>,
+    /// How many lines are printed.
+    printed: usize,
     differing: usize,
+    unchecked: usize,
+    /// The exit code of the first that cannot be compared.
+    cause: u8,
     hint: &'static str,
 }
 
-impl Report<'_> {
-    fn add(&mut self, path: &Path, outcome: Result<Comparison>) -> Result<(), Failure> {
-        let is_same =
-            outcome
-                .as_ref()
-                .is_ok_and(|Comparison { difference, .. }| match self.args.min_psnr {
-                    Some(least) => difference.psnr_db >= least,
-                    None => difference.pixels == 0,
-                });
-        self.differing += usize::from(!is_same);
-        let comparison = match outcome {
-            Ok(comparison) => {
-                self.explain(path, &comparison, is_same);
-                Some(comparison)
-            }
-            Err(error) => {
-                let error = error.context(format!("`{}`", path.display()));
-                self.progress.say(&Failure { code: 1, error }.text());
-                None
-            }
+impl<'a> Report<'a> {
+    fn new(args: &'a CheckArgs, progress: &'a Progress, paths: &'a [PathBuf]) -> Self {
+        Self {
+            args,
+            progress,
+            paths,
+            lines: vec![None; paths.len()],
+            printed: 0,
+            differing: 0,
+            unchecked: 0,
+            cause: UNCHECKED,
+            hint: "",
+        }
+    }
+
+    /// Whether an image has its line.
+    fn has(&self, index: usize) -> bool {
+        self.lines.get(index).is_some_and(Option::is_some)
+    }
+
+    /// Notes how an image compares.
+    fn add(&mut self, index: usize, comparison: Comparison) -> Result<(), Failure> {
+        let path = self
+            .paths
+            .get(index)
+            .map_or(Path::new(""), PathBuf::as_path);
+        let Comparison { difference, .. } = &comparison;
+        let is_same = match self.args.min_psnr {
+            Some(least) => difference.psnr_db >= least,
+            None => difference.pixels == 0,
         };
-        say(&line(path, is_same, comparison.as_ref(), self.args.json)).code(1)
+        self.differing += usize::from(!is_same);
+        self.explain(path, &comparison, is_same);
+        let line = match self.args.json {
+            true => record(path, Some(is_same), Some(&comparison), None),
+            false => verdict(path, is_same, &comparison.difference),
+        };
+        self.print(index, line)
+    }
+
+    /// Notes that an image cannot be compared.
+    fn fail(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
+        let path = self
+            .paths
+            .get(index)
+            .map_or(Path::new(""), PathBuf::as_path);
+        if self.unchecked == 0 {
+            self.cause = failure.code;
+        }
+        self.unchecked += 1;
+        let Failure { code, error } = failure;
+        let (reason, _) = error::split(&error);
+        let error = error.context(format!("`{}`", path.display()));
+        self.progress.say(&Failure { code, error }.text());
+        let line = match self.args.json {
+            true => record(path, None, None, Some(reason)),
+            false => format!("{}: failed\n", path.display()),
+        };
+        self.print(index, line)
+    }
+
+    /// Notes that none of these can be compared, for the same reason.
+    fn fail_all(&mut self, group: &[Drawing], failure: Failure) -> Result<(), Failure> {
+        let Failure { code, error } = failure;
+        let (reason, remedy) = error::split(&error);
+        let hint = remedy.map_or(String::new(), |remedy| format!("\n\nhint: {remedy}"));
+        for drawing in group
+            .iter()
+            .filter(|drawing| !self.has(drawing.index))
+            .map(|it| it.index)
+            .collect::<Vec<_>>()
+        {
+            let error = anyhow!("{reason}{hint}");
+            self.fail(drawing, Failure { code, error })?;
+        }
+        Ok(())
+    }
+
+    /// Prints all lines whose turn has come.
+    fn print(&mut self, index: usize, line: String) -> Result<(), Failure> {
+        if let Some(place) = self.lines.get_mut(index) {
+            *place = Some(line);
+        }
+        while let Some(Some(line)) = self.lines.get(self.printed) {
+            self.progress.aside(|| say(line)).code(1)?;
+            self.printed += 1;
+        }
+        Ok(())
     }
 
     /// Says where an image begins to differ, as far as its trace tells.
@@ -352,66 +505,105 @@ impl Report<'_> {
     }
 
     fn end(self) -> Result<(), Failure> {
-        let (differing, hint) = (self.differing, self.hint);
-        if differing == 0 {
-            return Ok(());
+        let Self {
+            differing,
+            unchecked,
+            hint,
+            ..
+        } = self;
+        let total = self.paths.len();
+        let missing = match unchecked {
+            0 => String::new(),
+            n => format!("{n} of {total} pictures cannot be checked"),
+        };
+        if differing > 0 {
+            let joint = if unchecked > 0 { ", " } else { "" };
+            return Err(anyhow!(
+                "{differing} of {total} pictures are not the same{joint}{missing}{hint}"
+            ))
+            .code(1);
         }
-        let total = self.args.pictures.len();
-        Err(anyhow!(
-            "{differing} of {total} pictures are not the same{hint}"
-        ))
-        .code(1)
+        if unchecked > 0 {
+            let code = if unchecked == total {
+                self.cause
+            } else {
+                UNCHECKED
+            };
+            return Err(Failure {
+                code,
+                error: anyhow!(missing),
+            });
+        }
+        Ok(())
     }
 }
 
 /// Draws the images of one model again and reports how each differs.
 fn compare(
-    group: Vec<Drawing>,
+    group: &[Drawing],
     pipeline: &Pipeline,
     upscaler: Option<&Upscaler>,
     report: &mut Report,
 ) -> Result<(), Failure> {
-    pipeline.identity().code(3)?;
-    let mut resolver = Resolver::new(pipeline).code(3)?;
+    let mut resolver = match Resolver::new(pipeline).code(3) {
+        Ok(resolver) => resolver,
+        Err(failure) => return report.fail_all(group, failure),
+    };
     let (mut jobs, mut drawn_again) = (vec![], vec![]);
-    for drawing in &group {
+    for drawing in group {
         let settings = &drawing.settings;
         let job = require_same(pipeline, upscaler, settings)
-            .and_then(|()| resolver.decide(settings.clone()));
+            .and_then(|()| resolver.decide(settings.clone()))
+            .code(UNCHECKED);
+        let job = job.and_then(|job| {
+            if pipeline.compute.device.is_cpu() {
+                let needed = pipeline.memory_bytes(&[&job], 1);
+                require_memory(needed, pipeline.weight_bytes()).code(4)?;
+            }
+            Ok(job)
+        });
         match job {
             Ok(job) => {
                 jobs.push(job);
                 drawn_again.push(drawing);
             }
-            Err(error) => report.add(&drawing.path, Err(error))?,
+            Err(failure) => report.fail(drawing.index, failure)?,
         }
     }
     let jobs: Vec<&Job> = jobs.iter().collect();
-    if pipeline.compute.device.is_cpu() {
-        require_memory(pipeline.memory_bytes(&jobs, 1)).code(4)?;
-    }
     let options = RunOptions {
         batch_size: 1,
         trace: group.iter().any(|drawing| drawing.trace.is_some()),
         keep_networks: false,
     };
     let progress = report.progress;
-    let mut reported = Ok(());
+    let reported = RefCell::new(Ok(()));
     let mut sink = |index: usize, drawn: Result<Generated>| {
+        let mut reported = reported.borrow_mut();
         if let (Some(drawing), true) = (drawn_again.get(index), reported.is_ok()) {
             let comparison = drawn.and_then(|drawn| drawing.compare(drawn, upscaler, progress));
-            reported = report.add(&drawing.path, comparison);
+            *reported = match comparison.code(UNCHECKED) {
+                Ok(comparison) => report.add(drawing.index, comparison),
+                Err(failure) => report.fail(drawing.index, failure),
+            };
         }
     };
-    let mut on_event = |event: Event| {
-        progress.show_event(&event, |image| image);
-        ControlFlow::Continue(())
+    let mut on_event = |event: Event| match event {
+        Event::NextBatch { .. } if stdout::is_closed() || reported.borrow().is_err() => {
+            ControlFlow::Break(())
+        }
+        event => {
+            progress.show_event(&event, |image| image);
+            ControlFlow::Continue(())
+        }
     };
-    pipeline
-        .generate_all(&jobs, options, &mut on_event, &mut sink)
-        .code(1)?;
+    let drawn = pipeline.generate_all(&jobs, options, &mut on_event, &mut sink);
     progress.finish();
-    reported
+    reported.into_inner()?;
+    match drawn.code(UNCHECKED) {
+        Ok(()) => Ok(()),
+        Err(failure) => report.fail_all(group, failure),
+    }
 }
 
 /// Errors if an image was drawn with something else than this pipeline, and says what to pass.
@@ -498,37 +690,40 @@ impl Drawing {
     }
 }
 
-/// One line of the report.
-fn line(path: &Path, same: bool, compared: Option<&Comparison>, json: bool) -> String {
+/// One line of `--json`; `is_same` is `None` where nothing could be compared.
+fn record(
+    path: &Path,
+    is_same: Option<bool>,
+    compared: Option<&Comparison>,
+    error: Option<String>,
+) -> String {
     let difference = compared.map(|compared| &compared.difference);
-    if json {
-        let number = |value: fn(&Difference) -> serde_json::Value| difference.map(value);
-        let mut record = json!({
-            "path": path.to_string_lossy(), "same": same,
-            "psnr_db": number(|d| if d.psnr_db.is_finite() { d.psnr_db.into() } else { serde_json::Value::Null }),
-            "pixels": number(|d| d.pixels.into()), "largest": number(|d| d.largest.into()),
-        });
-        if let (Some(stage), Some(record)) = (
-            compared.and_then(|c| c.first_difference.as_ref()),
-            record.as_object_mut(),
-        ) {
-            record.insert("first_difference".into(), json!(stage));
-        }
-        return format!("{record}\n");
-    }
+    let psnr_db = difference.map(|d| d.psnr_db).filter(|db| db.is_finite());
+    let first_difference = compared.and_then(|compared| compared.first_difference.as_ref());
+    let record = json!({
+        "path": path.to_string_lossy(),
+        "same": is_same,
+        "psnr_db": psnr_db,
+        "pixels": difference.map(|d| d.pixels),
+        "largest": difference.map(|d| d.largest),
+        "traced": first_difference.is_some(),
+        "first_difference": first_difference,
+        "error": error,
+    });
+    format!("{record}\n")
+}
+
+/// One line for people.
+fn verdict(path: &Path, is_same: bool, difference: &Difference) -> String {
     let path = path.display();
-    match difference {
-        None => format!("{path}: failed\n"),
-        Some(Difference { pixels: 0, .. }) => format!("{path}: identical\n"),
-        Some(Difference {
-            pixels,
-            largest,
-            psnr_db,
-        }) => {
-            let verdict = if same { "close" } else { "differs" };
-            format!(
-                "{path}: {verdict}, {psnr_db:.1} dB, {pixels} pixels by up to {largest} levels\n"
-            )
-        }
+    let Difference {
+        pixels,
+        largest,
+        psnr_db,
+    } = difference;
+    if *pixels == 0 {
+        return format!("{path}: identical\n");
     }
+    let verdict = if is_same { "close" } else { "differs" };
+    format!("{path}: {verdict}, {psnr_db:.1} dB, {pixels} pixels by up to {largest} levels\n")
 }

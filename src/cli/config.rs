@@ -16,12 +16,13 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// Options of the plain command that are of one run, and not for a file.
-const NOT_IN_FILE: [&str; 10] = [
+const NOT_IN_FILE: [&str; 11] = [
     "config",
     "dry-run",
     "from",
     "help",
     "no-config",
+    "prompt",
     "resume",
     "shard",
     "sweep",

@@ -6,22 +6,22 @@
 
 use crate::batch::contact_sheet::save_sheet;
 use crate::batch::jobs::JobList;
-use crate::batch::report::{OrderedReport, Outcome, Outcomes};
+use crate::batch::report::{OrderedReport, Outcome, Outcomes, Print, ReportFailed};
 use crate::batch::resume::{self, ResumeOptions};
 use crate::batch::step_images::StepImages;
 use crate::batch::work_list::{Task, WorkList};
-use crate::batch::writer::{ImageWriter, QUEUE_LENGTH, Summary, WriteEvent, WriteOptions};
+use crate::batch::writer::{ImageWriter, QUEUE_LENGTH, Summary, WriteEvent};
 use crate::cli::announce::announce;
 use crate::cli::args::{DrawArgs, StepsArg};
 use crate::cli::exit_code::{self, Code, Failure};
 use crate::cli::model_args::ModelArgs;
 use crate::cli::preflight;
-use crate::cli::progress::{Progress, ProgressMode};
+use crate::cli::progress::{Progress, ProgressMode, in_words};
 use crate::cli::signals;
-use crate::cli::stdout::say;
+use crate::cli::stdout::{self, say};
 use crate::cli::terminal::Terminal;
 use crate::cli::upscale::Upscaler;
-use crate::nn::device::{Compute, require_memory};
+use crate::nn::device::{Compute, THREADS_HINT, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::job::Job;
 use crate::pipeline::{Pipeline, RunOptions};
@@ -79,7 +79,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         memory_bytes,
     } = Prepared::new(args)?;
     let finished = finished(args, &mut work);
-    let print = |line: &str| progress.aside(|| say(line));
+    let print = |line: &[u8]| progress.aside(|| say(line));
     if args.verify {
         return verify(args, &work, &finished, &print);
     }
@@ -98,14 +98,19 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
             summary.skipped,
             progress,
         );
-        return dry_run(&work, &mut report, memory_bytes, progress);
+        let left = report.left();
+        let jobs: Vec<&Job> = left.iter().map(|task| &task.job).collect();
+        let seconds = pipeline.seconds(&jobs);
+        return dry_run(&work, &mut report, memory_bytes, seconds, progress);
     }
-    preflight::check_files(args, &list, &work).code(2)?;
+    let _made = preflight::check_files(args, &list, &work).code(2)?;
     if pipeline.compute.device.is_cpu() {
-        require_memory(memory_bytes).code(4)?;
+        require_memory(memory_bytes, pipeline.weight_bytes()).code(4)?;
     }
     if let Some(path) = &args.manifest {
-        report.open_manifest(path, args.overwrites()).code(2)?;
+        report
+            .open_manifest(path, args.write_options().overwrite)
+            .code(2)?;
     }
     let left = report.left();
     save_steps(args, &pipeline, &left, progress).code(2)?;
@@ -123,6 +128,8 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
         .context("cannot listen for signals")
         .code(1)?;
     progress.event("start", json!({ "jobs": left.len() }));
+    let costs = left.iter().map(|task| (task.index, task.cost() as f64));
+    progress.plan(costs.collect());
     let drawing = Drawing {
         pipeline: &pipeline,
         work: &work,
@@ -132,9 +139,9 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     };
     let written = drawing.run(args, &left, report, summary)?;
     if let (Some(path), Ok(())) = (&args.grid, &written) {
-        save_sheet(path, &list, &work.tasks, args.overwrites()).code(1)?;
+        save_sheet(path, &list, &work.tasks, args.write_options()).code(1)?;
     }
-    end(&list, &work, summary, written)
+    end(&list, &work, summary, written, progress)
 }
 
 /// Everything that is decided before the first image is drawn.
@@ -203,7 +210,7 @@ impl DrawArgs {
         &self,
         tasks: &'a [Task],
         finished: Outcomes,
-        print: &'a (dyn Fn(&str) -> Result<()> + Sync),
+        print: &'a Print<'a>,
     ) -> OrderedReport<'a> {
         OrderedReport::new(tasks, finished, self.json, self.wants_details(), print)
     }
@@ -262,19 +269,30 @@ fn save_steps(
         pipeline.config.preview.is_some(),
         "no previews are known of this VAE's latents\n\nhint: leave `--save-steps` out"
     );
-    progress.save_steps(StepImages::new(folder, *every, tasks, args.overwrites())?);
+    progress.save_steps(StepImages::new(
+        folder,
+        *every,
+        tasks,
+        args.write_options(),
+    )?);
     Ok(())
 }
 
-/// Prints the work list and the memory that it needs.
+/// Prints the work list, and the memory and time that it needs.
 fn dry_run(
     work: &WorkList,
     report: &mut OrderedReport,
     memory_bytes: u64,
+    seconds: Option<f64>,
     progress: &Progress,
 ) -> Result<(), Failure> {
+    let time = match seconds {
+        Some(seconds) if seconds < 1.0 => ", about a second".into(),
+        Some(seconds) => format!(", about {}", in_words(seconds)),
+        None => String::new(),
+    };
     progress.note(format!(
-        "{} pictures, about {:.1} GB of memory",
+        "{} pictures, about {:.1} GB of memory{time}",
         work.tasks.len(),
         memory_bytes as f64 / 1e9
     ));
@@ -289,7 +307,7 @@ fn verify(
     args: &DrawArgs,
     work: &WorkList,
     finished: &Outcomes,
-    print: &(dyn Fn(&str) -> Result<()> + Sync),
+    print: &Print,
 ) -> Result<(), Failure> {
     let mut report = args.report(&work.tasks, HashMap::new(), print);
     for task in &work.tasks {
@@ -329,24 +347,24 @@ impl<'a> Drawing<'a> {
         summary: &'a mut Summary,
     ) -> Result<Result<()>, Failure> {
         let jobs: Vec<&Job> = tasks.iter().map(|task| &task.job).collect();
-        let is_full = AtomicBool::new(false);
+        let has_ended = AtomicBool::new(false);
         let (sender, receiver) = sync_channel(QUEUE_LENGTH);
         let (work, progress) = (self.work, self.progress);
         let on_write = |event: WriteEvent| show(work, progress, event);
         let mut writer = ImageWriter {
-            options: WriteOptions {
-                metadata: !args.no_metadata,
-                overwrite: args.overwrites(),
-            },
+            options: args.write_options(),
             work,
             report,
             summary,
-            is_full: &is_full,
+            has_ended: &has_ended,
             on_event: &on_write,
         };
         let (drawn, written) = std::thread::scope(|scope| {
-            let writer = scope.spawn(move || writer.run(receiver));
-            let stop = || signals::requested() || is_full.load(Ordering::Relaxed);
+            let writer = std::thread::Builder::new()
+                .spawn_scoped(scope, move || writer.run(receiver))
+                .with_context(|| format!("no thread can be started\n\nhint: {THREADS_HINT}"))?;
+            let stop =
+                || signals::requested() || stdout::is_closed() || has_ended.load(Ordering::Relaxed);
             let mut on_event = |event: Event| match event {
                 Event::NextBatch { .. } if stop() => ControlFlow::Break(()),
                 event => {
@@ -373,8 +391,9 @@ impl<'a> Drawing<'a> {
             progress.finish();
             drop(sender);
             let broken = |_| Err(anyhow!("the writing of files broke down"));
-            (drawn, writer.join().unwrap_or_else(broken))
-        });
+            anyhow::Ok((drawn, writer.join().unwrap_or_else(broken)))
+        })
+        .code(1)?;
         drawn.code(1)?;
         Ok(written)
     }
@@ -402,7 +421,11 @@ fn show(work: &WorkList, progress: &Progress, event: WriteEvent) {
             let seconds = drawn.sampling_s + drawn.decoding_s;
             progress.event(
                 "picture",
-                json!({ "index": task.index, "path": task.path, "seconds": seconds }),
+                json!({
+                    "index": task.index,
+                    "path": task.path.as_ref().map(|path| path.to_string_lossy()),
+                    "seconds": seconds,
+                }),
             );
         }
         WriteEvent::Failed(task, error) => {
@@ -421,6 +444,7 @@ fn end(
     work: &WorkList,
     summary: &mut Summary,
     written: Result<()>,
+    progress: &Progress,
 ) -> Result<(), Failure> {
     let (total, done) = (work.tasks.len(), summary.saved + summary.skipped);
     let partly = |code| if done > 0 { 6 } else { code };
@@ -428,27 +452,30 @@ fn end(
         if total > 1 {
             error = error.context(format!("{done} of {total} pictures are saved"));
         }
-        return Err(Failure {
-            code: partly(1),
-            error,
-        });
+        // where only the report failed, no picture has
+        let code = match error.is::<ReportFailed>() {
+            true => 1,
+            false => partly(1),
+        };
+        return Err(Failure { code, error });
     }
-    if signals::requested() {
+    if signals::requested() && done < total {
         let seed = list
             .random_seed
             .map(|seed| format!("--seed {seed} "))
             .unwrap_or_default();
-        let hint = if done < total {
-            format!("\n\nhint: the same command with `{seed}--resume` draws the rest")
-        } else {
-            String::new()
-        };
+        let hint = format!("\n\nhint: the same command with `{seed}--resume` draws the rest");
         return Err(Failure {
             code: signals::EXIT_CODE,
             error: anyhow!("interrupted: {done} of {total} pictures are done{hint}"),
         });
     }
     let Some(first) = summary.first_failure.take() else {
+        if stdout::is_closed() && done < total {
+            progress.note(format!(
+                "nobody reads stdout any more: {done} of {total} pictures are done"
+            ));
+        }
         return Ok(());
     };
     let first = Failure::new(first, 1);

@@ -88,13 +88,19 @@ pub(crate) fn man() -> Result<(), Failure> {
         .render(&mut page)
         .map_err(anyhow::Error::from)
         .code(1)?;
-    say(&String::from_utf8_lossy(&page)).code(1)
+    say(&page).code(1)
 }
+
+/// The schema of the lines of `--json`.
+const SCHEMA: &str = include_str!("../../assets/docs/records.schema.json");
 
 /// Where a name is both a topic and a command, it is the topic; the command has `--help`.
 fn help_on(name: &str) -> Result<String> {
     if let Some(topic) = TOPICS.iter().find(|topic| topic.name == name) {
         return Ok(plain(topic.page));
+    }
+    if name == "schema" {
+        return Ok(SCHEMA.into());
     }
     let mut cli = Cli::command();
     cli.build();

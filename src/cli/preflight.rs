@@ -2,7 +2,7 @@
 //! that prompts name.
 
 use crate::batch::jobs::{JobList, JobSpec};
-use crate::batch::output_path::{self, Destination};
+use crate::batch::output_path::{self, Destination, MadeFolders};
 use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
 use crate::cli::progress::ProgressMode;
@@ -16,7 +16,8 @@ use crate::text::tags::{LoraTag, take_tags};
 use crate::weights::lora;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::HashSet;
-use std::path::Path;
+use std::io::{IsTerminal, stdout};
+use std::path::{Path, PathBuf};
 
 /// Errors if options contradict each other, before a model is looked at.
 pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
@@ -33,12 +34,16 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
     if args.show.is_some() && args.progress == ProgressMode::Json {
         bail!("`--show` and `--progress json` both want stderr");
     }
+    if to_stdout && stdout().is_terminal() {
+        bail!(
+            "`-o -` would write the bytes of a picture to the terminal\n\nhint: send them on with `| display` or `> picture.png`; `--show` draws in the terminal"
+        );
+    }
     if to_stdout && args.grid.is_some() {
         bail!("`--grid` is made of files, but `-o -` writes none");
     }
     if let Some(path) = &args.grid {
         Format::of_path(path)?;
-        output_path::check_writable(&[path], true, args.overwrites())?;
     }
     let looks_for_files = [("--verify", args.verify), ("--resume", args.resume)];
     let mut given = looks_for_files
@@ -154,9 +159,9 @@ pub fn plan_upscaling(work: &mut WorkList, upscaler: Option<&Upscaler>) -> Resul
     Ok(bytes)
 }
 
-/// Errors if an image cannot be stored: its file exists or cannot be written, or its metadata is too
-/// large for its format.
-pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<()> {
+/// Makes the folders of images, and returns them. Errors if an image cannot be stored: its file
+/// exists or cannot be written, or its metadata is too large for its format.
+pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<MadeFolders> {
     let is_template = |task: &Task| {
         let output = list
             .jobs
@@ -164,13 +169,20 @@ pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<(
             .and_then(|spec| list.outputs.get(spec.output));
         output.is_some_and(|(destination, _)| matches!(destination, Destination::Template(_)))
     };
+    let overwrite = args.write_options().overwrite;
+    let grid: Vec<&Path> = args.grid.iter().map(PathBuf::as_path).collect();
+    let mut made = output_path::check_writable(&grid, true, overwrite)?;
     for make_folders in [false, true] {
         let tasks = work
             .tasks
             .iter()
             .filter(|task| is_template(task) == make_folders);
         let paths: Vec<&Path> = tasks.filter_map(|task| task.path.as_deref()).collect();
-        output_path::check_writable(&paths, make_folders, args.overwrites())?;
+        made.extend(output_path::check_writable(
+            &paths,
+            make_folders,
+            overwrite,
+        )?);
     }
     for task in work
         .tasks
@@ -190,5 +202,5 @@ pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<(
             .check(task.format)
             .with_context(|| work.place(task))?;
     }
-    Ok(())
+    Ok(made)
 }

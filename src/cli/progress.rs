@@ -8,13 +8,14 @@
 //! | --- | --- |
 //! | `start` | `jobs`: how many pictures there are to draw |
 //! | `stage` | `name` |
-//! | `step` | `index`, `step` (from 1), `of` |
+//! | `step` | `index`, `step` (from 1), `of`, `remaining_s`: about the seconds to the end of the run |
 //! | `picture` | `index`, `path` (null for stdout), `seconds` of drawing it |
 //! | `failed` | `index`, `error` |
 //! | `note` | `text`: what a person would be told, the error that ends the run too |
 //! | `end` | `saved`, `failed`, `skipped`, `seconds` of the whole run; always the last line |
 
 use crate::batch::step_images::StepImages;
+use crate::cli::escape::escaped;
 use crate::cli::terminal::Terminal;
 use crate::image::Image;
 use crate::pipeline::event::Event;
@@ -22,6 +23,7 @@ use candle_core::Result as TensorResult;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
+use std::collections::{HashMap, HashSet};
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -72,6 +74,44 @@ struct Now {
     previewed: Option<Instant>,
     /// denoising steps of the batch, as far as previews came
     step: usize,
+    run: Run,
+}
+
+/// How far the whole run is, in any unit of work.
+#[derive(Default)]
+struct Run {
+    /// of every picture, by its index
+    costs: HashMap<usize, f64>,
+    /// pictures whose batch has begun
+    begun: HashSet<usize>,
+    total: f64,
+    /// of all batches but the one under way
+    done: f64,
+    batch: f64,
+    start: Option<Instant>,
+}
+
+impl Run {
+    /// A batch begins. Pictures of one that failed may come again.
+    fn begin(&mut self, indices: &[usize]) {
+        self.start.get_or_insert_with(Instant::now);
+        self.done += std::mem::take(&mut self.batch);
+        for index in indices {
+            let cost = self.costs.get(index).copied().unwrap_or(0.0);
+            self.batch += cost;
+            if !self.begun.insert(*index) {
+                self.done -= cost;
+            }
+        }
+    }
+
+    /// Seconds until the end, where a part of the batch under way is done; `None` if nothing is
+    /// known of the run.
+    fn remaining_s(&self, part: f64) -> Option<f64> {
+        let done = self.done + part * self.batch;
+        let elapsed_s = self.start?.elapsed().as_secs_f64();
+        (done > 0.0).then(|| elapsed_s * (self.total - done).max(0.0) / done)
+    }
 }
 
 impl Progress {
@@ -123,6 +163,16 @@ impl Progress {
         }
     }
 
+    /// Notes what each picture of the run costs, by its index, so that the time to the end is known.
+    pub fn plan(&self, costs: HashMap<usize, f64>) {
+        let total = costs.values().sum();
+        self.now().run = Run {
+            costs,
+            total,
+            ..Run::default()
+        };
+    }
+
     /// Starts a stage; with `-v` the one before is reported with its time.
     pub fn stage(&self, name: &str) {
         self.end_stage();
@@ -130,7 +180,7 @@ impl Progress {
             if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
                 bar.set_style(style);
             }
-            bar.set_message(name.to_string());
+            bar.set_message(escaped(name).into_owned());
         }
         self.now().stage = Some((name.to_string(), Instant::now()));
         self.event("stage", json!({ "name": name }));
@@ -153,6 +203,7 @@ impl Progress {
             1 => format!("drawing {} of {total}", before + 1),
             n => format!("drawing {}-{} of {total}", before + 1, before + n),
         };
+        now.run.begin(&indices);
         now.batch = indices;
         now.step = 0;
     }
@@ -160,15 +211,19 @@ impl Progress {
     /// One denoising step of `total` is done.
     pub fn step(&self, done: usize, total: usize) {
         let now = self.now();
-        for index in &now.batch {
-            self.event("step", json!({ "index": index, "step": done, "of": total }));
-        }
-        let Show::Bar(bar) = &self.show else { return };
         let elapsed_s = now
             .stage
             .as_ref()
             .map_or(0.0, |(_, start)| start.elapsed().as_secs_f64());
         let per_step = elapsed_s / done.max(1) as f64;
+        let of_batch = per_step * total.saturating_sub(done) as f64;
+        let of_run = now.run.remaining_s(done as f64 / total.max(1) as f64);
+        let left = of_run.unwrap_or(of_batch);
+        for index in &now.batch {
+            let fields = json!({ "index": index, "step": done, "of": total, "remaining_s": left });
+            self.event("step", fields);
+        }
+        let Show::Bar(bar) = &self.show else { return };
         if bar.length() != Some(total as u64) {
             bar.set_length(total as u64);
         }
@@ -176,9 +231,9 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_position(done as u64);
-        let left = per_step * total.saturating_sub(done) as f64;
+        let left = in_words(left);
         bar.set_message(format!(
-            "{}, {per_step:.2} s a step, {left:.0} s left",
+            "{}, {per_step:.2} s a step, {left} left",
             now.title
         ));
     }
@@ -335,7 +390,17 @@ impl Progress {
     }
 }
 
+/// A time in the two units that tell most of it: `48 s`, `3 min 20 s`, `2 h 5 min`.
+pub fn in_words(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    match seconds {
+        0..100 => format!("{seconds} s"),
+        100..6000 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
 /// Writes a line to stderr; the run goes on if nobody reads it any more.
 fn write_line(text: &str) {
-    writeln!(std::io::stderr(), "{text}").ok();
+    writeln!(std::io::stderr(), "{}", escaped(text)).ok();
 }

@@ -23,7 +23,7 @@ pub fn listen(progress: &Arc<Progress>) -> std::io::Result<()> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let progress = progress.clone();
-    std::thread::spawn(move || {
+    std::thread::Builder::new().spawn(move || {
         for _ in signals.forever() {
             if REQUESTED.swap(true, Ordering::Relaxed) {
                 let _saved = output_path::hold_saves();
@@ -31,8 +31,27 @@ pub fn listen(progress: &Arc<Progress>) -> std::io::Result<()> {
             }
             progress.note("finishing the picture under way; the same again stops at once");
         }
-    });
+    })?;
     Ok(())
+}
+
+/// Has a file that grows beyond `ulimit -f` fail to be written, where the signal for it would end
+/// the process and leave what there is of the file.
+pub fn take_file_limits_for_errors() {
+    #[cfg(unix)]
+    {
+        let nobody_asks = Arc::new(AtomicBool::new(false));
+        // where the signal cannot be caught, the process ends as it would have
+        signal_hook::flag::register(signal_hook::consts::SIGXFSZ, nobody_asks).ok();
+    }
+}
+
+/// Ends the process without running anything more of it.
+pub fn end_at_once(code: u8) {
+    #[cfg(unix)]
+    signal_hook::low_level::exit(code.into());
+    #[cfg(not(unix))]
+    std::process::exit(code.into());
 }
 
 /// Elsewhere the system ends the program at once; no half picture is left under a name then either.

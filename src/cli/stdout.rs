@@ -1,12 +1,30 @@
 //! stdout carries data only: paths, JSON and tables.
 
+use crate::cli::escape::escaped;
 use anyhow::{Context, Result};
-use std::io::{ErrorKind, Write, stdout};
+use std::io::{ErrorKind, IsTerminal, Write, stdout};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Prints text; a reader that went away (`| head -1`) is not an error.
-pub fn say(text: &str) -> Result<()> {
-    match stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+static CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Prints text; a reader that went away (`| head -1`) is not an error, but see [`is_closed`].
+pub fn say(text: impl AsRef<[u8]>) -> Result<()> {
+    let (text, mut stdout) = (text.as_ref(), stdout().lock());
+    let written = if stdout.is_terminal() {
+        stdout.write_all(escaped(&String::from_utf8_lossy(text)).as_bytes())
+    } else {
+        stdout.write_all(text)
+    };
+    match written.and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+            CLOSED.store(true, Ordering::Relaxed);
+            Ok(())
+        }
         other => other.context("cannot write to stdout"),
     }
+}
+
+/// Whether the reader of what is printed has gone away, so that more of it is in vain.
+pub fn is_closed() -> bool {
+    CLOSED.load(Ordering::Relaxed)
 }

@@ -3,13 +3,12 @@
 //! [`Upscaler`] is both, and what [`crate::cli::check`] repeats; the rest is the command: where results
 //! go, and what they remember.
 
-use crate::batch::output_path::{self, Destination, DiskFull};
+use crate::batch::output_path::{self, Destination, DiskFull, MadeFolders, Overwrite};
 use crate::batch::resume::UPSCALED_FROM;
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::progress::{Progress, ProgressMode};
-use crate::cli::stdout::say;
-use crate::error::ModelError;
-use crate::error::OutOfMemory;
+use crate::cli::stdout::{self, say};
+use crate::error::{self, ModelError, OutOfMemory};
 use crate::image::MAX_SIDE_PX;
 use crate::image::load::{Fit, Input, fit_with_alpha, resized_levels};
 use crate::image::{Extras, Format, Image, Metadata, read_metadata};
@@ -19,12 +18,13 @@ use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::settings::Settings;
 use crate::weights::{Checkpoint, UPSCALERS};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use candle_core::DType;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -79,6 +79,16 @@ pub struct UpscaleArgs {
     /// Say nothing but errors
     #[arg(short, long)]
     quiet: bool,
+}
+
+impl UpscaleArgs {
+    /// Which files may be replaced.
+    fn overwrite(&self) -> Overwrite {
+        match self.force {
+            true => Overwrite::All,
+            false => Overwrite::Never,
+        }
+    }
 }
 
 fn scale(text: &str) -> Result<f64, String> {
@@ -217,7 +227,7 @@ impl Upscaler {
                 "{width}x{height} pixels do not fit\n\nhint: choose a smaller scale, or a part of the picture"
             )
         };
-        require_memory(self.bytes(picture.width, picture.height))
+        require_memory(self.bytes(picture.width, picture.height), 0)
             .context(OutOfMemory)
             .with_context(place)?;
         progress.task("upscaling");
@@ -233,6 +243,32 @@ impl Upscaler {
             (None, None) => None,
         };
         Ok((larger.fit(width, height, Fit::Stretch), alpha))
+    }
+
+    /// One line of `--json`: of a picture and the seconds it took, or of why there is none.
+    fn record(
+        &self,
+        source: &Path,
+        to: &Destination,
+        made: Result<(&Image, f64), &Error>,
+    ) -> Value {
+        let picture = made.as_ref().ok().map(|(picture, _)| picture);
+        let timings = made
+            .as_ref()
+            .ok()
+            .map(|(_, seconds)| json!({ "upscaling_s": seconds }));
+        json!({
+            "path": file(to).map(|path| path.to_string_lossy()),
+            "sha256": picture.map(|picture| picture.sha256()),
+            "source": source.to_string_lossy(),
+            "width": picture.map(|picture| picture.width),
+            "height": picture.map(|picture| picture.height),
+            "upscaler": self.name,
+            "upscaler_hash": self.hash,
+            "upscale": self.scale,
+            "timings": timings,
+            "error": made.err().map(|error| error::split(error).0),
+        })
     }
 
     /// What a picture remembers that was made from `source`. If that is as it was drawn, it can be
@@ -309,23 +345,33 @@ pub fn run(args: &UpscaleArgs) -> Result<(), Failure> {
     let compute = Compute::choose(args.device, DTypeChoice::Auto).code(2)?;
     progress.stage("reading the upscaler");
     let upscaler = Upscaler::open(model, args.scale, &compute).code(3)?;
-    let results = plan(args, upscaler.scale).code(2)?;
+    let (results, _made) = plan(args, upscaler.scale).code(2)?;
     let total = results.len();
-    let (mut saved, mut first_failure) = (0, None);
+    let (mut saved, mut failed, mut first_failure) = (0, 0, None);
     for (source, (destination, format)) in args.pictures.iter().zip(&results) {
+        if stdout::is_closed() {
+            break;
+        }
         let result = save(args, &upscaler, source, destination, *format, &progress);
         match result {
-            Ok(()) => saved += 1,
-            Err(error) if error.is::<DiskFull>() && total > 1 => {
+            Ok(record) => {
+                saved += 1;
+                print(args, destination, &record, &progress).code(1)?;
+            }
+            Err(Failure { error, .. }) if error.is::<DiskFull>() && total > 1 => {
                 let error = error.context(format!("{saved} of {total} pictures are saved"));
                 return Err(error).code(if saved > 0 { 6 } else { 1 });
             }
-            Err(error) => {
-                let failure = Err::<(), _>(error).code(1).err();
-                if let (Some(failure), true) = (&failure, total > 1) {
+            Err(failure) => {
+                if args.json {
+                    let record = upscaler.record(source, destination, Err(&failure.error));
+                    print(args, destination, &record, &progress).code(1)?;
+                }
+                if total > 1 {
                     progress.say(&failure.text());
                 }
-                first_failure = first_failure.or(failure);
+                failed += 1;
+                first_failure = first_failure.or(Some(failure));
             }
         }
     }
@@ -336,16 +382,16 @@ pub fn run(args: &UpscaleArgs) -> Result<(), Failure> {
         Some(failure) => {
             let code = if saved > 0 { 6 } else { failure.code };
             Err(anyhow!(
-                "{} of {total} pictures failed, {saved} are saved",
-                total - saved
+                "{failed} of {total} pictures failed, {saved} are saved"
             ))
             .code(code)
         }
     }
 }
 
-/// Where each result goes, decided and found possible before anything is done.
-fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
+/// Where each result goes, decided and found possible before anything is done, and the folders that
+/// were made for them.
+fn plan(args: &UpscaleArgs, scale: f64) -> Result<(Vec<(Destination, Format)>, MadeFolders)> {
     let typed = args.output.clone().unwrap_or_else(|| DEFAULT_NAME.into());
     if typed == "-" {
         if args.pictures.len() > 1 {
@@ -357,12 +403,27 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
         if args.json {
             bail!("`-o -` and `--json` both want stdout");
         }
-        return Ok(vec![(
-            Destination::Stdout,
-            args.format.unwrap_or(Format::Png),
-        )]);
+        if std::io::stdout().is_terminal() {
+            bail!(
+                "`-o -` would write the bytes of a picture to the terminal\n\nhint: send them on with `| display` or `> picture.png`"
+            );
+        }
+        let results = vec![(Destination::Stdout, args.format.unwrap_or(Format::Png))];
+        return Ok((results, MadeFolders::default()));
     }
-    let mut template = typed.to_string_lossy().into_owned();
+    // a folder whose name is not UTF-8 is taken as it stands
+    let folder = match typed.to_str() {
+        None => output_path::folder_of_output(Path::new(&typed)),
+        Some(_) => PathBuf::new(),
+    };
+    let named = Path::new(&typed).strip_prefix(&folder);
+    let mut template = match named {
+        Ok(named) if !folder.as_os_str().is_empty() => named.to_string_lossy().into_owned(),
+        _ => typed.to_string_lossy().into_owned(),
+    };
+    if template.is_empty() {
+        template += DEFAULT_NAME;
+    }
     if template.ends_with(std::path::is_separator) {
         template += DEFAULT_NAME;
     }
@@ -394,7 +455,8 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
             .fold(template.clone(), |path, (name, value)| {
                 path.replace(name, value)
             });
-        let (destination, format) = Destination::parse(Some(OsStr::new(&path)), args.format)?;
+        let path = folder.join(path);
+        let (destination, format) = Destination::parse(Some(path.as_os_str()), args.format)?;
         if let Destination::File(path) = &destination
             && let Some(first) = taken.insert(path.to_string_lossy().to_lowercase(), source)
         {
@@ -413,8 +475,8 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<Vec<(Destination, Format)>> {
         .iter()
         .filter_map(|(destination, _)| file(destination))
         .collect();
-    output_path::check_writable(&paths, is_template, args.force)?;
-    Ok(results)
+    let made = output_path::check_writable(&paths, is_template, args.overwrite())?;
+    Ok((results, made))
 }
 
 fn file(destination: &Destination) -> Option<&Path> {
@@ -425,7 +487,7 @@ fn file(destination: &Destination) -> Option<&Path> {
     }
 }
 
-/// Upscales one picture, saves it and prints its path.
+/// Upscales one picture, saves it and returns its record.
 fn save(
     args: &UpscaleArgs,
     upscaler: &Upscaler,
@@ -433,8 +495,9 @@ fn save(
     destination: &Destination,
     format: Format,
     progress: &Progress,
-) -> Result<()> {
-    let source = Source::read(path)?;
+) -> Result<Value, Failure> {
+    // as with `-i`, a picture that cannot be read is a wrong argument
+    let source = Source::read(path).code(2)?;
     let has_alpha = format != Format::Jpg;
     if source.input.alpha.is_some() && !has_alpha {
         progress.note(format!(
@@ -450,7 +513,8 @@ fn save(
     } else {
         upscaler.upscale_with_alpha(&source.input.over_white(), None, progress)
     }
-    .with_context(place)?;
+    .with_context(place)
+    .code(1)?;
     let upscaling_s = start.elapsed().as_secs_f64();
     let metadata = (!args.no_metadata).then(|| upscaler.metadata(&source));
     let extras = Extras {
@@ -459,21 +523,30 @@ fn save(
     };
     let bytes = picture
         .encode_with(format, metadata.as_ref(), extras)
-        .with_context(place)?;
-    let Some(to) = file(destination) else {
-        return output_path::write_to_stdout(&bytes);
+        .with_context(place)
+        .code(1)?;
+    match file(destination) {
+        Some(to) => output_path::save(to, &bytes, args.overwrite()),
+        None => output_path::write_to_stdout(&bytes),
+    }
+    .code(1)?;
+    Ok(upscaler.record(path, destination, Ok((&picture, upscaling_s))))
+}
+
+/// Prints the record of a picture, or its path.
+fn print(
+    args: &UpscaleArgs,
+    destination: &Destination,
+    record: &Value,
+    progress: &Progress,
+) -> Result<()> {
+    let Some(path) = file(destination) else {
+        return Ok(());
     };
-    output_path::save(to, &bytes, args.force)?;
-    let record = json!({
-        "path": to.to_string_lossy(), "sha256": picture.sha256(), "source": path.to_string_lossy(),
-        "width": picture.width, "height": picture.height,
-        "upscaler": upscaler.name, "upscaler_hash": upscaler.hash, "upscale": upscaler.scale, "timings": { "upscaling_s": upscaling_s },
-    });
-    progress.aside(|| {
-        say(&if args.json {
-            format!("{record}\n")
-        } else {
-            format!("{}\n", to.display())
-        })
-    })
+    let mut line = match args.json {
+        true => record.to_string().into_bytes(),
+        false => path.as_os_str().as_encoded_bytes().to_vec(),
+    };
+    line.push(b'\n');
+    progress.aside(|| say(&line))
 }

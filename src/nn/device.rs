@@ -3,7 +3,12 @@
 use crate::nn::Backend;
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
+use std::num::NonZero;
+use std::path::Path;
 use std::str::FromStr;
+
+/// A PB; what needs more is a mistake.
+const IMPOSSIBLE_BYTES: u64 = 1 << 50;
 
 /// Where networks run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -171,34 +176,164 @@ fn gpu(index: usize) -> Option<Device> {
     cuda.or_else(metal)
 }
 
-/// `--threads`: limits the pool that all kernels share. Errors if it is set twice.
-pub fn limit_threads(threads: usize) -> Result<()> {
+/// The stack of each thread that computes, whatever the environment says.
+const STACK_BYTES: usize = 4 << 20;
+/// Threads beside those that compute: one that writes files, one for signals, one for the bar.
+const OTHER_THREADS: usize = 3;
+/// More threads than this for each core only wait for each other.
+const MOST_THREADS_PER_CORE: usize = 4;
+/// A machine of few cores may have so many all the same.
+const ALWAYS_ALLOWED_THREADS: usize = 64;
+
+/// Starts the pool that all kernels share, with as many threads as asked for or as there are cores;
+/// with fewer where that is too many, or more than the system gives. Returns how many. Errors if it
+/// gives none, or if the pool is started twice.
+pub fn start_threads(asked: Option<usize>) -> Result<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let most = (MOST_THREADS_PER_CORE * cores).max(ALWAYS_ALLOWED_THREADS);
+    // rayon's own variable
+    let usual = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
+    let wanted = asked
+        .or_else(usual)
+        .filter(|threads| *threads > 0)
+        .unwrap_or(cores)
+        .min(most);
+    let threads = wanted.min(possible_threads(wanted + OTHER_THREADS)?);
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
+        .stack_size(STACK_BYTES)
         .build_global()
-        .context("the thread pool cannot be made")
+        .context("the thread pool cannot be made")?;
+    Ok(threads)
 }
 
-/// Errors if the system says that it has less memory left than `needed` bytes. Where it says
-/// nothing, all is well.
-pub fn require_memory(needed: u64) -> Result<()> {
-    let Some(available) = available_memory() else {
+/// How many threads can compute if the system gives up to so many in all. A pool of which one
+/// thread cannot start cannot be made a second time, so that this is found out before.
+fn possible_threads(total: usize) -> Result<usize> {
+    let (hold, wait) = std::sync::mpsc::sync_channel::<()>(0);
+    let wait = std::sync::Arc::new(std::sync::Mutex::new(wait));
+    let (mut started, mut refused) = (vec![], None);
+    while started.len() < total && refused.is_none() {
+        let wait = wait.clone();
+        let waits = move || {
+            // until the sender is gone
+            wait.lock().map(|wait| wait.recv().is_err()).ok();
+        };
+        match std::thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn(waits)
+        {
+            Ok(thread) => started.push(thread),
+            Err(error) => refused = Some(error),
+        }
+    }
+    drop(hold);
+    let count = started.len();
+    for thread in started {
+        thread.join().ok();
+    }
+    match (count.saturating_sub(OTHER_THREADS), refused) {
+        (0, refused) => {
+            let reason = refused.map_or(String::new(), |error| format!(": {error}"));
+            bail!("no threads can be started{reason}\n\nhint: {THREADS_HINT}")
+        }
+        (threads, _) => Ok(threads),
+    }
+}
+
+/// What to do where the system gives no thread.
+pub const THREADS_HINT: &str = "`ulimit -u`, `ulimit -v` and the container say how many there \
+    may be and how much memory they may have";
+
+/// Errors if the system says that it has less memory left than `needed` bytes, of which `weights`
+/// are the model's. Where it says nothing, all is well.
+pub fn require_memory(needed: u64, weights: u64) -> Result<()> {
+    let Some(available) = available_memory().filter(|available| needed > *available) else {
         return Ok(());
     };
-    if needed > available {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
+    if needed > IMPOSSIBLE_BYTES {
         bail!(
-            "this needs about {:.1} GB of memory, {:.1} GB are free\n\nhint: draw a smaller picture with `--width` and `--height`, or a smaller `--batch-size`",
-            gb(needed),
-            gb(available)
+            "this needs more memory than any machine has\n\nhint: the sizes in the model's configuration cannot be right"
         );
     }
-    Ok(())
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let hint = if weights > available {
+        format!(
+            "its weights alone are {:.1} GB; take a smaller model, or a machine or container with more memory",
+            gb(weights)
+        )
+    } else {
+        "draw a smaller picture with `--width` and `--height`, or a smaller `--batch-size`".into()
+    };
+    bail!(
+        "this needs about {:.1} GB of memory, {:.1} GB are free\n\nhint: {hint}",
+        gb(needed),
+        gb(available)
+    )
 }
 
-/// Bytes that can be had without swapping (Linux).
+/// Bytes that this process can still take: what the machine has without swapping, and what limits
+/// of its container (control groups) and of its shell (`ulimit -v`) leave (Linux).
 pub fn available_memory() -> Option<u64> {
-    proc_bytes("/proc/meminfo", "MemAvailable:")
+    let machine = proc_bytes("/proc/meminfo", "MemAvailable:");
+    let groups = std::fs::read_to_string("/proc/self/cgroup");
+    let of_groups = groups
+        .ok()
+        .and_then(|groups| memory_of_groups(&groups, "/sys/fs/cgroup".as_ref()));
+    [machine, of_groups, address_space()]
+        .into_iter()
+        .flatten()
+        .min()
+}
+
+/// What the limits of control groups leave, of version 1 or 2, each with those above it: `groups`
+/// is `/proc/self/cgroup`, `root` where they are mounted. In a container the path may be that of
+/// the host; what is mounted at the root is its own group then.
+fn memory_of_groups(groups: &str, root: &Path) -> Option<u64> {
+    let left_of_group = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?);
+        let (root, files) = match controllers {
+            "" => (
+                root.into(),
+                ["memory.max", "memory.current", "inactive_file "],
+            ),
+            some if some.split(',').any(|name| name == "memory") => (
+                root.join("memory"),
+                [
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                    "total_inactive_file ",
+                ],
+            ),
+            _ => return None,
+        };
+        let [limit, usage, cache] = files;
+        let left = |folder: &Path| {
+            let text = |file: &str| std::fs::read_to_string(root.join(folder).join(file)).ok();
+            let number = |file: &str| text(file)?.trim().parse::<u64>().ok();
+            // what was read from files goes when memory is wanted
+            let stat = text("memory.stat").unwrap_or_default();
+            let cached = stat
+                .lines()
+                .find_map(|line| line.strip_prefix(cache)?.trim().parse().ok());
+            let used = number(usage)?.saturating_sub(cached.unwrap_or(0));
+            Some(number(limit)?.saturating_sub(used))
+        };
+        let path = Path::new(path.trim_start_matches('/'));
+        path.ancestors().filter_map(left).min()
+    };
+    groups.lines().filter_map(left_of_group).min()
+}
+
+/// What the limit of the process's addresses leaves (`ulimit -v`).
+fn address_space() -> Option<u64> {
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max address space"))?;
+    let limit: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(limit.saturating_sub(proc_bytes("/proc/self/status", "VmSize:")?))
 }
 
 /// The most memory that this process ever held, in bytes (Linux).
@@ -248,6 +383,40 @@ fn proc_bytes(table: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn the_limits_of_control_groups_count_with_those_above_them() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let left = |groups: &str| memory_of_groups(groups, root.path());
+        // version 2: the tightest of all levels, without what is only cached
+        assert_eq!(left("0::/a/b\n"), None);
+        write("a/b/memory.max", "max\n");
+        write("a/b/memory.current", "700\n");
+        assert_eq!(left("0::/a/b\n"), None);
+        write("a/memory.max", "5000\n");
+        write("a/memory.current", "1000\n");
+        write("a/memory.stat", "anon 300\ninactive_file 600\n");
+        assert_eq!(left("0::/a/b\n"), Some(4600));
+        write("a/b/memory.max", "1000\n");
+        assert_eq!(left("0::/a/b\n"), Some(300));
+        // a container sees its own group as the root
+        write("memory.max", "900\n");
+        write("memory.current", "1000\n");
+        assert_eq!(left("0::/../../elsewhere\n"), Some(0));
+        assert_eq!(left("0::/\n"), Some(0));
+        // version 1
+        write("memory/c/memory.limit_in_bytes", "2000\n");
+        write("memory/c/memory.usage_in_bytes", "500\n");
+        write("memory/c/memory.stat", "total_inactive_file 100\n");
+        assert_eq!(left("3:cpu,cpuacct:/c\n5:memory:/c\n"), Some(1600));
+        assert_eq!(left("3:cpu,cpuacct:/c\n1:name=systemd:/c\n"), None);
+    }
 
     #[test]
     fn the_type_follows_the_device_unless_it_is_named() {

@@ -131,7 +131,12 @@ impl Denoising {
             if run.events.emit(step).is_break() {
                 failure = Some(Cancelled.into());
             } else if !is_finite(&denoised)? {
-                let place = format!("after {done} of {total} denoising steps");
+                // some samplers run the network more than once in a step
+                let unit = match total == settings.steps {
+                    true => "denoising steps",
+                    false => "runs of the network",
+                };
+                let place = format!("after {done} of {total} {unit}");
                 failure = Some(NotFinite { place }.into());
             }
             match failure {

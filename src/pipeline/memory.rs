@@ -1,9 +1,12 @@
-//! How much memory a run needs, estimated from configurations alone.
+//! How much memory and time a run needs, estimated from headers and configurations alone.
 
 use super::Pipeline;
 use super::job::Job;
 use super::settings::Settings;
+use crate::nn::cpu::peak_flops;
 use crate::nn::device::require_memory;
+use crate::weights::Checkpoint;
+use std::collections::HashMap;
 
 /// Images in a forward pass where nobody says: more bring little speed, and all of them wait for
 /// the last.
@@ -31,6 +34,11 @@ impl Pipeline {
         jobs.iter().map(of_job).max().unwrap_or(0)
     }
 
+    /// The bytes of the denoising network's weights, which every image needs.
+    pub fn weight_bytes(&self) -> u64 {
+        self.checkpoint.stored_bytes("unet")
+    }
+
     /// Estimates the peak memory of decoding an image, in bytes, with the weights of the VAE.
     pub fn vae_bytes(&self, settings: &Settings) -> u64 {
         let (h, w) = self.final_latents(settings);
@@ -41,9 +49,37 @@ impl Pipeline {
     /// Returns the largest of the usual batch sizes for which the memory suffices.
     pub fn auto_batch_size(&self, jobs: &[&Job]) -> usize {
         let fits = |n: &usize| {
-            !self.compute.device.is_cpu() || require_memory(self.memory_bytes(jobs, *n)).is_ok()
+            !self.compute.device.is_cpu() || require_memory(self.memory_bytes(jobs, *n), 0).is_ok()
         };
         (1..=AUTO_BATCH).rev().find(fits).unwrap_or(1)
+    }
+
+    /// Estimates the seconds that a CPU takes for these jobs, from the number of operations and how
+    /// many a second it can do; `None` on other devices.
+    pub fn seconds(&self, jobs: &[&Job]) -> Option<f64> {
+        if !self.compute.device.is_cpu() {
+            return None;
+        }
+        let mut known = HashMap::new();
+        let mut of_size = |h: usize, w: usize| -> (f64, f64) {
+            *known.entry((h, w)).or_insert_with(|| {
+                let factor = self.config.vae.factor();
+                let area = (h / factor * (w / factor)) as f64;
+                let unet = unet_operations(&self.checkpoint, area);
+                (unet, decoder_operations(&self.checkpoint, area))
+            })
+        };
+        let mut total = 0.0;
+        for job in jobs {
+            let (settings, passes) = (&job.settings, job.guidance.passes() as f64);
+            let (width, height) = settings.final_size();
+            let second = job.hires_plan.as_ref().map_or(0, |plan| plan.evaluations());
+            let first = job.evaluations() - second;
+            let (unet, _) = of_size(settings.height, settings.width);
+            let (larger, decoder) = of_size(height, width);
+            total += passes * (first as f64 * unet + second as f64 * larger) + decoder;
+        }
+        Some(total / (peak_flops() * EFFICIENCY))
     }
 
     /// Whether an image is larger than one tile of a tiled decode, in which it would be the same.
@@ -59,5 +95,91 @@ impl Pipeline {
             height / self.config.vae.factor(),
             width / self.config.vae.factor(),
         )
+    }
+}
+
+/// Which part of the operations that a CPU can do in a second networks come to: 1.1 for SD1.5, whose
+/// convolutions by Winograd's formula are counted as direct ones, a third for the embedded model,
+/// whose layers are small (assets/docs/benchmarks.md).
+const EFFICIENCY: f64 = 0.8;
+/// Tokens of a prompt that attention looks at.
+const PROMPT_TOKENS: f64 = 77.0;
+
+/// The operations of one run of the U-Net for one image with `area` latents: of each weight two at
+/// every position of its level, and those of attention.
+fn unet_operations(checkpoint: &Checkpoint, area: f64) -> f64 {
+    let lowest = checkpoint.count("unet.down_blocks.").saturating_sub(1);
+    let of_tensor = |(name, shape): (&str, &[usize])| {
+        let number = |part: usize| name.split('.').nth(part)?.parse::<usize>().ok();
+        let level = match name.split('.').next().unwrap_or_default() {
+            "down_blocks" => number(1).unwrap_or(0) + usize::from(name.contains("downsamplers")),
+            "mid_block" => lowest,
+            "up_blocks" => {
+                let level = lowest.saturating_sub(number(1).unwrap_or(0));
+                level.saturating_sub(usize::from(name.contains("upsamplers")))
+            }
+            _ => 0,
+        };
+        let positions = area / 4f64.powi(level as i32);
+        let of_prompt = name.contains("attn2.to_k") || name.contains("attn2.to_v");
+        let is_single = name.contains("time_emb") || name.contains("add_embedding");
+        let reads = match (of_prompt, is_single) {
+            // once for all steps
+            (true, _) => 0.0,
+            (_, true) => 1.0,
+            _ => positions,
+        };
+        let channels = shape.first().copied().unwrap_or(0) as f64;
+        let looks_at = if name.ends_with("attn1.to_q.weight") {
+            positions
+        } else if name.ends_with("attn2.to_q.weight") {
+            PROMPT_TOKENS
+        } else {
+            0.0
+        };
+        2.0 * reads * shape.iter().product::<usize>() as f64 + 4.0 * positions * looks_at * channels
+    };
+    checkpoint.shapes("unet").map(of_tensor).sum()
+}
+
+/// The operations of decoding one image of `area` latents.
+fn decoder_operations(checkpoint: &Checkpoint, area: f64) -> f64 {
+    let last = checkpoint.count("vae.decoder.up_blocks.").saturating_sub(1);
+    let of_tensor = |(name, shape): (&str, &[usize])| {
+        let Some(name) = name.strip_prefix("decoder.") else {
+            return 0.0;
+        };
+        let number = name
+            .split('.')
+            .nth(1)
+            .and_then(|number| number.parse().ok());
+        let doublings = match name.split('.').next().unwrap_or_default() {
+            "up_blocks" => number.unwrap_or(0) + usize::from(name.contains("upsamplers")),
+            "conv_out" => last,
+            _ => 0,
+        };
+        2.0 * area * 4f64.powi(doublings as i32) * shape.iter().product::<usize>() as f64
+    };
+    checkpoint.shapes("vae").map(of_tensor).sum()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::weights::Origin;
+
+    #[test]
+    fn operations_are_those_that_the_layers_do() {
+        // of the embedded model, counted by `sdgen bench --size mini`, which sees every product
+        let checkpoint = Checkpoint::open(Origin::Embedded).unwrap();
+        let area = 8.0 * 8.0;
+        let unet = unet_operations(&checkpoint, area) / 1e9;
+        let decoder = decoder_operations(&checkpoint, area) / 1e9;
+        let near = |estimate: f64, counted: f64| (estimate / counted - 1.0).abs() < 0.1;
+        assert!(
+            near(unet, 0.2739) && near(decoder, 0.8697),
+            "{unet} {decoder}"
+        );
     }
 }

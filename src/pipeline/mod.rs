@@ -522,12 +522,30 @@ impl<'a> Run<'a> {
     }
 
     fn hand_out(&self, index: usize, result: Result<Generated>) {
+        let result = result.map_err(|error| self.with_loras(error));
         if let Ok(Generated { image, .. }) = &result {
             let _ = self.events.emit(Event::Image { index, image });
         }
         if let Ok(mut sink) = self.sink.try_borrow_mut() {
             sink(index, result);
         }
+    }
+
+    /// Names the LoRAs where it may be theirs that an image is not finite.
+    fn with_loras(&self, error: anyhow::Error) -> anyhow::Error {
+        let loras = self.pipeline.checkpoint.loras();
+        if loras.is_empty() || !error.is::<NotFinite>() {
+            return error;
+        }
+        let names: Vec<String> = loras
+            .iter()
+            .map(|lora| format!("`{}`", lora.name))
+            .collect();
+        let names = names.join(", ");
+        error.context(format!(
+            "with the LoRA {names}\n\nhint: the LoRA is damaged or too strong, or the checkpoint is; \
+             draw once without `--lora` to find out; nothing was written"
+        ))
     }
 
     fn decoder(&self) -> Result<Arc<crate::model::Decoder>> {

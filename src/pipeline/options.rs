@@ -380,7 +380,14 @@ impl FromStr for Seeds {
     fn from_str(text: &str) -> Result<Self> {
         let number = |s: &str| {
             s.trim().parse::<u64>().with_context(|| {
-                format!("`{s}` is not a seed: a number from 0 to {}", u64::MAX - 1)
+                let hint = match s.trim().starts_with('-') {
+                    true => "\n\nhint: without `--seed` it is random, and printed",
+                    false => "",
+                };
+                format!(
+                    "`{s}` is not a seed: a number from 0 to {}{hint}",
+                    u64::MAX - 1
+                )
             })
         };
         let range = |part: &str| match part.split_once("..") {
@@ -432,7 +439,7 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse()
         .ok()
         .filter(|n| (1..=1_000_000).contains(n))
-        .ok_or_else(|| "expected a whole number from 1".into())
+        .ok_or_else(|| "expected a whole number from 1 to 1000000".into())
 }
 
 fn pixels(text: &str) -> Result<usize, String> {
@@ -455,7 +462,7 @@ fn frames(text: &str) -> Result<usize, String> {
     text.parse()
         .ok()
         .filter(|n| (2..=1_000_000).contains(n))
-        .ok_or_else(|| "expected two pictures or more".into())
+        .ok_or_else(|| "expected a whole number from 2 to 1000000".into())
 }
 
 fn finite(text: &str) -> Result<f64, String> {
@@ -549,7 +556,7 @@ impl<'de> Deserialize<'de> for Scalar {
 }
 
 /// The names and aliases of a struct's fields, as serde's derived code asks for them.
-fn field_names<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+pub fn field_names<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     struct FieldNames<'a>(&'a mut &'static [&'static str]);
 
     impl<'de> Deserializer<'de> for FieldNames<'_> {

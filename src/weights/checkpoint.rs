@@ -299,6 +299,16 @@ impl Checkpoint {
             .sum()
     }
 
+    /// The shapes of a component's tensors, by their canonical names without the component's.
+    pub fn shapes<'a>(
+        &'a self,
+        component: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a [usize])> {
+        let of_component = |name: &'a String| name.get(component.len() + 1..);
+        self.entries_of(component)
+            .filter_map(move |(name, entry)| Some((of_component(name)?, &*entry.shape)))
+    }
+
     /// The size of all its files in bytes.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().map(|s| s.len).sum()

@@ -4,7 +4,7 @@
 use crate::common::*;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -138,8 +138,8 @@ fn a_line_of_objects_may_set_every_option_of_a_picture_and_the_command_line_give
         json!(seen),
         json!([
             ["out/one-7.png", 7, "x", 2.5, "dpmpp-2m"],
-            ["own/3.webp", 3, "toad", 1.0, "ddim"],
-            ["own/9.webp", 9, "toad", 1.0, "ddim"],
+            ["out/own/3.webp", 3, "toad", 1.0, "ddim"],
+            ["out/own/9.webp", 9, "toad", 1.0, "ddim"],
             ["out/three-0.png", 0, "toad", 4.0, "pndm"],
             ["out/three-1.png", 1, "toad", 4.0, "pndm"],
             ["out/four-5.png", 5, "toad", 4.0, "pndm"],
@@ -182,9 +182,9 @@ fn a_line_of_objects_may_set_every_option_of_a_picture_and_the_command_line_give
         let drawn: Value = serde_json::from_str(line).unwrap();
         let bytes = fs::read(dir.path().join(drawn["path"].as_str().unwrap())).unwrap();
         let metadata = sdgen::image::read_metadata(&bytes).unwrap().unwrap().sdgen;
-        for (key, value) in planned.as_object().unwrap() {
-            assert_eq!(drawn[key], *value, "{key}");
-            assert!(key == "path" || metadata[key] == *value, "{key}");
+        assert_eq!(drawn["path"], planned["path"]);
+        for (key, value) in metadata.as_object().unwrap() {
+            assert!(drawn[key] == *value && planned[key] == *value, "{key}");
         }
     }
     assert_eq!(lines(&drawn).len(), 7);
@@ -317,6 +317,53 @@ fn a_wrong_line_is_named_with_its_file_its_number_and_what_was_meant() {
 }
 
 #[test]
+fn outputs_of_lines_stay_in_the_folder_of_the_option_unless_they_may_leave_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    let absolute = outside.path().join("x.png");
+    let draw = |output: &str, extra: &[&str]| {
+        let line = json!({ "prompt": "x", "seed": 1, "output": output });
+        fs::write(dir.path().join("list.jsonl"), format!("{line}\n")).unwrap();
+        let mut command = tiny(dir.path());
+        command.args(["--from", "list.jsonl"]).args(extra);
+        command
+    };
+    for extra in [
+        &[][..],
+        &["-o", "out/"],
+        &["-o", "out/{seed}.png", "--resume"],
+    ] {
+        for output in ["../x.png", "a/../../x.png", absolute.to_str().unwrap()] {
+            let said = fail(
+                &mut draw(output, extra),
+                2,
+                &["line 1 of", "--outputs-anywhere"],
+            );
+            assert!(said.contains(&format!("`{output}` leads out of")), "{said}");
+        }
+    }
+    assert_eq!(names(outside.path()).len(), 0);
+    // below the folder of `-o`
+    let at = |output: &str, option: &str| {
+        let mut command = draw(output, &["--dry-run", "-o", option]);
+        lines(&succeed(&mut command)).remove(0)
+    };
+    assert_eq!(at("a/x.png", "out/"), "out/a/x.png");
+    assert_eq!(at("a/", "out/sub/{seed}.jpg"), "out/sub/a/x-1.png");
+    assert_eq!(at("{seed}.png", "{{b}}/{model}/y.png"), "{b}/1.png");
+    assert_eq!(at("x.png", "one.png"), "x.png");
+    succeed(&mut draw(
+        absolute.to_str().unwrap(),
+        &["--outputs-anywhere"],
+    ));
+    assert!(absolute.is_file());
+    succeed(&mut draw(
+        "../x.png",
+        &["-o", "out/", "--outputs-anywhere", "--dry-run"],
+    ));
+}
+
+#[test]
 fn two_lines_may_not_name_one_file() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(
@@ -426,6 +473,106 @@ fn every_option_of_a_picture_can_be_swept() {
     );
     assert_eq!(swept("negative=,blue", "negative"), json!(["", "blue"]));
     assert_eq!(swept("cfg-scale=2,3", "guidance"), json!([2.0, 3.0]));
+}
+
+#[test]
+fn a_sweep_takes_ranges_with_the_end_excluded_and_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let swept = |text: &str, key: &str| {
+        let mut command = tiny(dir.path());
+        command.args(["x", "-s", "1", "--dry-run", "--json", "--sweep", text]);
+        let values = records(&succeed(&mut command));
+        Value::from_iter(values.iter().map(|record| record[key].clone()))
+    };
+    assert_eq!(swept("steps=3..6", "steps"), json!([3, 4, 5]));
+    assert_eq!(swept("steps=10..31:10,5", "steps"), json!([10, 20, 30, 5]));
+    assert_eq!(
+        swept("guidance=1..2:0.3", "guidance"),
+        json!([1.0, 1.3, 1.6, 1.9])
+    );
+    // 0.1 three times is 0.3, which is the end
+    assert_eq!(
+        swept("guidance_rescale=0..0.3:0.1", "guidance_rescale"),
+        json!([0.0, 0.1, 0.2])
+    );
+    for (text, told) in [
+        ("guidance=1.5..3", "has no step"),
+        ("steps=6..3", "is empty"),
+        ("steps=3..6:0", "is empty"),
+        ("guidance=0..1:0.0000000001", "more than 1000000 values"),
+    ] {
+        fail(
+            tiny(dir.path()).args(["x", "-s", "1", "--sweep", text]),
+            2,
+            &[told, "--sweep"],
+        );
+    }
+}
+
+#[test]
+fn prompts_can_be_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    let swept = |arguments: &[&str]| {
+        let mut command = tiny(dir.path());
+        command.args(["-s", "1", "--dry-run"]).args(arguments);
+        lines(&succeed(&mut command))
+    };
+    assert_eq!(
+        swept(&["--sweep", "prompt=a cat, a dog"]),
+        ["a-cat-1.png", "a-dog-1.png"]
+    );
+    assert_eq!(
+        swept(&["--sweep", "prompt=a,b", "--sweep", "steps=2,3"]),
+        [
+            "a-1-steps-2.png",
+            "a-1-steps-3.png",
+            "b-1-steps-2.png",
+            "b-1-steps-3.png"
+        ]
+    );
+    assert_eq!(
+        swept(&["--sweep", r"prompt=a cat\, red,b"]),
+        ["a-cat-red-1.png", "b-1.png"]
+    );
+    let mut command = tiny(dir.path());
+    fail(
+        command.args(["x", "--sweep", "prompt=a,b"]),
+        2,
+        &["another prompt"],
+    );
+    let mut command = tiny(dir.path());
+    fail(
+        command.args(["--sweep", "prompt=a,,b"]),
+        2,
+        &["empty prompt"],
+    );
+}
+
+#[test]
+fn lines_that_begin_with_a_hash_are_comments() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(
+        dir.path().join("list.txt"),
+        "# my prompts\na cat\n  # more\na dog # mine\n",
+    )
+    .unwrap();
+    fs::write(
+        dir.path().join("list.jsonl"),
+        "# mine\n{\"prompt\": \"a cat\"}\n",
+    )
+    .unwrap();
+    let drawn = |list: &str| {
+        let mut command = tiny(dir.path());
+        lines(&succeed(command.args([
+            "--from",
+            list,
+            "-s",
+            "1",
+            "--dry-run",
+        ])))
+    };
+    assert_eq!(drawn("list.txt"), ["a-cat-1.png", "a-dog-1.png"]);
+    assert_eq!(drawn("list.jsonl"), ["a-cat-1.png"]);
 }
 
 #[test]
@@ -900,6 +1047,22 @@ fn a_picture_that_fails_is_reported_and_the_rest_of_its_batch_is_saved() {
         ["a-house-1.png", "the-cat-1.png", "the-house-1.png"]
     );
     assert!(!dir.path().join("a-frog-1.png").exists());
+    // it has its record, in its place
+    let records = records(&draw("list.txt", &["--force", "--json", "-b", "2"]));
+    assert_eq!(
+        Value::from_iter(records.iter().map(|r| r["path"].clone())),
+        json!([
+            "a-house-1.png",
+            "a-frog-1.png",
+            "the-cat-1.png",
+            "the-house-1.png"
+        ])
+    );
+    let errors: Vec<&str> = records.iter().filter_map(|r| r["error"].as_str()).collect();
+    assert!(
+        errors.len() == 1 && errors[0].contains("not finite") && records[1]["sha256"].is_null(),
+        "{records:?}"
+    );
     // the others are what they are without it
     let together = contents(dir.path());
     fs::write(dir.path().join("fine.txt"), "a house\nthe cat\nthe house\n").unwrap();
@@ -1042,6 +1205,348 @@ fn a_full_disk_ends_the_run_and_keeps_what_is_saved() {
     assert!(saved > 2 && paths == said[saved..], "{said:?}");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_system_without_links_and_without_safe_renames_is_saved_to_all_the_same() {
+    const CALLS: [libc::c_long; 2] = [libc::SYS_renameat2, libc::SYS_linkat];
+    for errno in [libc::EPERM, libc::EINVAL, libc::EOPNOTSUPP] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = tiny(dir.path());
+        command.args(["x", "-s", "0..3", "-b", "1", "-o", "out/"]);
+        refuse_calls(&mut command, &CALLS, errno);
+        succeed(&mut command);
+        assert_eq!(
+            names(&dir.path().join("out")),
+            ["x-0.png", "x-1.png", "x-2.png"]
+        );
+        // what is there is still not replaced
+        fail(&mut command, 2, &["exists already, and 2 more"]);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_saving_will_need_is_tried_before_drawing() {
+    // no file system is without a rename of any kind, but this one
+    const CALLS: [libc::c_long; 4] = [
+        libc::SYS_renameat2,
+        libc::SYS_linkat,
+        libc::SYS_renameat,
+        libc::SYS_rename,
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    command.args(["x", "-s", "0..3", "-o", "u/"]);
+    refuse_calls(&mut command, &CALLS, libc::EPERM);
+    fail(&mut command, 2, &["no permission to write `u"]);
+    assert!(!dir.path().join("u").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn pictures_go_into_a_folder_whose_name_is_not_utf8() {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let dir = tempfile::tempdir().unwrap();
+    let folder = std::ffi::OsStr::from_bytes(b"caf\xe9/");
+    let mut command = tiny(dir.path());
+    command.args(["x", "-s", "0..3", "-b", "1", "--progress", "json", "-o"]);
+    let output = succeed(command.arg(folder));
+    let paths: Vec<&[u8]> = output.stdout.split(|byte| *byte == b'\n').collect();
+    assert_eq!(
+        paths[..3],
+        [
+            &b"caf\xe9/x-0.png"[..],
+            b"caf\xe9/x-1.png",
+            b"caf\xe9/x-2.png"
+        ]
+    );
+    for path in &paths[..3] {
+        let path = std::ffi::OsString::from_vec(path.to_vec());
+        assert!(dir.path().join(path).is_file());
+    }
+    assert_eq!(events(&output, "picture")[2]["path"], "caf\u{fffd}/x-2.png");
+    let mut command = tiny(dir.path());
+    command.args([
+        "x",
+        "-s",
+        "0..3",
+        "--resume",
+        "--json",
+        "--manifest",
+        "m.jsonl",
+        "-o",
+    ]);
+    let output = succeed(command.arg(folder));
+    let records = records(&output);
+    assert_eq!(records[0]["path"], "caf\u{fffd}/x-0.png");
+    assert_eq!(records[0]["skipped"], true);
+    // and as the results of an upscaler
+    let mut command = sdgen(dir.path());
+    command
+        .arg("upscale")
+        .arg(dir.path().join(folder).join("x-0.png"));
+    succeed(command.args(["-m", "lanczos", "-o"]).arg(folder));
+    assert!(dir.path().join(folder).join("x-0-2x.png").is_file());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_of_file_sizes_fails_a_picture_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = sdgen(dir.path());
+    command.args(["a frog", "--steps", "1", "-s", "1", "-o", "u/"]);
+    // in blocks of 512 bytes
+    let output = after("ulimit -f 8", &command).output().unwrap();
+    assert_eq!(
+        code(&output),
+        Some(1),
+        "{:?} {}",
+        output.status,
+        stderr(&output)
+    );
+    assert!(
+        stderr(&output).contains("larger than this process may write")
+            && stderr(&output).contains("ulimit -f"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(!dir.path().join("u").exists());
+}
+
+#[test]
+fn a_folder_that_was_made_for_nothing_goes_again() {
+    let dir = tempfile::tempdir().unwrap();
+    without_frogs(&dir.path().join("m"));
+    let mut command = sdgen(dir.path());
+    command.args(["a frog", "--steps", "2", "-W", "16", "-H", "16", "-m", "m"]);
+    fail(
+        command.args(["-s", "1", "-o", "new/deep/"]),
+        5,
+        &["not finite"],
+    );
+    assert!(!dir.path().join("new").exists());
+}
+
+// stdout
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_ends_the_run_after_the_pictures_under_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    command.args(["x", "-s", "0..200", "-b", "2", "--steps", "20"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdout.read_line(&mut first).unwrap();
+    drop(stdout);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((code(&output), first.as_str()), (Some(0), "x-0.png\n"));
+    let said = stderr(&output);
+    assert!(said.contains("nobody reads stdout any more: "), "{said}");
+    let saved = names(dir.path());
+    assert!(
+        (2..200).contains(&saved.len()) && saved.len().is_multiple_of(2),
+        "{saved:?}"
+    );
+    // a bare `head` in front of everything that reads
+    for arguments in [&["models"][..], &["help", "batches"], &["man"]] {
+        let mut child = sdgen(dir.path())
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((code(&output), stderr(&output).as_str()), (Some(0), ""));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_stdout_is_told_from_failed_pictures() {
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    for json in [&[][..], &["--json"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = tiny(dir.path());
+        command.args(["x", "-s", "0..200", "-b", "2", "--steps", "20"]);
+        let output = command.args(json).stdout(full()).output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(code(&output), Some(1), "{said}");
+        assert!(
+            said.contains("cannot write to stdout") && !said.contains("failed,"),
+            "{said}"
+        );
+        assert_eq!(said.matches("error:").count(), 1, "{said}");
+        let saved = names(dir.path()).len();
+        assert!(
+            (2..200).contains(&saved) && saved.is_multiple_of(2),
+            "{saved}"
+        );
+        assert!(
+            said.contains(&format!("{saved} of 200 pictures are saved")),
+            "{said}"
+        );
+    }
+}
+
+/// Whether a value is as a part of the schema says; `what` names it. Knows no more of JSON Schema
+/// than the file uses.
+fn require_schema(value: &Value, schema: &Value, what: &str) {
+    let types = |value: &Value| match value {
+        Value::Null => vec!["null"],
+        Value::Bool(_) => vec!["boolean"],
+        Value::Number(number) if number.is_f64() => vec!["number"],
+        Value::Number(_) => vec!["number", "integer"],
+        Value::String(_) => vec!["string"],
+        Value::Array(_) => vec!["array"],
+        Value::Object(_) => vec!["object"],
+    };
+    for (key, rule) in schema.as_object().unwrap() {
+        match key.as_str() {
+            "description" => {}
+            "type" => {
+                let allowed: Vec<&str> = match rule {
+                    Value::String(one) => vec![one],
+                    several => several
+                        .as_array()
+                        .unwrap()
+                        .iter()
+                        .map(|t| t.as_str().unwrap())
+                        .collect(),
+                };
+                assert!(
+                    types(value).iter().any(|t| allowed.contains(t)),
+                    "{what}: {value}"
+                );
+            }
+            "enum" => assert!(rule.as_array().unwrap().contains(value), "{what}: {value}"),
+            "minimum" => assert!(value.as_f64() >= rule.as_f64(), "{what}: {value}"),
+            "pattern" => {
+                // the two that there are
+                let is_right = |text: &str| match rule.as_str().unwrap() {
+                    "^[0-9a-f]{64}$" => {
+                        text.len() == 64 && text.bytes().all(|b| b"0123456789abcdef".contains(&b))
+                    }
+                    "^[0-9]+$" => !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()),
+                    other => panic!("unknown pattern {other}"),
+                };
+                assert!(value.as_str().is_none_or(is_right), "{what}: {value}");
+            }
+            "items" => {
+                for item in value.as_array().into_iter().flatten() {
+                    require_schema(item, rule, what);
+                }
+            }
+            "required" => {
+                for name in rule.as_array().unwrap() {
+                    let is_there = value.is_null() || value.get(name.as_str().unwrap()).is_some();
+                    assert!(is_there, "{what} lacks {name}: {value}");
+                }
+            }
+            "properties" => {
+                for (name, value) in value.as_object().into_iter().flatten() {
+                    let place = format!("{what}.{name}");
+                    // other readers may take what they do not know; what we write is described
+                    let rule = rule
+                        .get(name)
+                        .unwrap_or_else(|| panic!("{place} is not described"));
+                    require_schema(value, rule, &place);
+                }
+            }
+            other => panic!("unknown rule {other}"),
+        }
+    }
+}
+
+#[test]
+fn every_record_is_as_the_schema_says_and_has_every_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = stdout(&succeed(sdgen(dir.path()).args(["help", "schema"])));
+    let schema: Value = serde_json::from_str(&text).unwrap();
+    let require = |output: &Output, kind: &str, count: usize| {
+        let records = records(output);
+        assert_eq!(records.len(), count, "{kind}");
+        for record in &records {
+            require_schema(record, &schema["$defs"][kind], kind);
+        }
+        records
+    };
+    let run = |arguments: &[&str]| {
+        let mut command = tiny(dir.path());
+        succeed(command.args(["--json"]).args(arguments))
+    };
+    let seed = "18446744073709551614";
+    let plain = require(&run(&["x", "-s", seed]), "picture", 1);
+    assert_eq!(plain[0]["seed_text"], seed);
+    assert!(plain[0]["source"].is_null() && plain[0]["loras"] == json!([]));
+    require(&run(&["x", "-s", seed, "--resume"]), "picture", 1);
+    require(&run(&["x", "-s", "1", "--dry-run"]), "picture", 1);
+    let everything = [
+        "x",
+        "-s",
+        "1",
+        "--trace",
+        "--hires",
+        "2",
+        "--tile",
+        "xy",
+        "-o",
+        "all.png",
+        "--schedule",
+        "karras",
+        "--sampler",
+        "euler-a",
+        "--eta",
+        "0.5",
+        "--to",
+        "y",
+        "--to-seed",
+        "9",
+        "--frames",
+        "2",
+        "-o",
+        "f/",
+        "--upscale",
+        "lanczos",
+    ];
+    let records = require(&run(&everything), "picture", 2);
+    assert!(records[1]["trace"].is_object() && records[1]["to"].is_object());
+    let image = format!("x-{seed}.png");
+    let over = [
+        "y",
+        "-s",
+        "1",
+        "-i",
+        &image,
+        "--mask",
+        &image,
+        "--only-masked=8",
+    ];
+    let records = require(&run(&over), "picture", 1);
+    assert_eq!(records[0]["source"]["alpha"], false);
+    // those that fail
+    without_frogs(&dir.path().join("m"));
+    let mut command = sdgen(dir.path());
+    command.args([
+        "a frog", "--steps", "2", "-W", "16", "-H", "16", "-m", "m", "-s", "1",
+    ]);
+    let output = command.arg("--json").output().unwrap();
+    assert!(require(&output, "picture", 1)[0]["error"].is_string());
+    let mut command = sdgen(dir.path());
+    command.args(["check", &image, "f", "missing.png", "--json", "-m"]);
+    let output = command.arg(fixture("sd1")).output().unwrap();
+    require(&output, "check", 4);
+    let mut command = sdgen(dir.path());
+    let upscale = ["upscale", "missing.png", &image, "-m", "lanczos", "--json"];
+    require(&command.args(upscale).output().unwrap(), "upscale", 2);
+}
+
 // Interrupts
 
 #[cfg(unix)]
@@ -1111,6 +1616,20 @@ fn the_first_ctrl_c_saves_the_picture_under_way_and_resume_goes_on() {
         );
         assert_eq!(names(dir.path()).len(), 60);
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_interrupted_when_all_is_drawn_has_drawn_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    // in one batch, so that the first picture is saved when nothing is left to draw
+    command.args(["x", "-s", "0..4", "-b", "4"]);
+    let child = after_the_first_picture(dir.path(), &mut command);
+    signal(&child, "INT");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(code(&output), Some(0), "{}", stderr(&output));
+    assert_eq!(lines(&output).len(), 4);
 }
 
 #[cfg(unix)]
@@ -1206,7 +1725,20 @@ fn resume_skips_what_is_there_with_the_same_settings_and_draws_the_rest() {
         "-g",
         "1.1000000000000003",
     ]));
-    let repaired = run(&["--json"]);
+    // what may be another's is not lost
+    let mut refused = tiny(dir.path());
+    refused.args(["x", "-s", "0..4", "-g", "1.1000000000000003", "--resume"]);
+    fail(
+        &mut refused,
+        2,
+        &["`x-2.png` exists already, and 1 more", "--force"],
+    );
+    assert_eq!(
+        fs::read(dir.path().join("x-2.png")).unwrap(),
+        b"not a picture"
+    );
+    assert!(!dir.path().join("x-0.png").exists());
+    let repaired = run(&["--json", "--force"]);
     assert_eq!(drawn(&repaired), [0, 1, 2, 3]);
     assert!(contents(dir.path()) == whole);
     // one is skipped, and its record says so
@@ -1267,11 +1799,6 @@ fn resume_does_not_go_with_what_it_cannot_compare() {
         tiny(dir.path()).args(["x", "-s", "1", "--resume", "--no-metadata"]),
         2,
         &["--no-metadata"],
-    );
-    fail(
-        tiny(dir.path()).args(["x", "-s", "1", "--resume", "--force"]),
-        2,
-        &["--force"],
     );
     // seeds in the list are seeds
     fs::write(
@@ -1378,7 +1905,7 @@ fn a_dry_run_prints_the_work_list_and_reads_no_weights() {
         ["out/x-1.png", "out/x-2.png", "out/x-3.png"]
     );
     assert!(
-        stderr(&output).contains("3 pictures, about 0.0 GB of memory"),
+        stderr(&output).contains("3 pictures, about 0.0 GB of memory, about a second\n"),
         "{}",
         stderr(&output)
     );
@@ -1417,6 +1944,12 @@ fn events_tell_programs_what_goes_on() {
         .iter()
         .map(|e| json!([e["index"], e["step"], e["of"]]))
         .collect();
+    // of the whole run: the two pictures cost the same, decoding as much as five steps
+    let remaining: Vec<f64> = events(&output, "step")
+        .iter()
+        .map(|e| e["remaining_s"].as_f64().unwrap())
+        .collect();
+    assert!(remaining[2] > 0.0 && remaining[5] == 0.0, "{remaining:?}");
     assert_eq!(
         json!(steps),
         json!([
@@ -1487,7 +2020,7 @@ fn the_manifest_has_the_records_of_a_run_as_pictures_land() {
     let output = run(&["-o", "other/"]);
     assert_eq!(code(&output), Some(2));
     assert!(
-        stderr(&output).contains("m.jsonl") && names(&dir.path().join("other")).is_empty(),
+        stderr(&output).contains("m.jsonl") && !dir.path().join("other").exists(),
         "{}",
         stderr(&output)
     );
@@ -1498,6 +2031,13 @@ fn the_manifest_has_the_records_of_a_run_as_pictures_land() {
         Value::from_iter(records(&output).iter().map(|r| r["sha256"].clone())),
         Value::from_iter(first.iter().map(|r| r["sha256"].clone()))
     );
+    // what is no manifest stays
+    fs::write(dir.path().join("m.jsonl"), "my notes").unwrap();
+    let output = run(&["--resume"]);
+    assert_eq!(code(&output), Some(2));
+    assert_eq!(manifest(), "my notes");
+    assert_eq!(code(&run(&["--resume", "--force"])), Some(0));
+    assert_eq!(manifest().lines().count(), 3);
 }
 
 // Contact sheets

@@ -305,7 +305,7 @@ fn an_animation_that_cannot_be_is_an_error() {
         ),
         (
             &["--to", "a dog", "--frames", "1"],
-            &["--frames", "two pictures or more"],
+            &["--frames", "a whole number from 2 to"],
         ),
         (
             &["--to-seed", "9", "--frames", "3", "--variation", "4:0.1"],

@@ -143,25 +143,162 @@ fn a_picture_that_cannot_be_drawn_again_is_told_and_the_others_are_compared() {
     std::fs::write(dir.path().join("broken.png"), b"no picture").unwrap();
     let (code, said, errors) = check(
         dir.path(),
-        &["silent.png", "missing.png", "broken.png", "good.png"],
+        &["silent.png", "good.png", "missing.png", "broken.png"],
     );
-    assert_eq!(code, 1);
-    for line in [
-        "silent.png: failed",
-        "missing.png: failed",
-        "broken.png: failed",
-        "good.png: identical",
-    ] {
-        assert!(said.contains(line), "{said}");
-    }
+    assert_eq!(code, 6);
+    // in the order of the arguments
+    assert_eq!(
+        said,
+        "silent.png: failed\ngood.png: identical\nmissing.png: failed\nbroken.png: failed\n"
+    );
     assert!(
         errors.contains("`silent.png`: it does not say how it was drawn"),
         "{errors}"
     );
     assert!(
-        errors.contains("3 of 4 pictures are not the same"),
+        errors.contains("3 of 4 pictures cannot be checked"),
         "{errors}"
     );
+    let (code, said, _) = check(dir.path(), &["--json", "missing.png", "good.png"]);
+    let records: Vec<Value> = said
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!((code, records.len()), (6, 2), "{said}");
+    assert_eq!(records[0]["path"], "missing.png");
+    assert!(
+        records[0]["same"].is_null() && records[1]["same"] == true,
+        "{said}"
+    );
+    assert!(
+        records[0]["error"]
+            .as_str()
+            .unwrap()
+            .contains("it cannot be read")
+            && records[1]["error"].is_null(),
+        "{said}"
+    );
+    // one that differs is what matters most
+    edit(dir.path(), "good.png", |picture| picture.rgb[0] ^= 4);
+    let (code, _, errors) = check(dir.path(), &["missing.png", "good.png"]);
+    assert_eq!(code, 1);
+    assert!(
+        errors.contains("1 of 2 pictures are not the same, 1 of 2 pictures cannot be checked"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn a_folder_stands_for_its_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["golden/b.webp", "golden/a.png"] {
+        std::fs::create_dir_all(dir.path().join("golden/deeper")).unwrap();
+        draw(dir.path(), name, &[]);
+    }
+    std::fs::write(dir.path().join("golden/notes.txt"), "").unwrap();
+    draw(dir.path(), "c.png", &[]);
+    let (code, said, errors) = check(dir.path(), &["golden", "c.png"]);
+    assert_eq!(code, 0, "{errors}");
+    assert_eq!(
+        said,
+        "golden/a.png: identical\ngolden/b.webp: identical\nc.png: identical\n"
+    );
+    let (code, said, errors) = check(dir.path(), &["c.png", "golden/deeper"]);
+    assert_eq!(
+        (code, said.as_str()),
+        (6, "c.png: identical\ngolden/deeper: failed\n")
+    );
+    assert!(
+        errors.contains("`golden/deeper`: it is a folder without pictures"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn settings_that_name_what_is_not_known_are_errors_of_their_file() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "good.png", &[]);
+    let changes: [(&str, Value); 8] = [
+        ("dtype", "f12".into()),
+        ("sampler", "magic".into()),
+        ("schedule", "magic".into()),
+        ("prediction", "magic".into()),
+        ("steps", 0.into()),
+        ("width", 13.into()),
+        ("clip_skip", 99.into()),
+        ("model", "no-such-model".into()),
+    ];
+    let mut names = vec![];
+    for (key, value) in changes {
+        let name = format!("{key}.png");
+        draw(dir.path(), &name, &[]);
+        tamper(dir.path(), &name, |sdgen| sdgen[key] = value.clone());
+        names.push(name);
+    }
+    names.push("good.png".into());
+    let arguments: Vec<&str> = names.iter().map(String::as_str).collect();
+    let (code, said, errors) = check(dir.path(), &arguments);
+    assert_eq!(code, 6, "{errors}");
+    let expected: String = names
+        .iter()
+        .map(|name| match name.as_str() {
+            "good.png" => "good.png: identical\n".into(),
+            name => format!("{name}: failed\n"),
+        })
+        .collect();
+    assert_eq!(said, expected, "{errors}");
+    for name in &names[..8] {
+        assert!(
+            errors.contains(&format!("error: `{name}`: ")),
+            "{name}: {errors}"
+        );
+    }
+    // where none can be checked the reason decides
+    assert_eq!(check(dir.path(), &["model.png"]).0, 3);
+    assert_eq!(check(dir.path(), &["dtype.png"]).0, 6);
+}
+
+#[test]
+fn a_picture_from_elsewhere_does_not_make_it_ask_the_hub_unless_that_is_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "a.png", &[]);
+    tamper(dir.path(), "a.png", |sdgen| {
+        sdgen["model"] = "owner/name".into()
+    });
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    hub.set_nonblocking(true).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.arg("check").args(arguments);
+        command.env_remove("HF_HUB_OFFLINE");
+        command.env("HF_HOME", dir.path().join("cache"));
+        let address = format!("http://{}", hub.local_addr().unwrap());
+        let mut child = command
+            .env("HF_ENDPOINT", address)
+            .stderr(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut asked = false;
+        let status = loop {
+            // a connection is answered by its end
+            asked |= hub.accept().is_ok();
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        };
+        asked |= hub.accept().is_ok();
+        let output = child.wait_with_output().unwrap();
+        (asked, status.code(), stderr(&output))
+    };
+    let (asked, code, errors) = run(&["a.png"]);
+    assert_eq!((asked, code), (false, Some(3)), "{errors}");
+    assert!(errors.contains("--allow-download"), "{errors}");
+    let (asked, _, errors) = run(&["a.png", "--allow-download"]);
+    assert!(asked, "{errors}");
+    let (asked, _, errors) = run(&["a.png", "-m", "other/name"]);
+    assert!(asked, "what the user names is looked for: {errors}");
 }
 
 #[test]
@@ -174,7 +311,7 @@ fn other_weights_are_told_from_a_changed_program() {
         &["-W", "16", "-H", "16", "-m", model.to_str().unwrap()],
     );
     let (code, said, errors) = check(dir.path(), &["a.png", "--model", "mini"]);
-    assert!(code == 1 && said == "a.png: failed\n", "{said}");
+    assert!(code == 6 && said == "a.png: failed\n", "{said}");
     assert!(
         errors.contains("drawn with other weights") && errors.contains("--model"),
         "{errors}"
@@ -457,13 +594,16 @@ fn a_file_that_was_changed_after_drawing_is_told_from_a_drawing_that_changed() {
         "{errors}"
     );
     let (_, said, _) = check(dir.path(), &["traced.png", "--json"]);
-    assert!(said.contains(r#""first_difference":null"#), "{said}");
+    assert!(
+        said.contains(r#""traced":true,"first_difference":null"#),
+        "{said}"
+    );
     let (code, said, errors) = check(dir.path(), &["plain.png", "--json"]);
     assert!(
         code == 1
             && errors.contains("hint: ")
             && errors.contains("--trace")
-            && !said.contains("first_difference"),
+            && said.contains(r#""traced":false,"first_difference":null"#),
         "{said}{errors}"
     );
     let (code, _, errors) = check(dir.path(), &["plain.png", "--min-psnr", "60"]);
@@ -592,7 +732,7 @@ fn another_configuration_scheduler_or_tokenizer_is_another_model() {
         let before = std::fs::read(&path).unwrap();
         edit(&path);
         let output = check().output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{file}");
+        assert_eq!(output.status.code(), Some(6), "{file}");
         let said = "another configuration, scheduler or tokenizer";
         assert!(stderr(&output).contains(said), "{file}");
         let output = draw(&["--verify"]).output().unwrap();

@@ -676,3 +676,290 @@ fn clip_skip_of_sdxl_is_said_to_be_another_picture_than_a1111s() {
     assert!(!said("sdxl", "1").contains(warning));
     assert!(!said("sd1", "2").contains(warning));
 }
+
+// Resources
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_of_addresses_is_known_before_drawing_and_where_it_is_not_it_ends_with_a_message() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    command.args([
+        "x",
+        "-s",
+        "1",
+        "-W",
+        "1024",
+        "-H",
+        "1024",
+        "--threads",
+        "1",
+        "-o",
+        "x.png",
+    ]);
+    // in kB; the program itself takes some of it
+    let output = after("ulimit -v 600000", &command).output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(4), "{:?} {said}", output.status);
+    assert!(
+        said.contains("GB are free") && said.contains("--width"),
+        "{said}"
+    );
+    // of the formula's results nothing is estimated
+    let small = image::RgbImage::new(200, 200);
+    small.save(dir.path().join("small.png")).unwrap();
+    let mut command = sdgen(dir.path());
+    command.args([
+        "upscale",
+        "small.png",
+        "-m",
+        "lanczos",
+        "--scale",
+        "64",
+        "--threads",
+        "1",
+    ]);
+    let output = after("ulimit -v 600000", &command).output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(4), "{:?} {said}", output.status);
+    assert!(
+        said.contains("error: the system has no memory left"),
+        "{said}"
+    );
+    assert_eq!(files(dir.path()), ["small.png"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn without_threads_it_ends_with_a_message() {
+    const CALLS: [libc::c_long; 2] = [libc::SYS_clone3, libc::SYS_clone];
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    command.args(["x", "-s", "1"]);
+    refuse_calls(&mut command, &CALLS, libc::EAGAIN);
+    fail(&mut command, 1, &["no thread", "ulimit -u"]);
+}
+
+#[test]
+fn more_threads_than_help_are_fewer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    let output = succeed(command.args(["x", "-s", "1", "--threads", "1000000"]));
+    assert!(
+        stderr(&output).contains("threads are used: 1000000 are more than help"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_stack_is_large_enough_whatever_the_shell_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = tiny(dir.path());
+    command.args(["x", "-s", "1"]).env("RUST_MIN_STACK", "1");
+    succeed(&mut after("ulimit -s 128", &command));
+    let mut command = sdgen(dir.path());
+    succeed(&mut after("ulimit -s 128", command.arg("--help")));
+}
+
+// What reaches a terminal
+
+#[test]
+fn text_from_outside_reaches_the_terminal_escaped() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "\u{1b}[31mred\u{9b}2J.safetensors";
+    std::fs::write(dir.path().join(name), "no model").unwrap();
+    let escaped = r"\u{1b}[31mred\u{9b}2J.safetensors";
+    let mut draw = sdgen(dir.path());
+    let said = fail(draw.args(["x", "-m", name]), 3, &[escaped]);
+    assert!(
+        !said.chars().any(|c| c.is_control() && c != '\n'),
+        "{said:?}"
+    );
+    let mut inspect = sdgen(dir.path());
+    fail(inspect.args(["inspect", name]), 3, &[escaped]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_bytes_of_a_picture_do_not_go_to_a_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_sdgen");
+    image::RgbImage::new(8, 8)
+        .save(dir.path().join("a.png"))
+        .unwrap();
+    for arguments in ["'a frog' -o -", "upscale a.png -m lanczos -o -"] {
+        let output = std::process::Command::new("script")
+            .args(["-qec", &format!("'{program}' {arguments}"), "/dev/null"])
+            .current_dir(dir.path())
+            .env("XDG_CONFIG_HOME", dir.path())
+            .stdin(Stdio::null())
+            .output()
+            .expect("this test needs the program `script`, of the package bsdutils or util-linux");
+        let said = stdout(&output);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(
+            said.contains("to the terminal") && said.contains("> picture.png"),
+            "{said}"
+        );
+    }
+    // a path in a terminal is escaped, too
+    let output = std::process::Command::new("script")
+        .args([
+            "-qec",
+            &format!("'{program}' upscale a.png -m lanczos -o \"$(printf 'b\\033[2J.png')\""),
+            "/dev/null",
+        ])
+        .current_dir(dir.path())
+        .env("XDG_CONFIG_HOME", dir.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(
+        stdout(&output).contains(r"b\u{1b}[2J.png"),
+        "{}",
+        stdout(&output)
+    );
+}
+
+// First mistakes
+
+#[test]
+fn a_prompt_without_quotes_is_told_with_the_command_that_was_meant() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        (
+            &["a", "frog", "in", "a", "top", "hat"][..],
+            r#"sdgen "a frog in a top hat""#,
+        ),
+        (
+            &["a", "frog", "-s", "7", "--show=blocks"],
+            r#"sdgen "a frog" -s 7 --show=blocks"#,
+        ),
+        (
+            &["-s", "7", "a", "frog", "-c4"],
+            r#"sdgen -s 7 "a frog" -c4"#,
+        ),
+        (
+            &["--steps", "3", "two", "cats", "-n", "a dog"],
+            r#"sdgen --steps 3 "two cats" -n 'a dog'"#,
+        ),
+        (&["inspect", "it", "please"], "Usage: sdgen inspect"),
+    ];
+    for (arguments, meant) in cases {
+        let mut command = sdgen(dir.path());
+        let said = fail(command.args(arguments), 2, &[meant]);
+        assert_eq!(
+            said.contains("needs quotes"),
+            arguments[0] != "inspect",
+            "{said}"
+        );
+    }
+    assert!(files(dir.path()).is_empty());
+}
+
+#[test]
+fn what_other_programs_call_a_prompt_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    for option in ["-p", "--prompt"] {
+        let mut command = tiny(dir.path());
+        let output = succeed(command.args([option, "a frog", "-s", "1", "--force"]));
+        assert_eq!(stdout(&output), "a-frog-1.png\n");
+    }
+    fail(
+        tiny(dir.path()).args(["a frog", "-p", "a cat"]),
+        2,
+        &["cannot be used with"],
+    );
+}
+
+#[test]
+fn numbers_that_are_out_of_range_are_told_the_range() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases = [
+        (&["-g", "-5"][..], "expected a number from 0"),
+        (&["-s", "-1"], "without `--seed` it is random"),
+        (&["--steps", "-3"], "expected 1 to 1000 steps"),
+        (
+            &["-c", "99999999999"],
+            "expected a whole number from 1 to 1000000",
+        ),
+        (
+            &["--to", "b", "--frames", "99999999999"],
+            "expected a whole number from 2 to 1000000",
+        ),
+        (&["-b", "0"], "expected a whole number from 1 to 1000000"),
+    ];
+    for (arguments, text) in cases {
+        fail(tiny(dir.path()).arg("x").args(arguments), 2, &[text]);
+    }
+}
+
+#[test]
+fn the_beginning_of_a_command_is_drawn_and_the_command_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = succeed(tiny(dir.path()).args(["model", "-s", "1"]));
+    assert!(
+        stderr(&output).contains("the command is `sdgen models`"),
+        "{}",
+        stderr(&output)
+    );
+    let output = succeed(tiny(dir.path()).args(["frog", "-s", "1"]));
+    assert!(
+        !stderr(&output).contains("the command is"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_damaged_picture_has_one_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("bad.png"), b"\x89PNG\r\n\x1a\ncut").unwrap();
+    fail(
+        tiny(dir.path()).args(["x", "-s", "1", "-i", "bad.png"]),
+        2,
+        &["bad.png"],
+    );
+    let mut upscale = sdgen(dir.path());
+    fail(
+        upscale.args(["upscale", "bad.png", "-m", "lanczos"]),
+        2,
+        &["bad.png"],
+    );
+    let mut upscale = sdgen(dir.path());
+    let output = upscale
+        .args(["upscale", "bad.png", "-m", "lanczos", "--json"])
+        .output()
+        .unwrap();
+    let record: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert!(
+        record["error"].is_string() && record["sha256"].is_null(),
+        "{record}"
+    );
+}
+
+#[test]
+fn a_lora_that_is_not_finite_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = load(&fixture("lora/kohya.safetensors"));
+    let name = tensors
+        .keys()
+        .find(|name| name.contains("lora_up"))
+        .unwrap();
+    let (name, tensor) = (name.clone(), tensors[name].clone());
+    tensors.insert(name, (tensor * f64::NAN).unwrap());
+    save(&tensors, &dir.path().join("broken.safetensors"));
+    let mut command = tiny(dir.path());
+    let texts = [
+        "with the LoRA `broken`",
+        "not finite",
+        "hint: the LoRA is damaged",
+    ];
+    fail(
+        command.args(["x", "-s", "1", "--lora", "broken.safetensors"]),
+        5,
+        &texts,
+    );
+}

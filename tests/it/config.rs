@@ -186,7 +186,7 @@ fn other_commands_take_the_machine_from_the_file() {
     );
     let mut command = sdgen(dir.path());
     command.args(["upscale", "x.png", "-m", "lanczos", "--device", "cpu"]);
-    fail(&mut command, 1, &["x.png"]);
+    fail(&mut command, 2, &["x.png"]);
 }
 
 #[test]

@@ -296,7 +296,7 @@ fn a_picture_remembers_what_its_prompts_use_and_check_asks_for_it() {
         command.output().unwrap()
     };
     let refused = check(&["x.png"]);
-    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(refused.status.code(), Some(6));
     for text in [
         "its prompt uses the embedding `easy-style`",
         "hint: pass its file with `--embedding`",
@@ -308,7 +308,7 @@ fn a_picture_remembers_what_its_prompts_use_and_check_asks_for_it() {
         check(&["x.png", "--embedding", "diffusers.safetensors"])
             .status
             .code(),
-        Some(1)
+        Some(6)
     );
     // a word that meant nothing when the second was drawn means nothing now; ids depend on what
     // else was given, the trace does not

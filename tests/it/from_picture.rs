@@ -423,7 +423,7 @@ fn check_draws_it_again_from_the_same_source_only_and_resume_knows_it() {
         .args(["check", "drawn.png"])
         .output()
         .unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(6));
     assert!(
         stderr(&output).contains("`mask.png` is another picture than it was"),
         "{}",

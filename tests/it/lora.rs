@@ -1074,7 +1074,7 @@ fn pictures_remember_their_loras_and_resume_and_check_know_them() {
             said.contains("plain.png: identical\n"),
             said.contains("with.png: failed\n")
         ),
-        (1, true, true),
+        (6, true, true),
         "{said}{errors}"
     );
     let asked = format!(

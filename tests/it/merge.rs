@@ -114,7 +114,7 @@ fn check_and_resume_know_what_was_merged() {
     ] {
         let output = sdgen(dir.path()).args(args).output().unwrap();
         assert!(
-            output.status.code() == Some(1)
+            output.status.code() == Some(6)
                 && stderr(&output).contains("`b:0.3` merged into the model"),
             "{}",
             stderr(&output)

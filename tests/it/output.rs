@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use sdgen::batch::output_path::{Destination, Naming, plan_paths, save};
+use sdgen::batch::output_path::{self, Destination, Naming, Overwrite, plan_paths};
 use sdgen::image::{Format, Image, Metadata, Parameters, parameters, read_metadata};
 use serde_json::json;
 
@@ -61,12 +61,28 @@ fn naming(prompt: &str, seed: u64) -> Naming<'_> {
     }
 }
 
-fn check_writable(destination: &Destination, paths: &[PathBuf], force: bool) -> Result<()> {
+fn overwrite(force: bool) -> Overwrite {
+    if force {
+        Overwrite::All
+    } else {
+        Overwrite::Never
+    }
+}
+
+fn save(path: &Path, bytes: &[u8], force: bool) -> Result<()> {
+    output_path::save(path, bytes, overwrite(force))
+}
+
+fn check_writable(
+    destination: &Destination,
+    paths: &[PathBuf],
+    force: bool,
+) -> Result<output_path::MadeFolders> {
     let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
-    sdgen::batch::output_path::check_writable(
+    output_path::check_writable(
         &paths,
         matches!(destination, Destination::Template(_)),
-        force,
+        overwrite(force),
     )
 }
 
@@ -643,6 +659,44 @@ fn a_template_that_gives_two_pictures_one_name_is_an_error() {
     );
 }
 
+#[test]
+fn only_pictures_that_say_that_sdgen_has_made_them_are_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let foreign = Metadata {
+        sdgen: serde_json::Value::Null,
+        ..metadata("a frog")
+    };
+    for format in FORMATS {
+        let own = picture().encode(format, Some(&metadata("a frog"))).unwrap();
+        fs::write(path("own"), own).unwrap();
+        output_path::save(&path("own"), b"new", Overwrite::Own).unwrap();
+        for (name, bytes) in [
+            ("plain", picture().encode(format, None).unwrap()),
+            ("a1111", picture().encode(format, Some(&foreign)).unwrap()),
+            ("text", b"my notes".to_vec()),
+            ("empty", vec![]),
+        ] {
+            fs::write(path(name), &bytes).unwrap();
+            let paths = [path(name)];
+            let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+            for result in [
+                output_path::check_writable(&paths, false, Overwrite::Own).map(drop),
+                output_path::save(&path(name), b"new", Overwrite::Own),
+            ] {
+                let message = error(result);
+                assert!(
+                    message.contains("does not say that sdgen has made it")
+                        && message.contains("`--force`"),
+                    "{message}"
+                );
+            }
+            assert_eq!(fs::read(path(name)).unwrap(), bytes, "{format} {name}");
+        }
+    }
+    output_path::save(&path("new"), b"new", Overwrite::Own).unwrap();
+}
+
 #[cfg(unix)]
 #[test]
 fn a_path_that_is_not_utf8_is_kept() {
@@ -662,6 +716,14 @@ fn a_path_that_is_not_utf8_is_kept() {
             .as_os_str()
             .as_bytes(),
         b"\xff/x-1.png"
+    );
+    // a template in such a folder is one
+    let (destination, format) = parse(b"\xff/{seed:03}.png");
+    assert_eq!(
+        plan_paths(&destination, format, &[naming("x", 1)]).unwrap()[0]
+            .as_os_str()
+            .as_bytes(),
+        b"\xff/001.png"
     );
 }
 
@@ -855,9 +917,15 @@ fn a_template_makes_its_folders_and_a_file_needs_its_own() {
         let paths = plan_paths(&destination, format, &[naming("a frog", 1)])?;
         check_writable(&destination, &paths, false)
     };
-    check(&output("new/deep/")).unwrap();
+    let made = check(&output("new/deep/")).unwrap();
     assert!(folder.path().join("new/deep").is_dir());
-    check(&output("{model}/{seed}.png")).unwrap();
+    // what holds nothing at the end goes again
+    drop(made);
+    assert!(!folder.path().join("new").exists());
+    let made = check(&output("{model}/{seed}.png")).unwrap();
+    assert!(folder.path().join("sd15").is_dir());
+    fs::write(output("sd15/mine"), "").unwrap();
+    drop(made);
     assert!(folder.path().join("sd15").is_dir());
     let message = error(check(&output("missing/x.png")));
     assert!(

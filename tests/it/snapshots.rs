@@ -115,7 +115,7 @@ fn errors_of_arguments_are_as_reviewed() {
         "x -o - -c 2",
         "x -o - --json",
         "x --show",
-        "x --resume --force",
+        "x --resume --no-metadata",
     ];
     assert_snapshot!("errors_of_arguments", errors(dir.path(), &lines));
 }

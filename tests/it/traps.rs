@@ -351,19 +351,19 @@ fn a_stage_that_overflows_ends_with_exit_code_5_and_is_named() {
             "text_encoder",
             "text_model.final_layer_norm.bias",
             f64::NAN,
-            "after 1 of 3 denoising steps",
+            "after 1 of 3 runs of the network",
         ),
         (
             "unet",
             "conv_out.bias",
             f64::INFINITY,
-            "after 1 of 3 denoising steps",
+            "after 1 of 3 runs of the network",
         ),
         (
             "unet",
             "conv_out.bias",
             f64::NEG_INFINITY,
-            "after 1 of 3 denoising steps",
+            "after 1 of 3 runs of the network",
         ),
         (
             "vae",

@@ -362,7 +362,7 @@ fn pictures_that_fail_leave_the_others_alone() {
     }
     fail(
         sdgen(dir.path()).args(["upscale", "-m", "lanczos", "--scale", "2", "bad.png"]),
-        1,
+        2,
         &["it is no picture of a known kind"],
     );
     fail(
@@ -779,7 +779,7 @@ fn a_drawn_picture_stays_one_that_can_be_drawn_again() {
             "{source}"
         );
         let output = sdgen(dir.path()).args(["check", result]).output().unwrap();
-        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(output.status.code(), Some(6));
         assert!(
             stderr(&output).contains("upscaled from a file"),
             "{}",

@@ -86,6 +86,65 @@ pub fn tiny(folder: &Path) -> Command {
     quick(folder, &fixture("sd1"))
 }
 
+/// Has the kernel refuse system calls of the program, as file systems and limits do that not every
+/// machine has: `errno` is what each call fails with (seccomp's filters, Linux 3.5).
+#[cfg(target_os = "linux")]
+pub fn refuse_calls(command: &mut Command, calls: &'static [libc::c_long], errno: i32) {
+    use std::os::unix::process::CommandExt;
+    let op = |code: u32, jump_false: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: jump_false,
+        k,
+    };
+    // the number of the call is at the start of what the filter sees
+    let mut filter = vec![op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0)];
+    let refuse = libc::SECCOMP_RET_ERRNO | errno as u32;
+    for call in calls {
+        filter.push(op(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            1,
+            *call as u32,
+        ));
+        filter.push(op(libc::BPF_RET | libc::BPF_K, 0, refuse));
+    }
+    filter.push(op(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW));
+    let install = move || {
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_mut_ptr(),
+        };
+        // SAFETY: the filter lives until both calls are done
+        let failed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) != 0
+        };
+        if failed {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec there are two system calls and no allocation
+    unsafe { command.pre_exec(install) };
+}
+
+/// Runs a command in a shell, after `before`, such as a limit.
+#[cfg(unix)]
+pub fn after(before: &str, command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{before} && exec \"$@\""), "sh"]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell.current_dir(command.get_current_dir().unwrap());
+    shell.stdin(std::process::Stdio::null());
+    shell
+}
+
 /// Runs and expects exit code 0.
 pub fn succeed(command: &mut Command) -> Output {
     let output = command.output().unwrap();

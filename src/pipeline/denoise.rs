@@ -91,12 +91,15 @@ impl Denoising {
         let Job {
             settings, guidance, ..
         } = first;
-        let plan = match (&first.refiner_plan, init) {
-            (Some(plan), Init::Handover(_)) => plan,
-            _ => &first.plan,
+        // as in A1111, prompts count from where a picture begins, and a refiner goes on
+        let (plan, first_call) = match (&first.refiner_plan, init) {
+            (Some(plan), Init::Handover(_)) => {
+                (plan, plan.before() * plan.sampler.spec().calls_per_step())
+            }
+            _ => (&first.plan, 0),
         };
         let cx = run.forward(settings);
-        let mut texts = prompts.at(batch, plan.call_of(0));
+        let mut texts = prompts.at(batch, first_call);
         let state = self.init(init, plan, batch, prompts, run)?;
         let extra = ExtraInputs {
             concat: state.concat,
@@ -119,7 +122,7 @@ impl Denoising {
         let (before, total) = (*done, *total);
         let mut failure: Option<anyhow::Error> = None;
         let mut denoise = |x: &Tensor, sigma: f64, timestep: f64| {
-            let now = prompts.at(batch, plan.call_of(*done - before));
+            let now = prompts.at(batch, first_call + *done - before);
             if now != texts {
                 let conditioning = prompts.of(batch, &now).map_err(candle_core::Error::wrap)?;
                 denoiser.model = backbone.bind(cx, &conditioning, extra.clone())?;

@@ -15,6 +15,8 @@ pub struct Job {
     pub guidance: Guidance,
     /// its prompts, parsed
     pub prompts: Arc<Prompts>,
+    /// those of the second, larger pass
+    pub hires_prompts: Option<Arc<Prompts>>,
     /// the noise levels of the base model
     pub plan: Arc<SamplingPlan>,
     /// those of the refiner that takes over
@@ -40,13 +42,13 @@ impl Job {
 
     /// The second, larger pass of an image that is drawn twice.
     pub fn hires_pass(&self) -> Option<Self> {
-        let (plan, hires) = (self.hires_plan.clone()?, self.settings.hires?);
+        let (plan, prompts) = (self.hires_plan.clone()?, self.hires_prompts.clone()?);
         let Hires {
             width,
             height,
             strength,
             ..
-        } = hires;
+        } = self.settings.hires?;
         let strength = Some(strength);
         let settings = Settings {
             width,
@@ -58,7 +60,9 @@ impl Job {
         Some(Self {
             settings,
             plan,
+            prompts,
             hires_plan: None,
+            hires_prompts: None,
             ..self.clone()
         })
     }

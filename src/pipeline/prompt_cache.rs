@@ -11,7 +11,7 @@ use super::guidance::Guidance;
 use super::job::Job;
 use crate::model::{AddedCond, Conditioning};
 use crate::text::encoder::{PromptEmbeds, PromptEncoder};
-use crate::text::prompt::{ScheduledPrompt, Syntax};
+use crate::text::prompt::{Prompts, ScheduledPrompt, Syntax};
 use anyhow::{Context, Error, Result};
 use candle_core::Tensor;
 use std::collections::HashMap;
@@ -66,22 +66,23 @@ impl<'a> PromptCache<'a> {
 
     /// Every text that a picture needs on its way.
     fn keys(&self, job: &Job) -> Vec<Key> {
-        let negative = (job.guidance != Guidance::Off).then(|| {
-            job.prompts
-                .negative
-                .texts()
-                .map(|text| self.negative(job, text))
-        });
-        let prompts = job
-            .prompts
-            .parts
-            .iter()
-            .map(|part| &part.prompt)
-            .chain(job.prompts.to.iter().map(|(to, _)| to));
-        let positive = prompts
-            .flat_map(ScheduledPrompt::texts)
-            .map(|text| self.positive(job, text));
-        negative.into_iter().flatten().chain(positive).collect()
+        let of_pass = |prompts: &Arc<Prompts>| -> Vec<Key> {
+            let Prompts {
+                parts,
+                negative,
+                to,
+            } = &**prompts;
+            let is_guided = job.guidance != Guidance::Off;
+            let negative = is_guided.then(|| negative.texts().map(|text| self.negative(job, text)));
+            let positive = parts.iter().map(|part| &part.prompt);
+            let positive = positive
+                .chain(to.iter().map(|(to, _)| to))
+                .flat_map(ScheduledPrompt::texts)
+                .map(|text| self.positive(job, text));
+            negative.into_iter().flatten().chain(positive).collect()
+        };
+        let passes = [Some(&job.prompts), job.hires_prompts.as_ref()];
+        passes.into_iter().flatten().flat_map(of_pass).collect()
     }
 
     pub fn has(&self, job: &Job) -> bool {

@@ -13,7 +13,7 @@ use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
 use crate::sampling::{Prediction, Sampler, SamplingPlan, Schedule, plan, plan_img2img};
-use crate::text::prompt::{Prompts, Syntax, without_comments};
+use crate::text::prompt::{Calls, Prompts, Syntax, without_comments};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
 use std::borrow::Cow;
@@ -367,7 +367,7 @@ impl<'a> Resolver<'a> {
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
         // input runs once
         let is_on = settings.guidance > 1.0 && !base.backbone.embeds_guidance();
-        let prompts = self.prompts(&settings)?;
+        let (prompts, hires_prompts) = self.prompts(&settings)?;
         settings.embeddings = self.learned_words(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
             bail!(
@@ -384,6 +384,7 @@ impl<'a> Resolver<'a> {
             settings,
             guidance,
             prompts,
+            hires_prompts,
             plan,
             refiner_plan,
             hires_plan,
@@ -520,8 +521,8 @@ impl<'a> Resolver<'a> {
         })
     }
 
-    /// The parsed prompts of an image; all seeds of a prompt share them.
-    fn prompts(&self, settings: &Settings) -> Result<Arc<Prompts>> {
+    /// The parsed prompts of an image, and of its second pass; all seeds of a prompt share them.
+    fn prompts(&self, settings: &Settings) -> Result<(Arc<Prompts>, Option<Arc<Prompts>>)> {
         let key = |s: &Settings| {
             (
                 s.prompt.clone(),
@@ -530,6 +531,7 @@ impl<'a> Resolver<'a> {
                 s.prompt_syntax,
                 s.steps,
                 s.sampler.spec().calls_per_step(),
+                s.hires.is_some(),
             )
         };
         if let Some(last) = self
@@ -537,7 +539,7 @@ impl<'a> Resolver<'a> {
             .as_ref()
             .filter(|last| key(&last.settings) == key(settings))
         {
-            return Ok(last.prompts.clone());
+            return Ok((last.prompts.clone(), last.hires_prompts.clone()));
         }
         let Settings {
             prompt,
@@ -548,9 +550,16 @@ impl<'a> Resolver<'a> {
             to,
             ..
         } = settings;
-        let calls = steps * sampler.spec().calls_per_step();
         let to = to.as_ref().map(|blend| (&blend.prompt, blend.weight));
-        Prompts::parse(prompt, negative, to, *prompt_syntax, calls).map(Arc::new)
+        let of_pass = |is_second_pass| {
+            let calls = Calls {
+                count: steps * sampler.spec().calls_per_step(),
+                is_second_pass,
+            };
+            Prompts::parse(prompt, negative, to, *prompt_syntax, calls).map(Arc::new)
+        };
+        let second = settings.hires.map(|_| of_pass(true)).transpose()?;
+        Ok((of_pass(false)?, second))
     }
 
     /// The learned words that an image's prompts use, in the order in which they were given.

@@ -92,12 +92,6 @@ impl SamplingPlan {
         self.before
     }
 
-    /// The number of an evaluation of this part, from 0, among those of a whole run in which every
-    /// step takes as many.
-    pub fn call_of(&self, evaluation: usize) -> usize {
-        self.before * self.sampler.spec().calls_per_step() + evaluation
-    }
-
     /// The number of evaluations of the network.
     pub fn evaluations(&self) -> usize {
         let (steps, ends) = (self.own_steps(), self.sigmas.last() == Some(&0.0));

@@ -37,6 +37,25 @@ pub enum Syntax {
     Plain,
 }
 
+/// The calls of the network in which a prompt is edited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Calls {
+    /// those of all steps, also where only the last of them are run
+    pub count: usize,
+    /// whether as many came before, in a first pass, whose edits have been made
+    pub is_second_pass: bool,
+}
+
+/// Calls of a first or only pass.
+impl From<usize> for Calls {
+    fn from(count: usize) -> Self {
+        Self {
+            count,
+            is_second_pass: false,
+        }
+    }
+}
+
 /// A part of a prompt, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Segment {
@@ -59,14 +78,14 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Parses a prompt, a negative prompt and perhaps one to interpolate to, for a run of `calls`
-    /// calls of the network. Errors name what cannot be parsed, and where, or say that a prompt is too long.
+    /// Parses a prompt, a negative prompt and perhaps one to interpolate to, for the calls of the
+    /// network in a run. Errors name what cannot be parsed, and where, or say that a prompt is too long.
     pub fn parse(
         prompt: &Arc<str>,
         negative: &Arc<str>,
         to: Option<(&Arc<str>, f64)>,
         syntax: Syntax,
-        calls: usize,
+        calls: Calls,
     ) -> Result<Self> {
         let all = [Some(prompt), Some(negative), to.map(|(text, _)| text)];
         for text in all.into_iter().flatten() {
@@ -98,7 +117,8 @@ impl Prompts {
         };
         ensure!(
             prompts.texts().map(|text| text.len()).sum::<usize>() <= MAX_BYTES_OF_ALL,
-            "a prompt comes to more than {MAX_BYTES_OF_ALL} bytes in {calls} calls of the network\n\nhint: make what `[a:b:0.5]` and `[a|b]` change shorter, or write fewer of them"
+            "a prompt comes to more than {MAX_BYTES_OF_ALL} bytes in {} calls of the network\n\nhint: make what `[a:b:0.5]` and `[a|b]` change shorter, or write fewer of them",
+            calls.count
         );
         if syntax == Syntax::A1111 {
             prompts
@@ -138,24 +158,25 @@ impl ScheduledPrompt {
         Self(vec![(0, text)])
     }
 
-    /// Parses `[a:b:when]` and `[a|b]` for a run in which the network is called for `calls` steps.
+    /// Parses `[a:b:when]` and `[a|b]` for the calls of the network in a run.
     ///
     /// A1111 makes a list of texts, each with the last step, counted from 1, that it is for, and
     /// compares it to steps that are counted from 0: `[a:b:3]` is `a` for four steps.
-    pub fn parse(prompt: &str, calls: usize) -> Self {
+    pub fn parse(prompt: &str, calls: Calls) -> Self {
         let nodes = match Editing::of(prompt).nodes {
             Some(nodes) if prompt.contains('[') => nodes,
             _ => return Self::constant(prompt.into()),
         };
-        let calls = calls.max(1);
-        let mut is_end = vec![false; calls + 1];
-        is_end[calls] = true;
-        nodes.iter().for_each(|node| node.ends(&mut is_end));
+        let count = calls.count.max(1);
+        let calls = Calls { count, ..calls };
+        let mut is_end = vec![false; count + 1];
+        is_end[count] = true;
+        nodes.iter().for_each(|node| node.ends(calls, &mut is_end));
         let mut texts: Vec<(usize, Arc<str>)> = vec![];
         let (mut first, mut bytes) = (0, 0);
         // what is beyond the limit is an error in `Prompts::parse`
-        for end in (1..=calls).filter(|end| is_end[*end]) {
-            if first >= calls || bytes > MAX_BYTES_OF_ALL {
+        for end in (1..=count).filter(|end| is_end[*end]) {
+            if first >= count || bytes > MAX_BYTES_OF_ALL {
                 break;
             }
             let mut text = String::new();
@@ -185,18 +206,12 @@ impl ScheduledPrompt {
 
 /// Splits a prompt at `AND` (Liu et al. 2022, arXiv 2206.01714) and parses the weights behind its
 /// parts (`a cat AND a dog:0.5`), of which a prompt without `AND` may have one, too.
-fn composable(prompt: &str, calls: usize) -> Result<Vec<ComposablePrompt>> {
-    let mut parts = vec![];
-    let mut rest = prompt;
-    while let Some(at) = word(rest, "AND") {
-        parts.push(&rest[..at]);
-        rest = &rest[at + 3..];
-        ensure!(
-            parts.len() < MAX_PARTS,
-            "`AND` joins more than {MAX_PARTS} prompts\n\nhint: write it in lower case"
-        );
-    }
-    parts.push(rest);
+fn composable(prompt: &str, calls: Calls) -> Result<Vec<ComposablePrompt>> {
+    let parts = split_at_and(prompt);
+    ensure!(
+        parts.len() <= MAX_PARTS,
+        "`AND` joins more than {MAX_PARTS} prompts\n\nhint: write it in lower case"
+    );
     let part = |text: &str| {
         let (text, weight) = trailing_weight(text).unwrap_or((text.trim_end(), 1.0));
         ComposablePrompt {
@@ -205,6 +220,18 @@ fn composable(prompt: &str, calls: usize) -> Result<Vec<ComposablePrompt>> {
         }
     };
     Ok(parts.into_iter().map(part).collect())
+}
+
+/// The parts between `AND`s; where there are too many, the last is all that is left.
+fn split_at_and(prompt: &str) -> Vec<&str> {
+    const AND: &str = "AND";
+    let (mut parts, mut rest) = (vec![], prompt);
+    while let Some(at) = word(rest, AND).filter(|_| parts.len() < MAX_PARTS) {
+        parts.push(&rest[..at]);
+        rest = &rest[at + AND.len()..];
+    }
+    parts.push(rest);
+    parts
 }
 
 /// Splits `a cat:1.5` into the text and the number.
@@ -368,19 +395,24 @@ impl When {
     }
 
     /// The last step, from 1, of the text that is replaced; 0 for none.
-    fn step(self, calls: usize) -> usize {
+    fn step(self, calls: Calls) -> usize {
+        let Calls {
+            count,
+            is_second_pass,
+        } = calls;
         let step = match self {
             Self::Step(step) => step,
-            Self::Fraction(fraction) => fraction * calls as f64,
+            Self::Fraction(fraction) => fraction * count as f64,
         };
-        (step as usize).min(calls)
+        let before = if is_second_pass { count } else { 0 };
+        ((step - before as f64) as usize).min(count)
     }
 }
 
 impl Node<'_> {
     /// Marks the steps, from 1, after which the text may be another.
-    fn ends(&self, is_end: &mut [bool]) {
-        let mut of = |nodes: &[Self]| nodes.iter().for_each(|node| node.ends(is_end));
+    fn ends(&self, calls: Calls, is_end: &mut [bool]) {
+        let mut of = |nodes: &[Self]| nodes.iter().for_each(|node| node.ends(calls, is_end));
         match self {
             Self::Text(_) => {}
             Self::EditAt {
@@ -390,8 +422,7 @@ impl Node<'_> {
             } => {
                 of(before);
                 of(after);
-                let step = when.step(is_end.len() - 1);
-                is_end[step] = true;
+                is_end[when.step(calls)] = true;
             }
             // in every step, whatever changes in it
             Self::Alternate(_) => is_end.fill(true),
@@ -399,7 +430,7 @@ impl Node<'_> {
     }
 
     /// Writes the text of a step, from 1.
-    fn write(&self, step: usize, calls: usize, to: &mut String) {
+    fn write(&self, step: usize, calls: Calls, to: &mut String) {
         let mut write = |nodes: &[Self]| nodes.iter().for_each(|node| node.write(step, calls, to));
         match self {
             Self::Text(text) => to.push_str(text),
@@ -674,13 +705,10 @@ pub fn notes(prompt: &str, is_negative: bool) -> Vec<String> {
         bare += rest;
         text = Cow::Owned(bare);
     }
-    let mut parts = vec![];
-    let mut rest = &*text;
-    while let Some(at) = word(rest, "AND").filter(|_| !is_negative && parts.len() < MAX_PARTS) {
-        parts.push(&rest[..at]);
-        rest = &rest[at + 3..];
-    }
-    parts.push(rest);
+    let parts = match is_negative {
+        true => vec![&*text],
+        false => split_at_and(&text),
+    };
     let is_one = parts.len() == 1;
     for part in parts {
         let (part, weight) = trailing_weight(part)

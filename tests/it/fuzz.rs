@@ -264,7 +264,7 @@ fn prompts() {
         let calls = 1 + rng.below(1000);
         let tried = catch_unwind(AssertUnwindSafe(|| {
             let text = prompt.as_str().into();
-            let _ = Prompts::parse(&text, &"".into(), None, Syntax::A1111, calls);
+            let _ = Prompts::parse(&text, &"".into(), None, Syntax::A1111, calls.into());
             notes(&prompt, rng.below(2) == 0);
             let _ = take_tags(&prompt);
         }));

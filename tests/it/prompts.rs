@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use sdgen::image::Image;
 use sdgen::nn::device::Compute;
 use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
-use sdgen::text::prompt::{Prompts, Segment, Syntax, segments};
+use sdgen::text::prompt::{Calls, Prompts, ScheduledPrompt, Segment, Syntax, segments};
 use sdgen::text::tokenizer::Tokenizer;
 use sdgen::weights::{Checkpoint, Origin};
 use serde_json::Value;
@@ -76,7 +76,13 @@ fn a_prompt_is_in_every_call_what_it_is_in_a1111() {
         let prompt = row["prompt"].as_str().unwrap();
         let calls = row["calls"].as_u64().unwrap() as usize;
         let place = format!("{prompt:?} in {calls} calls");
-        let ours = Prompts::parse(&prompt.into(), &"".into(), None, Syntax::A1111, calls);
+        let ours = Prompts::parse(
+            &prompt.into(),
+            &"".into(),
+            None,
+            Syntax::A1111,
+            calls.into(),
+        );
         let Ok(ours) = ours else {
             // what A1111 fails on, too
             assert!(segments(prompt).is_err(), "{place}");
@@ -413,10 +419,55 @@ fn samplers_of_two_stages_count_calls_as_in_a1111() {
 }
 
 #[test]
+fn in_img2img_steps_of_prompts_are_counted_from_the_first_that_is_run() {
+    let dir = tempfile::tempdir().unwrap();
+    draw(dir.path(), "source", &["the cat"]);
+    let picture = |prompt: &str| {
+        let options = [prompt, "-i", "source.png", "--strength", "0.5"];
+        draw(dir.path(), "x", &options)
+    };
+    // of the two that are run none is beyond the second of all four
+    assert_eq!(picture("[the cat:red blue:0.5]"), picture("the cat"));
+    assert_ne!(picture("[red blue:the cat:0.0]"), picture("red blue"));
+}
+
+#[test]
+fn in_a_second_pass_what_a_prompt_was_edited_to_stays() {
+    let text = |prompt: &str| {
+        let calls = Calls {
+            count: 10,
+            is_second_pass: true,
+        };
+        let read = ScheduledPrompt::parse(prompt, calls);
+        (0..10)
+            .map(|call| read.at(call).to_string())
+            .collect::<String>()
+    };
+    assert_eq!(text("[a:b:0.9]"), "bbbbbbbbbb");
+    assert_eq!(text("[a:b:9]"), "bbbbbbbbbb");
+    assert_eq!(text("[a:b:1.5]"), "aaaaaabbbb");
+    assert_eq!(text("[a:b:13]"), "aaaabbbbbb");
+    assert_eq!(text("[a|b]"), "aababababa");
+
+    let dir = tempfile::tempdir().unwrap();
+    let picture = |prompt: &str| draw(dir.path(), "x", &[prompt, "--hires", "2"]);
+    // in the first pass the cat in every step, in the second in none
+    let edited = picture("[the cat:red blue:0.9]");
+    assert_eq!(edited, picture("[the cat:red blue:1.0]"));
+    assert_ne!(edited, picture("the cat"));
+}
+
+#[test]
 fn a_prompt_of_any_kind_needs_bounded_time_and_memory() {
-    let parse = |prompt: &str, calls| {
-        Prompts::parse(&prompt.into(), &"".into(), None, Syntax::A1111, calls)
-            .map_err(|error| format!("{error:#}"))
+    let parse = |prompt: &str, calls: usize| {
+        Prompts::parse(
+            &prompt.into(),
+            &"".into(),
+            None,
+            Syntax::A1111,
+            calls.into(),
+        )
+        .map_err(|error| format!("{error:#}"))
     };
     let words = "word, ".repeat(200_000);
     assert!(
@@ -470,7 +521,7 @@ fn no_text_makes_the_grammar_panic() {
             &prompt.as_str().into(),
             None,
             Syntax::A1111,
-            1 + random(9),
+            (1 + random(9)).into(),
         );
         if let (Ok(read), Ok(found)) = (read, segments(&prompt)) {
             assert!(!read.parts.is_empty());
@@ -483,5 +534,14 @@ fn no_text_makes_the_grammar_panic() {
         }
     }
     let deep = "[(".repeat(30_000);
-    assert!(Prompts::parse(&deep.as_str().into(), &"".into(), None, Syntax::A1111, 4).is_ok());
+    assert!(
+        Prompts::parse(
+            &deep.as_str().into(),
+            &"".into(),
+            None,
+            Syntax::A1111,
+            4.into()
+        )
+        .is_ok()
+    );
 }

@@ -417,12 +417,14 @@ impl<'a> Report<'a> {
         self.lines.get(index).is_some_and(Option::is_some)
     }
 
+    fn path(&self, index: usize) -> &'a Path {
+        let path = self.paths.get(index);
+        path.map_or(Path::new(""), PathBuf::as_path)
+    }
+
     /// Notes how an image compares.
     fn add(&mut self, index: usize, comparison: Comparison) -> Result<(), Failure> {
-        let path = self
-            .paths
-            .get(index)
-            .map_or(Path::new(""), PathBuf::as_path);
+        let path = self.path(index);
         let Comparison { difference, .. } = &comparison;
         let is_same = match self.args.min_psnr {
             Some(least) => difference.psnr_db >= least,
@@ -439,10 +441,7 @@ impl<'a> Report<'a> {
 
     /// Notes that an image cannot be compared.
     fn fail(&mut self, index: usize, failure: Failure) -> Result<(), Failure> {
-        let path = self
-            .paths
-            .get(index)
-            .map_or(Path::new(""), PathBuf::as_path);
+        let path = self.path(index);
         if self.unchecked == 0 {
             self.cause = failure.code;
         }
@@ -463,14 +462,11 @@ impl<'a> Report<'a> {
         let Failure { code, error } = failure;
         let (reason, remedy) = error::split(&error);
         let hint = remedy.map_or(String::new(), |remedy| format!("\n\nhint: {remedy}"));
-        for drawing in group
-            .iter()
-            .filter(|drawing| !self.has(drawing.index))
-            .map(|it| it.index)
-            .collect::<Vec<_>>()
-        {
-            let error = anyhow!("{reason}{hint}");
-            self.fail(drawing, Failure { code, error })?;
+        for Drawing { index, .. } in group {
+            if !self.has(*index) {
+                let error = anyhow!("{reason}{hint}");
+                self.fail(*index, Failure { code, error })?;
+            }
         }
         Ok(())
     }

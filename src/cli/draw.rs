@@ -21,7 +21,7 @@ use crate::cli::signals;
 use crate::cli::stdout::{self, say};
 use crate::cli::terminal::Terminal;
 use crate::cli::upscale::Upscaler;
-use crate::nn::device::{Compute, THREADS_HINT, require_memory};
+use crate::nn::device::{Compute, NO_THREAD, require_memory};
 use crate::pipeline::event::{Event, Generated};
 use crate::pipeline::job::Job;
 use crate::pipeline::{Pipeline, RunOptions};
@@ -87,17 +87,11 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     if !args.dry_run && !args.no_metadata && finished.len() < work.tasks.len() {
         name_by_files(&pipeline.checkpoint, &mut work, progress).code(3)?;
     }
+    let skipped = finished.len();
     let mut report = args.report(&work.tasks, finished, &print);
+    let announce = || announce(args, &list, &notes, &work, &pipeline, skipped, progress);
     if args.dry_run {
-        announce(
-            args,
-            &list,
-            &notes,
-            &work,
-            &pipeline,
-            summary.skipped,
-            progress,
-        );
+        announce();
         let left = report.left();
         let jobs: Vec<&Job> = left.iter().map(|task| &task.job).collect();
         let seconds = pipeline.seconds(&jobs);
@@ -114,15 +108,7 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     }
     let left = report.left();
     save_steps(args, &pipeline, &left, progress).code(2)?;
-    announce(
-        args,
-        &list,
-        &notes,
-        &work,
-        &pipeline,
-        summary.skipped,
-        progress,
-    );
+    announce();
     report.flush().code(1)?;
     signals::listen(progress)
         .context("cannot listen for signals")
@@ -362,7 +348,7 @@ impl<'a> Drawing<'a> {
         let (drawn, written) = std::thread::scope(|scope| {
             let writer = std::thread::Builder::new()
                 .spawn_scoped(scope, move || writer.run(receiver))
-                .with_context(|| format!("no thread can be started\n\nhint: {THREADS_HINT}"))?;
+                .context(NO_THREAD)?;
             let stop =
                 || signals::requested() || stdout::is_closed() || has_ended.load(Ordering::Relaxed);
             let mut on_event = |event: Event| match event {

@@ -25,7 +25,7 @@ use crate::cli::args::{Cli, Command};
 use crate::cli::escape::escaped;
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::stdout::say;
-use crate::nn::device::{THREADS_HINT, start_threads};
+use crate::nn::device::{NO_THREAD, start_threads};
 use crate::pipeline::model_spec::ModelFinder;
 use anyhow::Context;
 use clap::CommandFactory;
@@ -42,9 +42,8 @@ pub fn main() -> ExitCode {
     signals::take_file_limits_for_errors();
     let started = std::thread::Builder::new()
         .stack_size(STACK_BYTES)
-        .spawn(parse_and_run);
-    let started =
-        started.with_context(|| format!("no thread can be started\n\nhint: {THREADS_HINT}"));
+        .spawn(parse_and_run)
+        .context(NO_THREAD);
     ExitCode::from(match started.code(1) {
         // a panic has said what it is
         Ok(thread) => thread.join().unwrap_or(PANIC),

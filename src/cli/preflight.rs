@@ -6,6 +6,7 @@ use crate::batch::output_path::{self, Destination, MadeFolders};
 use crate::batch::work_list::{Task, WorkList};
 use crate::cli::args::DrawArgs;
 use crate::cli::progress::ProgressMode;
+use crate::cli::stdout::require_no_terminal;
 use crate::cli::upscale::Upscaler;
 use crate::image::Format;
 use crate::pipeline::fingerprint::Trace;
@@ -16,7 +17,6 @@ use crate::text::tags::{LoraTag, take_tags};
 use crate::weights::lora;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::HashSet;
-use std::io::{IsTerminal, stdout};
 use std::path::{Path, PathBuf};
 
 /// Errors if options contradict each other, before a model is looked at.
@@ -34,10 +34,8 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
     if args.show.is_some() && args.progress == ProgressMode::Json {
         bail!("`--show` and `--progress json` both want stderr");
     }
-    if to_stdout && stdout().is_terminal() {
-        bail!(
-            "`-o -` would write the bytes of a picture to the terminal\n\nhint: send them on with `| display` or `> picture.png`; `--show` draws in the terminal"
-        );
+    if to_stdout {
+        require_no_terminal()?;
     }
     if to_stdout && args.grid.is_some() {
         bail!("`--grid` is made of files, but `-o -` writes none");

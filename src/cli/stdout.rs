@@ -1,7 +1,7 @@
 //! stdout carries data only: paths, JSON and tables.
 
 use crate::cli::escape::escaped;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -22,6 +22,15 @@ pub fn say(text: impl AsRef<[u8]>) -> Result<()> {
         }
         other => other.context("cannot write to stdout"),
     }
+}
+
+/// Errors if what is written would be shown: a terminal cannot take a picture's bytes.
+pub fn require_no_terminal() -> Result<()> {
+    ensure!(
+        !stdout().is_terminal(),
+        "`-o -` would write the bytes of a picture to the terminal\n\nhint: send them on with `| display` or `> picture.png`; `sdgen --show` draws in the terminal"
+    );
+    Ok(())
 }
 
 /// Whether the reader of what is printed has gone away, so that more of it is in vain.

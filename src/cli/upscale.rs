@@ -7,7 +7,7 @@ use crate::batch::output_path::{self, Destination, DiskFull, MadeFolders, Overwr
 use crate::batch::resume::UPSCALED_FROM;
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::progress::{Progress, ProgressMode};
-use crate::cli::stdout::{self, say};
+use crate::cli::stdout::{self, require_no_terminal, say};
 use crate::error::{self, ModelError, OutOfMemory};
 use crate::image::MAX_SIDE_PX;
 use crate::image::load::{Fit, Input, fit_with_alpha, resized_levels};
@@ -24,7 +24,6 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -403,11 +402,7 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<(Vec<(Destination, Format)>, M
         if args.json {
             bail!("`-o -` and `--json` both want stdout");
         }
-        if std::io::stdout().is_terminal() {
-            bail!(
-                "`-o -` would write the bytes of a picture to the terminal\n\nhint: send them on with `| display` or `> picture.png`"
-            );
-        }
+        require_no_terminal()?;
         let results = vec![(Destination::Stdout, args.format.unwrap_or(Format::Png))];
         return Ok((results, MadeFolders::default()));
     }

@@ -233,17 +233,15 @@ fn possible_threads(total: usize) -> Result<usize> {
         thread.join().ok();
     }
     match (count.saturating_sub(OTHER_THREADS), refused) {
-        (0, refused) => {
-            let reason = refused.map_or(String::new(), |error| format!(": {error}"));
-            bail!("no threads can be started{reason}\n\nhint: {THREADS_HINT}")
-        }
+        (0, Some(error)) => Err(error).context(NO_THREAD),
+        (0, None) => bail!(NO_THREAD),
         (threads, _) => Ok(threads),
     }
 }
 
-/// What to do where the system gives no thread.
-pub const THREADS_HINT: &str = "`ulimit -u`, `ulimit -v` and the container say how many there \
-    may be and how much memory they may have";
+/// The error where the system gives no thread.
+pub const NO_THREAD: &str = "no thread can be started\n\nhint: `ulimit -u`, `ulimit -v` and the \
+    container say how many there may be and how much memory they may have";
 
 /// Errors if the system says that it has less memory left than `needed` bytes, of which `weights`
 /// are the model's. Where it says nothing, all is well.

@@ -398,13 +398,13 @@ fn from_e5m2(byte: u8) -> f16 {
 
 /// The same with 4 bits of exponent, which has no infinity.
 fn from_e4m3(byte: u8) -> f16 {
-    let (sign, exponent, mantissa) = (byte >> 7, (byte >> 3) & 15, byte & 7);
-    let magnitude = match (exponent, mantissa) {
-        (15, 7) => f32::NAN,
-        (0, _) => f32::from(mantissa) * 2f32.powi(-9),
-        _ => (1.0 + f32::from(mantissa) / 8.0) * 2f32.powi(i32::from(exponent) - 7),
-    };
-    f16::from_f32(if sign == 1 { -magnitude } else { magnitude })
+    /// What the exponents of an f16 are larger by than those of the same bits here.
+    const BIAS: f32 = 256.0;
+    let (sign, magnitude) = (u16::from(byte & 0x80), u16::from(byte & 0x7f));
+    if magnitude == 0x7f {
+        return f16::NAN;
+    }
+    f16::from_f32(f16::from_bits(sign << 8 | magnitude << 7).to_f32() * BIAS)
 }
 
 /// Converts stored elements of N bytes to numbers, in parallel.

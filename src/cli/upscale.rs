@@ -232,8 +232,7 @@ impl Upscaler {
         progress.task("upscaling");
         let cx = Forward::on(network.device());
         let mut on_step = |done, total| progress.step(done, total);
-        let (larger, enlarged) =
-            network.upscale_with_alpha(cx, picture, alpha, TILE_PX, &mut on_step)?;
+        let (larger, enlarged) = network.upscale(cx, picture, alpha, TILE_PX, &mut on_step)?;
         let of_network = [larger.width, larger.height];
         let own = [picture.width, picture.height];
         let alpha = match (&enlarged, alpha) {

@@ -177,21 +177,10 @@ impl Upscaler {
     }
 
     /// Enlarges an image of any size by `factor` in both directions, in tiles of up to `side` pixels
-    /// with their margins. Calls `done` with the number of steps done and of all. Errors if the result
-    /// is not finite.
+    /// with their margins. Calls `done` with the number of steps done and of all. A network of four
+    /// channels enlarges its transparency [height, width], too; all others leave that to the caller,
+    /// and return none. Errors if the result is not finite.
     pub fn upscale(
-        &self,
-        cx: Forward,
-        picture: &Image,
-        side: usize,
-        done: &mut dyn FnMut(usize, usize),
-    ) -> Result<Image> {
-        Ok(self.upscale_with_alpha(cx, picture, None, side, done)?.0)
-    }
-
-    /// The same of an image whose transparency [height, width] a network of four channels enlarges
-    /// too; all others leave it to the caller, and return none.
-    pub fn upscale_with_alpha(
         &self,
         cx: Forward,
         picture: &Image,

@@ -168,8 +168,10 @@ fn tiles_do_not_show() {
         let upscaler = open(&network(name));
         let cx = Forward::on(upscaler.device());
         let mut steps = vec![];
-        let whole = upscaler
-            .upscale(cx, &picture, 1000, &mut |done, of| steps.push((done, of)))
+        let (whole, _) = upscaler
+            .upscale(cx, &picture, None, 1000, &mut |done, of| {
+                steps.push((done, of))
+            })
             .unwrap();
         assert!(
             steps
@@ -177,7 +179,10 @@ fn tiles_do_not_show() {
                 .is_some_and(|(done, of)| done == of && steps.len() == *of),
             "{steps:?}"
         );
-        let tiled = upscaler.upscale(cx, &picture, 200, &mut |_, _| ()).unwrap();
+        let tiled = upscaler
+            .upscale(cx, &picture, None, 200, &mut |_, _| ())
+            .unwrap()
+            .0;
         assert!(whole.difference(&tiled).largest <= 1, "{name}");
     }
 }
@@ -539,14 +544,20 @@ fn networks_of_one_and_four_channels_draw_what_those_of_three_draw() {
             cat(&[&bias, &bias, &bias, &bias], 0),
             "4.safetensors",
         );
-        let expected = of_three.upscale(cx, &grey, 1000, &mut |_, _| ()).unwrap();
+        let expected = of_three
+            .upscale(cx, &grey, None, 1000, &mut |_, _| ())
+            .unwrap()
+            .0;
         let largest = |other: &Image| expected.difference(other).largest;
         // sums in another order: a value may be rounded to the next level
-        let own = of_one.upscale(cx, &grey, 1000, &mut |_, _| ()).unwrap();
+        let own = of_one
+            .upscale(cx, &grey, None, 1000, &mut |_, _| ())
+            .unwrap()
+            .0;
         assert!(largest(&own) <= 1, "{name}: one channel");
         let alpha: Vec<u8> = grey.rgb.chunks_exact(3).map(|pixel| pixel[0]).collect();
         let (own, shown) = of_four
-            .upscale_with_alpha(cx, &grey, Some(&alpha), 1000, &mut |_, _| ())
+            .upscale(cx, &grey, Some(&alpha), 1000, &mut |_, _| ())
             .unwrap();
         assert!(largest(&own) <= 1, "{name}: four channels");
         // as the fourth channel has the weights of the others, and its own picture is the grey one
@@ -577,8 +588,8 @@ fn a_compact_network_may_enlarge_by_more_than_four() {
     );
     let source = read(&dir.path().join("source.png"));
     let cx = Forward::on(&Device::Cpu);
-    let large = open(&path)
-        .upscale(cx, &source, 1000, &mut |_, _| ())
+    let (large, _) = open(&path)
+        .upscale(cx, &source, None, 1000, &mut |_, _| ())
         .unwrap();
     // nothing is added to the enlarged picture
     assert_eq!(

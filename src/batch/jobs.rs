@@ -17,12 +17,15 @@ use image::ImageFormat;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, stdin};
+use std::io::{BufRead, BufReader, IsTerminal, Read, stdin};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// Options whose values contain commas, or that say how many images there are.
 const NOT_SWEPT: [&str; 6] = ["batch-count", "count", "crop", "extend", "frames", "output"];
+
+/// The most bytes of a line of a list; a prompt has far fewer.
+const MAX_LINE_BYTES: u64 = 1 << 20;
 
 /// Where prompts come from, and what is made of each of them.
 #[derive(Debug, Clone, Copy)]
@@ -374,11 +377,7 @@ fn prompts<'a>(
         Some("txt") => Some(false),
         _ => source.from.is_none().then_some(false),
     };
-    (1..).zip(reader.lines()).filter_map(move |(number, line)| {
-        let line = line.map_err(|error| match error.kind() {
-            ErrorKind::InvalidData => anyhow!("it cannot be read as UTF-8 text"),
-            _ => error.into(),
-        });
+    (1..).zip(lines(reader)).filter_map(move |(number, line)| {
         let prompt = line.and_then(|line| {
             let line = line.trim_start_matches('\u{feff}');
             // comments as in lists of wildcards
@@ -404,6 +403,31 @@ fn prompts<'a>(
         prompt
             .with_context(|| format!("line {number} of {name}"))
             .transpose()
+    })
+}
+
+/// The lines of a text, without their ends. Errors if one is no UTF-8, or too long.
+fn lines(mut reader: impl BufRead) -> impl Iterator<Item = Result<String>> {
+    std::iter::from_fn(move || {
+        let mut line = vec![];
+        let read = (&mut reader)
+            .take(MAX_LINE_BYTES)
+            .read_until(b'\n', &mut line);
+        match read {
+            Ok(0) => return None,
+            Ok(_) => (),
+            Err(error) => return Some(Err(error.into())),
+        }
+        if line.len() as u64 == MAX_LINE_BYTES && !line.ends_with(b"\n") {
+            return Some(Err(anyhow!(
+                "it is longer than {MAX_LINE_BYTES} bytes\n\nhint: a list has a prompt, or a JSON object, in each line"
+            )));
+        }
+        let end = line.strip_suffix(b"\n").map_or(line.len(), |line| {
+            line.strip_suffix(b"\r").unwrap_or(line).len()
+        });
+        line.truncate(end);
+        Some(String::from_utf8(line).context("it cannot be read as UTF-8 text"))
     })
 }
 

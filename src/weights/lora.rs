@@ -11,13 +11,13 @@
 
 mod delta;
 mod layer_names;
+mod named;
 mod orthogonal;
 mod peft;
-mod tags;
 
 pub use delta::patch;
 pub use layer_names::{LayerNames, is_adapter_key};
-pub use tags::find_named;
+pub use named::find_named;
 
 use super::distillation::{Bearer, Distillation};
 use super::model_files::{file_name, folder_name};

@@ -191,6 +191,22 @@ fn a_line_of_objects_may_set_every_option_of_a_picture_and_the_command_line_give
 }
 
 #[test]
+fn a_line_that_is_too_long_or_no_text_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |list: &[u8], texts: [&str; 2]| {
+        fs::write(dir.path().join("list.txt"), list).unwrap();
+        let mut command = tiny(dir.path());
+        fail(command.args(["--from", "list.txt", "--dry-run"]), 2, &texts);
+    };
+    let endless = [b"a cat\n".as_slice(), &vec![b'x'; 3 << 20]].concat();
+    refused(
+        &endless,
+        ["line 2 of `list.txt`", "longer than 1048576 bytes"],
+    );
+    refused(b"a cat\r\na dog\n\xff\n", ["line 3 of `list.txt`", "UTF-8"]);
+}
+
+#[test]
 fn stdin_is_a_list_of_prompts_or_under_from_of_objects() {
     let dir = tempfile::tempdir().unwrap();
     let planned = |args: &[&str], text: &str| {

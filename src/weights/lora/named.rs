@@ -4,9 +4,6 @@ use crate::suggest::nearest;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 
-/// The beginning of a tag.
-const TAG: &str = "<lora:";
-
 /// How deep, and how many files, folders of LoRAs are looked through.
 const MAX_DEPTH: usize = 8;
 const MAX_FILES: usize = 100_000;
@@ -31,7 +28,7 @@ pub fn find_named(folder: &Path, name: &str) -> Result<PathBuf> {
         [one] => return Ok((*one).clone()),
         [] => (),
         [first, second, ..] => bail!(
-            "`{name}` is both `{}` and `{}`\n\nhint: name it with its folder, as in `{TAG}{}:1>`",
+            "`{name}` is both `{}` and `{}`\n\nhint: name it with its folder, as in `<lora:{}:1>`",
             first.display(),
             second.display(),
             first

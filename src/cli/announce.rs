@@ -111,7 +111,9 @@ fn warn_of_no_effect(work: &WorkList, checkpoint: &Checkpoint, progress: &Progre
             "warning: `--clip-skip 2` takes a layer further from the end than Stable Diffusion XL was trained with; A1111 and Forge take no notice of it there: leave it out for their picture",
         );
     }
-    for Embedding { token, file, .. } in checkpoint.embeddings() {
+    // a LoRA may be meant without the word that it brings
+    let asked = checkpoint.embeddings().iter();
+    for Embedding { token, file, .. } in asked.filter(|embedding| embedding.hash.is_some()) {
         let uses = |task: &Task| {
             let mut used = task.job.settings.embeddings.iter();
             used.any(|used| used.name == *token)

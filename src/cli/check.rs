@@ -293,7 +293,8 @@ impl Adapters {
     fn embeddings_of(&self, settings: &Settings) -> Vec<Embedding> {
         let of_use = |used: &UsedEmbedding| {
             let mut embeddings = self.embeddings.iter();
-            let embedding = embeddings.find(|embedding| embedding.hash == used.hash)?;
+            let embedding =
+                embeddings.find(|embedding| embedding.hash.as_ref() == Some(&used.hash))?;
             Some(Embedding {
                 token: used.name.clone(),
                 ..embedding.clone()

@@ -160,7 +160,7 @@ pub fn lora_as_json(lora: &Lora) -> Result<Value> {
     let distillation = lora.distillation();
     Ok(json!({
         "name": lora.name, "kind": "LoRA", "family": lora.family(), "format": lora.format(), "methods": lora.methods(),
-        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "unknown_tensors": lora.unknown_keys().len(),
+        "ranks": lora.ranks(), "alphas": lora.alphas()?, "parts": lora.parts(), "words": lora.words().collect::<Vec<_>>(), "unknown_tensors": lora.unknown_keys().len(),
         "distilled": distillation.as_ref().map(|named| named.method), "steps": distillation.as_ref().map(|named| named.steps),
         "bytes": lora.bytes(), "hash": lora.hash()?,
     }))
@@ -204,6 +204,10 @@ pub fn lora_as_text(lora: &Lora) -> Result<String> {
     if let Some(named) = lora.distillation() {
         out += &format!("  distilled     {}: {} steps\n", named.method, named.steps);
     }
+    let words: Vec<&str> = lora.words().collect();
+    if !words.is_empty() {
+        out += &format!("  words         {}\n", words.join(", "));
+    }
     if !lora.unknown_keys().is_empty() {
         out += &format!("  unknown       {} tensors\n", lora.unknown_keys().len());
     }
@@ -228,6 +232,7 @@ pub fn embedding(embedding: &Embedding, as_json: bool) -> String {
         "{token}: embedding (textual inversion) for {}\n",
         family.unwrap_or("a model of no known widths")
     );
+    let hash = hash.as_deref().unwrap_or_default();
     out += &format!("  hash          {}\n", hash.get(..10).unwrap_or(hash));
     out + &format!("  vectors       {vectors}, {} wide\n", widths.join(" and "))
 }

@@ -562,7 +562,8 @@ impl<'a> Resolver<'a> {
         Ok((of_pass(false)?, second))
     }
 
-    /// The learned words that an image's prompts use, in the order in which they were given.
+    /// The learned words that an image's prompts use, in the order in which they were given. Those
+    /// of LoRAs are not listed: the LoRAs are.
     fn learned_words(
         &self,
         prompts: &Arc<Prompts>,
@@ -583,9 +584,11 @@ impl<'a> Resolver<'a> {
         let all = self.pipeline.checkpoint.embeddings().iter();
         let used = all
             .filter(|embedding| found.contains(&embedding.token))
-            .map(|embedding| UsedEmbedding {
-                name: embedding.token.clone(),
-                hash: embedding.hash.clone(),
+            .filter_map(|embedding| {
+                Some(UsedEmbedding {
+                    name: embedding.token.clone(),
+                    hash: embedding.hash.clone()?,
+                })
             });
         Ok(used.collect())
     }

@@ -107,7 +107,7 @@ impl Checkpoint {
         self.refiner = Some(Box::new(refiner));
     }
 
-    /// Applies LoRAs to the weights as they are read, but for those of strength 0. One that was
+    /// Applies LoRAs to the weights as they are read, but for those without effect. One that was
     /// distilled to few steps, by its name, brings its scheduler. Errors if one does not fit, with
     /// `strict` also if some of its keys are unexpected.
     pub fn use_loras(
@@ -122,7 +122,7 @@ impl Checkpoint {
             if let Some(unexpected) = lora.describe_unexpected().filter(|_| strict) {
                 bail!("{unexpected}\n\nhint: without `--strict` the rest of it is used");
             }
-            if (lora.strength, lora.text_strength) == (0.0, 0.0) {
+            if lora.is_without_effect() {
                 continue;
             }
             if let (Some(named), Some(Value::Object(scheduler))) =
@@ -145,18 +145,41 @@ impl Checkpoint {
             .and_then(|(_, entry)| entry.shape.get(1).copied())
     }
 
-    /// Adds words beyond the vocabulary, to its refiner too. Errors if two have the same token.
+    /// Adds words beyond the vocabulary, and those that its LoRAs bring, to its refiner too. Errors
+    /// if two have the same token and different vectors.
     pub fn use_embeddings(&mut self, embeddings: Vec<Embedding>) -> Result<()> {
-        let mut seen = BTreeSet::new();
-        if let Some(again) = embeddings
-            .iter()
-            .find(|one| !seen.insert(one.token.to_lowercase()))
-        {
-            let (token, file) = (&again.token, &again.file);
+        let of_loras = self.loras.iter().map(Lora::embeddings);
+        let of_loras = of_loras.collect::<Result<Vec<_>>>()?.concat();
+        let mut all: BTreeMap<String, Embedding> = BTreeMap::new();
+        let mut order = vec![];
+        for embedding in embeddings.into_iter().chain(of_loras) {
+            let word = embedding.token.to_lowercase();
+            let Some(first) = all.get(&word) else {
+                order.push(word.clone());
+                all.insert(word, embedding);
+                continue;
+            };
+            if first.is_same(&embedding)? {
+                continue;
+            }
+            let (token, file) = (&embedding.token, &embedding.file);
+            // what `--embedding` gives comes first, and its word can be chosen
+            let hint = match (&first.hash, &embedding.hash) {
+                (_, Some(_)) => {
+                    format!("give one another word in prompts: `--embedding {file}:TOKEN`")
+                }
+                (Some(_), None) => format!(
+                    "give the first another word in prompts: `--embedding {}:TOKEN`",
+                    first.file
+                ),
+                (None, None) => "draw with one of these LoRAs alone".into(),
+            };
             bail!(
-                "two embeddings stand for `{token}`\n\nhint: give one another word in prompts: `--embedding {file}:TOKEN`"
+                "two embeddings stand for `{token}`, of `{}` and `{file}`\n\nhint: {hint}",
+                first.file
             );
         }
+        let embeddings: Vec<Embedding> = order.iter().filter_map(|word| all.remove(word)).collect();
         if let Some(refiner) = &mut self.refiner {
             refiner.embeddings = embeddings.clone();
         }

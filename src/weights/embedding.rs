@@ -1,7 +1,8 @@
 //! Textual inversion (Gal et al. 2022, arXiv 2208.01618): vectors that were learned for a word of
 //! the prompt.
 //!
-//! Hides in which of the formats of A1111, diffusers and kohya a file holds them. The text layer's
+//! Hides in which of the formats of A1111, diffusers and kohya a file holds them; a LoRA's file may
+//! hold them beside its layers. The text layer's
 //! tokenizer finds them in prompts.
 
 use super::file;
@@ -11,12 +12,22 @@ use super::safetensors::SafetensorsFile;
 use super::{ENCODERS, family_name};
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
+
+/// What the key of a word in a LoRA's file begins with, and what it ends with for each encoder: the
+/// bundles of A1111, as OneTrainer writes them.
+const BUNDLE: &str = "bundle_emb.";
+const BUNDLED: [(&str, &str); 4] = [
+    (".string_to_param.*", ENCODERS[0]),
+    (".emb_params", ENCODERS[0]),
+    (".clip_l", ENCODERS[0]),
+    (".clip_g", ENCODERS[1]),
+];
 
 /// Names of pairs for SDXL's two encoders: kohya's and A1111's, and those of diffusers' training
 /// scripts.
@@ -27,8 +38,9 @@ const PAIRS: [[&str; 2]; 2] = [["clip_l", "clip_g"], ["text_encoders_0", "text_e
 pub struct Embedding {
     /// the word that stands for it in prompts
     pub token: Arc<str>,
-    /// SHA-256 of the file, as sites that share models list it
-    pub hash: Arc<str>,
+    /// SHA-256 of the file, as sites that share models list it; none where the file is a LoRA's,
+    /// whose own hash tells the word too
+    pub hash: Option<Arc<str>>,
     /// the file, for people
     pub file: String,
     /// how many vectors it has
@@ -54,15 +66,33 @@ impl Embedding {
         );
         let source = SafetensorsFile::open(path)?;
         let keys = keys(&source).with_context(|| format!("`{file}` {}", other(&source)))?;
+        let whole = std::fs::read(path).with_context(|| format!("cannot read `{file}`"))?;
+        Ok(Self {
+            hash: Some(hex(&Sha256::digest(whole)).into()),
+            ..Self::read(&source, &token, &keys)?
+        })
+    }
+
+    /// Reads the vectors of a token from these tensors of a file. Errors if they are no vectors, or
+    /// encoders have different numbers of them.
+    pub fn read(
+        source: &SafetensorsFile,
+        token: &str,
+        keys: &BTreeMap<&'static str, String>,
+    ) -> Result<Self> {
+        let file = source.path().display().to_string();
         let mut parts = BTreeMap::new();
         for (encoder, key) in keys {
-            let tensor = source.read(&key)?;
-            let vectors = if tensor.rank() == 1 {
-                tensor.unsqueeze(0)?
-            } else {
-                tensor
+            let tensor = source.read(key)?;
+            let vectors = match tensor.rank() {
+                1 => tensor.unsqueeze(0)?,
+                2 => tensor,
+                _ => bail!(
+                    "tensor `{key}` of `{file}` has the shape {:?}, vectors of a word have two dimensions",
+                    tensor.dims()
+                ),
             }; // [vectors, width]
-            parts.insert(encoder, vectors);
+            parts.insert(*encoder, vectors);
         }
         let counts: Vec<usize> = parts
             .values()
@@ -72,19 +102,31 @@ impl Embedding {
         if vectors == 0 || counts.iter().any(|n| *n != vectors) {
             let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
             bail!(
-                "`{file}` has {} vectors\n\nhint: fetch it again; it is not an embedding that can be used",
+                "`{file}` has {} vectors for `{token}`\n\nhint: fetch it again; it is not an embedding that can be used",
                 counts.join(" and ")
             );
         }
-        let whole = std::fs::read(path).with_context(|| format!("cannot read `{file}`"))?;
-        let hash = hex(&Sha256::digest(whole));
         Ok(Self {
             token: token.into(),
-            hash: hash.into(),
+            hash: None,
             file,
             vectors,
             parts,
         })
+    }
+
+    /// Whether another one has the same vectors.
+    pub fn is_same(&self, other: &Self) -> Result<bool> {
+        if !self.parts.keys().eq(other.parts.keys()) {
+            return Ok(false);
+        }
+        for (own, others) in self.parts.values().zip(other.parts.values()) {
+            let values = |part: &Tensor| part.to_dtype(DType::F32)?.to_vec2::<f32>();
+            if own.dims() != others.dims() || values(own)? != values(others)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether a file holds an embedding, by its header.
@@ -133,6 +175,15 @@ impl Embedding {
             widths.join(" and ")
         )
     }
+}
+
+/// Splits a key of a LoRA's file into the word that the LoRA brings and the encoder of its vectors.
+pub fn split_bundled(key: &str) -> Option<(&str, &'static str)> {
+    let key = key.strip_prefix(BUNDLE)?;
+    let mut ends = BUNDLED.iter();
+    let (word, encoder) =
+        ends.find_map(|(end, encoder)| Some((key.strip_suffix(end)?, *encoder)))?;
+    (!word.is_empty()).then_some((word, encoder))
 }
 
 /// Splits `FILE:TOKEN`; a file of that whole name is taken first, and a file's token is its name.

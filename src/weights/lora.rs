@@ -20,6 +20,7 @@ pub use layer_names::{LayerNames, is_adapter_key};
 pub use named::find_named;
 
 use super::distillation::{Bearer, Distillation};
+use super::embedding::{Embedding, split_bundled};
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, family_name};
@@ -72,6 +73,8 @@ pub struct Lora {
     source: SafetensorsFile,
     /// by their names in the file
     layers: BTreeMap<String, Layer>,
+    /// words that it brings -> encoder -> the key of their vectors
+    words: BTreeMap<String, BTreeMap<&'static str, String>>,
     /// keys that belong to no layer
     unknown_keys: Vec<String>,
     /// canonical name of a model's weight -> the layer that changes it
@@ -107,7 +110,12 @@ impl Lora {
             );
         }
         let (mut layers, mut unknown_keys) = (BTreeMap::<String, Layer>::new(), vec![]);
+        let mut words = BTreeMap::<String, BTreeMap<_, _>>::new();
         for key in keys {
+            if let Some((word, encoder)) = split_bundled(&key) {
+                words.entry(word.into()).or_default().insert(encoder, key);
+                continue;
+            }
             match split(&key) {
                 Some((layer, slot)) => {
                     let layer: &mut Layer = layers.entry(layer.into()).or_default();
@@ -132,6 +140,7 @@ impl Lora {
             text_strength: strength,
             source,
             layers,
+            words,
             unknown_keys,
             matched: BTreeMap::new(),
             unexpected_keys: vec![],
@@ -154,6 +163,24 @@ impl Lora {
         } else {
             self.strength
         }
+    }
+
+    /// The words that it brings.
+    pub fn words(&self) -> impl Iterator<Item = &str> {
+        self.words.keys().map(String::as_str)
+    }
+
+    /// The words that it brings, with their vectors. Errors if these cannot be read.
+    pub fn embeddings(&self) -> Result<Vec<Embedding>> {
+        let words = self.words.iter();
+        words
+            .map(|(word, keys)| Embedding::read(&self.source, word, keys))
+            .collect()
+    }
+
+    /// Whether it changes nothing, as its strength is 0; words that it brings have no strength.
+    pub fn is_without_effect(&self) -> bool {
+        (self.strength, self.text_strength) == (0.0, 0.0) && self.words.is_empty()
     }
 
     /// Finds the weights of a model that its layers change. Errors if there are none, or if the
@@ -233,8 +260,13 @@ impl Lora {
             .filter_map(|name| name.split('.').next())
             .collect();
         let total = self.total();
+        let words: Vec<String> = self.words().map(|word| format!("`{word}`")).collect();
+        let learned = match words.as_slice() {
+            [] => String::new(),
+            words => format!("; it brings {}", words.join(", ")),
+        };
         format!(
-            "LoRA `{}` at {}: {} of {total} tensors fit, they change {} weights of {}",
+            "LoRA `{}` at {}: {} of {total} tensors fit, they change {} weights of {}{learned}",
             self.name,
             self.strength,
             total - self.unexpected_keys.len(),
@@ -259,7 +291,7 @@ impl Lora {
 
     /// Whether it changes a weight of the model that it was matched with.
     pub fn changes(&self, name: &str) -> bool {
-        self.matched.contains_key(name)
+        self.strength_of(name) != 0.0 && self.matched.contains_key(name)
     }
 
     /// SHA-256 of the data without the header, by which A1111 identifies LoRAs: metadata does not

@@ -648,7 +648,8 @@ fn a_lora_that_fits_in_part_is_a_warning_with_counts_and_with_strict_an_error() 
     let total = tensors.len();
     let bundled = Tensor::zeros((2, 64), DType::F32, &Device::Cpu).unwrap();
     tensors.insert("bundle_emb.word.string_to_param.*".into(), bundled.clone());
-    // its shape is another's, and one without its other half
+    // its name is none of a word's vectors, its shape is another's, one is without its other half
+    tensors.insert("bundle_emb.word.step".into(), bundled.clone());
     tensors.insert("lora_unet_conv_in.diff".into(), bundled.clone());
     tensors.insert("lora_unet_conv_out.lora_down.weight".into(), bundled);
     save(&tensors, &dir.path().join("part.safetensors"));
@@ -662,13 +663,14 @@ fn a_lora_that_fits_in_part_is_a_warning_with_counts_and_with_strict_an_error() 
     };
     let said = stderr(&succeed(&mut run(&["-v"])));
     let misfit = format!(
-        "3 of {} tensors of the LoRA `part` fit nowhere in the model, such as `bundle_emb.",
-        total + 3
+        "3 of {} tensors of the LoRA `part` fit nowhere in the model, such as `bundle_emb.word.step`",
+        total + 4
     );
     assert!(said.contains(&format!("warning: {misfit}")), "{said}");
     let coverage = format!(
-        "LoRA `part` at 1: {total} of {} tensors fit, they change 9 weights of text_encoder, unet",
-        total + 3
+        "LoRA `part` at 1: {} of {} tensors fit, they change 9 weights of text_encoder, unet; it brings `word`",
+        total + 1,
+        total + 4
     );
     assert!(said.contains(&coverage), "{said}");
     fail(
@@ -1170,5 +1172,165 @@ fn a_lora_that_was_distilled_sets_steps_guidance_and_sampler_by_its_name() {
     assert!(
         text.contains("  distilled     latent consistency, by its name: 4 steps\n"),
         "{text}"
+    );
+}
+
+/// A LoRA that brings a word: the layers of a LoRA, and the tensors of an embedding.
+fn bundle(path: &Path, layers: &str, word: &str, inner: &[(&str, Tensor)]) {
+    let mut tensors = load(Path::new(&lora(layers)));
+    let inner = inner.iter();
+    tensors.extend(inner.map(|(key, t)| (format!("bundle_emb.{word}.{key}"), t.clone())));
+    save(&tensors, path);
+}
+
+#[test]
+fn a_word_that_a_lora_brings_is_learned_as_from_a_file_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| dir.path().join(name);
+    std::fs::create_dir(place("loras")).unwrap();
+    let vectors = load(&fixture("embeddings/a1111.safetensors"))["emb_params"].clone();
+    let pair = load(&fixture("embeddings/pair.safetensors"));
+    let [clip_l, clip_g] = ["clip_l", "clip_g"].map(|key| pair[key].clone());
+    save(
+        &HashMap::from([("emb_params".into(), vectors.clone())]),
+        &place("word.safetensors"),
+    );
+    save(&pair, &place("pair.safetensors"));
+    for (name, key) in [
+        ("star", "string_to_param.*"),
+        ("params", "emb_params"),
+        ("clip", "clip_l"),
+    ] {
+        let path = place(&format!("loras/{name}.safetensors"));
+        bundle(&path, "kohya", "ohwx", &[(key, vectors.clone())]);
+    }
+    let both = [("clip_l", clip_l), ("clip_g", clip_g)];
+    bundle(
+        &place("loras/xl.safetensors"),
+        "original_names",
+        "ohwx",
+        &both,
+    );
+    let picture = |model: &str, prompt: &str, options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args([prompt, "-s", "7", "--steps", "2", "-g", "5", "-W", "16"]);
+        command.args(["-H", "16", "--strict", "--force", "-o", "x.png", "-m"]);
+        succeed(command.arg(fixture(model)).args(options));
+        image::open(place("x.png")).unwrap().to_rgb8()
+    };
+    for (model, layers, word, names) in [
+        ("sd1", "kohya", "word", &["star", "params", "clip"][..]),
+        ("sdxl", "original_names", "pair", &["xl"]),
+    ] {
+        let layers = lora(layers);
+        let alone = picture(model, "a photo of ohwx", &["--lora", &layers]);
+        let word = format!("{word}.safetensors:ohwx");
+        let apart = ["--lora", &layers, "--embedding", &word];
+        let apart = picture(model, "a photo of ohwx", &apart);
+        assert!(apart != alone, "the word should matter");
+        for name in names {
+            let file = format!("loras/{name}.safetensors");
+            let bundled = picture(model, "a photo of ohwx", &["--lora", &file]);
+            assert!(bundled == apart, "{model}, {name}");
+            let tag = format!("a photo of ohwx<lora:{name}:1>");
+            let tagged = picture(model, &tag, &["--lora-dir", "loras"]);
+            assert!(tagged == apart, "{model}, {name} by its tag");
+            // the word has no strength, the layers have
+            let off = picture(model, "a photo of ohwx", &["--lora", &format!("{file}:0")]);
+            let word = picture(model, "a photo of ohwx", &["--embedding", &word]);
+            assert!(off == word, "{model}, {name} at 0");
+        }
+    }
+}
+
+#[test]
+fn a_picture_with_a_word_of_a_lora_is_checked_and_resumed_by_the_lora_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| dir.path().join(name);
+    let vectors = load(&fixture("embeddings/a1111.safetensors"))["emb_params"].clone();
+    let bring = |name: &str, word: &str, vectors: &Tensor| {
+        let path = place(&format!("{name}.safetensors"));
+        bundle(&path, "kohya", word, &[("emb_params", vectors.clone())]);
+    };
+    bring("one", "ohwx", &vectors);
+    bring("same", "OHWX", &vectors);
+    bring("other", "ohwx", &(&vectors * 2.0).unwrap());
+    save(
+        &HashMap::from([("emb_params".into(), (&vectors * 2.0).unwrap())]),
+        &place("word.safetensors"),
+    );
+    let command = |options: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["ohwx", "-s", "7", "--steps", "2", "-W", "16", "-H", "16"]);
+        command
+            .args(["-o", "x.png", "-m"])
+            .arg(fixture("sd1"))
+            .args(options);
+        command
+    };
+    succeed(&mut command(&["--lora", "one.safetensors"]));
+    let metadata = read_metadata(&std::fs::read(place("x.png")).unwrap())
+        .unwrap()
+        .unwrap();
+    let hash = Lora::open(&place("one.safetensors"), 1.0).unwrap().hash();
+    assert_eq!(metadata.sdgen["loras"][0]["hash"], hash.unwrap());
+    let check = |lora: &str| {
+        let mut command = sdgen(dir.path());
+        command.args(["check", "x.png", "--lora", lora, "-m"]);
+        command.arg(fixture("sd1")).output().unwrap()
+    };
+    let same = check("one.safetensors");
+    assert_eq!(stdout(&same), "x.png: identical\n", "{}", stderr(&same));
+    let other = check("other.safetensors");
+    assert!(
+        stderr(&other).contains("it was drawn with the LoRA `one`"),
+        "{}",
+        stderr(&other)
+    );
+    let resumed = |lora: &str| {
+        let run = succeed(&mut command(&["--resume", "--lora", lora]));
+        stderr(&run).contains("1 of 1 pictures are there already")
+    };
+    assert!(resumed("one.safetensors"));
+    assert!(!resumed("other.safetensors"));
+
+    // what is brought twice must be the same
+    let twice = ["--lora", "one.safetensors", "--lora", "same.safetensors"];
+    succeed(command(&twice).arg("--force"));
+    for (options, texts) in [
+        (
+            ["--lora", "one.safetensors", "--lora", "other.safetensors"],
+            [
+                "two embeddings stand for `ohwx`, of `one.safetensors` and `other.safetensors`",
+                "hint: draw with one of these LoRAs alone",
+            ],
+        ),
+        (
+            [
+                "--lora",
+                "one.safetensors",
+                "--embedding",
+                "word.safetensors:ohwx",
+            ],
+            [
+                "two embeddings stand for `ohwx`, of `word.safetensors` and `one.safetensors`",
+                "hint: give the first another word in prompts: `--embedding word.safetensors:TOKEN`",
+            ],
+        ),
+    ] {
+        fail(command(&options).arg("--force"), 3, &texts);
+    }
+    let said = stdout(&succeed(
+        sdgen(dir.path()).args(["inspect", "one.safetensors"]),
+    ));
+    assert!(said.contains("  words         ohwx\n"), "{said}");
+    bring("flat", "ohwx", &vectors.unsqueeze(0).unwrap());
+    fail(
+        command(&["--lora", "flat.safetensors"]).arg("--force"),
+        3,
+        &[
+            "tensor `bundle_emb.ohwx.emb_params` of `flat.safetensors`",
+            "vectors of a word have two dimensions",
+        ],
     );
 }

@@ -55,6 +55,10 @@ const ENDPOINT: &str = "https://huggingface.co";
 const TIMEOUT_S: u64 = 30;
 
 /// The hub that models come from: where it and its cache are, and whether the network may be used.
+#[cfg_attr(
+    not(feature = "hub"),
+    allow(dead_code, reason = "only downloads need an address and a token")
+)]
 pub struct Hub {
     /// Address of the hub without a slash at its end; the token is sent to this origin only.
     pub endpoint: String,

@@ -7,9 +7,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::{fail, sdgen, stderr, stdout, succeed};
 use sdgen::hub::Hub;
 use sha2::{Digest, Sha256};
 
@@ -55,7 +57,6 @@ fn start_https() -> u16 {
 
 #[test]
 fn a_hub_behind_an_authority_of_its_own_is_trusted_where_ssl_cert_file_names_it() {
-    use crate::common::{fail, sdgen};
     let dir = tempfile::tempdir().unwrap();
     let port = start_https();
     let pull = |certificates: Option<PathBuf>| {
@@ -1230,28 +1231,24 @@ fn fixture_repo() -> BTreeMap<String, Vec<u8>> {
     files
 }
 
+/// The program, in a folder of its own, with this hub and its cache.
+fn online(server: &Server, folder: &Path, cache: &Path) -> Command {
+    let mut command = sdgen(folder);
+    command
+        .env("HF_ENDPOINT", &server.hub)
+        .env("HF_HUB_CACHE", cache)
+        .env_remove("HF_HUB_OFFLINE");
+    command
+}
+
 #[test]
 fn the_program_pulls_a_model_and_draws_it_offline_with_the_same_picture_as_from_the_folder() {
     let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = Server::start(fixture_repo());
     let run = |args: &[&str]| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
-        command
-            .args(args)
-            .current_dir(dir.path())
-            .env("HF_ENDPOINT", &server.hub)
-            .env("HF_HUB_CACHE", cache.path());
-        let output = command
-            .env_remove("HF_TOKEN")
-            .env_remove("HF_HUB_OFFLINE")
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        String::from_utf8(output.stdout).unwrap()
+        stdout(&succeed(
+            online(&server, dir.path(), cache.path()).args(args),
+        ))
     };
     let folder = run(&["pull", "me/model"]);
     assert!(Path::new(folder.trim()).join("model_index.json").exists());
@@ -1334,22 +1331,9 @@ fn a_vae_of_the_hub_decodes_and_pictures_that_name_it_are_checked_with_it() {
     let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = Server::start(vae_repo());
     let run = |args: &[&str]| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sdgen"));
-        command
-            .args(args)
-            .current_dir(dir.path())
-            .env("HF_ENDPOINT", &server.hub)
-            .env("HF_HUB_CACHE", cache.path());
-        let output = command
-            .env_remove("HF_TOKEN")
-            .env_remove("HF_HUB_OFFLINE")
-            .output()
-            .unwrap();
-        (
-            output.status.success(),
-            String::from_utf8(output.stdout).unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
+        let mut command = online(&server, dir.path(), cache.path());
+        let output = command.args(args).output().unwrap();
+        (output.status.success(), stdout(&output), stderr(&output))
     };
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/sd1");
     let draw = |vae: &str, output: &str| {

@@ -7,7 +7,7 @@
 //! LoCon (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353), LoHa and LoKr
 //! (Yeh et al. 2023, arXiv 2309.14859), GLoRA (Chavan et al. 2023, arXiv 2306.07967), IA3 (Liu et al.
 //! 2022, arXiv 2205.05638), orthogonal finetuning (`orthogonal.rs`), and whole differences. The alphas
-//! of PEFT's headers are in `peft.rs`.
+//! of PEFT's headers and configurations are in `peft.rs`.
 
 mod delta;
 mod layer_names;
@@ -27,8 +27,8 @@ use super::{Checkpoint, family_name};
 use anyhow::{Context, Result, bail};
 use delta::Method;
 use layer_names::{
-    ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, TLORA_MARK, UP_BIAS,
-    component, split,
+    ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, PEFT_BOFT, PEFT_IA3,
+    PEFT_OFT, TLORA_MARK, UP_BIAS, component, split,
 };
 use peft::PeftConfig;
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,6 +49,25 @@ const COMMON_NAMES: [&str; 3] = [
     "adapter_model",
     "diffusion_pytorch_model",
 ];
+
+/// The name that PEFT gives to every file, and to the configuration beside it.
+const ADAPTER_MODEL: &str = "adapter_model";
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// PEFT's configuration of a file: the one beside it, or that of its header. Errors if it is damaged.
+fn peft_config(path: &Path, source: &SafetensorsFile) -> Result<PeftConfig> {
+    let beside = path.with_file_name(ADAPTER_CONFIG);
+    if file_name(path) == ADAPTER_MODEL && beside.is_file() {
+        let text = std::fs::read_to_string(&beside);
+        return text
+            .map_err(anyhow::Error::from)
+            .and_then(|text| PeftConfig::of_file(&text))
+            .with_context(|| format!("`{}` is damaged", beside.display()));
+    }
+    let text = source.metadata("lora_adapter_metadata").unwrap_or("{}");
+    PeftConfig::of_header(text)
+        .with_context(|| format!("the header of `{}` is damaged", path.display()))
+}
 
 /// The name of a LoRA at a path.
 fn name_of(path: &Path) -> String {
@@ -131,9 +150,20 @@ impl Lora {
             }
         }
         layers.retain(|_, layer| !layer.is_empty());
-        let text = source.metadata("lora_adapter_metadata").unwrap_or("{}");
-        let peft = PeftConfig::of(text)
-            .with_context(|| format!("the header of `{}` is damaged", path.display()))?;
+        let peft = peft_config(path, &source)?;
+        let needs_config = |layer: &Layer| {
+            let has_kernel = |key: &String| source.shape(key).is_some_and(|shape| shape.len() > 2);
+            layer.contains_key(PEFT_OFT) || layer.get(PEFT_IA3).is_some_and(has_kernel)
+        };
+        if !peft.is_of_file()
+            && let Some(layer) = layers.values().find(|layer| needs_config(layer))
+        {
+            let key = layer.values().next().cloned().unwrap_or_default();
+            bail!(
+                "`{}` does not tell how its `{key}` was trained\n\nhint: PEFT saves that beside it: put its `{ADAPTER_CONFIG}` there again, with the file named `{ADAPTER_MODEL}.safetensors`",
+                path.display()
+            );
+        }
         Ok(Self {
             name: name_of(path),
             strength,
@@ -192,10 +222,10 @@ impl Lora {
             let is_free = |weight: &String| !self.matched.contains_key(weight);
             let weight = base
                 .map(|base| format!("{base}.weight"))
-                .filter(|weight| is_free(weight) && self.has_size_of(layer, model, weight));
+                .filter(|weight| is_free(weight) && self.has_size_of(name, layer, model, weight));
             let bias = base
                 .map(|base| format!("{base}.bias"))
-                .filter(|bias| is_free(bias) && self.has_bias_of(layer, model, bias));
+                .filter(|bias| is_free(bias) && self.has_bias_of(name, layer, model, bias));
             let is_matched = |slot: &str| {
                 if [DIFF_B, UP_BIAS].contains(&slot) {
                     bias.is_some()
@@ -234,15 +264,22 @@ impl Lora {
     }
 
     /// Whether a layer's change has as many rows and columns as a weight of the model.
-    fn has_size_of(&self, layer: &Layer, model: &Checkpoint, weight: &str) -> bool {
+    fn has_size_of(&self, name: &str, layer: &Layer, model: &Checkpoint, weight: &str) -> bool {
         let Some([rows, rest @ ..]) = model.shape(weight) else {
             return false;
         };
-        self.fits(layer, (*rows, rest.iter().product()))
+        self.fits(name, layer, (*rows, rest.iter().product()))
     }
 
     /// Whether a layer has a change in the shape of a bias of the model.
-    fn has_bias_of(&self, layer: &Layer, model: &Checkpoint, bias: &str) -> bool {
+    fn has_bias_of(&self, name: &str, layer: &Layer, model: &Checkpoint, bias: &str) -> bool {
+        if layer.contains_key(PEFT_IA3) {
+            // factors of outputs are the bias' too
+            let factors = self.factors_of_peft(name, layer);
+            let rows = model.shape(bias).and_then(|shape| shape.first());
+            return factors
+                .is_ok_and(|(count, is_of_columns)| !is_of_columns && Some(&count) == rows);
+        }
         let key = layer.get(DIFF_B).or_else(|| layer.get(UP_BIAS));
         let own = key.and_then(|key| self.source.shape(key));
         own.is_some() && own == model.shape(bias)
@@ -323,7 +360,7 @@ impl Lora {
             .layers
             .values()
             .flat_map(BTreeMap::values)
-            .any(|key| key.contains(".lora_A."));
+            .any(|key| key.contains(".lora_A.") || key.starts_with("base_model.model."));
         if has("lora_unet_input_blocks_") || has("lora_unet_output_blocks_") {
             "kohya, original block names"
         } else if has("lora_unet_") || has("lora_te") {
@@ -355,7 +392,9 @@ impl Lora {
                 Method::Kronecker => "LoKr",
                 Method::Difference => "differences",
                 Method::Generalized => "GLoRA",
-                Method::Factors => "IA3",
+                Method::Factors | Method::PeftFactors => "IA3",
+                Method::PeftRotation if layer.contains_key(PEFT_BOFT) => "BOFT",
+                Method::PeftRotation => "OFT",
                 Method::Rotation => match layer.get(OFT).and_then(|key| self.source.shape(key)) {
                     Some([_, _, _, _]) => "BOFT",
                     _ => "diag-OFT",

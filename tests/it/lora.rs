@@ -258,8 +258,8 @@ fn glora_multiplies_the_weight_and_adds_to_it() {
         };
         let added = matrix(&b1).matmul(&matrix(&b2)).unwrap();
         let sum = (multiplied + added.reshape(plain.shape()).unwrap()).unwrap();
-        // alpha 1 of rank 2 twice, as lycoris-lora 4 trains it
-        let exact = (&plain + (sum * (0.8 / 4.0)).unwrap()).unwrap();
+        // alpha 1 of rank 2
+        let exact = (&plain + (sum * (0.8 / 2.0)).unwrap()).unwrap();
         assert_near(layer, &changed(&tensors, &[], 0.8, &name), &exact);
     }
 }
@@ -1333,4 +1333,123 @@ fn a_picture_with_a_word_of_a_lora_is_checked_and_resumed_by_the_lora_alone() {
             "vectors of a word have two dimensions",
         ],
     );
+}
+
+/// The adapter of a case of `lora_trained.safetensors`, as its library saves it, and its layer.
+fn trained(folder: &Path, case: &Value, all: &HashMap<String, Tensor>) -> (String, String) {
+    let own = format!("{}/", case["name"].as_str().unwrap());
+    let layer = case["layer"].as_str().unwrap().to_string();
+    let tensors = all.iter().filter_map(|(key, tensor)| {
+        let key = key.strip_prefix(&own)?;
+        let is_of_test = ["outputs", "bias"].contains(&key);
+        (!is_of_test).then(|| (key.to_string(), tensor.clone()))
+    });
+    let path = folder.join("adapter_model.safetensors");
+    save(&tensors.collect(), &path);
+    let config = folder.join("adapter_config.json");
+    if case["by"] == "peft" {
+        std::fs::write(config, case["config"].to_string()).unwrap();
+    } else {
+        std::fs::remove_file(config).ok();
+    }
+    (path.to_str().unwrap().into(), layer)
+}
+
+fn trained_cases() -> (Vec<Value>, HashMap<String, Tensor>) {
+    let path = fixture("lora_trained.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let cases = header.metadata().as_ref().unwrap()["cases"].clone();
+    let Value::Array(cases) = serde_json::from_str(&cases).unwrap() else {
+        panic!("the cases are no list");
+    };
+    (cases, load(&path))
+}
+
+#[test]
+fn what_peft_says_beside_a_file_is_asked_for_where_it_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cases, all) = trained_cases();
+    for (name, is_needed) in [
+        ("peft, oft", true),
+        ("peft, ia3 of a convolution", true),
+        ("peft, ia3", false),
+        ("peft, boft", false),
+    ] {
+        let case = cases.iter().find(|case| case["name"] == name).unwrap();
+        let (file, _) = trained(dir.path(), case, &all);
+        let config = dir.path().join("adapter_config.json");
+        std::fs::remove_file(&config).unwrap();
+        match Lora::open(Path::new(&file), 1.0) {
+            Err(error) => {
+                let error = format!("{error:#}");
+                assert!(
+                    is_needed && error.contains("`adapter_config.json`"),
+                    "{error}"
+                );
+            }
+            Ok(_) => assert!(!is_needed, "{name}"),
+        }
+        std::fs::write(&config, "{").unwrap();
+        let Err(error) = Lora::open(Path::new(&file), 1.0) else {
+            panic!("{name} was read with a damaged configuration");
+        };
+        assert!(format!("{error:#}").contains("adapter_config.json` is damaged"));
+    }
+}
+
+#[test]
+fn a_layer_gives_what_it_gave_in_training_by_lycoris_and_by_peft() {
+    // PEFT turns the patches of overlapping kernels and adds them up
+    const REFUSED: &str = "peft, oft of a convolution";
+    let dir = tempfile::tempdir().unwrap();
+    let (cases, all) = trained_cases();
+    assert_eq!(cases.len(), 58);
+    let mut wrong = vec![];
+    for case in &cases {
+        let (file, layer) = trained(dir.path(), case, &all);
+        let name = case["name"].as_str().unwrap();
+        let loras = [(&*file, case["strength"].as_f64().unwrap())];
+        let opened = Lora::open(Path::new(&file), loras[0].1);
+        let mut checkpoint = Checkpoint::open(Origin::Path(&fixture("sd1"))).unwrap();
+        if let Err(error) = checkpoint.use_loras([opened], true) {
+            wrong.push(format!("{name}: {error:#}"));
+            continue;
+        }
+        let get = |end: &str| {
+            let shape = checkpoint.shape(&format!("unet.{layer}.{end}"))?.to_vec();
+            let weights = checkpoint.weights("unet", &Device::Cpu, DType::F32);
+            Some(weights.get(&format!("{layer}.{end}"), &shape))
+        };
+        let weight = match get("weight").unwrap() {
+            Ok(weight) => weight.flatten_from(1).unwrap(),
+            Err(error) => {
+                let error = format!("{error:#}");
+                if name != REFUSED || !error.contains("`merge_and_unload`") {
+                    wrong.push(format!("{name}: {error}"));
+                }
+                continue;
+            }
+        };
+        if name == REFUSED {
+            wrong.push(format!("{name}: is no change of a weight"));
+        }
+        let inputs = &all[&format!("inputs/{layer}")];
+        let outputs = inputs.matmul(&weight.t().unwrap()).unwrap();
+        let largest = |t: &Tensor| {
+            let t = t.abs().unwrap().flatten_all().unwrap();
+            t.max(0).unwrap().to_scalar::<f32>().unwrap()
+        };
+        let golden = &all[&format!("{name}/outputs")];
+        let mut off = largest(&(&outputs - golden).unwrap()) / largest(golden);
+        if let Some(golden) = all.get(&format!("{name}/bias")) {
+            let bias = get("bias").unwrap().unwrap();
+            off = off.max(largest(&(&bias - golden).unwrap()) / largest(golden));
+        }
+        // the file's weights are f16, and so is the sum: 2^-11 of each of up to 288 products
+        if off > 2e-3 {
+            wrong.push(format!("{name}: off by {off}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

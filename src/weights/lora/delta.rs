@@ -3,9 +3,9 @@
 use super::Lora;
 use super::layer_names::{
     ALPHA, DIFF, DIFF_B, DORA, DOWN, FACTORS, GLORA_DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, OFT,
-    ON_INPUT, RESCALE, UP, UP_BIAS,
+    ON_INPUT, PEFT_BOFT, PEFT_IA3, PEFT_OFT, RESCALE, UP, UP_BIAS,
 };
-use super::orthogonal::Rotation;
+use super::orthogonal::{PeftTurns, Rotation, rotate_inputs};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 impl Lora {
-    /// Whether a layer changes a weight of (rows, columns).
-    pub(super) fn fits(&self, layer: &Layer, (rows, columns): (usize, usize)) -> bool {
+    /// Whether a layer of this name changes a weight of (rows, columns).
+    pub(super) fn fits(&self, name: &str, layer: &Layer, (rows, columns): (usize, usize)) -> bool {
         let shape = |slot: &str| layer.get(slot).and_then(|key| self.source.shape(key));
         let count = |slot: &str| shape(slot).map(|shape| shape.iter().product::<usize>());
         match Method::of(layer) {
@@ -27,6 +27,20 @@ impl Lora {
             // factors of columns are those of a convolution's inputs, so that the kernel remains
             Some(Method::Factors) => count(FACTORS)
                 .is_some_and(|count| count > 0 && (count == rows || columns.is_multiple_of(count))),
+            Some(Method::PeftRotation) => {
+                let turns = layer.get(PEFT_OFT).or_else(|| layer.get(PEFT_BOFT));
+                turns
+                    .and_then(|key| PeftTurns::of(self.source.shape(key)?, columns))
+                    .is_some()
+                    && count(RESCALE).is_none_or(|count| count == rows)
+            }
+            Some(Method::PeftFactors) => {
+                self.factors_of_peft(name, layer)
+                    .is_ok_and(|(count, is_of_columns)| match is_of_columns {
+                        true => count > 0 && columns.is_multiple_of(count),
+                        false => count == rows,
+                    })
+            }
             _ => self.size(layer) == Some((rows, columns)),
         }
     }
@@ -72,7 +86,7 @@ impl Lora {
                 let is_square = inner == rank && inputs == outputs && inputs > 0;
                 (is_square && size.1.is_multiple_of(inputs)).then_some(size)
             }
-            Method::Factors | Method::Rotation => None,
+            Method::Factors | Method::Rotation | Method::PeftRotation | Method::PeftFactors => None,
         }
     }
 
@@ -90,14 +104,12 @@ impl Lora {
     /// The scale of a layer's product: alpha divided by the rank, where alpha is the rank if none is
     /// given.
     fn scale(&self, layer: &Layer, weight: &str) -> Result<f64> {
-        let Some(rank) = self.rank(layer).map(|rank| rank as f64) else {
+        let rank = self.rank(layer).map(|rank| rank as f64);
+        if rank.is_none() && (layer.contains_key(ALPHA) || !self.peft.is_of_file()) {
             return self.scale_of_whole(layer);
-        };
-        if let Some(key) = layer.get(ALPHA) {
-            let scale = self.number(key)? / rank;
-            // lycoris-lora 4 applies it twice to what it trains
-            let is_generalized = matches!(Method::of(layer), Some(Method::Generalized));
-            return Ok(if is_generalized { scale * scale } else { scale });
+        }
+        if let (Some(key), Some(rank)) = (layer.get(ALPHA), rank) {
+            return Ok(self.number(key)? / rank);
         }
         let layer = weight
             .strip_suffix(".weight")
@@ -157,6 +169,15 @@ impl Lora {
             .and_then(|layer| self.layers.get(layer))
             .context("no layer changes it")?;
         let strength = self.strength_of(name) as f32;
+        match Method::of(layer) {
+            Some(Method::PeftFactors) => {
+                return Ok((self.multiplied_by_peft(layer, name, weight)?, strength));
+            }
+            Some(Method::PeftRotation) => {
+                return Ok((self.rotated_by_peft(layer, weight)?, strength));
+            }
+            _ => (),
+        }
         if name.ends_with(".bias") {
             if let Some(key) = layer.get(DIFF_B) {
                 return Ok((to_f32(&self.source.read(key)?)?, strength));
@@ -218,6 +239,60 @@ impl Lora {
         Ok(turned)
     }
 
+    /// What PEFT's OFT or BOFT makes of a weight [rows, ..], minus the weight. The strength is the
+    /// share of that: PEFT has none.
+    fn rotated_by_peft(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
+        let key = layer.get(PEFT_OFT).or_else(|| layer.get(PEFT_BOFT));
+        let stored = self.source.read(key.context("it has no turns")?)?;
+        let kernel: usize = weight.dims().iter().skip(2).product();
+        ensure!(
+            kernel == 1 || layer.contains_key(PEFT_BOFT),
+            "PEFT trains its OFT of convolutions as no change of their weights: it adds up what it turned where kernels overlap\n\nhint: have PEFT merge it into the model by `merge_and_unload`, and draw with that"
+        );
+        let rows = weight.dim(0)?;
+        let weight = to_f32(weight)?;
+        let columns = weight.len() / rows.max(1);
+        let turns =
+            PeftTurns::of(stored.dims(), columns).context("its turns have no known shape")?;
+        let stages = turns.matrices(&to_f32(&stored)?, &self.peft)?;
+        let mut turned = rotate_inputs(&stages, columns, weight.clone());
+        if let Some(key) = layer.get(RESCALE) {
+            let factors = to_f32(&self.source.read(key)?)?;
+            let rows = turned.par_chunks_mut(columns.max(1)).zip(&factors);
+            rows.for_each(|(row, factor)| row.iter_mut().for_each(|value| *value *= factor));
+        }
+        let values = turned.par_iter_mut().zip(&weight);
+        values.for_each(|(value, weight)| *value -= weight);
+        Ok(turned)
+    }
+
+    /// How many factors PEFT's IA3 has for a layer of this name, and whether they are of columns
+    /// rather than rows.
+    pub(super) fn factors_of_peft(&self, name: &str, layer: &Layer) -> Result<(usize, bool)> {
+        let shape = layer.get(PEFT_IA3).and_then(|key| self.source.shape(key));
+        match shape.context("it has no factors")? {
+            [count, 1] if *count > 1 => Ok((*count, false)),
+            [1, count] => Ok((*count, true)),
+            // both sides of a convolution have one shape
+            [1, count, ..] => {
+                let layer = name.strip_prefix("base_model.model.").unwrap_or(name);
+                Ok((*count, self.peft.is_feedforward(layer)?))
+            }
+            _ => bail!("its factors have no known shape"),
+        }
+    }
+
+    /// What PEFT's IA3 adds to a weight [rows, columns, ..] or a bias [rows]: each row, or each
+    /// column, times a factor.
+    fn multiplied_by_peft(&self, layer: &Layer, name: &str, weight: &Tensor) -> Result<Vec<f32>> {
+        let own_name = self.matched.get(name).context("no layer changes it")?;
+        let (_, is_of_columns) = self.factors_of_peft(own_name, layer)?;
+        let key = layer.get(PEFT_IA3).context("it has no factors")?;
+        let factors = to_f32(&self.source.read(key)?)?;
+        let factors: Vec<f32> = factors.iter().map(|factor| factor - 1.0).collect();
+        times(weight, &factors, is_of_columns)
+    }
+
     /// What IA3 adds to a weight [rows, columns, ..]: each row, or each column, times a factor.
     fn multiplied(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
         let read = |slot: &str| {
@@ -226,27 +301,7 @@ impl Lora {
         };
         let is_of_columns = read(ON_INPUT)?.first().is_some_and(|value| *value != 0.0);
         let factors = read(FACTORS)?;
-        let (rows, columns) = (weight.dim(0)?, weight.dims().get(1).copied().unwrap_or(1));
-        let expected = if is_of_columns { columns } else { rows };
-        ensure!(
-            factors.len() == expected,
-            "it has {} factors instead of {expected}",
-            factors.len()
-        );
-        let mut change = to_f32(weight)?;
-        let row = (change.len() / rows.max(1)).max(1);
-        let kernel = (row / columns.max(1)).max(1);
-        change
-            .par_chunks_mut(row)
-            .enumerate()
-            .for_each(|(at, values)| {
-                for (column, values) in values.chunks_mut(kernel).enumerate() {
-                    let factor = factors.get(if is_of_columns { column } else { at });
-                    let factor = factor.copied().unwrap_or(0.0);
-                    values.iter_mut().for_each(|value| *value *= factor);
-                }
-            });
-        Ok(change)
+        times(weight, &factors, is_of_columns)
     }
 
     /// The product of a layer's matrices, of which GLoRA multiplies the weight [rows, columns, ..].
@@ -319,7 +374,9 @@ impl Lora {
                     .for_each(|(a, b)| *a += b);
                 Ok(sum)
             }
-            Method::Factors | Method::Rotation => bail!("it is no product"),
+            Method::Factors | Method::Rotation | Method::PeftRotation | Method::PeftFactors => {
+                bail!("it is no product")
+            }
         }
     }
 
@@ -332,6 +389,31 @@ impl Lora {
         let rows = tensor.dim(0)?;
         Ok(tensor.reshape((rows, ()))?)
     }
+}
+
+/// A weight [rows, columns, ..] times a factor for each row, or for each column.
+fn times(weight: &Tensor, factors: &[f32], is_of_columns: bool) -> Result<Vec<f32>> {
+    let (rows, columns) = (weight.dim(0)?, weight.dims().get(1).copied().unwrap_or(1));
+    let expected = if is_of_columns { columns } else { rows };
+    ensure!(
+        factors.len() == expected,
+        "it has {} factors instead of {expected}",
+        factors.len()
+    );
+    let mut change = to_f32(weight)?;
+    let row = (change.len() / rows.max(1)).max(1);
+    let kernel = (row / columns.max(1)).max(1);
+    change
+        .par_chunks_mut(row)
+        .enumerate()
+        .for_each(|(at, values)| {
+            for (column, values) in values.chunks_mut(kernel).enumerate() {
+                let factor = factors.get(if is_of_columns { column } else { at });
+                let factor = factor.copied().unwrap_or(0.0);
+                values.iter_mut().for_each(|value| *value *= factor);
+            }
+        });
+    Ok(change)
 }
 
 /// How a layer's change is computed from its tensors.
@@ -351,6 +433,10 @@ pub(super) enum Method {
     Factors,
     /// rows are turned
     Rotation,
+    /// columns are turned, as PEFT does
+    PeftRotation,
+    /// a factor for each row or column in place of 1, as PEFT has it
+    PeftFactors,
 }
 
 /// The share by which a stored alpha may be off its value: that of bf16.
@@ -388,6 +474,10 @@ impl Method {
             Some(Self::Generalized)
         } else if has(OFT) {
             Some(Self::Rotation)
+        } else if has(PEFT_OFT) || has(PEFT_BOFT) {
+            Some(Self::PeftRotation)
+        } else if has(PEFT_IA3) {
+            Some(Self::PeftFactors)
         } else if has(FACTORS) && has(ON_INPUT) {
             Some(Self::Factors)
         } else {

@@ -5,7 +5,7 @@ use crate::weights::{Checkpoint, key_mapping};
 use std::collections::BTreeMap;
 
 /// The endings of keys, and the slot of the tensor in its layer.
-const SLOTS: [(&str, &str); 47] = [
+const SLOTS: [(&str, &str); 51] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
@@ -52,6 +52,10 @@ const SLOTS: [(&str, &str); 47] = [
     (".oft_blocks", OFT),
     (".rescale", RESCALE),
     (".on_input", ON_INPUT),
+    (".oft_R.weight", PEFT_OFT),
+    (".boft_R", PEFT_BOFT),
+    (".boft_s", RESCALE),
+    (".ia3_l", PEFT_IA3),
     // after all longer endings
     (".weight", FACTORS),
 ];
@@ -75,6 +79,10 @@ pub const RESCALE: &str = "rescale";
 /// IA3's factors, and whether there is one for each column rather than row
 pub const FACTORS: &str = "factors";
 pub const ON_INPUT: &str = "on_input";
+/// the turns of PEFT's OFT and BOFT, and the factors of its IA3
+pub const PEFT_OFT: &str = "oft_R";
+pub const PEFT_BOFT: &str = "boft_R";
+pub const PEFT_IA3: &str = "ia3_l";
 
 /// What only T-LoRAs have.
 pub const TLORA_MARK: &str = ".lambda_layer";
@@ -98,7 +106,7 @@ const OLD_NAMES: [(&str, &str); 5] = [
 
 /// Whether a key is a LoRA's (or a relative's) and no checkpoint has it.
 pub fn is_adapter_key(key: &str) -> bool {
-    const MARKS: [&str; 9] = [
+    const MARKS: [&str; 12] = [
         ".lora_",
         ".lora.",
         "_lora.",
@@ -107,6 +115,9 @@ pub fn is_adapter_key(key: &str) -> bool {
         ".dora_scale",
         ".oft_blocks",
         ".on_input",
+        ".oft_R",
+        ".boft_R",
+        ".ia3_l",
         TLORA_MARK,
     ];
     const STARTS: [&str; 3] = ["lora_unet_", "lora_te", "lycoris_"];

@@ -1,16 +1,25 @@
-//! Networks that enlarge images: ESRGAN's RRDBNet and Real-ESRGAN's compact one. Their
-//! configuration is inferred from the names and shapes of their tensors. [`Upscaler::upscale`] works
+//! Networks that enlarge images, one file each: ESRGAN's RRDBNet, Real-ESRGAN's compact one, SPAN and
+//! RealPLKSR. Their configuration is inferred from the names and shapes of their tensors. [`Upscaler::upscale`] works
 //! in tiles, so that memory does not grow with the image. Networks of one channel enlarge red, green
 //! and blue each by itself, those of four the transparency too.
+
+mod compact;
+mod plksr;
+mod rrdb;
+mod span;
 
 use crate::error::NotFinite;
 use crate::image::Image;
 use crate::nn::Forward;
-use crate::nn::layers::{Conv2d, concat, is_finite};
+use crate::nn::layers::is_finite;
 use crate::nn::weights::Weights;
 use crate::weights::{Checkpoint, UPSCALERS};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use candle_core::{Device, Result as TensorResult, Tensor};
+use compact::Compact;
+use plksr::Plksr;
+use rrdb::Rrdb;
+use span::Span;
 use std::ops::Range;
 
 /// The longest side of a tile with its margin, in pixels of the input: 576 pixels of an RRDBNet of
@@ -27,12 +36,8 @@ const PART_PX: usize = 128;
 const REACH: usize = 2;
 /// The most doublings, and pixels a side that become channels; a file with more is a mistake.
 const MOST: usize = 4;
-/// The largest scale of a compact network.
-const MOST_COMPACT: usize = 16;
-/// The slope of RRDBNet's leaky ReLUs.
-const SLOPE: f64 = 0.2;
-/// The factor of a block's output where it is added to the block's input.
-const RESIDUAL_SCALE: f64 = 0.2;
+/// The largest scale of a network whose last layer is shuffled to pixels.
+const MOST_SHUFFLED: usize = 16;
 
 /// The architecture and sizes of an upscaler.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +65,10 @@ enum Architecture {
     },
     /// SRVGGNetCompact: convolutions, the last one included
     Compact { convolutions: usize },
+    /// SPAN, which may take pixels without their mean
+    Span { is_normalised: bool },
+    /// RealPLKSR
+    Plksr(plksr::Blocks),
 }
 
 impl UpscalerConfig {
@@ -75,6 +84,49 @@ impl UpscalerConfig {
             (1..=most).find(|side| is_known && channels * side * side == n)
         };
         let children = |name: &str| checkpoint.count(&format!("upscaler.{name}."));
+        let of_span = || -> Option<Self> {
+            let &[width, channels, 1, 1] = checkpoint.shape("upscaler.conv_1.sk.weight")? else {
+                return None;
+            };
+            let (outputs, _) = shape("upsampler.0")?;
+            let is_normalised = checkpoint.shape("upscaler.no_norm").is_none();
+            (channels == 3 || !is_normalised).then_some(Self {
+                architecture: Architecture::Span { is_normalised },
+                channels,
+                width,
+                unshuffle: 1,
+                factor: root(outputs, channels, MOST_SHUFFLED)?,
+            })
+        };
+        let of_plksr = || -> Option<Self> {
+            let has = |name: &str| {
+                checkpoint
+                    .shape(&format!("upscaler.feats.1.{name}"))
+                    .is_some()
+            };
+            let (width, channels) = shape("feats.0")?;
+            let &[part, _, kernel, _] = checkpoint.shape("upscaler.feats.1.lk.conv.weight")? else {
+                return None;
+            };
+            // a dropout without tensors stands between the blocks and the last layer
+            let count = children("feats").checked_sub(1)?;
+            let (outputs, _) = shape(&format!("feats.{}", count + 2))?;
+            let blocks = plksr::Blocks {
+                count,
+                kernel,
+                part,
+                has_attention: has("attn.f.0.weight"),
+                has_layer_norm: has("layer_norm.bias"),
+            };
+            let is_possible = count > 0 && part <= width && kernel % 2 == 1;
+            is_possible.then_some(Self {
+                architecture: Architecture::Plksr(blocks),
+                channels,
+                width,
+                unshuffle: 1,
+                factor: root(outputs, channels, MOST_SHUFFLED)?,
+            })
+        };
         let known = || -> Option<Self> {
             let Some((width, inputs)) = shape("conv_first") else {
                 let convolutions = children("body").checked_add(1)? / 2;
@@ -85,7 +137,7 @@ impl UpscalerConfig {
                     channels,
                     width,
                     unshuffle: 1,
-                    factor: root(outputs, channels, MOST_COMPACT)?,
+                    factor: root(outputs, channels, MOST_SHUFFLED)?,
                 });
             };
             let ((growth, _), (channels, _)) = (shape("body.0.rdb1.conv1")?, shape("conv_last")?);
@@ -107,7 +159,14 @@ impl UpscalerConfig {
                 factor,
             })
         };
-        known().with_context(|| {
+        let found = if checkpoint.shape("upscaler.conv_1.sk.weight").is_some() {
+            of_span()
+        } else if checkpoint.shape("upscaler.feats.0.weight").is_some() {
+            of_plksr()
+        } else {
+            known()
+        };
+        found.with_context(|| {
             format!(
                 "`{}` has layers of sizes that no known upscaler has\n\nhint: {UPSCALERS}",
                 checkpoint.name
@@ -126,8 +185,8 @@ pub struct Upscaler {
 impl Upscaler {
     /// Reads the weights of the upscaler at `w`.
     pub fn new(w: &Weights, config: UpscalerConfig) -> Result<Self> {
-        let network = match config.architecture {
-            Architecture::Rrdb {
+        let network = match &config.architecture {
+            &Architecture::Rrdb {
                 blocks,
                 growth,
                 doublings,
@@ -139,8 +198,12 @@ impl Upscaler {
                 is_plus,
             )?)),
             Architecture::Compact { convolutions } => {
-                Network::Compact(Compact::new(w, &config, convolutions)?)
+                Network::Compact(Compact::new(w, &config, *convolutions)?)
             }
+            Architecture::Span { is_normalised } => {
+                Network::Span(Box::new(Span::new(w, &config, *is_normalised)?))
+            }
+            Architecture::Plksr(blocks) => Network::Plksr(Plksr::new(w, &config, blocks)?),
         };
         Ok(Self {
             network,
@@ -171,6 +234,8 @@ impl Upscaler {
         let features = match architecture {
             Architecture::Rrdb { growth, .. } => 5 * channels + 8 * growth,
             Architecture::Compact { .. } => 2 * channels,
+            Architecture::Span { .. } => 9 * channels,
+            Architecture::Plksr(_) => 7 * channels,
         };
         let part = (PART_PX + 2 * REACH * unshuffle) * factor;
         4 * passes * (side(height) * side(width) * features + 2 * part * part * channels) as u64
@@ -390,6 +455,8 @@ fn split(result: &Tensor) -> TensorResult<(Tensor, Option<Vec<u8>>)> {
 enum Network {
     Rrdb(Box<Rrdb>),
     Compact(Compact),
+    Span(Box<Span>),
+    Plksr(Plksr),
 }
 
 impl Network {
@@ -398,6 +465,8 @@ impl Network {
         match self {
             Self::Rrdb(network) => network.blocks.len(),
             Self::Compact(network) => network.convs.len(),
+            Self::Span(_) => span::BLOCKS,
+            Self::Plksr(network) => network.blocks.len(),
         }
     }
 
@@ -406,6 +475,8 @@ impl Network {
         match self {
             Self::Rrdb(network) => network.features(cx, rgb, done),
             Self::Compact(network) => network.features(cx, rgb, done),
+            Self::Span(network) => network.features(cx, rgb, done),
+            Self::Plksr(network) => network.features(cx, rgb, done),
         }
     }
 
@@ -415,219 +486,28 @@ impl Network {
         match self {
             Self::Rrdb(network) => network.enlarge(cx, features),
             Self::Compact(network) => network.enlarge(features, rgb),
+            Self::Span(network) => network.enlarge(features),
+            Self::Plksr(network) => network.enlarge(features, rgb),
         }
     }
 }
 
-/// RRDBNet, Wang et al. 2018 (ESRGAN, arXiv 1809.00219), figure 4; Real-ESRGAN's for 2x begins with
-/// a pixel unshuffle.
-struct Rrdb {
-    unshuffle: usize,
-    conv_first: Conv2d,
-    blocks: Vec<[Dense; 3]>,
-    conv_body: Conv2d,
-    /// each after its doubling
-    doublings: Vec<Conv2d>,
-    conv_hr: Conv2d,
-    conv_last: Conv2d,
-}
-
-impl Rrdb {
-    fn new(
-        w: &Weights,
-        config: &UpscalerConfig,
-        [blocks, growth, doublings]: [usize; 3],
-        is_plus: bool,
-    ) -> Result<Self> {
-        let UpscalerConfig {
-            channels,
-            width,
-            unshuffle,
-            ..
-        } = *config;
-        let slope = (w.zeros(&[width])? + SLOPE)?;
-        let leaky = |name: String| {
-            anyhow::Ok(Conv2d::new(&w.at(name), width, width, 3)?.leaky(slope.clone()))
-        };
-        let dense = |block: usize, i: usize| {
-            Dense::new(
-                &w.at(format!("body.{block}.rdb{i}")),
-                width,
-                growth,
-                is_plus,
-            )
-        };
-        Ok(Self {
-            unshuffle,
-            conv_first: Conv2d::new(
-                &w.at("conv_first"),
-                channels * unshuffle * unshuffle,
-                width,
-                3,
-            )?,
-            blocks: (0..blocks)
-                .map(|block| Ok([dense(block, 1)?, dense(block, 2)?, dense(block, 3)?]))
-                .collect::<Result<_>>()?,
-            conv_body: Conv2d::new(&w.at("conv_body"), width, width, 3)?,
-            doublings: (0..doublings)
-                .map(|i| leaky(format!("up.{i}")))
-                .collect::<Result<_>>()?,
-            conv_hr: leaky("conv_hr".into())?,
-            conv_last: Conv2d::new(&w.at("conv_last"), width, channels, 3)?,
-        })
-    }
-
-    fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
-        let first = self
-            .conv_first
-            .forward(cx, &pixel_unshuffle(rgb, self.unshuffle)?)?;
-        let mut x = first.clone();
-        for [one, two, three] in &self.blocks {
-            let y = three.forward(cx, &two.forward(cx, &one.forward(cx, &x)?)?)?;
-            x = (x + (y * RESIDUAL_SCALE)?)?;
-            done();
+/// Shuffles features [b, h, w, c * r * r] to pixels [b, r*h, r*w, c], and adds pixels [b, h, w, c], each
+/// to the r * r that it becomes.
+fn shuffled(features: &Tensor, added: Option<&Tensor>, c: usize, r: usize) -> TensorResult<Tensor> {
+    let (b, h, w, _) = features.dims4()?;
+    // channel, row and column of the larger image, in this order, as torch has them
+    let shuffled = features
+        .reshape((b, h, w, c, r, r))?
+        .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, c]
+    let sum = match added {
+        Some(added) => {
+            let added = added.reshape((b, h, 1, w, 1, c))?;
+            (shuffled + added.broadcast_as((b, h, r, w, r, c))?)?
         }
-        self.conv_body.forward_add(cx, &x, None, Some(&first))
-    }
-
-    fn enlarge(&self, cx: Forward, features: &Tensor) -> TensorResult<Tensor> {
-        let mut x = features.clone();
-        for conv in &self.doublings {
-            let (_, h, w, _) = x.dims4()?;
-            x = conv.forward_scaled(cx, &x, 2 * h, 2 * w)?;
-        }
-        self.conv_last.forward(cx, &self.conv_hr.forward(cx, &x)?)
-    }
-}
-
-/// A dense block: each convolution takes the block's input and the outputs of all before it.
-struct Dense {
-    convs: Vec<Conv2d>,
-    last: Conv2d,
-    /// ESRGAN+'s: the block's input is added to the second output, and that to the fourth
-    shortcut: Option<Conv2d>,
-}
-
-impl Dense {
-    const CONVS: usize = 4;
-
-    fn new(w: &Weights, width: usize, growth: usize, is_plus: bool) -> Result<Self> {
-        let slope = (w.zeros(&[growth])? + SLOPE)?;
-        let seen = |i: usize| width + i * growth;
-        let conv = |i: usize| {
-            anyhow::Ok(
-                Conv2d::new(&w.at(format!("conv{}", i + 1)), seen(i), growth, 3)?
-                    .leaky(slope.clone()),
-            )
-        };
-        let last = Conv2d::scaled_by(
-            &w.at(format!("conv{}", Self::CONVS + 1)),
-            seen(Self::CONVS),
-            width,
-            3,
-            RESIDUAL_SCALE,
-        )?;
-        Ok(Self {
-            convs: (0..Self::CONVS).map(conv).collect::<Result<_>>()?,
-            last,
-            shortcut: is_plus
-                .then(|| Conv2d::without_bias(&w.at("conv1x1"), width, growth, 1, 1))
-                .transpose()?,
-        })
-    }
-
-    /// [b, h, w, c] -> [b, h, w, c].
-    fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
-        let (mut seen, mut second) = (x.clone(), None);
-        for (i, conv) in self.convs.iter().enumerate() {
-            let mut y = conv.forward(cx, &seen)?;
-            match (&self.shortcut, i) {
-                (Some(shortcut), 1) => {
-                    y = (y + shortcut.forward(cx, x)?)?;
-                    second = Some(y.clone());
-                }
-                (_, 3) => {
-                    if let Some(second) = &second {
-                        y = (y + second)?;
-                    }
-                }
-                _ => (),
-            }
-            seen = concat(cx, &seen, &y)?;
-        }
-        self.last.forward_add(cx, &seen, None, Some(x))
-    }
-}
-
-/// Real-ESRGAN's SRVGGNetCompact (Wang et al. 2021, arXiv 2107.10833, and its code): convolutions at
-/// the size of the input, whose result, shuffled to pixels, is added to the enlarged input.
-struct Compact {
-    convs: Vec<Conv2d>,
-    channels: usize,
-    factor: usize,
-}
-
-impl Compact {
-    fn new(w: &Weights, config: &UpscalerConfig, convolutions: usize) -> Result<Self> {
-        let UpscalerConfig {
-            channels,
-            width,
-            factor,
-            ..
-        } = *config;
-        let conv = |i: usize| {
-            let inputs = if i == 0 { channels } else { width };
-            if i + 1 == convolutions {
-                return Conv2d::new(
-                    &w.at(format!("body.{}", 2 * i)),
-                    inputs,
-                    channels * factor * factor,
-                    3,
-                );
-            }
-            let slope = w
-                .at(format!("body.{}", 2 * i + 1))
-                .get("weight", &[width])?;
-            Ok(Conv2d::new(&w.at(format!("body.{}", 2 * i)), inputs, width, 3)?.leaky(slope))
-        };
-        if convolutions < 2 {
-            bail!("an upscaler needs at least two convolutions, this one has {convolutions}");
-        }
-        Ok(Self {
-            convs: (0..convolutions).map(conv).collect::<Result<_>>()?,
-            channels,
-            factor,
-        })
-    }
-
-    fn features(&self, cx: Forward, rgb: &Tensor, done: &mut dyn FnMut()) -> TensorResult<Tensor> {
-        self.convs.iter().try_fold(rgb.clone(), |x, conv| {
-            let y = conv.forward(cx, &x);
-            done();
-            y
-        })
-    }
-
-    fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
-        let ((b, h, w, _), c, r) = (features.dims4()?, self.channels, self.factor);
-        // channel, row and column of the larger image, in this order, as torch has them
-        let added = features
-            .reshape((b, h, w, c, r, r))?
-            .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, c]
-        let base = rgb
-            .reshape((b, h, 1, w, 1, c))?
-            .broadcast_as((b, h, r, w, r, c))?;
-        (added + base)?.reshape((b, r * h, r * w, c))
-    }
-}
-
-/// Pixel unshuffle of [b, r*h, r*w, c] -> [b, h, w, c*r*r], in torch's order: channel, row, column.
-fn pixel_unshuffle(x: &Tensor, r: usize) -> TensorResult<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
-    let x = x
-        .reshape((b, h / r, r, w / r, r, c))?
-        .permute((0, 1, 3, 5, 2, 4))?; // [b, h, w, c, r, r]
-    x.reshape((b, h / r, w / r, c * r * r))
+        None => shuffled.contiguous()?,
+    };
+    sum.reshape((b, r * h, r * w, c))
 }
 
 #[cfg(test)]
@@ -683,64 +563,7 @@ mod tests {
                 .unwrap();
             assert!(off < 1e-4, "{name} is off by {off:e}");
         }
-        assert_eq!(goldens.len(), 6);
-    }
-
-    /// A dense block of ESRGAN+ against candle's own convolutions, as spandrel's
-    /// ResidualDenseBlock_5C has it.
-    #[test]
-    fn a_dense_block_of_esrgan_plus_adds_its_input_to_the_second_and_that_to_the_fourth_output() {
-        let (width, growth) = (6, 4);
-        let random = |shape: &[usize]| Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
-        let mut tensors = std::collections::HashMap::new();
-        for i in 0..5 {
-            let outputs = if i == 4 { width } else { growth };
-            let shape = [outputs, width + i * growth, 3, 3];
-            tensors.insert(format!("b.conv{}.weight", i + 1), random(&shape));
-            tensors.insert(format!("b.conv{}.bias", i + 1), random(&[outputs]));
-        }
-        tensors.insert("b.conv1x1.weight".into(), random(&[growth, width, 1, 1]));
-        let x = random(&[1, width, 5, 7]);
-        let conv = |i: usize, x: &Tensor| {
-            let bias = tensors[&format!("b.conv{i}.bias")]
-                .reshape((1, (), 1, 1))
-                .unwrap();
-            let weight = &tensors[&format!("b.conv{i}.weight")];
-            x.conv2d(weight, 1, 1, 1, 1)
-                .unwrap()
-                .broadcast_add(&bias)
-                .unwrap()
-        };
-        let leaky = |x: Tensor| x.maximum(&(&x * SLOPE).unwrap()).unwrap();
-        let cat = |all: &[&Tensor]| Tensor::cat(all, 1).unwrap();
-        let x1 = leaky(conv(1, &x));
-        let x2 = leaky(conv(2, &cat(&[&x, &x1])));
-        let shortcut = x.conv2d(&tensors["b.conv1x1.weight"], 0, 1, 1, 1).unwrap();
-        let x2 = (x2 + shortcut).unwrap();
-        let x3 = leaky(conv(3, &cat(&[&x, &x1, &x2])));
-        let x4 = (leaky(conv(4, &cat(&[&x, &x1, &x2, &x3]))) + &x2).unwrap();
-        let x5 = conv(5, &cat(&[&x, &x1, &x2, &x3, &x4]));
-        let exact = ((x5 * 0.2).unwrap() + &x)
-            .unwrap()
-            .permute((0, 2, 3, 1))
-            .unwrap();
-
-        let file = tempfile::Builder::new()
-            .suffix(".safetensors")
-            .tempfile()
-            .unwrap();
-        let named: std::collections::HashMap<String, Tensor> = tensors
-            .iter()
-            .map(|(key, t)| (key.replace("b.", "body.0.rdb1."), t.clone()))
-            .collect();
-        candle_core::safetensors::save(&named, file.path()).unwrap();
-        let checkpoint = Checkpoint::open_upscaler(file.path()).unwrap();
-        let weights = checkpoint.weights("upscaler", &Device::Cpu, DType::F32);
-        let dense = Dense::new(&weights.at("body.0.rdb1"), width, growth, true).unwrap();
-        let x = x.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
-        let own = dense.forward(Forward::on(&Device::Cpu), &x).unwrap();
-        let off = (own - exact).unwrap().abs().unwrap().max_all().unwrap();
-        assert!(off.to_scalar::<f32>().unwrap() < 1e-4);
+        assert_eq!(goldens.len(), 11);
     }
 
     #[test]

@@ -223,9 +223,16 @@ impl Conv2d {
         factor: f64,
     ) -> Result<Self> {
         let weight = (w.get("weight", &[outputs, inputs, size, size])? * factor)?;
+        Self::of(w.backend(), &weight, (w.get("bias", &[outputs])? * factor)?)
+    }
+
+    /// A convolution of this weight [out, in, k, k] and this bias `[out]`; padding that keeps height
+    /// and width.
+    pub fn of(backend: Backend, weight: &Tensor, bias: Tensor) -> Result<Self> {
+        let (_, _, size, _) = weight.dims4()?;
         Ok(Self {
-            weight: WeightLayout::new(w.backend(), &weight, false)?,
-            bias: (w.get("bias", &[outputs])? * factor)?,
+            weight: WeightLayout::new(backend, weight, false)?,
+            bias,
             slope: None,
             size,
             stride: 1,

@@ -423,12 +423,24 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
             _ => return None,
         })
     };
+    let is_span = inner.contains("conv_1.sk.weight");
+    let is_plksr = inner.contains("feats.0.weight");
     let map = |key: &str| {
+        if is_span && key == "no_norm" {
+            return Some(Named::whole("upscaler.no_norm".into()));
+        }
         let (layer_name, last) = key
             .rsplit_once('.')
             .filter(|(_, last)| ["weight", "bias"].contains(last))?;
         let parts: Vec<&str> = layer_name.split('.').collect();
-        Some(Named::whole(format!("upscaler.{}.{last}", layer(&parts)?)))
+        let layer = if is_span {
+            is_of_span(&parts).then(|| layer_name.to_string())?
+        } else if is_plksr {
+            is_of_plksr(&parts).then(|| layer_name.to_string())?
+        } else {
+            layer(&parts)?
+        };
+        Some(Named::whole(format!("upscaler.{layer}.{last}")))
     };
     keys.iter()
         .map(|key| {
@@ -438,6 +450,37 @@ pub fn from_upscaler<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String
             )
         })
         .collect()
+}
+
+/// Whether a layer is one of SPAN's. What it stores of merged convolutions is computed anew.
+fn is_of_span(parts: &[&str]) -> bool {
+    let (block, conv) = match *parts {
+        ["conv_cat"] | ["upsampler", "0"] => return true,
+        ["conv_1" | "conv_2", ref conv @ ..] => ("block_1", conv),
+        [block, "c1_r" | "c2_r" | "c3_r", ref conv @ ..] => (block, conv),
+        _ => return false,
+    };
+    let number = block.strip_prefix("block_").and_then(|n| n.parse().ok());
+    number.is_some_and(|n: usize| (1..=6).contains(&n))
+        && matches!(conv, ["sk"] | ["eval_conv"] | ["conv", "0" | "1" | "2"])
+}
+
+/// Whether a layer is one of RealPLKSR's.
+fn is_of_plksr(parts: &[&str]) -> bool {
+    match *parts {
+        ["feats", n] => n.parse::<usize>().is_ok(),
+        ["feats", n, ref layer @ ..] => {
+            let is_layer = matches!(
+                layer,
+                ["channel_mixer", "0" | "2"]
+                    | ["lk", "conv"]
+                    | ["attn", "f", "0"]
+                    | ["refine" | "norm" | "layer_norm"]
+            );
+            n.parse::<usize>().is_ok() && is_layer
+        }
+        _ => false,
+    }
 }
 
 /// The largest number that follows `prefix` in any key, of those that a model may have.

@@ -23,7 +23,7 @@ pub enum Origin<'a> {
 }
 
 /// The upscalers that can be used, for error messages.
-pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact) can be used, from .safetensors files";
+pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact), SPAN and RealPLKSR can be used, from .safetensors files";
 
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
@@ -436,6 +436,8 @@ fn not_a_checkpoint(path: &Path, keys: &[String]) -> String {
         "params_ema.",
         "params.",
         "RRDB_trunk.",
+        "feats.0.",
+        "block_1.c1_r.",
     ]) {
         (
             "is an upscaler, which draws nothing by itself",
@@ -458,6 +460,12 @@ fn not_an_upscaler(path: &Path, keys: &[String], unexpected: &str) -> String {
         Layout::Adapter => "is a LoRA, not an upscaler",
         Layout::Unknown if keys.iter().any(|key| key.starts_with("layers.0.")) => {
             "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run"
+        }
+        Layout::Unknown if keys.iter().any(|key| key.contains("to_img.init_pos")) => {
+            "is an upscaler that ends with DySample, which sdgen does not run"
+        }
+        Layout::Unknown if keys.iter().any(|key| key.contains("residual_layer.0.")) => {
+            "is an upscaler with attention (OmniSR), which sdgen does not run"
         }
         Layout::Unknown => "is not an upscaler that sdgen knows",
     };

@@ -68,6 +68,11 @@ fn pictures_are_those_of_pytorch() {
         "compact_x2",
         "compact_x3",
         "compact_x4",
+        "esrgan_plus_x4",
+        "span_x2",
+        "span_x4",
+        "plksr_x2",
+        "plksr_x4",
     ] {
         succeed(
             sdgen(dir.path())
@@ -634,6 +639,8 @@ fn what_is_no_upscaler_is_refused_by_what_it_is() {
         ),
         ("lora_unet_down.lora_up.weight", "is a LoRA"),
         ("layers.0.residual_group.blocks.0.norm1.weight", "SwinIR"),
+        ("residual_layer.0.residual_layer.0.conv.weight", "OmniSR"),
+        ("to_img.init_pos", "DySample"),
         ("something.weight", "not an upscaler that sdgen knows"),
         ("conv_first.weight", "sizes that no known upscaler has"),
     ] {

@@ -21,6 +21,7 @@ pub use named::find_named;
 
 use super::distillation::{Bearer, Distillation};
 use super::embedding::{Embedding, split_bundled};
+use super::file;
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
 use super::{Checkpoint, family_name};
@@ -58,10 +59,7 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 fn peft_config(path: &Path, source: &SafetensorsFile) -> Result<PeftConfig> {
     let beside = path.with_file_name(ADAPTER_CONFIG);
     if file_name(path) == ADAPTER_MODEL && beside.is_file() {
-        let text = std::fs::read_to_string(&beside);
-        return text
-            .map_err(anyhow::Error::from)
-            .and_then(|text| PeftConfig::of_file(&text))
+        return PeftConfig::of_file(&file::read_text(&beside)?)
             .with_context(|| format!("`{}` is damaged", beside.display()));
     }
     let text = source.metadata("lora_adapter_metadata").unwrap_or("{}");

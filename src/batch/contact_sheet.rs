@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::batch::jobs::JobList;
 use crate::batch::output_path;
+use crate::batch::resume::CONTACT_SHEET;
 use crate::batch::work_list::Task;
 use crate::batch::writer::WriteOptions;
 use crate::image::{Format, Image, MAX_SIDE_PX, Metadata};
@@ -66,7 +67,7 @@ pub fn save_sheet(
     let format = Format::of_path(path)?.unwrap_or(Format::Png);
     let metadata = options.metadata.then(|| Metadata {
         parameters: format!("a contact sheet of {} pictures", cells.len()),
-        sdgen: json!({ "contact_sheet": cells.len() }),
+        sdgen: json!({ CONTACT_SHEET: cells.len() }),
     });
     let bytes = sheet(&cells)?.encode(format, metadata.as_ref())?;
     output_path::save(path, &bytes, options.overwrite)

@@ -8,6 +8,7 @@
 //! `dynamicprompts` 0.31; where this differs is in `sdgen help batches`.
 
 use crate::suggest::nearest;
+use crate::weights::file::{is_absent, read_text};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -480,7 +481,7 @@ impl Wildcards {
             self.folder.display()
         );
         let path = self.folder.join(format!("{name}.txt"));
-        if !path.is_file() {
+        if is_absent(&path) {
             let mut names = vec![];
             names_in(&self.folder, "", 0, &mut names);
             let hint = match nearest(name, names.iter().map(String::as_str)) {
@@ -493,7 +494,7 @@ impl Wildcards {
                 path.display()
             );
         }
-        let text = std::fs::read_to_string(&path)
+        let text = read_text(&path)
             .with_context(|| format!("cannot read the list `{}`", path.display()))?;
         self.open.push(name.into());
         let lines = (1..)

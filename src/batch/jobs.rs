@@ -12,6 +12,7 @@ use crate::pipeline::options::{JobOptions, MAX_JOBS, Seeds};
 use crate::pipeline::settings::PromptBlend;
 use crate::sampling::noise::Variation;
 use crate::text::prompt::Syntax;
+use crate::weights::file::stand_in;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::ImageFormat;
 use serde_json::{Map, Value};
@@ -390,6 +391,9 @@ fn prompts<'a>(
                 "`{}` are options, which a line of text cannot have\n\nhint: `{{\"prompt\": \"a frog\", \"seed\": 7}}`, in a list whose name ends in .jsonl",
                 line.trim()
             );
+            if is_json.is_none() || is_json == Some(false) && number == 1 {
+                refuse_other_formats(line)?;
+            }
             // templates may begin with braces, too
             let looks_like_json = line
                 .trim_start()
@@ -398,12 +402,33 @@ fn prompts<'a>(
             if *is_json.get_or_insert(looks_like_json) {
                 return Prompt::parse(number, line).map(Some);
             }
+            ensure!(
+                is_plain || source.dynamic.is_some() || !is_object(line),
+                "it is a JSON object, in a list of texts\n\nhint: objects are read with `--from`, of a list whose name ends in .jsonl or whose first line is one"
+            );
             Ok(Some(Prompt::plain(Some(number), line)))
         });
         prompt
             .with_context(|| format!("line {number} of {name}"))
             .transpose()
     })
+}
+
+/// Errors if the first line of a list says that it is no list: a JSON array, a web page, a pointer
+/// to the file itself.
+fn refuse_other_formats(line: &str) -> Result<()> {
+    let start = line.trim_start();
+    let of_array = start.strip_prefix('[').map(str::trim_start);
+    if start == "[" || of_array.is_some_and(|rest| rest.starts_with("{\"") || rest.starts_with('"'))
+    {
+        bail!(
+            "it is a JSON array, which has no prompt in a line\n\nhint: `jq -c '.[]'` makes a .jsonl list of it, with an object in each line"
+        );
+    }
+    match stand_in(line.as_bytes()) {
+        Some((what, hint)) => bail!("the list {what}\n\nhint: {hint}"),
+        None => Ok(()),
+    }
 }
 
 /// The lines of a text, without their ends. Errors if one is no UTF-8, or too long.
@@ -429,6 +454,11 @@ fn lines(mut reader: impl BufRead) -> impl Iterator<Item = Result<String>> {
         line.truncate(end);
         Some(String::from_utf8(line).context("it cannot be read as UTF-8 text"))
     })
+}
+
+/// Whether a line is a JSON object.
+fn is_object(line: &str) -> bool {
+    line.trim_start().starts_with('{') && serde_json::from_str::<Map<String, Value>>(line).is_ok()
 }
 
 /// Whether a line looks like `--prompt "a cat" --steps 3`.

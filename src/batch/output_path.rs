@@ -16,6 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use tempfile::{NamedTempFile, PersistError};
 
 use crate::image::{Format, read_metadata};
+use crate::weights::file::require_finite;
 
 /// The name of a picture when none is asked for; the format's extension follows.
 const DEFAULT_NAME: &str = "{prompt}-{seed}";
@@ -56,6 +57,9 @@ impl Overwrite {
 /// Whether a file is a picture that says that sdgen has made it. A link that leads nowhere holds
 /// nothing that could be lost.
 fn is_own(path: &Path) -> bool {
+    if require_finite(path).is_err() {
+        return false;
+    }
     let Ok(file) = fs::File::open(path) else {
         return fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     };

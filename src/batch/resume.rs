@@ -6,6 +6,7 @@ use crate::image::{Format, Image, read_metadata};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::options::VaeTiling;
 use crate::pipeline::settings::Settings;
+use crate::weights::file::require_finite;
 use anyhow::{Context, Result, bail};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::Value;
@@ -13,6 +14,9 @@ use serde_json::Value;
 /// Metadata key: the hash of the pixels that an upscaled image was made from, where these cannot be
 /// drawn again.
 pub const UPSCALED_FROM: &str = "upscaled_from";
+
+/// The key of metadata that says how many pictures a contact sheet has.
+pub const CONTACT_SHEET: &str = "contact_sheet";
 /// The error for metadata of another shape than ours.
 pub const UNREADABLE: &str = "what it says of its drawing cannot be read";
 
@@ -28,6 +32,12 @@ pub struct ResumeOptions {
 
 /// The settings that an image was drawn with. Errors if they do not lead to its pixels.
 pub fn settings_of(sdgen: Value) -> Result<Settings> {
+    if sdgen.is_null() {
+        bail!("another program has drawn it");
+    }
+    if sdgen.get(CONTACT_SHEET).is_some() {
+        bail!("it is a contact sheet\n\nhint: check the pictures on it");
+    }
     if sdgen.get(UPSCALED_FROM).is_some() {
         bail!(
             "it was upscaled from a file, which cannot be drawn again\n\nhint: check the picture that it was made from"
@@ -48,7 +58,9 @@ pub fn finished(tasks: &mut [Task], options: ResumeOptions) -> Outcomes {
 /// the job takes over what the file has: the free memory of another moment is not a reason to draw
 /// again.
 fn outcome(task: &mut Task, options: ResumeOptions) -> Option<Outcome> {
-    let bytes = std::fs::read(task.path.as_ref()?).ok()?;
+    let path = task.path.as_ref()?;
+    require_finite(path).ok()?;
+    let bytes = std::fs::read(path).ok()?;
     let sdgen = read_metadata(&bytes).ok()??.sdgen;
     let trace = options
         .needs_trace

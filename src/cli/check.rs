@@ -19,6 +19,7 @@ use crate::pipeline::resolve::Resolver;
 use crate::pipeline::settings::{Settings, UsedEmbedding, UsedLora};
 use crate::pipeline::{Pipeline, PipelineOptions, RunOptions};
 use crate::weights::embedding::Embedding;
+use crate::weights::file::require_finite;
 use crate::weights::lora::Lora;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Arg, Args, ValueEnum};
@@ -51,7 +52,7 @@ pub struct CheckArgs {
     #[arg(long, value_name = "FILE")]
     upscaler: Option<OsString>,
     /// Least PSNR in dB that still counts as the same [default: every pixel is equal]
-    #[arg(long, value_name = "DB")]
+    #[arg(long, value_name = "DB", value_parser = decibels, allow_negative_numbers = true)]
     min_psnr: Option<f64>,
     /// Compare what is drawn with this picture, not with the one that says how
     #[arg(long, value_name = "FILE")]
@@ -92,6 +93,11 @@ const MERGE_HELP: &str = "What was merged into the model that they were drawn wi
 const MINUS_HELP: &str = "The model that was taken away from that";
 const REFINER_HELP: &str =
     "The refiner that they were drawn with [default: the one that each names]";
+
+fn decibels(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| !number.is_nan());
+    number.ok_or_else(|| "expected a number".into())
+}
 
 /// An option of [`ModelArgs`] with the words of this command.
 fn of_check(arg: Arg, help: &'static str) -> Arg {
@@ -355,18 +361,23 @@ fn open(
     Ok((pipeline, upscaler))
 }
 
+fn read(path: &Path) -> Result<Vec<u8>> {
+    require_finite(path)?;
+    Ok(std::fs::read(path)?)
+}
+
 impl Drawing {
     /// Reads an image, and the one that it should look like if that is another.
     fn read(index: usize, path: &Path, expect: Option<&Path>) -> Result<Self> {
-        let bytes = std::fs::read(path).context("it cannot be read")?;
+        let bytes = read(path).context("it cannot be read")?;
         let metadata = read_metadata(&bytes)?.context("it does not say how it was drawn")?;
         let trace = Trace::of(&metadata.sdgen).context(UNREADABLE)?;
         let settings = settings_of(metadata.sdgen)?;
         let format = Format::of_bytes(&bytes).context("it is neither PNG, JPEG nor WebP")?;
         let expected = match expect {
             Some(path) => {
-                let bytes = std::fs::read(path)
-                    .with_context(|| format!("`{}` cannot be read", path.display()))?;
+                let bytes =
+                    read(path).with_context(|| format!("`{}` cannot be read", path.display()))?;
                 Image::decode(&bytes).with_context(|| format!("`{}` is damaged", path.display()))?
             }
             None => Image::decode(&bytes).context("it is damaged")?,

@@ -6,6 +6,7 @@
 //! file.
 
 use crate::pipeline::options::unknown_key;
+use crate::weights::file::require_finite;
 use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::error::ErrorKind as ClapErrorKind;
 use clap::{Arg, ArgAction, Command};
@@ -66,6 +67,7 @@ impl Config {
                 None => return Ok(None),
             },
         };
+        require_finite(&path)?;
         let text = match std::fs::read_to_string(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound && !must_exist => return Ok(None),
             text => text.with_context(|| format!("cannot read `{}`", path.display()))?,

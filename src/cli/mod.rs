@@ -113,9 +113,9 @@ impl Command {
             }
             Self::Models(args) => say(models::run(&args)).code(1),
             Self::Completions { shell } => {
-                let stdout = &mut std::io::stdout();
-                clap_complete::generate(shell, &mut Cli::command(), "sdgen", stdout);
-                Ok(())
+                let mut script = vec![];
+                clap_complete::generate(shell, &mut Cli::command(), "sdgen", &mut script);
+                say(script).code(1)
             }
             Self::Man => help::man(),
             Self::Help { topic } => help::help(topic.as_deref()),

@@ -17,7 +17,7 @@ use crate::text::tags::{LoraTag, take_tags};
 use crate::weights::lora;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Errors if options contradict each other, before a model is looked at.
 pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
@@ -36,6 +36,11 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
     }
     if to_stdout {
         require_no_terminal()?;
+    }
+    if to_stdout && list.outputs.len() > 1 {
+        bail!(
+            "one picture of the list goes to stdout, others into files\n\nhint: draw that one by a command of its own, with `-o -`"
+        );
     }
     if to_stdout && args.grid.is_some() {
         bail!("`--grid` is made of files, but `-o -` writes none");
@@ -157,6 +162,39 @@ pub fn plan_upscaling(work: &mut WorkList, upscaler: Option<&Upscaler>) -> Resul
     Ok(bytes)
 }
 
+/// Errors if two options would write to one path.
+fn require_apart(args: &DrawArgs, work: &WorkList) -> Result<()> {
+    let steps = args.save_steps.as_ref();
+    let written = [
+        ("--grid", args.grid.as_deref()),
+        ("--manifest", args.manifest.as_deref()),
+        ("--save-steps", steps.map(|steps| steps.folder.as_path())),
+    ];
+    let images = work.tasks.iter().map(|task| task.path.as_deref());
+    let mut before: Vec<(&str, &Path)> = vec![];
+    for (option, path) in written {
+        let Some(path) = path else { continue };
+        let same = |other: Option<&Path>| other.is_some_and(|other| bare(other).eq(bare(path)));
+        let with = match before.iter().find(|(_, other)| same(Some(other))) {
+            Some((other, _)) => Some(*other),
+            None => images.clone().any(same).then_some("--output"),
+        };
+        if let Some(with) = with {
+            bail!(
+                "`{option}` and `{with}` would both write `{}`\n\nhint: name another path for one of them",
+                path.display()
+            );
+        }
+        before.push((option, path));
+    }
+    Ok(())
+}
+
+/// A path without what changes nothing about it.
+fn bare(path: &Path) -> impl Iterator<Item = Component<'_>> {
+    path.components().filter(|part| *part != Component::CurDir)
+}
+
 /// Makes the folders of images, and returns them. Errors if an image cannot be stored: its file
 /// exists or cannot be written, or its metadata is too large for its format.
 pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<MadeFolders> {
@@ -167,6 +205,7 @@ pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<M
             .and_then(|spec| list.outputs.get(spec.output));
         output.is_some_and(|(destination, _)| matches!(destination, Destination::Template(_)))
     };
+    require_apart(args, work)?;
     let overwrite = args.write_options().overwrite;
     let grid: Vec<&Path> = args.grid.iter().map(PathBuf::as_path).collect();
     let mut made = output_path::check_writable(&grid, true, overwrite)?;

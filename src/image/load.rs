@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use crate::hex::hex;
 use crate::image::Image;
 use crate::image::MAX_SIDE_PX;
+use crate::weights::file::require_finite;
 
 /// The largest file, and the largest decoded picture: 16384x16384 in 8-bit RGB still fits.
 const MAX_BYTES: u64 = 1 << 30;
@@ -63,6 +64,7 @@ impl Input {
         if path.is_dir() {
             bail!("`{name}` is a folder, where a picture is expected\n\nhint: name one file of it");
         }
+        require_finite(path)?;
         let mut bytes = Vec::new();
         File::open(path)
             .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))

@@ -115,8 +115,9 @@ impl BackboneConfig {
     }
 
     /// The number of time ids (sizes and crops) that the network takes with pooled prompt
-    /// embeddings of width `pooled`; 0 if it takes neither. Errors if its widths do not add up.
-    pub fn time_ids(&self, pooled: usize) -> Result<usize> {
+    /// embeddings of width `pooled`, if there are any; 0 if it takes neither. Errors if its widths do
+    /// not add up.
+    pub fn time_ids(&self, pooled: Option<usize>) -> Result<usize> {
         let Self::UNet(config) = self;
         config.time_ids(pooled)
     }

@@ -313,11 +313,15 @@ impl UNetConfig {
     }
 
     /// The number of time ids (sizes and crops) that the network takes with pooled prompt
-    /// embeddings of width `pooled`; 0 if it takes neither. Errors if its widths do not add up.
-    pub fn time_ids(&self, pooled: usize) -> Result<usize> {
+    /// embeddings of width `pooled`, if there are any; 0 if it takes neither. Errors if its widths do
+    /// not add up.
+    pub fn time_ids(&self, pooled: Option<usize>) -> Result<usize> {
         if self.addition_embed_type.is_none() {
             return Ok(0);
         }
+        let pooled = pooled.context(
+            "the U-Net is one of Stable Diffusion XL, but its second text encoder is missing\n\nhint: the parts of the model do not belong together; fetch it again",
+        )?;
         let (dim, inputs) = self.added_cond_dims()?;
         match inputs.checked_sub(pooled) {
             Some(rest) if rest.is_multiple_of(dim) => Ok(rest / dim),

@@ -254,19 +254,22 @@ pub fn require_memory(needed: u64, weights: u64) -> Result<()> {
             "this needs more memory than any machine has\n\nhint: the sizes in the model's configuration cannot be right"
         );
     }
-    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let size = |bytes: u64| match bytes {
+        0..1_000_000_000 => format!("{} MB", bytes / 1_000_000),
+        bytes => format!("{:.1} GB", bytes as f64 / 1e9),
+    };
     let hint = if weights > available {
         format!(
-            "its weights alone are {:.1} GB; take a smaller model, or a machine or container with more memory",
-            gb(weights)
+            "its weights alone are {}; take a smaller model, or a machine or container with more memory",
+            size(weights)
         )
     } else {
         "draw a smaller picture with `--width` and `--height`, or a smaller `--batch-size`".into()
     };
     bail!(
-        "this needs about {:.1} GB of memory, {:.1} GB are free\n\nhint: {hint}",
-        gb(needed),
-        gb(available)
+        "this needs about {} of memory, {} are free\n\nhint: {hint}",
+        size(needed),
+        size(available)
     )
 }
 

@@ -99,9 +99,7 @@ impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
         let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
         let encoder = TextEncoderConfigs::of(checkpoint)?;
-        let added_ids = encoder
-            .pooled_dim()
-            .map_or(Ok(0), |pooled| backbone.time_ids(pooled))?;
+        let added_ids = backbone.time_ids(encoder.pooled_dim())?;
         let pipeline = checkpoint.optional_config("pipeline");
         let force_zeros = match pipeline
             .and_then(|config| config.get("force_zeros_for_empty_prompt"))

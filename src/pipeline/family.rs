@@ -90,10 +90,16 @@ impl Family {
     /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
         let unet = checkpoint.config("unet")?;
-        if let Some(pooled) = TextEncoderConfigs::of(checkpoint)?.pooled_dim() {
-            return match BackboneConfig::from_json(unet)?.time_ids(pooled)? {
+        let pooled = TextEncoderConfigs::of(checkpoint)?.pooled_dim();
+        let ids = BackboneConfig::from_json(unet)?.time_ids(pooled)?;
+        if pooled.is_some() {
+            return match ids {
                 BASE_IDS => Ok(Self::Sdxl),
                 REFINER_IDS => Ok(Self::SdxlRefiner),
+                0 => bail!(
+                    "the U-Net of `{}` takes nothing of its second text encoder\n\nhint: the parts of the model do not belong together; fetch it again",
+                    checkpoint.name
+                ),
                 ids => bail!(
                     "the U-Net of `{}` is told {ids} numbers of a picture, which sdgen does not know",
                     checkpoint.name

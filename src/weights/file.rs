@@ -21,6 +21,24 @@ pub fn open(path: &Path) -> Result<(File, u64)> {
     Ok((file, found.len()))
 }
 
+/// Errors if reading a path would wait for ever or never end: it is a named pipe, a socket or a
+/// device. The pipes that a shell makes of commands (`<(..)`) are read.
+pub fn require_finite(path: &Path) -> Result<()> {
+    let is_of_shell = ["/dev/fd", "/dev/stdin", "/proc/self/fd"]
+        .iter()
+        .any(|folder| path.starts_with(folder));
+    let kind = std::fs::metadata(path).map(|found| found.file_type());
+    match kind.ok().filter(|kind| !kind.is_dir()).and_then(other_kind) {
+        Some(kind) if !(is_of_shell && kind == PIPE) => {
+            bail!(
+                "`{}` is {kind}, not a file\n\nhint: name a file on a disk",
+                path.display()
+            )
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Reads a whole text. Errors as [`open`] does, and if it is no text or longer than any real one.
 pub fn read_text(path: &Path) -> Result<String> {
     let shown = path.display();
@@ -78,13 +96,16 @@ pub fn is_absent(path: &Path) -> bool {
     !is_address && found.is_err_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
 }
 
+/// How errors call a pipe.
+const PIPE: &str = "a named pipe";
+
 /// What a path is that is neither a file nor a link to one.
 fn other_kind(kind: FileType) -> Option<&'static str> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
         if kind.is_fifo() {
-            return Some("a named pipe");
+            return Some(PIPE);
         }
         if kind.is_socket() {
             return Some("a socket");

@@ -28,10 +28,33 @@ pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networ
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 
+/// What errors about other models say.
+const TODAY: &str = "Stable Diffusion 1.x, 2.x and XL work today";
+
 /// Keys that only single files of families have that are not drawn: SD3's and FLUX' transformers.
 const OTHER_FAMILIES: [&str; 2] = [
     "model.diffusion_model.joint_blocks.",
     "model.diffusion_model.double_blocks.",
+];
+
+/// Parts of the names of diffusers' pipelines that draw otherwise with the same parts, or with others.
+const OTHER_PIPELINES: [&str; 16] = [
+    "Adapter",
+    "AltDiffusion",
+    "AnimateDiff",
+    "ControlNet",
+    "Depth2Img",
+    "Flux",
+    "GLIGEN",
+    "ImageVariation",
+    "Kandinsky",
+    "PaintByExample",
+    "PixArt",
+    "StableDiffusion3",
+    "UnCLIP",
+    "Upscale",
+    "Video",
+    "ZImage",
 ];
 
 /// Beginnings of keys of single files that are drawn in another way than their other keys tell.
@@ -114,6 +137,14 @@ impl Checkpoint {
         }
         let index = read_json(&index_path)?;
         let needed = needed_folders(path, &index)?;
+        if let Some(class) = index.get("_class_name").and_then(Value::as_str)
+            && OTHER_PIPELINES.iter().any(|part| class.contains(part))
+        {
+            bail!(
+                "`{}` is for diffusers' `{class}`, which sdgen does not draw\n\nhint: {TODAY}",
+                path.display()
+            );
+        }
         let is_needed = |folder: &&str| needed.contains(folder);
         let mut checkpoint = Self::empty(folder_name(path));
         checkpoint.is_configured = true;
@@ -163,7 +194,7 @@ impl Checkpoint {
         });
         if let Some((key, what)) = other_kind {
             bail!(
-                "`{}` {what}, which sdgen does not draw: it has a tensor `{key}`\n\nhint: Stable Diffusion 1.x, 2.x and XL work today",
+                "`{}` {what}, which sdgen does not draw: it has a tensor `{key}`\n\nhint: {TODAY}",
                 path.display()
             );
         }
@@ -401,10 +432,7 @@ fn not_a_checkpoint(path: &Path, keys: &[String]) -> String {
     let (what, hint) = if starts_any(&OTHER_FAMILIES)
         || starts_any(&["double_blocks.", "transformer."])
     {
-        (
-            "is a model of a family that sdgen does not draw yet",
-            "Stable Diffusion 1.x, 2.x and XL work today",
-        )
+        ("is a model of a family that sdgen does not draw yet", TODAY)
     } else if starts_any(&[
         "decoder.",
         "encoder.down",

@@ -424,7 +424,15 @@ fn header_len(start: &[u8], len: u64) -> Result<u64> {
     };
     let header = u64::from_le_bytes(*first);
     if header > MAX_HEADER_BYTES {
-        bail!("its header claims {header} bytes, more than any real one");
+        let text = start.get(..40).unwrap_or(start);
+        if let Some(text) = readable(text) {
+            bail!(
+                "it begins with the text `{text}`\n\nhint: fetch it again, signed in if its site asks for that"
+            );
+        }
+        bail!(
+            "its header claims {header} bytes, more than any real one\n\nhint: fetch it again, or name another file"
+        );
     }
     if header + 8 > len {
         bail!(
@@ -432,6 +440,16 @@ fn header_len(start: &[u8], len: u64) -> Result<u64> {
         );
     }
     Ok(header)
+}
+
+/// The first line of what begins with text.
+fn readable(start: &[u8]) -> Option<&str> {
+    let text = match std::str::from_utf8(start) {
+        Ok(text) => text,
+        Err(error) => std::str::from_utf8(start.get(..error.valid_up_to())?).ok()?,
+    };
+    let line = text.lines().next()?.trim_end();
+    (line.len() >= 8 && !line.contains(char::is_control)).then_some(line)
 }
 
 /// Errors if a file is in another format, such as a PyTorch pickle, which can run code when it is

@@ -33,6 +33,7 @@ mod output;
 mod parity;
 mod pictures;
 mod prompts;
+mod refused;
 mod samplers;
 mod shard;
 mod sheet;

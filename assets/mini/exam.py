@@ -1,6 +1,6 @@
 """The exam of the embedded model: 140 prompts, drawn by sdgen, scored by nearest-neighbour retrieval, and a contact sheet.
 
-    python exam.py path/to/sdgen FOLDER [MODEL]      # pictures into FOLDER, the sheet into FOLDER/exam.png
+    python exam.py path/to/sdgen FOLDER [MODEL ...]      # pictures into FOLDER, the sheet into FOLDER/exam.png; of several models into FOLDER/NAME
 
 60 plain things, 20 styles, backgrounds and counts, 20 compositions, and 40 more: coloured things, relations, counts to five,
 landscapes, rarer things, synonyms. No training picture shows the pairs asked for (compose.held_out).
@@ -230,33 +230,36 @@ def ceiling(p, refs):
 def draw(program, prompts, seeds, folder, model):
     """Pictures of every prompt with every seed, drawn by sdgen in one go."""
     subprocess.run([program, "--from", "-", "-s", ",".join(map(str, seeds)), "-o", f"{folder}/{{index}}.png", "-q", "--force", *(["-m", model] if model else [])], input="\n".join(prompts), text=True, check=True, stdout=subprocess.DEVNULL)
-    return [np.asarray(Image.open(f).convert("RGB").resize((S, S), Image.BICUBIC)) for f in sorted(Path(folder).glob("*.png"), key=lambda f: int(f.stem))]
+    return [np.asarray(Image.open(f).convert("RGB").resize((S, S), Image.BICUBIC)) for f in sorted(Path(folder).glob("[0-9]*.png"), key=lambda f: int(f.stem))]
 
 
 def main():
     p = train.pictures("small", 1); refs = References(p)
     if sys.argv[1] == "ceiling": return ceiling(p, refs)
-    program, folder, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None; folder.mkdir(parents=True, exist_ok=True)
-    rows, cells, closest, sharp = [], [], [], []; asked = prompts(p)
-    for path in folder.glob("[0-9]*.png"): path.unlink()
-    pictures = draw(program, [a[0] for a in asked], [1], folder, model); assert len(pictures) == len(asked)
-    order = sorted(range(len(asked)), key=lambda n: (asked[n][1], n)); result = {}
-    for n in order:
-        prompt, kind, want = asked[n]; result[n] = refs.passes(kind, want, pictures[n], next((g for a, c, g in COLORED if (a, c) == want), None)); rows.append((kind, result[n][0]))
-        if not result[n][0]: print(f"{prompt}: nearest is {result[n][1]}", flush=True)
-        if kind == "plain":
-            a = centered(pictures[n]); sharp.append(energy(a) / energy(refs.nearest("plain", a)[1]))
-        if kind == "dressed":
-            known = [q for w, q in zip(*refs.get("dressed")[::2]) if w[1] and not compose.held_out(*w)]
-            closest.append(10 * np.log10(255**2 / min(((q.astype(np.float32) - pictures[n]) ** 2).mean() for q in known)))
-    score(rows); print(f"dressed pictures against the nearest picture of training's pairs: {np.median(closest):.1f} dB in the middle, {max(closest):.1f} at most")
-    print(f"sharpness: {np.median(sharp):.2f} of the references' gradient energy")
-    with tempfile.TemporaryDirectory() as scratch:
-        many = np.stack(draw(program, DIVERSE, range(1, SEEDS + 1), scratch, model)).astype(np.float32).reshape(len(DIVERSE), SEEDS, -1) / 255
-    apart = [np.mean([np.sqrt(((a - b) ** 2).mean()) for a, b in itertools.combinations(v, 2)]) for v in many]
-    print(f"diversity: {np.mean(apart):.3f} between the pictures of a prompt", dict(zip(DIVERSE, np.round(apart, 3).tolist())))
-    compose.grid([(pictures[n], ("" if result[n][0] else "- ") + asked[n][0]) for n in range(len(asked))], folder / "exam.png", cols=10)
-    compose.grid([((v.reshape(S, S, 3) * 255 + .5).astype(np.uint8), DIVERSE[i // SEEDS]) for i, v in enumerate(many.reshape(-1, S * S * 3))], folder / "seeds.png", cols=SEEDS)
+    program, folder, models = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or ["embedded"]; asked = prompts(p); drawn = {}
+    for model in models:
+        place = folder / Path(model).stem if len(models) > 1 else folder; place.mkdir(parents=True, exist_ok=True)
+        for path in place.glob("[0-9]*.png"): path.unlink()
+        drawn[model] = place, draw(program, [a[0] for a in asked], [1], place, None if model == "embedded" else model), {}, [], []; assert len(drawn[model][1]) == len(asked)
+    # kind by kind, as the references of one are many
+    for n in sorted(range(len(asked)), key=lambda n: (asked[n][1], n)):
+        prompt, kind, want = asked[n]
+        for model, (_, pictures, result, sharp, closest) in drawn.items():
+            result[n] = refs.passes(kind, want, pictures[n], next((g for a, c, g in COLORED if (a, c) == want), None))
+            if not result[n][0]: print(f"{model}: {prompt}: nearest is {result[n][1]}", flush=True)
+            if kind == "plain": a = centered(pictures[n]); sharp.append(energy(a) / energy(refs.nearest("plain", a)[1]))
+            if kind == "dressed":
+                known = [q for w, q in zip(*refs.get("dressed")[::2]) if w[1] and not compose.held_out(*w)]
+                closest.append(10 * np.log10(255**2 / min(((q.astype(np.float32) - pictures[n]) ** 2).mean() for q in known)))
+    for model, (place, pictures, result, sharp, closest) in drawn.items():
+        print(model); score([(asked[n][1], result[n][0]) for n in result]); print(f"dressed pictures against the nearest picture of training's pairs: {np.median(closest):.1f} dB in the middle, {max(closest):.1f} at most")
+        print(f"sharpness: {np.median(sharp):.2f} of the references' gradient energy")
+        with tempfile.TemporaryDirectory() as scratch:
+            many = np.stack(draw(program, DIVERSE, range(1, SEEDS + 1), scratch, None if model == "embedded" else model)); values = many.astype(np.float32).reshape(len(DIVERSE), SEEDS, -1) / 255
+        apart = [np.mean([np.sqrt(((a - b) ** 2).mean()) for a, b in itertools.combinations(v, 2)]) for v in values]
+        print(f"diversity: {np.mean(apart):.3f} between the pictures of a prompt", dict(zip(DIVERSE, np.round(apart, 3).tolist())), flush=True)
+        compose.grid([(pictures[n], ("" if result[n][0] else "- ") + asked[n][0]) for n in range(len(asked))], place / "exam.png", cols=10)
+        compose.grid([(a, DIVERSE[k // SEEDS]) for k, a in enumerate(many)], place / "seeds.png", cols=SEEDS)
 
 
 if __name__ == "__main__": main()

@@ -403,7 +403,7 @@ fn prompts<'a>(
                 return Prompt::parse(number, line).map(Some);
             }
             ensure!(
-                is_plain || source.dynamic.is_some() || !is_object(line),
+                source.from.is_none() || is_plain || source.dynamic.is_some() || !is_object(line),
                 "it is a JSON object, in a list of texts\n\nhint: objects are read with `--from`, of a list whose name ends in .jsonl or whose first line is one"
             );
             Ok(Some(Prompt::plain(Some(number), line)))

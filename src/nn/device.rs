@@ -183,7 +183,7 @@ const OTHER_THREADS: usize = 3;
 /// More threads than this for each core only wait for each other.
 const MOST_THREADS_PER_CORE: usize = 4;
 /// A machine of few cores may have so many all the same.
-const ALWAYS_ALLOWED_THREADS: usize = 64;
+const ALWAYS_ALLOWED_THREADS: usize = 16;
 
 /// Starts the pool that all kernels share, with as many threads as asked for or as there are cores;
 /// with fewer where that is too many, or more than the system gives. Returns how many. Errors if it

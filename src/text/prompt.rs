@@ -683,6 +683,7 @@ pub fn notes(prompt: &str, is_negative: bool) -> Vec<String> {
         let comment = comment.lines().next().unwrap_or_default();
         notes.push(format!("`#{}` is a comment and left out", short(comment)));
     }
+    notes.extend(of_other_places(&text));
     let mut bare = String::new();
     let mut rest = &*text;
     while let Some(tag) = Tag::find(rest) {
@@ -735,6 +736,56 @@ pub fn notes(prompt: &str, is_negative: bool) -> Vec<String> {
         let has_word = |(text, weight): &(String, f64)| text == BREAK.0 && *weight != BREAK.1;
         if weighted(part).is_ok_and(|texts| texts.iter().any(has_word)) {
             notes.push("`BREAK` in brackets with a weight is a word".into());
+        }
+    }
+    notes
+}
+
+/// Says what belongs in another place than a prompt: settings, options, templates; and numbers that
+/// were meant as weights.
+fn of_other_places(text: &str) -> Vec<String> {
+    let mut notes = vec![];
+    if text.contains("\nNegative prompt: ")
+        || text.contains("Steps: ") && text.contains(", Sampler: ")
+    {
+        notes.push("the settings behind the prompt, as A1111 writes them, are text: give them as options, `-n` and `--steps`".into());
+    }
+    let option = text.split_whitespace().find(|word| {
+        let name = word.strip_prefix("--");
+        name.is_some_and(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
+    });
+    if let Some(option) = option {
+        let option = short(option);
+        notes.push(format!(
+            "`{option}` is text: options stand outside of the quotes"
+        ));
+    }
+    let within = |text: &'_ str, open: char, close: char| -> Option<(usize, usize)> {
+        let end = text.find(close)?;
+        Some((text[..end].rfind(open)?, end))
+    };
+    if let Some((from, to)) = within(text, '{', '}')
+        && text[from..to].contains('|')
+    {
+        let choice = short(&text[from..=to]);
+        notes.push(format!(
+            "`{choice}` is text: `--dynamic` reads it as a choice"
+        ));
+    }
+    for (at, _) in text.match_indices(':') {
+        let rest = &text[at..];
+        let Some(end) = rest.find(')') else { break };
+        let number = rest[1..end].trim();
+        let is_meant = number.starts_with(|c: char| c.is_ascii_digit())
+            && number.contains(',')
+            && number
+                .chars()
+                .all(|c| c.is_ascii_digit() || ", ".contains(c));
+        if is_meant && text[..at].contains('(') {
+            let weight = short(&rest[..=end]);
+            notes.push(format!(
+                "`{weight}` is text: a weight has a point, as in `(word:1.2)`"
+            ));
         }
     }
     notes

@@ -471,7 +471,10 @@ fn refuse_other_formats(start: &[u8], path: &Path) -> Result<()> {
         bail!("`{}` {what}\n\nhint: {hint}", path.display());
     }
     let again = "fetch the file again";
-    let other = if start.first() == Some(&b'{') {
+    let other = if extension == "json" {
+        let what = "is a configuration, not weights".to_string();
+        Some((what, "name the folder that it is in"))
+    } else if start.first() == Some(&b'{') {
         let text: String = String::from_utf8_lossy(start)
             .chars()
             .filter(|c| !c.is_control())

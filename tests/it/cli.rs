@@ -702,7 +702,7 @@ fn a_limit_of_addresses_is_known_before_drawing_and_where_it_is_not_it_ends_with
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(4), "{:?} {said}", output.status);
     assert!(
-        said.contains("GB are free") && said.contains("--width"),
+        said.contains("B are free") && said.contains("--width"),
         "{said}"
     );
     // of the formula's results nothing is estimated

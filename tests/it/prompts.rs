@@ -344,6 +344,16 @@ fn what_looks_like_syntax_and_is_text_is_said() {
         ("a cat <hypernet:x:1>", &["`<hypernet:x:1>` is left out"]),
         ("a cat <Lora:x:1>", &["`<Lora:x:1>` is left out", "<lora:"]),
         ("a cat <lora:x:1", &["`<lora:x:1` is text: it has no `>`"]),
+        ("(a:1,2) cat", &["`:1,2)` is text", "`(word:1.2)`"]),
+        ("a {cat|dog}", &["`{cat|dog}` is text", "`--dynamic`"]),
+        (
+            "a cat --steps 5",
+            &["`--steps` is text", "outside of the quotes"],
+        ),
+        (
+            "a cat\nNegative prompt: ugly\nSteps: 20, Sampler: Euler a",
+            &["as A1111 writes them, are text"],
+        ),
     ] {
         let said = said(dir.path(), &[prompt]);
         for text in texts.iter().chain(&["warning: ", "--prompt-syntax plain"]) {
@@ -356,7 +366,9 @@ fn what_looks_like_syntax_and_is_text_is_said() {
         "{negative}"
     );
     for args in [
-        &["[cat:dog:0.5] (a:1.2) [b|c] \\(d\\) BREAK [e] <3 a <toy> [f::2], 3 > 2"][..],
+        &[
+            "{x} a--b (a, b: c, 1,2) [cat:dog:0.5] (a:1.2) [b|c] \\(d\\) BREAK [e] <3 a <toy> [f::2], 3 > 2",
+        ][..],
         &[
             "a cat: old # 1 [photo:3d] <x:y>",
             "--prompt-syntax",

@@ -1,6 +1,7 @@
 //! What is named as a file and is none, the files of something else, and results that would meet.
 
 use crate::common::*;
+use serde_json::json;
 
 #[cfg(unix)]
 #[test]
@@ -147,6 +148,9 @@ fn models_of_other_pipelines_and_parts_that_do_not_belong_together_are_refused()
         );
         fail(sdgen(dir.path()).args(["inspect", "m"]), 3, &[says]);
     }
+    let index = fixture("sd1/model_index.json");
+    let says = ["is a configuration, not weights", "name the folder"];
+    fail(sdgen(dir.path()).args(["x", "-m"]).arg(index), 3, &says);
     for text in ["Entry not found", "Invalid username or password."] {
         std::fs::write(dir.path().join("n.safetensors"), text).unwrap();
         let mut command = sdgen(dir.path());
@@ -180,4 +184,24 @@ fn completions_that_cannot_be_written_are_an_error() {
     let mut command = sdgen(dir.path());
     command.args(["completions", "bash"]).stdout(full.unwrap());
     fail(&mut command, 1, &["cannot write to stdout"]);
+}
+
+#[test]
+fn a_lora_of_rank_0_fits_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q";
+    let header = json!({
+        format!("{layer}.lora_down.weight"): { "dtype": "F32", "shape": [0, 32], "data_offsets": [0, 0] },
+        format!("{layer}.lora_up.weight"): { "dtype": "F32", "shape": [32, 0], "data_offsets": [0, 0] },
+    });
+    let header = header.to_string();
+    let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    std::fs::write(dir.path().join("empty.safetensors"), file).unwrap();
+    let mut command = tiny(dir.path());
+    let said = fail(
+        command.args(["x", "--lora", "empty.safetensors"]),
+        3,
+        &["empty", "hint: "],
+    );
+    assert!(!said.contains("reshape"), "{said}");
 }

@@ -61,7 +61,7 @@ impl Lora {
                 (a_columns, a_rows)
             };
             match shape(core) {
-                None => (inner == b_rows).then_some((rows, b_columns)),
+                None => (inner == b_rows && inner > 0).then_some((rows, b_columns)),
                 Some([p, q, kernel @ ..]) => (inner == *p && b_rows == *q)
                     .then(|| (rows, b_columns * kernel.iter().product::<usize>())),
                 Some(_) => None,

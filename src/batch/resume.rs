@@ -6,7 +6,7 @@ use crate::image::{Format, Image, read_metadata};
 use crate::pipeline::fingerprint::Trace;
 use crate::pipeline::options::VaeTiling;
 use crate::pipeline::settings::Settings;
-use crate::weights::file::require_finite;
+use crate::weights::file::read;
 use anyhow::{Context, Result, bail};
 use rayon::iter::{IntoParallelRefMutIterator, ParallelIterator};
 use serde_json::Value;
@@ -58,9 +58,7 @@ pub fn finished(tasks: &mut [Task], options: ResumeOptions) -> Outcomes {
 /// the job takes over what the file has: the free memory of another moment is not a reason to draw
 /// again.
 fn outcome(task: &mut Task, options: ResumeOptions) -> Option<Outcome> {
-    let path = task.path.as_ref()?;
-    require_finite(path).ok()?;
-    let bytes = std::fs::read(path).ok()?;
+    let bytes = read(task.path.as_ref()?).ok()?;
     let sdgen = read_metadata(&bytes).ok()??.sdgen;
     let trace = options
         .needs_trace

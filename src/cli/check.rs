@@ -19,7 +19,7 @@ use crate::pipeline::resolve::Resolver;
 use crate::pipeline::settings::{Settings, UsedEmbedding, UsedLora};
 use crate::pipeline::{Pipeline, PipelineOptions, RunOptions};
 use crate::weights::embedding::Embedding;
-use crate::weights::file::require_finite;
+use crate::weights::file::read;
 use crate::weights::lora::Lora;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Arg, Args, ValueEnum};
@@ -359,11 +359,6 @@ fn open(
     let pipeline = Pipeline::new(checkpoint, compute, options).code(3)?;
     pipeline.identity().code(3)?;
     Ok((pipeline, upscaler))
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    require_finite(path)?;
-    Ok(std::fs::read(path)?)
 }
 
 impl Drawing {

@@ -485,27 +485,26 @@ impl Network {
     fn enlarge(&self, cx: Forward, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
         match self {
             Self::Rrdb(network) => network.enlarge(cx, features),
-            Self::Compact(network) => network.enlarge(features, rgb),
-            Self::Span(network) => network.enlarge(features),
-            Self::Plksr(network) => network.enlarge(features, rgb),
+            Self::Compact(_) | Self::Plksr(_) => shuffled(features, rgb, true),
+            Self::Span(_) => shuffled(features, rgb, false),
         }
     }
 }
 
-/// Shuffles features [b, h, w, c * r * r] to pixels [b, r*h, r*w, c], and adds pixels [b, h, w, c], each
-/// to the r * r that it becomes.
-fn shuffled(features: &Tensor, added: Option<&Tensor>, c: usize, r: usize) -> TensorResult<Tensor> {
-    let (b, h, w, _) = features.dims4()?;
+/// Shuffles features [b, h, w, c * r * r] to pixels [b, r*h, r*w, c]; with `adds` each of the pixels
+/// [b, h, w, c] that they are of is added to the r * r that it becomes.
+fn shuffled(features: &Tensor, pixels: &Tensor, adds: bool) -> TensorResult<Tensor> {
+    let ((b, h, w, outputs), (_, _, _, c)) = (features.dims4()?, pixels.dims4()?);
+    let r = (outputs / c).isqrt();
     // channel, row and column of the larger image, in this order, as torch has them
     let shuffled = features
         .reshape((b, h, w, c, r, r))?
         .permute((0, 1, 4, 2, 5, 3))?; // [b, h, r, w, r, c]
-    let sum = match added {
-        Some(added) => {
-            let added = added.reshape((b, h, 1, w, 1, c))?;
-            (shuffled + added.broadcast_as((b, h, r, w, r, c))?)?
-        }
-        None => shuffled.contiguous()?,
+    let sum = if adds {
+        let pixels = pixels.reshape((b, h, 1, w, 1, c))?;
+        (shuffled + pixels.broadcast_as((b, h, r, w, r, c))?)?
+    } else {
+        shuffled.contiguous()?
     };
     sum.reshape((b, r * h, r * w, c))
 }

@@ -1,7 +1,7 @@
 //! Opens what was named as a file, and says what it is where it is something else: a pipe, a
 //! device, a folder, an address, a page that a server sent in its place.
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use std::fs::{File, FileType, Metadata};
 use std::io::Read;
 use std::path::Path;
@@ -12,12 +12,11 @@ const MAX_TEXT_BYTES: u64 = 256 << 20;
 /// Opens a regular file and returns it with its size in bytes. Errors say what lies there instead,
 /// without waiting for it.
 pub fn open(path: &Path) -> Result<(File, u64)> {
-    let shown = path.display();
     let found = look_up(path)?;
     if let Some(kind) = other_kind(found.file_type()) {
-        bail!("`{shown}` is {kind}, not a file\n\nhint: name a file on a disk");
+        return Err(no_file(path, kind));
     }
-    let file = File::open(path).with_context(|| format!("cannot open `{shown}`"))?;
+    let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
     Ok((file, found.len()))
 }
 
@@ -29,14 +28,23 @@ pub fn require_finite(path: &Path) -> Result<()> {
         .any(|folder| path.starts_with(folder));
     let kind = std::fs::metadata(path).map(|found| found.file_type());
     match kind.ok().filter(|kind| !kind.is_dir()).and_then(other_kind) {
-        Some(kind) if !(is_of_shell && kind == PIPE) => {
-            bail!(
-                "`{}` is {kind}, not a file\n\nhint: name a file on a disk",
-                path.display()
-            )
-        }
+        Some(kind) if !(is_of_shell && kind == PIPE) => Err(no_file(path, kind)),
         _ => Ok(()),
     }
+}
+
+/// Reads all of what [`require_finite`] lets pass.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    require_finite(path)?;
+    Ok(std::fs::read(path)?)
+}
+
+/// The error where a path is of another kind than files.
+fn no_file(path: &Path, kind: &str) -> Error {
+    anyhow!(
+        "`{}` is {kind}, not a file\n\nhint: name a file on a disk",
+        path.display()
+    )
 }
 
 /// Reads a whole text. Errors as [`open`] does, and if it is no text or longer than any real one.

@@ -1,6 +1,6 @@
 //! Real-ESRGAN's compact network, whose work is done at the size of the input.
 
-use super::{UpscalerConfig, shuffled};
+use super::UpscalerConfig;
 use crate::nn::Forward;
 use crate::nn::layers::Conv2d;
 use crate::nn::weights::Weights;
@@ -11,8 +11,6 @@ use candle_core::{Result as TensorResult, Tensor};
 /// the size of the input, whose result, shuffled to pixels, is added to the enlarged input.
 pub(super) struct Compact {
     pub(super) convs: Vec<Conv2d>,
-    channels: usize,
-    factor: usize,
 }
 
 impl Compact {
@@ -43,8 +41,6 @@ impl Compact {
         }
         Ok(Self {
             convs: (0..convolutions).map(conv).collect::<Result<_>>()?,
-            channels,
-            factor,
         })
     }
 
@@ -59,9 +55,5 @@ impl Compact {
             done();
             y
         })
-    }
-
-    pub(super) fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
-        shuffled(features, Some(rgb), self.channels, self.factor)
     }
 }

@@ -1,7 +1,7 @@
 //! RealPLKSR: Lee et al. 2024 (arXiv 2404.11848), as trainers of upscalers have it: blocks with a
 //! large kernel over some of their channels, whose result is added to the enlarged input.
 
-use super::{UpscalerConfig, shuffled};
+use super::UpscalerConfig;
 use crate::nn::Forward;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, LayerNorm, concat};
 use crate::nn::weights::Weights;
@@ -30,8 +30,6 @@ pub(super) struct Plksr {
     first: Conv2d,
     pub(super) blocks: Vec<Block>,
     last: Conv2d,
-    channels: usize,
-    factor: usize,
 }
 
 impl Plksr {
@@ -49,8 +47,6 @@ impl Plksr {
             first: Conv2d::new(&w.at("feats.0"), channels, width, 3)?,
             blocks: (1..=blocks.count).map(block).collect::<Result<_>>()?,
             last: Conv2d::new(&last, width, channels * factor * factor, 3)?,
-            channels,
-            factor,
         })
     }
 
@@ -67,11 +63,6 @@ impl Plksr {
             done();
         }
         self.last.forward(cx, &x)
-    }
-
-    /// Shuffles features of pixels [b, h, w, channels] to pixels [b, factor*h, factor*w, channels].
-    pub(super) fn enlarge(&self, features: &Tensor, rgb: &Tensor) -> TensorResult<Tensor> {
-        shuffled(features, Some(rgb), self.channels, self.factor)
     }
 }
 

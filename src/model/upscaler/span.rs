@@ -1,7 +1,7 @@
 //! SPAN, Wan et al. 2023 (arXiv 2311.12770): six blocks whose features weigh themselves, and no
 //! attention with weights of its own.
 
-use super::{UpscalerConfig, shuffled};
+use super::UpscalerConfig;
 use crate::nn::Forward;
 use crate::nn::layers::{Conv2d, concat};
 use crate::nn::weights::Weights;
@@ -23,8 +23,6 @@ pub(super) struct Span {
     conv_2: Conv2d,
     conv_cat: Conv2d,
     upsampler: Conv2d,
-    channels: usize,
-    factor: usize,
 }
 
 impl Span {
@@ -49,8 +47,6 @@ impl Span {
             conv_2: merged("conv_2".into())?,
             conv_cat: Conv2d::new(&w.at("conv_cat"), 4 * width, width, 1)?,
             upsampler: Conv2d::new(&w.at("upsampler.0"), width, channels * factor * factor, 3)?,
-            channels,
-            factor,
         })
     }
 
@@ -85,12 +81,6 @@ impl Span {
         )?;
         self.upsampler
             .forward(cx, &self.conv_cat.forward(cx, &all)?)
-    }
-
-    /// Shuffles features [b, h, w, channels * factor * factor] to pixels [b, factor*h, factor*w,
-    /// channels].
-    pub(super) fn enlarge(&self, features: &Tensor) -> TensorResult<Tensor> {
-        shuffled(features, None, self.channels, self.factor)
     }
 }
 

@@ -1,7 +1,7 @@
 //! `unet/config.json`: every width, depth and head count of a [`super::unet::UNet`].
 
 use super::{ModelKind, require_neutral};
-use crate::weights::config::{parse, require_size};
+use crate::weights::config::{parse, require_booleans, require_size};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -179,6 +179,7 @@ impl UNetConfig {
     /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         let neutral = [
+            ("_class_name", json!("UNet2DConditionModel")),
             ("num_attention_heads", Value::Null),
             ("encoder_hid_dim", Value::Null),
             ("encoder_hid_dim_type", Value::Null),
@@ -197,6 +198,12 @@ impl UNetConfig {
             ("cross_attention_norm", Value::Null),
         ];
         require_neutral("U-Net", value, &neutral)?;
+        // both are read in either way, as their weights are
+        require_booleans(
+            "U-Net",
+            value,
+            &["use_linear_projection", "upcast_attention"],
+        )?;
         let config: Self = parse("U-Net", value)?;
         config.check_sizes()?;
         if let Some(other) = config

@@ -6,7 +6,7 @@ use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::weights::Weights;
-use crate::weights::config::{parse, require_size};
+use crate::weights::config::{parse, require_booleans, require_size};
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -71,6 +71,7 @@ impl VaeConfig {
                 ("_class_name", json!("AutoencoderKL")),
             ],
         )?;
+        require_booleans("VAE", value, &["force_upcast"])?;
         let config: Self = parse("VAE", value)?;
         if config.block_out_channels.is_empty() {
             bail!("block_out_channels of the VAE is empty");

@@ -19,12 +19,48 @@ pub fn parse<T: DeserializeOwned>(network: &str, config: &Value) -> Result<T> {
         });
         match wrong {
             Some((key, value, cause)) => anyhow!(
-                "`{key}` of the {network} is {}, which does not fit: {cause}",
-                shortened(value)
+                "`{key}` of the {network} is {}, which does not fit: {}",
+                shortened(value),
+                expected(&cause)
             ),
-            None => anyhow!("config.json of the {network} is damaged: {cause}"),
+            None => anyhow!(
+                "config.json of the {network} is damaged: {}",
+                expected(&cause)
+            ),
         }
     })
+}
+
+/// What serde expected, in the words of JSON.
+fn expected(cause: &serde_json::Error) -> String {
+    let text = cause.to_string();
+    let Some((_, expected)) = text.rsplit_once("expected ") else {
+        return text;
+    };
+    let expected = match expected {
+        "usize" | "u64" | "u32" => "a whole number from 0",
+        "i64" | "i32" => "a whole number",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "a map" => "an object",
+        other => other,
+    };
+    format!("expected {expected}")
+}
+
+/// Errors if one of these keys is there and neither true nor false.
+pub fn require_booleans(network: &str, config: &Value, keys: &[&str]) -> Result<()> {
+    for key in keys {
+        if let Some(value) = config.get(key) {
+            ensure!(
+                value.is_boolean() || value.is_null(),
+                "`{key}` of the {network} is {}, which does not fit: expected true or false",
+                shortened(value)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Returns a number of a configuration. Errors if the key has a value of another kind.

@@ -9,7 +9,7 @@ use super::file;
 use super::key_mapping::{self, Layout};
 use super::model_files::file_name;
 use super::safetensors::SafetensorsFile;
-use super::{ENCODERS, family_name};
+use super::{ENCODERS, family_name, role};
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
@@ -225,14 +225,10 @@ fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
 /// The error for a file that is not an embedding: what it is instead.
 fn other(source: &SafetensorsFile) -> String {
     let keys = source.keys();
-    let (what, hint) = match key_mapping::layout(keys.iter().map(String::as_str)) {
-        Layout::Original | Layout::Canonical => (
-            "is a checkpoint, not an embedding",
-            "pass it with `--model`",
-        ),
-        Layout::Adapter => ("is a LoRA, not an embedding", "pass it with `--lora`"),
-        Layout::Unknown => (
-            "is not an embedding",
+    let (what, hint) = match role(source.path(), &keys) {
+        Some((what, place)) => (format!("{what}, not an embedding"), place),
+        None => (
+            "is not an embedding".into(),
             "those of A1111 and kohya hold `emb_params`, diffusers' one tensor, SDXL's `clip_l` and `clip_g`",
         ),
     };

@@ -24,7 +24,7 @@ use super::embedding::{Embedding, split_bundled};
 use super::file;
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, family_name};
+use super::{Checkpoint, family_name, role};
 use anyhow::{Context, Result, bail};
 use delta::Method;
 use layer_names::{
@@ -115,10 +115,13 @@ impl Lora {
         let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         if !keys.iter().any(|key| is_adapter_key(key)) {
-            bail!(
-                "`{}` is not a LoRA\n\nhint: a whole model goes with `--model`, a VAE with `--vae`",
-                path.display()
-            );
+            let shown = path.display();
+            match role(path, &keys) {
+                Some((what, place)) => bail!("`{shown}` {what}, not a LoRA\n\nhint: {place}"),
+                None => bail!(
+                    "`{shown}` is not a LoRA\n\nhint: those of kohya's trainer, diffusers, PEFT and LyCORIS are known by the names of their tensors"
+                ),
+            }
         }
         if let Some(key) = keys.iter().find(|key| key.ends_with(TLORA_MARK)) {
             bail!(
@@ -148,6 +151,15 @@ impl Lora {
             }
         }
         layers.retain(|_, layer| !layer.is_empty());
+        let count = |key: &&String| source.shape(key).map(|shape| shape.iter().product());
+        let mut alphas = layers.values().filter_map(|layer| layer.get(ALPHA));
+        if let Some(key) = alphas.find(|key| count(key) != Some(1_usize)) {
+            bail!(
+                "tensor `{key}` of `{}` has {} values, where one is expected\n\nhint: fetch it again; the file is damaged",
+                path.display(),
+                count(&key).unwrap_or(0)
+            );
+        }
         let peft = peft_config(path, &source)?;
         let needs_config = |layer: &Layer| {
             let has_kernel = |key: &String| source.shape(key).is_some_and(|shape| shape.len() > 2);

@@ -22,7 +22,7 @@ mod open;
 mod safetensors;
 
 pub use checkpoint::{Checkpoint, Merge};
-pub use open::{Origin, UPSCALERS};
+pub use open::{Origin, UPSCALERS, role};
 
 use serde_json::Value;
 

@@ -232,7 +232,8 @@ pub fn read_json(path: &Path) -> Result<Value> {
     // Python writes `"lambda_min_clipped": -Infinity`, which is not JSON; it is that setting's
     // default
     let text = text.replace(": -Infinity", ": null");
-    serde_json::from_str(&text).with_context(|| format!("`{}` is not valid JSON", path.display()))
+    serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .with_context(|| format!("`{}` is not valid JSON", path.display()))
 }
 
 #[cfg(test)]

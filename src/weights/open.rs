@@ -136,7 +136,6 @@ impl Checkpoint {
             return Self::file(&only_file(path)?);
         }
         let index = read_json(&index_path)?;
-        let needed = needed_folders(path, &index)?;
         if let Some(class) = index.get("_class_name").and_then(Value::as_str)
             && OTHER_PIPELINES.iter().any(|part| class.contains(part))
         {
@@ -145,6 +144,13 @@ impl Checkpoint {
                 path.display()
             );
         }
+        if index.get("unet").is_none() {
+            bail!(
+                "`{}` lists no `unet`, so that it is not the index of a model that sdgen draws\n\nhint: fetch the whole model again, for example with `sdgen pull`",
+                index_path.display()
+            );
+        }
+        let needed = needed_folders(path, &index)?;
         let is_needed = |folder: &&str| needed.contains(folder);
         let mut checkpoint = Self::empty(folder_name(path));
         checkpoint.is_configured = true;
@@ -339,10 +345,18 @@ impl Checkpoint {
         }
         let source = SafetensorsFile::open(path)?;
         let mut vae = Self::empty(file_name(path));
-        let map = key_mapping::from_vae(source.keys().iter().map(String::as_str));
+        let keys = source.keys();
+        let map = key_mapping::from_vae(keys.iter().map(String::as_str));
         vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
-        let config = infer_config::autoencoder(&vae, scaling_factor)
-            .with_context(|| format!("`{shown}` is not a VAE that sdgen knows"))?;
+        let config =
+            infer_config::autoencoder(&vae, scaling_factor).with_context(|| {
+                match role(path, &keys) {
+                    Some((what, place)) if !what.ends_with("VAE") => {
+                        format!("`{shown}` {what}, not a VAE\n\nhint: {place}")
+                    }
+                    _ => format!("`{shown}` is not a VAE that sdgen knows"),
+                }
+            })?;
         vae.configs.insert("vae".into(), config);
         Ok(vae)
     }
@@ -423,79 +437,101 @@ fn needed_folders(path: &Path, index: &Value) -> Result<Vec<&'static str>> {
     Ok(needed)
 }
 
+/// What a file of these keys is, and where it goes; `None` if it is nothing that sdgen knows.
+pub fn role(path: &Path, keys: &[String]) -> Option<(&'static str, &'static str)> {
+    let layout = key_mapping::layout(keys.iter().map(String::as_str));
+    let starts_any = |prefixes: &[&str]| {
+        let starts = |key: &String| prefixes.iter().any(|prefix| key.starts_with(prefix));
+        keys.iter().any(starts)
+    };
+    let has_unet = || starts_any(&["unet.", "model.diffusion_model."]);
+    Some(match layout {
+        Layout::Adapter => ("is a LoRA", "`--lora` takes it"),
+        _ if starts_any(&OTHER_FAMILIES) || starts_any(&["double_blocks.", "transformer."]) => {
+            ("is a model of a family that sdgen does not draw yet", TODAY)
+        }
+        Layout::Original | Layout::Canonical if has_unet() => {
+            ("is a checkpoint", "`--model` takes it")
+        }
+        _ if starts_any(&[
+            "decoder.",
+            "encoder.down",
+            "vae.decoder.",
+            "first_stage_model.",
+            "state_dict.decoder.",
+        ]) =>
+        {
+            ("is only a VAE", "`--vae` takes it")
+        }
+        _ if starts_any(&["down_blocks.", "unet.", "input_blocks.", "diffusion_model."]) => (
+            "is only a U-Net",
+            "`--model` takes the folder of its model, which holds model_index.json",
+        ),
+        _ if starts_any(&["text_model.", "text_encoder.", "transformer.resblocks."]) => (
+            "is only a text encoder",
+            "`--model` takes the folder of its model, which holds model_index.json",
+        ),
+        _ if starts_any(&[
+            "conv_first.",
+            "model.1.sub.",
+            "params_ema.",
+            "params.",
+            "RRDB_trunk.",
+            "feats.0.",
+            "block_1.c1_r.",
+        ]) =>
+        {
+            (
+                "is an upscaler",
+                "`sdgen upscale -m` takes it, or `--upscale`",
+            )
+        }
+        _ if starts_any(&["emb_params", "clip_l", "<"]) && Embedding::is_in(path) => {
+            ("is an embedding", "`--embedding` takes it")
+        }
+        _ => return None,
+    })
+}
+
 /// The error for a file of these keys that was passed as a checkpoint: what it is instead, and
 /// where it goes.
 fn not_a_checkpoint(path: &Path, keys: &[String]) -> String {
     let shown = path.display();
-    let starts = |prefix: &str| keys.iter().any(|key| key.starts_with(prefix));
-    let starts_any = |prefixes: &[&str]| prefixes.iter().any(|prefix| starts(prefix));
-    let (what, hint) = if starts_any(&OTHER_FAMILIES)
-        || starts_any(&["double_blocks.", "transformer."])
-    {
-        ("is a model of a family that sdgen does not draw yet", TODAY)
-    } else if starts_any(&[
-        "decoder.",
-        "encoder.down",
-        "vae.decoder.",
-        "state_dict.decoder.",
-    ]) {
-        (
-            "is only a VAE, not a whole model",
-            "pass it with `--vae`, and a whole checkpoint with `--model`",
-        )
-    } else if starts_any(&["down_blocks.", "unet.", "input_blocks.", "diffusion_model."]) {
-        (
-            "is only a U-Net, not a whole model",
-            "pass the folder that holds model_index.json",
-        )
-    } else if starts_any(&["text_model.", "text_encoder.", "transformer.resblocks."]) {
-        (
-            "is only a text encoder, not a whole model",
-            "pass the folder that holds model_index.json",
-        )
-    } else if starts_any(&["emb_params", "clip_l", "<"]) && Embedding::is_in(path) {
-        (
-            "is an embedding, not a model: it only adds a word",
-            "pass a whole checkpoint with `--model`, and this with `--embedding`",
-        )
-    } else if starts_any(&[
-        "conv_first.",
-        "model.1.sub.",
-        "params_ema.",
-        "params.",
-        "RRDB_trunk.",
-        "feats.0.",
-        "block_1.c1_r.",
-    ]) {
-        (
-            "is an upscaler, which draws nothing by itself",
-            "`sdgen upscale -m` takes it",
-        )
-    } else {
-        let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
-        return format!(
-            "`{shown}` is not a Stable Diffusion checkpoint (its first tensors: {})\n\nhint: pass a whole checkpoint with `--model`",
-            first.join(", ")
-        );
-    };
-    format!("`{shown}` {what}\n\nhint: {hint}")
+    match role(path, keys) {
+        Some((what, TODAY)) => format!("`{shown}` {what}\n\nhint: {TODAY}"),
+        Some((what, place)) => format!(
+            "`{shown}` {what}, not a whole model\n\nhint: {place}; `--model` alone takes a whole checkpoint"
+        ),
+        None => {
+            let first: Vec<&str> = keys.iter().take(3).map(String::as_str).collect();
+            format!(
+                "`{shown}` is not a Stable Diffusion checkpoint (its first tensors: {})\n\nhint: pass a whole checkpoint with `--model`",
+                first.join(", ")
+            )
+        }
+    }
 }
 
 /// The error for a file of these keys that was passed as an upscaler, and has the key `unexpected`.
 fn not_an_upscaler(path: &Path, keys: &[String], unexpected: &str) -> String {
-    let what = match key_mapping::layout(keys.iter().map(String::as_str)) {
-        Layout::Original | Layout::Canonical => "is a checkpoint that draws, not an upscaler",
-        Layout::Adapter => "is a LoRA, not an upscaler",
-        Layout::Unknown if keys.iter().any(|key| key.starts_with("layers.0.")) => {
+    let contains = |part: &str| keys.iter().any(|key| key.contains(part));
+    let what = match role(path, keys) {
+        Some((what, place)) if !what.ends_with("upscaler") => {
+            return format!(
+                "`{}` {what}, not an upscaler\n\nhint: {place}; {UPSCALERS}",
+                path.display()
+            );
+        }
+        _ if keys.iter().any(|key| key.starts_with("layers.0.")) => {
             "is an upscaler with attention (SwinIR, HAT, DAT), which sdgen does not run"
         }
-        Layout::Unknown if keys.iter().any(|key| key.contains("to_img.init_pos")) => {
+        _ if contains("to_img.init_pos") => {
             "is an upscaler that ends with DySample, which sdgen does not run"
         }
-        Layout::Unknown if keys.iter().any(|key| key.contains("residual_layer.0.")) => {
+        _ if contains("residual_layer.0.") => {
             "is an upscaler with attention (OmniSR), which sdgen does not run"
         }
-        Layout::Unknown => "is not an upscaler that sdgen knows",
+        _ => "is not an upscaler that sdgen knows",
     };
     format!(
         "`{}` {what}: it has a tensor `{unexpected}`\n\nhint: {UPSCALERS}",

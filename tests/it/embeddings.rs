@@ -499,7 +499,7 @@ fn what_does_not_fit_is_an_error_that_says_why() {
     fail(
         sdgen(dir.path()).args(["a cat", "-m", "a1111.safetensors"]),
         3,
-        &["is an embedding, not a model", "`--embedding`"],
+        &["is an embedding, not a whole model", "`--embedding`"],
     );
 }
 

@@ -629,7 +629,10 @@ fn configurations_and_weights_that_do_not_belong_together_are_errors_that_name_b
         ),
         (
             Box::new(set(unet, "in_channels", json!(-4))),
-            &["`in_channels` of the U-Net is -4", "expected usize"],
+            &[
+                "`in_channels` of the U-Net is -4",
+                "expected a whole number from 0",
+            ],
         ),
         (
             Box::new(set(text, "hidden_act", json!(7))),

@@ -25,6 +25,12 @@ use std::sync::Arc;
 /// Options whose values contain commas, or that say how many images there are.
 const NOT_SWEPT: [&str; 6] = ["batch-count", "count", "crop", "extend", "frames", "output"];
 
+/// Extensions of files that hold prompts in another way than a list.
+const TABLES: [&str; 7] = ["csv", "tsv", "yaml", "yml", "toml", "xlsx", "ods"];
+
+/// What errors say of lists.
+const OBJECTS: &str = "a list is a .txt of prompts, or a .jsonl of objects such as `{\"prompt\": \"a frog\", \"seed\": 7}`";
+
 /// The most bytes of a line of a list; a prompt has far fewer.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
@@ -373,7 +379,9 @@ fn prompts<'a>(
     reader: impl BufRead + 'a,
 ) -> impl Iterator<Item = Result<Prompt>> + 'a {
     let extension = source.from.and_then(Path::extension);
-    let mut is_json = match extension.and_then(|extension| extension.to_str()) {
+    let extension = extension.and_then(|extension| extension.to_str());
+    let is_table = extension.is_some_and(|extension| TABLES.contains(&extension));
+    let mut is_json = match extension {
         Some("jsonl") => Some(true),
         Some("txt") => Some(false),
         _ => source.from.is_none().then_some(false),
@@ -390,6 +398,10 @@ fn prompts<'a>(
                 is_plain || !is_options(line),
                 "`{}` are options, which a line of text cannot have\n\nhint: `{{\"prompt\": \"a frog\", \"seed\": 7}}`, in a list whose name ends in .jsonl",
                 line.trim()
+            );
+            ensure!(
+                !is_table,
+                "the list is a table or a document by its name, not a list\n\nhint: {OBJECTS}"
             );
             if is_json.is_none() || is_json == Some(false) && number == 1 {
                 refuse_other_formats(line)?;
@@ -425,6 +437,15 @@ fn refuse_other_formats(line: &str) -> Result<()> {
             "it is a JSON array, which has no prompt in a line\n\nhint: `jq -c '.[]'` makes a .jsonl list of it, with an object in each line"
         );
     }
+    let keys = JobOptions::all_keys();
+    let columns: Vec<&str> = line.split([',', '\t', ';']).map(str::trim).collect();
+    ensure!(
+        columns.len() < 2
+            || !columns
+                .iter()
+                .all(|column| *column == "prompt" || keys.contains(column)),
+        "it is the head of a table\n\nhint: {OBJECTS}"
+    );
     match stand_in(line.as_bytes()) {
         Some((what, hint)) => bail!("the list {what}\n\nhint: {hint}"),
         None => Ok(()),

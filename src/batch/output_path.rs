@@ -608,8 +608,10 @@ impl MadeFolders {
         let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
         let missing: Vec<&Path> = folder.ancestors().take_while(is_missing).collect();
         self.0.extend(missing.into_iter().rev().map(PathBuf::from));
-        fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder `{}`", folder.display()))
+        fs::create_dir_all(folder).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => no_folder(folder),
+            _ => anyhow!("cannot make the folder `{}`: {error}", folder.display()),
+        })
     }
 
     /// Takes over the folders of another.
@@ -653,18 +655,36 @@ pub fn check_writable(
     let folders: BTreeSet<&Path> = paths.iter().copied().map(folder_of).collect();
     let mut made = MadeFolders::default();
     for folder in folders {
-        if make_folders {
+        let is_of_shell = folder.starts_with("~") && !Path::new("~").exists();
+        if make_folders && !is_of_shell {
             made.make(folder)?;
         } else if !folder.is_dir() {
-            bail!(
-                "there is no folder `{0}`\n\nhint: make it first: `mkdir -p '{0}'`",
-                folder.display()
-            );
+            return Err(no_folder(folder));
         }
         repeated(|| try_to_save(folder)).map_err(|error| write_error(folder, error))?;
         remove_leftovers(folder);
     }
     Ok(made)
+}
+
+/// The error where a file is to be written into a folder that is not there.
+fn no_folder(folder: &Path) -> anyhow::Error {
+    let shown = folder.display();
+    if let Some(file) = folder.ancestors().find(|part| part.is_file()) {
+        return anyhow!(
+            "`{}` is a file, not a folder\n\nhint: name a folder, or the file itself and `--force` to overwrite it",
+            file.display()
+        );
+    }
+    match folder.strip_prefix("~") {
+        Ok(rest) => anyhow!(
+            "there is no folder `{shown}`\n\nhint: a shell takes `~` for your home only without quotes; in them it is `$HOME/{}`",
+            rest.display()
+        ),
+        Err(_) => {
+            anyhow!("there is no folder `{shown}`\n\nhint: make it first: `mkdir -p '{shown}'`")
+        }
+    }
 }
 
 /// Writes a file and names it as [`save`] does, and removes it.
@@ -839,10 +859,10 @@ fn exists_error(path: &Path, others: &str, overwrite: Overwrite) -> anyhow::Erro
     let path = path.display();
     match overwrite {
         Overwrite::Own => anyhow!(
-            "`{path}` exists already{others}, and does not say that sdgen has made it\n\nhint: `--force` overwrites it all the same, another `--output` gives another name"
+            "`{path}` exists already{others}, and does not say that sdgen has made it\n\nhint: `--force` overwrites it all the same, another name keeps it"
         ),
         _ => anyhow!(
-            "`{path}` exists already{others}\n\nhint: `--force` overwrites, another `--seed` or `--output` gives another name"
+            "`{path}` exists already{others}\n\nhint: `--force` overwrites it, another name keeps it"
         ),
     }
 }

@@ -131,7 +131,7 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     let progress = Progress::new(ProgressMode::Auto, args.quiet, false);
     let (mut paths, mut drawings, mut failed) = (vec![], vec![], vec![]);
     for path in &args.pictures {
-        match pictures_at(path) {
+        match pictures_at(path, &progress) {
             Ok(found) => paths.extend(found),
             Err(error) => {
                 failed.push((paths.len(), error));
@@ -165,9 +165,9 @@ pub fn run(args: &CheckArgs) -> Result<(), Failure> {
     report.end()
 }
 
-/// The images of a folder, in the order of their names, or the path itself if it is none. Errors if
-/// a folder has no images.
-fn pictures_at(path: &Path) -> Result<Vec<PathBuf>> {
+/// The images of a folder, in the order of their names, or the path itself if it is none; folders
+/// in it are named on stderr, not looked into. Errors if a folder has no images.
+fn pictures_at(path: &Path, progress: &Progress) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.into()]);
     }
@@ -175,13 +175,34 @@ fn pictures_at(path: &Path) -> Result<Vec<PathBuf>> {
     let entries = entries.context("the folder cannot be read")?;
     let is_picture =
         |path: &PathBuf| path.is_file() && matches!(Format::of_path(path), Ok(Some(_)));
-    let mut paths: Vec<PathBuf> = entries
+    let (mut folders, others): (Vec<_>, Vec<_>) = entries
         .iter()
         .map(DirEntry::path)
-        .filter(is_picture)
-        .collect();
+        .partition(|path| path.is_dir());
+    let mut paths: Vec<PathBuf> = others.into_iter().filter(is_picture).collect();
     paths.sort();
-    ensure!(!paths.is_empty(), "it is a folder without pictures");
+    folders.sort();
+    let nested = folders.first().map(|folder| folder.display().to_string());
+    ensure!(
+        !paths.is_empty(),
+        "it is a folder without pictures{}",
+        nested
+            .as_ref()
+            .map(|nested| format!(
+                "\n\nhint: folders in it are not looked into; name them, such as `{nested}`"
+            ))
+            .unwrap_or_default()
+    );
+    if let Some(nested) = nested {
+        let others = match folders.len() {
+            1 => String::new(),
+            count => format!(" and {} more", count - 1),
+        };
+        progress.note(format!(
+            "folders in `{}` are not looked into: `{nested}`{others}",
+            path.display()
+        ));
+    }
     Ok(paths)
 }
 

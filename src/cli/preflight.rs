@@ -45,6 +45,15 @@ pub fn check_options(args: &DrawArgs, list: &JobList) -> Result<()> {
     if to_stdout && args.grid.is_some() {
         bail!("`--grid` is made of files, but `-o -` writes none");
     }
+    let written = [("--grid", &args.grid), ("--manifest", &args.manifest)];
+    if let Some((option, _)) = written
+        .into_iter()
+        .find(|(_, path)| path.as_deref() == Some(Path::new("-")))
+    {
+        bail!(
+            "`{option} -` has no file\n\nhint: name one; `--json` prints an object a picture on stdout"
+        );
+    }
     if let Some(path) = &args.grid {
         Format::of_path(path)?;
     }
@@ -198,12 +207,14 @@ fn bare(path: &Path) -> impl Iterator<Item = Component<'_>> {
 /// Makes the folders of images, and returns them. Errors if an image cannot be stored: its file
 /// exists or cannot be written, or its metadata is too large for its format.
 pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<MadeFolders> {
-    let is_template = |task: &Task| {
-        let output = list
-            .jobs
-            .get(task.index)
-            .and_then(|spec| list.outputs.get(spec.output));
-        output.is_some_and(|(destination, _)| matches!(destination, Destination::Template(_)))
+    // a template's folders are made, and those that lists name below `--output`
+    let makes_folder = |task: &Task| {
+        let spec = list.jobs.get(task.index);
+        spec.is_some_and(|spec| {
+            let destination = list.outputs.get(spec.output).map(|(to, _)| to);
+            matches!(destination, Some(Destination::Template(_)))
+                || spec.options.output != args.job.output
+        })
     };
     require_apart(args, work)?;
     let overwrite = args.write_options().overwrite;
@@ -213,7 +224,7 @@ pub fn check_files(args: &DrawArgs, list: &JobList, work: &WorkList) -> Result<M
         let tasks = work
             .tasks
             .iter()
-            .filter(|task| is_template(task) == make_folders);
+            .filter(|task| makes_folder(task) == make_folders);
         let paths: Vec<&Path> = tasks.filter_map(|task| task.path.as_deref()).collect();
         made.extend(output_path::check_writable(
             &paths,

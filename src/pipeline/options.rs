@@ -15,14 +15,18 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, forward_to_deserialize_any};
 use serde_json::{Map, Value};
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
 /// The most images that a run may ask for.
 pub const MAX_JOBS: usize = 1_000_000;
+
+/// The scales of guidance that can be asked for; far beyond, latents overflow.
+pub const GUIDANCES: RangeInclusive<f64> = 0.0..=10_000.0;
 
 /// What may differ from image to image; `None` leaves the choice to the model. Each field is an
 /// option of the command line and a key of a list's lines, where `-` may stand for `_`.
@@ -94,9 +98,9 @@ pub struct JobOptions {
     /// Strength of the prompt; 1 is off and halves the work [default: the model's]
     #[serde(alias = "cfg_scale", alias = "cfg-scale")]
     #[serde(alias = "guidance_scale", alias = "guidance-scale")]
-    #[serde(deserialize_with = "by_parser::finite")]
+    #[serde(deserialize_with = "by_parser::guidance")]
     #[cfg_attr(feature = "cli", arg(short, long, aliases = ["cfg-scale", "guidance-scale"]))]
-    #[cfg_attr(feature = "cli", arg(value_parser = finite))]
+    #[cfg_attr(feature = "cli", arg(value_parser = guidance))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub guidance: Option<f64>,
     /// Rescale guided predictions towards their unguided contrast, 0 to 1; 0.7 for
@@ -190,8 +194,8 @@ pub struct JobOptions {
     )]
     pub fit: Option<Fit>,
     /// How closely models that edit pictures, such as InstructPix2Pix, follow it [default: 1.5]
-    #[serde(alias = "image-guidance", deserialize_with = "by_parser::finite")]
-    #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = finite))]
+    #[serde(alias = "image-guidance", deserialize_with = "by_parser::guidance")]
+    #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = guidance))]
     #[cfg_attr(
         feature = "cli",
         arg(value_name = "X", help_heading = "From a picture")
@@ -258,9 +262,14 @@ impl JobOptions {
         })
     }
 
+    /// All names and aliases, with `-` and with `_`.
+    pub fn all_keys() -> &'static [&'static str] {
+        field_names::<Self>()
+    }
+
     /// All names and aliases, as the command line spells them.
     pub fn keys() -> Vec<&'static str> {
-        let mut keys = field_names::<Self>().to_vec();
+        let mut keys = Self::all_keys().to_vec();
         keys.retain(|key| !key.contains('_'));
         keys
     }
@@ -442,6 +451,35 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "expected a whole number from 1 to 1000000".into())
 }
 
+/// Splits `NAME:VALUE` at its last colon; `is_name` knows the names that are there. A text that is
+/// a name as a whole has no value. Errors if a number, or what stands behind a name, is no value.
+pub fn split_value<T>(
+    text: &OsStr,
+    is_name: impl Fn(&str) -> bool,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<(OsString, Option<T>), String> {
+    let split = text
+        .to_str()
+        .filter(|text| !is_name(text))
+        .and_then(|text| text.rsplit_once(':'));
+    let Some((name, value)) = split else {
+        return Ok((text.into(), None));
+    };
+    match parse(value) {
+        Ok(value) => Ok((name.into(), Some(value))),
+        Err(expected) if value.parse::<f64>().is_ok() || is_name(name) => {
+            Err(format!("`{value}` behind the colon: {expected}"))
+        }
+        Err(_) => Ok((text.into(), None)),
+    }
+}
+
+/// Reads a finite number.
+pub fn finite(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite());
+    number.ok_or_else(|| "expected a number".into())
+}
+
 fn pixels(text: &str) -> Result<usize, String> {
     text.parse()
         .map_err(|_| "expected a whole number of pixels".into())
@@ -465,11 +503,11 @@ fn frames(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "expected a whole number from 2 to 1000000".into())
 }
 
-fn finite(text: &str) -> Result<f64, String> {
+fn guidance(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
-        .filter(|x: &f64| x.is_finite() && *x >= 0.0)
-        .ok_or_else(|| "expected a number from 0".into())
+        .filter(|x| GUIDANCES.contains(x))
+        .ok_or_else(|| format!("expected a number from 0 to {}", GUIDANCES.end()))
 }
 
 fn fraction(text: &str) -> Result<f64, String> {
@@ -511,7 +549,7 @@ mod by_parser {
         at_least_one -> usize,
         border -> Border,
         factor -> f64,
-        finite -> f64,
+        guidance -> f64,
         fraction -> f64,
         frames -> usize,
         one_seed -> u64,

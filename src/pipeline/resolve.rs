@@ -6,7 +6,7 @@ use super::family::{Defaults, Family, REFINE_AT};
 use super::guidance::Guidance;
 use super::inpaint::InitImageFinder;
 use super::job::Job;
-use super::options::{JobOptions, VaeTiling};
+use super::options::{GUIDANCES, JobOptions, VaeTiling};
 use super::settings::{Hires, PromptBlend, Settings, Tile, UsedEmbedding};
 use crate::error::ModelError;
 use crate::image::MAX_SIDE_PX;
@@ -15,7 +15,7 @@ use crate::sampling::noise::Variation;
 use crate::sampling::{Prediction, Sampler, SamplingPlan, Schedule, plan, plan_img2img};
 use crate::text::prompt::{Calls, Prompts, Syntax, without_comments};
 use crate::weights::Checkpoint;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -411,6 +411,14 @@ impl<'a> Resolver<'a> {
         let factor = config.vae.factor();
         check_size("width", settings.width, factor)?;
         check_size("height", settings.height, factor)?;
+        for scale in [Some(settings.guidance), settings.image_guidance] {
+            ensure!(
+                scale.is_none_or(|scale| GUIDANCES.contains(&scale)),
+                "a guidance of {} is not possible: it must be a number from 0 to {}",
+                scale.unwrap_or_default(),
+                GUIDANCES.end()
+            );
+        }
         let given = |options: &[(&'static str, bool)]| {
             options
                 .iter()

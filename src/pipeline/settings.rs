@@ -243,9 +243,15 @@ impl std::str::FromStr for Border {
             });
         }
         let mut border = Self::default();
+        let mut named = vec![];
         for part in text.split(',') {
             let (side, pixels) = part.split_once('=').unwrap_or((part, ""));
-            let side = match side.trim() {
+            let name = side.trim();
+            if named.contains(&name) {
+                return Err(format!("`{name}` stands there twice"));
+            }
+            named.push(name);
+            let side = match name {
                 "left" => &mut border.left,
                 "top" => &mut border.top,
                 "right" => &mut border.right,

@@ -70,6 +70,8 @@ pub fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
         Some(ErrorKind::OutOfMemory)
     } else if error.is::<Cancelled>() {
         Some(ErrorKind::Cancelled)
+    } else if error.is::<WrongArgument>() {
+        Some(ErrorKind::Params)
     } else if error.is::<ModelError>() {
         Some(ErrorKind::Model)
     } else {
@@ -96,6 +98,18 @@ pub fn split(error: &anyhow::Error) -> (String, Option<String>) {
     }
     (causes.join(": "), remedy)
 }
+
+/// Marks an error: an argument cannot be what it was given for. Its text is the error's.
+#[derive(Debug)]
+pub struct WrongArgument(pub String);
+
+impl fmt::Display for WrongArgument {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for WrongArgument {}
 
 /// Marks an error as the model's fault: a setting or a weight that cannot be used.
 #[derive(Debug)]

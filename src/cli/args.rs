@@ -17,12 +17,14 @@ use crate::cli::models::ModelsArgs;
 use crate::cli::progress::ProgressMode;
 use crate::cli::terminal::ShowChoice;
 use crate::cli::upscale::UpscaleArgs;
+use crate::cli::usage;
 use crate::image::Format;
 use crate::nn::device::{DTypeChoice, DeviceChoice};
 use crate::pipeline::PipelineOptions;
-use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one};
+use crate::pipeline::options::{JobOptions, VaeTiling, at_least_one, split_value};
 use crate::sampling::Prediction;
-use anyhow::{Result, bail};
+use anyhow::Result;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -59,9 +61,9 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// Reads the process's arguments over the user's defaults; ends the process with help or an
-    /// error if the arguments say so. `--help` has the lines of `-h`, and those that it hides.
-    /// Errors if the file of defaults is wrong.
+    /// Reads the process's arguments over the user's defaults; ends the process with help if the
+    /// arguments say so. `--help` has the lines of `-h`, and those that it hides. Errors if the
+    /// arguments or the file of defaults are wrong.
     pub fn from_env() -> Result<Self> {
         let arguments: Vec<OsString> = std::env::args_os().collect();
         let mut command = Self::command();
@@ -79,16 +81,9 @@ impl Cli {
             true => arg.allow_negative_numbers(true),
             false => arg,
         });
-        let bare = several_words(&command, &arguments);
-        let matches = match command.try_get_matches_from(arguments) {
-            Ok(matches) => matches,
-            Err(error) if is_about_words(&error) && bare.is_some() => {
-                let command = bare.unwrap_or_default();
-                bail!("a prompt of several words needs quotes\n\nhint: {command}")
-            }
-            Err(error) => error.exit(),
-        };
-        Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
+        let matches = command.try_get_matches_from_mut(&arguments);
+        let parsed = matches.and_then(|matches| Self::from_arg_matches(&matches));
+        parsed.map_err(|error| usage::refused(error, &command, &arguments))
     }
 
     /// CPU threads to use, if the command has such an option and it is given.
@@ -101,74 +96,6 @@ impl Cli {
             Some(_) => None,
         }
     }
-}
-
-/// Whether an error is about words that are no value of an option.
-fn is_about_words(error: &clap::Error) -> bool {
-    use clap::error::ErrorKind;
-    matches!(
-        error.kind(),
-        ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand | ErrorKind::ArgumentConflict
-    )
-}
-
-/// The command that was meant where a prompt has no quotes, so that each of its words is an argument
-/// of its own; `None` where no two words stand side by side.
-fn several_words(command: &clap::Command, arguments: &[OsString]) -> Option<String> {
-    let words: Vec<&str> = arguments
-        .iter()
-        .skip(1)
-        .map(|it| it.to_str())
-        .collect::<Option<_>>()?;
-    let takes_value = |word: &str| {
-        command.get_arguments().any(|arg| {
-            let long = word.strip_prefix("--");
-            let short = word.strip_prefix('-').and_then(|rest| rest.chars().next());
-            let names = arg.get_long_and_visible_aliases().unwrap_or_default();
-            let aliases = arg.get_all_aliases().unwrap_or_default();
-            let is_it = match long {
-                Some(long) => names.contains(&long) || aliases.contains(&long),
-                None => word.len() == 2 && arg.get_short() == short,
-            };
-            // `--show=blocks`: its value never stands apart
-            is_it && arg.get_action().takes_values() && !arg.is_require_equals_set()
-        })
-    };
-    let mut is_value = false;
-    let is_bare: Vec<bool> = words
-        .iter()
-        .map(|word| {
-            let is_option = word.starts_with('-') && word.len() > 1;
-            let is_bare = !is_option && !is_value;
-            is_value = is_option && takes_value(word);
-            is_bare
-        })
-        .collect();
-    let start = is_bare.windows(2).position(|pair| pair == [true, true])?;
-    let length = is_bare.iter().skip(start).take_while(|bare| **bare).count();
-    let first = words.get(start)?;
-    if command.find_subcommand(first).is_some() && start == 0 {
-        return None;
-    }
-    let (before, rest) = words.split_at(start);
-    let (prompt, after) = rest.split_at(length);
-    let quoted = |word: &&str| match word.contains([' ', '"', '$', '(', '<', '*', ';', '&', '|']) {
-        true => format!("'{word}'"),
-        false => word.to_string(),
-    };
-    let prompt = format!("\"{}\"", prompt.join(" "));
-    let parts = before
-        .iter()
-        .map(quoted)
-        .chain([prompt])
-        .chain(after.iter().map(quoted));
-    Some(
-        ["sdgen".to_string()]
-            .into_iter()
-            .chain(parts)
-            .collect::<Vec<_>>()
-            .join(" "),
-    )
 }
 
 /// All commands but the plain one.
@@ -311,6 +238,7 @@ pub struct DrawArgs {
     /// Save what pictures look like after each step, or every Nth, as small PNG files
     #[arg(long, hide_short_help = true)]
     #[arg(value_name = "DIR[:N]", help_heading = "Output")]
+    #[arg(value_parser = OsStringValueParser::new().try_map(StepsArg::parse))]
     pub save_steps: Option<StepsArg>,
     /// Draw in the terminal too: auto, kitty, iterm, sixel, blocks, blocks256
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "auto", hide_possible_values = true, value_name = "HOW", help_heading = "Output")]
@@ -410,19 +338,14 @@ pub struct StepsArg {
     pub every: usize,
 }
 
-impl From<OsString> for StepsArg {
-    fn from(text: OsString) -> Self {
-        let split = text.to_str().and_then(|text| text.rsplit_once(':'));
-        match split.and_then(|(folder, every)| Some((folder, at_least_one(every).ok()?))) {
-            Some((folder, every)) => Self {
-                folder: folder.into(),
-                every,
-            },
-            None => Self {
-                folder: text.into(),
-                every: 1,
-            },
-        }
+impl StepsArg {
+    fn parse(text: OsString) -> Result<Self, String> {
+        let is_folder = |text: &str| Path::new(text).exists();
+        let (folder, every) = split_value(&text, is_folder, at_least_one)?;
+        Ok(Self {
+            folder: folder.into(),
+            every: every.unwrap_or(1),
+        })
     }
 }
 

@@ -18,6 +18,7 @@ impl Failure {
             Some(ErrorKind::NotFinite) => 5,
             Some(ErrorKind::OutOfMemory) => 4,
             Some(ErrorKind::Model) => 3,
+            Some(ErrorKind::Params) => 2,
             _ => code,
         };
         Self { code, error }

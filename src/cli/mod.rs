@@ -19,6 +19,7 @@ pub mod signals;
 pub mod stdout;
 pub mod terminal;
 pub mod upscale;
+pub mod usage;
 
 use crate::alloc;
 use crate::cli::args::{Cli, Command};

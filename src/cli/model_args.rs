@@ -7,6 +7,7 @@ use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
 use anyhow::Result;
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use std::ffi::OsString;
 
 /// Which model draws, and what is added to it.
@@ -19,6 +20,7 @@ pub struct ModelArgs {
     pub model: Option<OsString>,
     /// Apply a LoRA, with strength X [default: 1]; may be given again
     #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
+    #[arg(value_parser = OsStringValueParser::new().try_map(LoraSpec::parse))]
     pub lora: Vec<LoraSpec>,
     /// A word that the model has learned (textual inversion), and what it is in prompts [default:
     /// the file's name]

@@ -8,7 +8,7 @@ use crate::batch::resume::UPSCALED_FROM;
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::progress::{Progress, ProgressMode};
 use crate::cli::stdout::{self, require_no_terminal, say};
-use crate::error::{self, ModelError, OutOfMemory};
+use crate::error::{self, ModelError, OutOfMemory, WrongArgument};
 use crate::image::MAX_SIDE_PX;
 use crate::image::load::{Fit, Input, fit_with_alpha, resized_levels};
 use crate::image::{Extras, Format, Image, Metadata, read_metadata};
@@ -16,8 +16,9 @@ use crate::model::upscaler::{self, TILE_PX, UpscalerConfig};
 use crate::nn::Forward;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, require_memory};
 use crate::pipeline::fingerprint::Trace;
+use crate::pipeline::options::split_value;
 use crate::pipeline::settings::Settings;
-use crate::weights::{Checkpoint, UPSCALERS};
+use crate::weights::{Checkpoint, UPSCALERS, file};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use candle_core::DType;
 use clap::Args;
@@ -115,11 +116,14 @@ pub struct Upscaler {
 impl Upscaler {
     /// The one of `MODEL:SCALE`, as `--upscale` has it, or of `MODEL` alone.
     pub fn asked(text: &OsStr, compute: &Compute) -> Result<Self> {
-        let split = text.to_str().and_then(|text| text.rsplit_once(':'));
-        match split.and_then(|(model, times)| Some((model, scale(times).ok()?))) {
-            Some((model, scale)) => Self::open(OsStr::new(model), Some(scale), compute),
-            None => Self::open(text, None, compute),
-        }
+        let is_upscaler = |name: &str| name == LANCZOS || Path::new(name).exists();
+        let (model, scale) = split_value(text, is_upscaler, scale).map_err(|why| {
+            WrongArgument(format!(
+                "`--upscale {}`: {why}\n\nhint: `--upscale {LANCZOS}:2` is twice as large",
+                text.display()
+            ))
+        })?;
+        Self::open(&model, scale, compute)
     }
 
     /// Reads a network's file, or takes `lanczos`. Errors say what the file is if it is not such a
@@ -137,7 +141,7 @@ impl Upscaler {
             });
         }
         let path = Path::new(model);
-        if !path.is_file() {
+        if file::is_absent(path) {
             bail!(
                 "there is no file `{}`\n\nhint: {UPSCALERS}; `{LANCZOS}` needs no file",
                 path.display()
@@ -256,7 +260,7 @@ impl Upscaler {
             .ok()
             .map(|(_, seconds)| json!({ "upscaling_s": seconds }));
         json!({
-            "path": file(to).map(|path| path.to_string_lossy()),
+            "path": file_of(to).map(|path| path.to_string_lossy()),
             "sha256": picture.map(|picture| picture.sha256()),
             "source": source.to_string_lossy(),
             "width": picture.map(|picture| picture.width),
@@ -467,13 +471,13 @@ fn plan(args: &UpscaleArgs, scale: f64) -> Result<(Vec<(Destination, Format)>, M
     }
     let paths: Vec<&Path> = results
         .iter()
-        .filter_map(|(destination, _)| file(destination))
+        .filter_map(|(destination, _)| file_of(destination))
         .collect();
     let made = output_path::check_writable(&paths, is_template, args.overwrite())?;
     Ok((results, made))
 }
 
-fn file(destination: &Destination) -> Option<&Path> {
+fn file_of(destination: &Destination) -> Option<&Path> {
     if let Destination::File(path) = destination {
         Some(path)
     } else {
@@ -519,7 +523,7 @@ fn save(
         .encode_with(format, metadata.as_ref(), extras)
         .with_context(place)
         .code(1)?;
-    match file(destination) {
+    match file_of(destination) {
         Some(to) => output_path::save(to, &bytes, args.overwrite()),
         None => output_path::write_to_stdout(&bytes),
     }
@@ -534,7 +538,7 @@ fn print(
     record: &Value,
     progress: &Progress,
 ) -> Result<()> {
-    let Some(path) = file(destination) else {
+    let Some(path) = file_of(destination) else {
         return Ok(());
     };
     let mut line = match args.json {

@@ -263,6 +263,8 @@ pub fn require_memory(needed: u64, weights: u64) -> Result<()> {
             "its weights alone are {}; take a smaller model, or a machine or container with more memory",
             size(weights)
         )
+    } else if address_space() == Some(available) {
+        "`ulimit -v` leaves no more, in the shell that started it; raise it, or draw a smaller picture".into()
     } else {
         "draw a smaller picture with `--width` and `--height`, or a smaller `--batch-size`".into()
     };

@@ -1,9 +1,9 @@
 //! Which model a pipeline is made of, and where its parts are found.
 
 use super::family::{SHORT_NAMES, VAE_SHORT_NAMES};
-use super::options::VaeTiling;
+use super::options::{VaeTiling, finite, split_value};
 use super::{Pipeline, PipelineOptions};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, WrongArgument};
 use crate::hub::Hub;
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use crate::sampling::Prediction;
@@ -57,7 +57,7 @@ pub struct ModelSpec {
     pub vae_tiling: VaeTiling,
 }
 
-/// A LoRA and its strength; read from text as `FILE[:STRENGTH]`, strength 1 where none is given.
+/// A LoRA and its strength.
 #[derive(Debug, Clone)]
 pub struct LoraSpec {
     /// its `.safetensors` file
@@ -75,25 +75,17 @@ impl LoraSpec {
     }
 }
 
-impl From<OsString> for LoraSpec {
-    fn from(text: OsString) -> Self {
-        let split = text
-            .to_str()
-            .filter(|text| !Path::new(text).exists())
-            .and_then(|text| text.rsplit_once(':'));
-        let strength = |text: &str| text.parse().ok().filter(|x: &f64| x.is_finite());
-        match split.and_then(|(path, text)| Some((path, strength(text)?))) {
-            Some((path, strength)) => Self {
-                path: path.into(),
-                strength,
-                text_strength: strength,
-            },
-            None => Self {
-                path: text.into(),
-                strength: 1.0,
-                text_strength: 1.0,
-            },
-        }
+impl LoraSpec {
+    /// Reads `FILE[:STRENGTH]`. Errors if what stands behind a file's name, or a number, is no
+    /// strength.
+    pub(crate) fn parse(text: OsString) -> Result<Self, String> {
+        let (path, strength) = split_value(&text, |name| Path::new(name).exists(), finite)?;
+        let strength = strength.unwrap_or(1.0);
+        Ok(Self {
+            path: path.into(),
+            strength,
+            text_strength: strength,
+        })
     }
 }
 
@@ -229,8 +221,10 @@ impl ModelFinder {
             let folder = Hub::from_env(self.offline).snapshot(&id, self.shows_progress)?;
             return Checkpoint::open(Origin::Path(&folder));
         }
-        if path.components().count() == 1 && path.extension().is_none() {
-            bail!(not_a_model(&path.to_string_lossy()));
+        let is_word = path.components().count() == 1;
+        let name = path.to_string_lossy();
+        if is_word && (path.extension().is_none() || short_name_near(&name).is_some()) {
+            bail!(not_a_model(&name));
         }
         Checkpoint::open(Origin::Path(path))
     }
@@ -254,18 +248,12 @@ impl ModelFinder {
 
     /// Opens what `--merge` names as `REF:X`, and what `--minus` names.
     fn merge(self, asked: &OsStr, minus: Option<&OsStr>) -> Result<Merge> {
-        let split = asked
-            .to_str()
-            .and_then(|text| text.rsplit_once(':'))
-            .and_then(|(model, share)| Some((model, share.parse().ok()?)));
-        let Some((model, share)) = split.filter(|(_, share): &(_, f64)| share.is_finite()) else {
-            bail!(
-                "`--merge {}` has no share\n\nhint: `--merge other.safetensors:0.3`",
-                asked.display()
-            );
-        };
+        let is_model = |name: &str| Path::new(name).exists() || name == "mini";
+        let (model, share) = split_value(asked, is_model, finite)
+            .and_then(|(model, share)| Ok((model, share.ok_or("it has no share")?)))
+            .map_err(|why| WrongArgument(format!("`--merge {}`: {why}\n\nhint: `--merge other.safetensors:0.3` takes three tenths of it", asked.display())))?;
         Ok(Merge {
-            other: self.open(Some(OsStr::new(model)))?,
+            other: self.open(Some(&model))?,
             minus: minus.map(|minus| self.open(Some(minus))).transpose()?,
             weight: share,
         })
@@ -282,15 +270,39 @@ impl ModelFinder {
 
 /// What is said of a word that names no model.
 fn not_a_model(word: &str) -> String {
-    let known = SHORT_NAMES.iter().map(|(short, _)| *short).chain(["mini"]);
-    let near = nearest(word, known.clone())
+    let known: Vec<&str> = SHORT_NAMES
+        .iter()
+        .map(|(short, _)| *short)
+        .chain(["mini"])
+        .collect();
+    let near = short_name_near(word)
         .map(|near| format!("did you mean `{near}`? "))
         .unwrap_or_default();
-    let known: Vec<&str> = known.collect();
     format!(
         "`{word}` is not a file, a folder or a short name\n\nhint: {near}short names are {}; hub ids look like owner/name",
         known.join(", ")
     )
+}
+
+/// The short name that was meant: by another spelling, by the name that its repository has on the
+/// hub, or by a name that is nearly one.
+fn short_name_near(word: &str) -> Option<&'static str> {
+    let plain = |name: &str| name.to_lowercase().replace(['-', '_', '.', ' '], "");
+    let word = plain(word);
+    let abbreviated = word
+        .strip_prefix("stablediffusion")
+        .map(|rest| format!("sd{}", rest.trim_start_matches('v')));
+    let is_it = |name: &str| {
+        let name = plain(name);
+        name == word || abbreviated.as_ref() == Some(&name)
+    };
+    let spelled = SHORT_NAMES
+        .iter()
+        .find(|(short, id)| is_it(short) || id.rsplit('/').next().is_some_and(is_it));
+    let short_names = SHORT_NAMES.iter().map(|(short, _)| *short);
+    spelled
+        .map(|(short, _)| *short)
+        .or_else(|| nearest(&word, short_names.chain(["mini"])))
 }
 
 /// A short name's hub id, or the text itself if it looks like one: `owner/name`, perhaps with

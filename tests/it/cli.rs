@@ -702,7 +702,7 @@ fn a_limit_of_addresses_is_known_before_drawing_and_where_it_is_not_it_ends_with
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(4), "{:?} {said}", output.status);
     assert!(
-        said.contains("B are free") && said.contains("--width"),
+        said.contains("B are free") && said.contains("`ulimit -v` leaves no more"),
         "{said}"
     );
     // of the formula's results nothing is estimated
@@ -845,7 +845,7 @@ fn a_prompt_without_quotes_is_told_with_the_command_that_was_meant() {
             &["--steps", "3", "two", "cats", "-n", "a dog"],
             r#"sdgen --steps 3 "two cats" -n 'a dog'"#,
         ),
-        (&["inspect", "it", "please"], "Usage: sdgen inspect"),
+        (&["inspect", "it", "please"], "`sdgen inspect --help`"),
     ];
     for (arguments, meant) in cases {
         let mut command = sdgen(dir.path());

@@ -776,14 +776,14 @@ fn files_that_are_no_lora_or_not_there_say_so() {
     );
     fail(
         &mut run("nothing.safetensors:nan"),
-        3,
-        &["cannot open `nothing.safetensors:nan`"],
+        2,
+        &["`nan` behind the colon: expected a number"],
     );
     let unet = fixture("sd1/unet/diffusion_pytorch_model.safetensors");
     fail(
         &mut run(unet.to_str().unwrap()),
         3,
-        &["is not a LoRA", "`--model`"],
+        &["is only a U-Net, not a LoRA", "`--model`"],
     );
     // a file's own colon is no strength
     std::fs::copy(lora("kohya"), dir.path().join("a:2")).unwrap();

@@ -134,7 +134,7 @@ fn models_that_do_not_go_together_are_an_error_that_names_a_tensor() {
             3,
             &["`other` does not go with `a`", "tensor `", "one family"],
         ),
-        (&["--merge", "a"], 3, &["`--merge a` has no share"]),
+        (&["--merge", "a"], 2, &["`--merge a`: it has no share"]),
         (
             &["--merge", "gone.safetensors:0.5"],
             3,

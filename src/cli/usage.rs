@@ -114,7 +114,7 @@ fn tips_of(error: &clap::Error, tips: &str) -> Option<String> {
     let tips: Vec<&str> = tips
         .split("\n")
         .map(|tip| tip.trim().trim_start_matches("tip: "))
-        .filter(|tip| !tip.is_empty() && !(is_option && tip.starts_with("to pass")))
+        .filter(|tip| !(tip.is_empty() || is_option && tip.starts_with("to pass")))
         .collect();
     (!tips.is_empty()).then(|| tips.join("; "))
 }

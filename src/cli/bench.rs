@@ -257,7 +257,7 @@ fn time_unet(
     let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
     let start = Instant::now();
     let weights = Weights::random(device, compute.dtype);
-    let unet = BackboneConfig::UNet(config.clone()).build(&weights)?;
+    let unet = BackboneConfig::UNet(Box::new(config.clone())).build(&weights)?;
     let load_s = start.elapsed().as_secs_f64();
     let random =
         |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());

@@ -69,7 +69,7 @@ fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = &'static str> {
 pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
     let family = Family::detect(checkpoint)?;
     let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
-    let unet = BackboneConfig::from_json(checkpoint.config("unet")?)?;
+    let unet = BackboneConfig::of(checkpoint)?;
     let factor = checkpoint
         .optional_config("vae")
         .map_or(Ok(USUAL_FACTOR), |vae| {

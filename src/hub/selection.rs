@@ -26,7 +26,7 @@ enum Component {
 
 /// The components that sdgen reads. The safety checker and its feature extractor stay where they
 /// are.
-const COMPONENTS: [(&str, Component); 7] = [
+const COMPONENTS: [(&str, Component); 8] = [
     ("scheduler", Component::Scheduler),
     ("tokenizer", Component::Tokenizer),
     ("tokenizer_2", Component::Tokenizer),
@@ -34,6 +34,12 @@ const COMPONENTS: [(&str, Component); 7] = [
     ("text_encoder_2", Component::Network { stem: "model" }),
     (
         "unet",
+        Component::Network {
+            stem: "diffusion_pytorch_model",
+        },
+    ),
+    (
+        "transformer",
         Component::Network {
             stem: "diffusion_pytorch_model",
         },
@@ -128,6 +134,12 @@ pub fn select(
     select_pipeline(reference, files, read)
 }
 
+/// Whether the transformer that `model_index.json` lists is of a class that is drawn.
+fn is_drawn_transformer(index: &Value) -> bool {
+    let class = index.get("transformer").and_then(|listed| listed.get(1));
+    class.is_some_and(|class| class == "Flux2Transformer2DModel")
+}
+
 /// Selects the components that `model_index.json` lists and that sdgen reads.
 fn select_pipeline(
     reference: &Reference,
@@ -142,14 +154,14 @@ fn select_pipeline(
             .and_then(|v| v.get(0))
             .is_some_and(|v| !v.is_null())
     };
-    if !listed("unet") {
+    if !listed("unet") && !is_drawn_transformer(&index) {
         let class = index
             .get("_class_name")
             .and_then(Value::as_str)
             .unwrap_or("pipeline");
         return Err(SelectionError::Other(anyhow!(
-            "`{}` is a `{class}` without a U-Net\n\nhint: sdgen draws with Stable Diffusion models; \
-             try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
+            "`{}` is a `{class}`, which sdgen does not draw\n\nhint: Stable Diffusion models and \
+             FLUX.2 klein are drawn; try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
             reference.repo
         )));
     }

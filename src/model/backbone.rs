@@ -1,10 +1,12 @@
 //! The network that denoises latents, of whichever architecture, as the pipeline sees it.
 
+use super::flux2::{ConditionedFlux2, Flux2, Flux2Config};
 use super::unet::{ConditionedUNet, UNet, UNetInputs};
 use super::unet_config::UNetConfig;
 use crate::nn::Forward;
 use crate::nn::weights::Weights;
-use anyhow::Result;
+use crate::weights::{Checkpoint, UNET};
+use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
 
@@ -79,71 +81,109 @@ pub struct ExtraInputs {
 /// The configuration of a backbone.
 #[derive(Debug, Clone)]
 pub enum BackboneConfig {
-    UNet(UNetConfig),
+    UNet(Box<UNetConfig>),
+    Flux2(Flux2Config),
 }
 
 impl BackboneConfig {
-    /// Parses config.json. A value that would change the result and is not supported is an error
-    /// that names it.
-    pub fn from_json(value: &Value) -> Result<Self> {
-        UNetConfig::from_json(value).map(Self::UNet)
+    /// Parses the config.json of a checkpoint's denoising network. A value that would change the
+    /// result and is not supported is an error that names it.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let component = checkpoint.denoiser();
+        let config = checkpoint.config(component)?;
+        if component == UNET {
+            return Ok(Self::UNet(Box::new(UNetConfig::from_json(config)?)));
+        }
+        match config.get("_class_name").and_then(Value::as_str) {
+            Some("Flux2Transformer2DModel") => Flux2Config::from_json(config).map(Self::Flux2),
+            class => bail!(
+                "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, FLUX.2 klein's is drawn",
+                checkpoint.name,
+                class.unwrap_or("network without a `_class_name`")
+            ),
+        }
+    }
+
+    /// The network's name for people.
+    pub fn noun(&self) -> &'static str {
+        match self {
+            Self::UNet(_) => "U-Net",
+            Self::Flux2(_) => "transformer",
+        }
     }
 
     /// The task of the network, by its number of input channels. Errors if no kind of
     /// model has that many.
     pub fn kind(&self) -> Result<ModelKind> {
-        let Self::UNet(config) = self;
-        config.kind()
+        match self {
+            Self::UNet(config) => config.kind(),
+            Self::Flux2(config) => Ok(config.kind()),
+        }
     }
 
     /// Height and width of the latents that the model was trained on.
     pub fn sample_size(&self) -> Result<(usize, usize)> {
-        let Self::UNet(config) = self;
-        config.sample_size()
+        match self {
+            Self::UNet(config) => config.sample_size(),
+            Self::Flux2(config) => Ok(config.sample_size()),
+        }
     }
 
     /// Channels of the network's input.
     pub fn in_channels(&self) -> usize {
-        let Self::UNet(config) = self;
-        config.in_channels
+        match self {
+            Self::UNet(config) => config.in_channels,
+            Self::Flux2(config) => config.in_channels,
+        }
     }
 
     /// Channels of the latents.
     pub fn latent_channels(&self) -> usize {
-        let Self::UNet(config) = self;
-        config.out_channels
+        match self {
+            Self::UNet(config) => config.out_channels,
+            Self::Flux2(config) => config.in_channels,
+        }
     }
 
     /// The number of time ids (sizes and crops) that the network takes with pooled prompt
     /// embeddings of width `pooled`, if there are any; 0 if it takes neither. Errors if its widths do
     /// not add up.
     pub fn time_ids(&self, pooled: Option<usize>) -> Result<usize> {
-        let Self::UNet(config) = self;
-        config.time_ids(pooled)
+        match self {
+            Self::UNet(config) => config.time_ids(pooled),
+            Self::Flux2(_) => Ok(0),
+        }
     }
 
     /// Whether the network was distilled with the guidance scale as an input.
     pub fn embeds_guidance(&self) -> bool {
-        let Self::UNet(config) = self;
-        config.time_cond_proj_dim.is_some()
+        match self {
+            Self::UNet(config) => config.time_cond_proj_dim.is_some(),
+            Self::Flux2(_) => false,
+        }
     }
 
     /// A rough estimate of the memory of the activations of `batch` latents [h, w], in bytes.
     pub fn activation_bytes(&self, batch: usize, h: usize, w: usize) -> u64 {
-        let Self::UNet(config) = self;
-        config.activation_bytes(batch, h, w)
+        match self {
+            Self::UNet(config) => config.activation_bytes(batch, h, w),
+            Self::Flux2(config) => config.activation_bytes(batch, h, w),
+        }
     }
 
     /// Reads the network at `w`.
     pub fn build(&self, w: &Weights) -> Result<Backbone> {
-        let Self::UNet(config) = self;
-        Ok(Backbone::UNet(Box::new(UNet::new(w, config)?)))
+        Ok(match self {
+            Self::UNet(config) => Backbone::UNet(Box::new(UNet::new(w, config)?)),
+            Self::Flux2(config) => Backbone::Flux2(Box::new(Flux2::new(w, config)?)),
+        })
     }
 }
 
 /// The network that denoises latents.
 pub enum Backbone {
     UNet(Box<UNet>),
+    Flux2(Box<Flux2>),
 }
 
 impl Backbone {
@@ -155,45 +195,64 @@ impl Backbone {
         conditioning: &Conditioning,
         extra: ExtraInputs,
     ) -> TensorResult<Denoiser<'a>> {
-        let Self::UNet(unet) = self;
-        let concat = extra
-            .concat
-            .map(|concat| concat.to_dtype(conditioning.context.dtype()))
-            .transpose()?;
-        Ok(Denoiser::UNet(unet.with_conditioning(
-            cx,
-            conditioning,
-            concat,
-        )?))
+        match self {
+            Self::UNet(unet) => {
+                let concat = extra
+                    .concat
+                    .map(|concat| concat.to_dtype(conditioning.context.dtype()))
+                    .transpose()?;
+                let bound = unet.with_conditioning(cx, conditioning, concat)?;
+                Ok(Denoiser::UNet(bound))
+            }
+            Self::Flux2(network) => Ok(Denoiser::Flux2(
+                network.with_conditioning(cx, conditioning)?,
+            )),
+        }
     }
 }
 
 /// A backbone with all inputs of a batch but latents and timestep.
 pub enum Denoiser<'a> {
     UNet(ConditionedUNet<'a>),
+    Flux2(ConditionedFlux2<'a>),
 }
 
 impl Denoiser<'_> {
     /// Predicts noise, velocity or whatever the network was trained for: latents [b, h, w, c] ->
     /// [b, h, w, c], in the latents' type.
     pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
-        let Self::UNet(unet) = self;
-        let sample = latents.to_dtype(unet.dtype())?;
-        unet.forward(UNetInputs::new(&sample, timestep))?
-            .to_dtype(latents.dtype())
+        self.forward_cached_if(latents, timestep, None)
     }
 
     /// The same with the deep features of an earlier step, if `cache` holds them; else of the whole
-    /// network, which fills `cache` (DeepCache: Ma et al. 2023, arXiv 2312.00858).
+    /// network, which fills `cache` (DeepCache: Ma et al. 2023, arXiv 2312.00858). Only U-Nets have
+    /// such features.
     pub fn forward_cached(
         &self,
         latents: &Tensor,
         timestep: f64,
         cache: &mut Option<Tensor>,
     ) -> TensorResult<Tensor> {
-        let Self::UNet(unet) = self;
-        let sample = latents.to_dtype(unet.dtype())?;
-        unet.forward_cached(UNetInputs::new(&sample, timestep), cache)?
-            .to_dtype(latents.dtype())
+        self.forward_cached_if(latents, timestep, Some(cache))
+    }
+
+    fn forward_cached_if(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        cache: Option<&mut Option<Tensor>>,
+    ) -> TensorResult<Tensor> {
+        let output = match self {
+            Self::UNet(unet) => {
+                let sample = latents.to_dtype(unet.dtype())?;
+                let inputs = UNetInputs::new(&sample, timestep);
+                match cache {
+                    Some(cache) => unet.forward_cached(inputs, cache),
+                    None => unet.forward(inputs),
+                }
+            }
+            Self::Flux2(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
+        };
+        output?.to_dtype(latents.dtype())
     }
 }

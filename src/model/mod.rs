@@ -1,9 +1,10 @@
-//! The networks, one file each, read top-down: [`unet`] predicts noise in latents, [`vae`] encodes
+//! The networks, one file each, read top-down: [`unet`] and [`flux2`] denoise latents, [`vae`] encodes
 //! images to latents and decodes them, [`taesd`] does so with less work, [`tiles`] lets both do it
 //! in parts; [`upscaler`] enlarges images. [`backbone`] is what the pipeline knows of the network
 //! that denoises. Here: which of the two autoencoders a checkpoint has.
 
 pub mod backbone;
+pub mod flux2;
 pub mod latent_format;
 pub mod taesd;
 pub mod tiles;

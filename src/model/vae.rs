@@ -6,7 +6,7 @@ use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::weights::Weights;
-use crate::weights::config::{parse, require_booleans, require_size};
+use crate::weights::config::{number, parse, require_booleans, require_size};
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -34,7 +34,16 @@ pub struct VaeConfig {
     pub up_block_types: Vec<String>,
     /// side of the images that it was trained on, or height and width
     pub sample_size: Value,
+    /// of FLUX.2's (`AutoencoderKLFlux2`), whose model sees each 2x2 latents as one, normalised by
+    /// the statistics of a training's: what is added to their variance
+    #[serde(skip)]
+    pub packed_eps: Option<f64>,
 }
+
+/// The class of FLUX.2's.
+const FLUX2: &str = "AutoencoderKLFlux2";
+/// `batch_norm_eps` of a configuration without one.
+const BATCH_NORM_EPS: f64 = 1e-4;
 
 impl Default for VaeConfig {
     fn default() -> Self {
@@ -54,6 +63,7 @@ impl Default for VaeConfig {
             up_block_types: vec![],
             // diffusers' default is 32, whose tiles of 4 latents are of no use
             sample_size: TILE_PX.into(),
+            packed_eps: None,
         }
     }
 }
@@ -62,17 +72,26 @@ impl VaeConfig {
     /// Parses config.json. A value that would change the result and is not supported is an error
     /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
+        let is_packed = value.get("_class_name").is_some_and(|class| class == FLUX2);
+        let class = if is_packed { FLUX2 } else { "AutoencoderKL" };
         require_neutral(
             "VAE",
             value,
             &[
                 ("latents_mean", Value::Null),
                 ("latents_std", Value::Null),
-                ("_class_name", json!("AutoencoderKL")),
+                ("_class_name", json!(class)),
+                ("decoder_block_out_channels", Value::Null),
+                ("patch_size", json!([2, 2])),
             ],
         )?;
         require_booleans("VAE", value, &["force_upcast"])?;
-        let config: Self = parse("VAE", value)?;
+        let mut config: Self = parse("VAE", value)?;
+        if is_packed {
+            let eps = number("VAE", value, "batch_norm_eps")?;
+            config.packed_eps = Some(eps.unwrap_or(BATCH_NORM_EPS));
+            config.scaling_factor = 1.0;
+        }
         if config.block_out_channels.is_empty() {
             bail!("block_out_channels of the VAE is empty");
         }
@@ -112,8 +131,9 @@ impl VaeConfig {
 
     /// The scale of its latents.
     pub fn latent_format(&self) -> LatentFormat {
+        let of_each = if self.packed_eps.is_some() { 4 } else { 1 };
         LatentFormat {
-            channels: self.latent_channels,
+            channels: of_each * self.latent_channels,
             scaling_factor: self.scaling_factor,
             shift_factor: self.shift_factor.unwrap_or(0.0),
         }
@@ -121,7 +141,8 @@ impl VaeConfig {
 
     /// Pixels per latent, in each direction.
     pub fn factor(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
+        let packed = usize::from(self.packed_eps.is_some());
+        1 << (self.block_out_channels.len() - 1 + packed)
     }
 
     /// The side of the tiles of a tiled decode in pixels, as in diffusers.
@@ -143,6 +164,8 @@ pub struct Encoder {
     quant_conv: Option<Conv2d>,
     activation: Activation,
     latent_format: LatentFormat,
+    packing: Option<Packing>,
+    factor: usize,
 }
 
 impl Encoder {
@@ -154,6 +177,7 @@ impl Encoder {
             .then(|| Conv2d::new(&w.at("quant_conv"), moments, moments, 1))
             .transpose()?;
         let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let packing = Packing::of(w, config)?;
         let w = w.at("encoder");
         let widths = &config.block_out_channels;
         let (first, last) = (
@@ -191,6 +215,8 @@ impl Encoder {
             quant_conv,
             activation,
             latent_format: config.latent_format(),
+            packing,
+            factor: config.factor(),
         })
     }
 
@@ -204,12 +230,9 @@ impl Encoder {
     ) -> TensorResult<Posterior> {
         let rgb = ((rgb * 2.0)? - 1.0)?;
         let moments = match tile {
-            Some(side) => tiles::apply(
-                cx,
-                &rgb,
-                side << self.down_blocks.len().saturating_sub(1),
-                |cx, tile| self.moments(cx, tile),
-            )?,
+            Some(side) => tiles::apply(cx, &rgb, side * self.factor, |cx, tile| {
+                self.moments(cx, tile)
+            })?,
             None => self.moments(cx, &rgb)?,
         };
         let c = moments.dim(3)? / 2;
@@ -217,6 +240,11 @@ impl Encoder {
             moments.narrow(3, 0, c)?.contiguous()?,
             moments.narrow(3, c, c)?.clamp(-30.0, 20.0)?,
         );
+        if let Some(packing) = &self.packing {
+            // diffusers' pipelines take the mode
+            let mean = packing.process_in(&mean)?;
+            return Ok(Posterior { mean, std: None });
+        }
         let std = (logvar * 0.5)?.exp()?;
         Ok(Posterior {
             mean: self.latent_format.process_in(&mean)?,
@@ -258,6 +286,8 @@ pub struct Decoder {
     conv_out: Conv2d,
     activation: Activation,
     latent_format: LatentFormat,
+    packing: Option<Packing>,
+    channels: usize,
 }
 
 impl Decoder {
@@ -269,6 +299,7 @@ impl Decoder {
             .then(|| Conv2d::new(&w.at("post_quant_conv"), latent, latent, 1))
             .transpose()?;
         let activation = Activation::named(&config.act_fn, "act_fn")?;
+        let packing = Packing::of(w, config)?;
         let w = w.at("decoder");
         let widths: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
         let (first, last) = (
@@ -307,23 +338,29 @@ impl Decoder {
             conv_out: Conv2d::new(&w.at("conv_out"), last, 3, 3)?,
             activation,
             latent_format: config.latent_format(),
+            packing,
+            channels: latent,
         })
     }
 
     /// Decodes the model's latents [b, h, w, c] to RGB [b, factor*h, factor*w, 3],
     /// nominally in 0..=1. Errors if the channel count is not the VAE's.
     pub fn decode(&self, cx: Forward, latents: &Tensor) -> TensorResult<Tensor> {
-        let rgb = self.forward(cx, &self.latent_format.process_out(latents)?)?;
+        let latents = match &self.packing {
+            Some(packing) => packing.process_out(latents)?,
+            None => self.latent_format.process_out(latents)?,
+        };
+        let rgb = self.forward(cx, &latents)?;
         (rgb / 2.0)? + 0.5
     }
 
     /// The VAE's latents [b, h, w, c] -> RGB [b, factor*h, factor*w, 3] around -1..=1.
     pub fn forward(&self, cx: Forward, z: &Tensor) -> TensorResult<Tensor> {
         let channels = z.dim(3)?;
-        if channels != self.latent_format.channels {
+        if channels != self.channels {
             candle_core::bail!(
                 "the VAE decodes {} channels, the latents have {channels}",
-                self.latent_format.channels
+                self.channels
             );
         }
         let z = match &self.post_quant_conv {
@@ -345,6 +382,47 @@ impl Decoder {
             )?;
         }
         rgb.join()
+    }
+}
+
+/// How FLUX.2's model sees latents: each 2x2 of them as one of four times the channels, with the mean
+/// and the spread of a training's latents taken out of it.
+struct Packing {
+    /// [4c]
+    mean: Tensor,
+    std: Tensor,
+}
+
+impl Packing {
+    fn of(w: &Weights, config: &VaeConfig) -> Result<Option<Self>> {
+        let Some(eps) = config.packed_eps else {
+            return Ok(None);
+        };
+        let channels = [4 * config.latent_channels];
+        let w = w.at("bn");
+        Ok(Some(Self {
+            mean: w.get("running_mean", &channels)?,
+            std: (w.get("running_var", &channels)? + eps)?.sqrt()?,
+        }))
+    }
+
+    /// Latents of the VAE [b, 2h, 2w, c] -> latents of the model [b, h, w, 4c].
+    fn process_in(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let x = x
+            .reshape(&[b, h / 2, 2, w / 2, 2, c])?
+            .permute([0, 1, 3, 5, 2, 4])?
+            .reshape((b, h / 2, w / 2, 4 * c))?;
+        x.broadcast_sub(&self.mean)?.broadcast_div(&self.std)
+    }
+
+    /// Latents of the model [b, h, w, 4c] -> latents of the VAE [b, 2h, 2w, c].
+    fn process_out(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let x = x.broadcast_mul(&self.std)?.broadcast_add(&self.mean)?;
+        x.reshape(&[b, h, w, c / 4, 2, 2])?
+            .permute([0, 1, 4, 2, 5, 3])?
+            .reshape((b, 2 * h, 2 * w, c / 4))
     }
 }
 

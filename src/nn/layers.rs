@@ -4,7 +4,7 @@ use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout}
 use super::{Backend, Forward};
 use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{DType, Result as TensorResult, Tensor};
+use candle_core::{D, DType, Result as TensorResult, Tensor};
 use std::ops::Range;
 
 /// Reads `weight` in the type that the backend's products take.
@@ -473,6 +473,50 @@ impl LayerNorm {
             cx.backend.layer_norm(x, weight, bias, *eps)
         })
     }
+}
+
+impl LayerNorm {
+    /// The norm of networks whose modulation scales and shifts instead of weights.
+    pub fn without_weights(w: &Weights, width: usize, eps: f64) -> Result<Self> {
+        let weight = w.constant(1.0, width)?;
+        let bias = w.constant(0.0, width)?;
+        Ok(Self { weight, bias, eps })
+    }
+}
+
+/// Root mean square normalisation over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Reads `weight` `[width]`.
+    pub fn new(w: &Weights, width: usize, eps: f64) -> Result<Self> {
+        Ok(Self {
+            weight: w.get("weight", &[width])?,
+            eps,
+        })
+    }
+
+    /// Normalises [.., width], with sums in f32.
+    pub fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+        cx.timed("rms norm", [x.elem_count(), 0, 0], || {
+            candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps as f32)
+        })
+    }
+}
+
+/// Applies SiLU to the first half of the last dimension and multiplies it by the second (SwiGLU,
+/// Shazeer 2020, arXiv 2002.05202): [.., 2n] -> [.., n].
+pub fn swiglu(cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+    cx.timed("swiglu", [x.elem_count(), 0, 0], || {
+        let halves = x.chunk(2, D::Minus1)?;
+        let [gate, x] = halves.as_slice() else {
+            candle_core::bail!("an odd width cannot be halved")
+        };
+        candle_nn::ops::silu(&gate.contiguous()?)? * x
+    })
 }
 
 /// The nonlinearities that configurations name.

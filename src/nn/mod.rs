@@ -26,6 +26,7 @@ pub mod layers;
 pub mod padding;
 pub mod plain;
 pub mod profile;
+pub mod rotary;
 #[cfg(test)]
 pub mod testing;
 pub mod weights;

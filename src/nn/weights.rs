@@ -95,6 +95,12 @@ impl<'a> Weights<'a> {
             .to_device(self.device)?)
     }
 
+    /// A vector of one number, as [`Self::get`] would read it.
+    pub fn constant(&self, value: f64, width: usize) -> Result<Tensor> {
+        let vector = Tensor::full(value as f32, width, self.device)?;
+        Ok(vector.to_dtype(self.arithmetic())?)
+    }
+
     /// Reads a tensor as [`Self::get`] does, in the type in which large weights are kept: on CPUs,
     /// unless a narrower one was asked for, the type of the file, since products widen weights as
     /// they read them.
@@ -119,7 +125,8 @@ impl<'a> Weights<'a> {
     }
 
     /// The type of the arithmetic.
-    fn arithmetic(&self) -> DType {
+    /// The type that networks compute in: on CPUs f32, whatever their weights are kept in.
+    pub fn arithmetic(&self) -> DType {
         if self.backend == Backend::Cpu {
             DType::F32
         } else {

@@ -5,7 +5,7 @@ use super::preview::PreviewMap;
 use super::settings::Settings;
 use crate::error::ModelError;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
-use crate::sampling::SchedulerConfig;
+use crate::sampling::{Mu, SchedulerConfig};
 use crate::text::encoder::{AddedTokens, TextEncoderConfigs};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail};
@@ -55,7 +55,10 @@ impl PipelineConfig {
             base.backbone.latent_channels(),
         );
         if latent != out {
-            bail!("the U-Net of `{name}` draws in {out} channels, its VAE has {latent}");
+            bail!(
+                "the {} of `{name}` draws in {out} channels, its VAE has {latent}",
+                base.backbone.noun()
+            );
         }
         Ok(Self {
             preview: PreviewMap::of(&vae, base.added_ids > 0),
@@ -97,7 +100,7 @@ pub struct ModelConfig {
 
 impl ModelConfig {
     fn new(checkpoint: &Checkpoint) -> Result<Self> {
-        let backbone = BackboneConfig::from_json(checkpoint.config("unet")?)?;
+        let backbone = BackboneConfig::of(checkpoint)?;
         let encoder = TextEncoderConfigs::of(checkpoint)?;
         let added_ids = backbone.time_ids(encoder.pooled_dim())?;
         let pipeline = checkpoint.optional_config("pipeline");
@@ -120,6 +123,15 @@ impl ModelConfig {
             encoder,
             added_ids,
         })
+    }
+
+    /// Returns how the noise levels follow from the size of a picture, where the scheduler's file does
+    /// not say it.
+    pub fn mu(&self) -> Option<Mu> {
+        match self.backbone {
+            BackboneConfig::Flux2(_) => Some(Mu::Empirical),
+            BackboneConfig::UNet(_) => None,
+        }
     }
 
     /// Returns the strength of img2img; none where the network takes the source as an input and

@@ -4,7 +4,7 @@ use crate::model::BackboneConfig;
 use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
 use crate::weights::{Checkpoint, family_name};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
 /// A family of checkpoints that share their way of conditioning.
@@ -18,6 +18,8 @@ pub enum Family {
     Sdxl,
     /// finishes what SDXL began: the second encoder alone, and an aesthetic score
     SdxlRefiner,
+    /// FLUX.2 klein: a language model's states, and a transformer on packed latents
+    Flux2Klein,
 }
 
 /// What the plain command uses.
@@ -46,6 +48,14 @@ const SDXL: Defaults = Defaults {
     distilled: None,
 };
 
+/// diffusers' of the base model; the distilled one draws in four steps.
+const FLUX2_KLEIN: Defaults = Defaults {
+    steps: 50,
+    guidance: 4.0,
+    eta: None,
+    distilled: None,
+};
+
 /// Numbers that SDXL's U-Net is told of a picture: its original size, its crop, and its size.
 pub const BASE_IDS: usize = 6;
 /// Those of its refiner's: original size, crop, and an aesthetic score.
@@ -56,7 +66,7 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 13] = [
+pub const SHORT_NAMES: [(&str, &str); 15] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
@@ -76,6 +86,8 @@ pub const SHORT_NAMES: [(&str, &str); 13] = [
         "sdxl-refiner",
         "stabilityai/stable-diffusion-xl-refiner-1.0",
     ),
+    ("klein", "black-forest-labs/FLUX.2-klein-4B"),
+    ("klein-base", "black-forest-labs/FLUX.2-klein-base-4B"),
 ];
 
 /// The same of VAEs.
@@ -89,9 +101,24 @@ impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are
     /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
-        let unet = checkpoint.config("unet")?;
-        let pooled = TextEncoderConfigs::of(checkpoint)?.pooled_dim();
-        let ids = BackboneConfig::from_json(unet)?.time_ids(pooled)?;
+        let encoders = TextEncoderConfigs::of(checkpoint)?;
+        let backbone = BackboneConfig::of(checkpoint)?;
+        if let BackboneConfig::Flux2(config) = &backbone {
+            let (own, wanted) = (encoders.context_dim(), config.joint_attention_dim);
+            ensure!(
+                encoders.is_chat() && own == wanted,
+                "the text encoder of `{}` gives embeddings of width {own}, its transformer takes {wanted}\n\nhint: the parts of the model do not belong together; fetch it again",
+                checkpoint.name
+            );
+            return Ok(Self::Flux2Klein);
+        }
+        ensure!(
+            !encoders.is_chat(),
+            "the text encoder of `{}` is a language model, which no U-Net reads\n\nhint: the parts of the model do not belong together; fetch it again",
+            checkpoint.name
+        );
+        let pooled = encoders.pooled_dim();
+        let ids = backbone.time_ids(pooled)?;
         if pooled.is_some() {
             return match ids {
                 BASE_IDS => Ok(Self::Sdxl),
@@ -120,6 +147,7 @@ impl Family {
             Self::Sd2 => family_name::SD2,
             Self::Sdxl => family_name::SDXL,
             Self::SdxlRefiner => family_name::SDXL_REFINER,
+            Self::Flux2Klein => family_name::FLUX2_KLEIN,
         }
     }
 
@@ -131,14 +159,31 @@ impl Family {
         let family = match self {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
             Self::Sdxl | Self::SdxlRefiner => SDXL,
+            Self::Flux2Klein => FLUX2_KLEIN,
         };
-        let defaults = distilled(checkpoint).unwrap_or(family);
+        let distilled = match self {
+            Self::Flux2Klein => klein_distilled(checkpoint),
+            _ => distilled(checkpoint),
+        };
+        let defaults = distilled.unwrap_or(family);
         Defaults {
             steps: number("steps").map_or(defaults.steps, |s| s as usize),
             guidance: number("guidance").unwrap_or(defaults.guidance),
             ..defaults
         }
     }
+}
+
+/// What a FLUX.2 klein that says it was distilled draws with.
+fn klein_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let index = checkpoint.optional_config("pipeline")?;
+    let is_distilled = index.get("is_distilled").and_then(Value::as_bool)?;
+    is_distilled.then_some(Defaults {
+        steps: 4,
+        guidance: 1.0,
+        eta: None,
+        distilled: Some("to four steps without guidance"),
+    })
 }
 
 /// The name, of a LoRA or else of the model, that tells of a distillation, and what it tells.

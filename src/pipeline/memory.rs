@@ -3,6 +3,7 @@
 use super::Pipeline;
 use super::job::Job;
 use super::settings::Settings;
+use crate::model::BackboneConfig;
 use crate::nn::cpu::peak_flops;
 use crate::nn::device::require_memory;
 use crate::weights::Checkpoint;
@@ -17,8 +18,10 @@ impl Pipeline {
     /// denoising network with its activations, or the VAE with its own, whichever is larger.
     pub fn memory_bytes(&self, jobs: &[&Job], batch_size: usize) -> u64 {
         let checkpoint = &self.checkpoint;
-        let base = checkpoint.stored_bytes("unet");
-        let refiner = checkpoint.refiner().map_or(0, |it| it.stored_bytes("unet"));
+        let base = self.weight_bytes();
+        let refiner = checkpoint
+            .refiner()
+            .map_or(0, |it| it.stored_bytes(it.denoiser()));
         // the base of a single batch is freed before its refiner is read
         let weights = if jobs.len() > batch_size {
             base + refiner
@@ -36,7 +39,7 @@ impl Pipeline {
 
     /// The bytes of the denoising network's weights, which every image needs.
     pub fn weight_bytes(&self) -> u64 {
-        self.checkpoint.stored_bytes("unet")
+        self.checkpoint.stored_bytes(self.checkpoint.denoiser())
     }
 
     /// Estimates the peak memory of decoding an image, in bytes, with the weights of the VAE.
@@ -65,7 +68,10 @@ impl Pipeline {
             *known.entry((h, w)).or_insert_with(|| {
                 let factor = self.config.vae.factor();
                 let area = (h / factor * (w / factor)) as f64;
-                let unet = unet_operations(&self.checkpoint, area);
+                let unet = match &self.config.base.backbone {
+                    BackboneConfig::UNet(_) => unet_operations(&self.checkpoint, area),
+                    BackboneConfig::Flux2(config) => config.operations(area),
+                };
                 (unet, decoder_operations(&self.checkpoint, area))
             })
         };

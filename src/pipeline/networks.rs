@@ -70,11 +70,13 @@ impl ModelNetworks {
         events: &Events,
     ) -> Result<Arc<Backbone>> {
         self.backbone.get_or_read(|| {
-            events.stage("reading the U-Net");
+            events.stage(&format!("reading the {}", model.config.backbone.noun()));
             let to = (&compute.device, compute.dtype);
             model
                 .checkpoint
-                .read_network("unet", &[], to, |w| model.config.backbone.build(w))
+                .read_network(model.checkpoint.denoiser(), &[], to, |w| {
+                    model.config.backbone.build(w)
+                })
         })
     }
 }
@@ -107,7 +109,10 @@ impl Networks {
     ) -> Result<Arc<Encoder>> {
         self.vae_encoder.get_or_read(|| {
             events.stage("encoding the picture");
-            let (parts, to) = (["encoder.", "quant_conv."], (&compute.device, DType::F32));
+            let (parts, to) = (
+                ["encoder.", "quant_conv.", "bn."],
+                (&compute.device, DType::F32),
+            );
             checkpoint.read_network("vae", &parts, to, |w| config.vae.encoder(w))
         })
     }
@@ -123,7 +128,7 @@ impl Networks {
         self.vae_decoder.get_or_read(|| {
             events.stage("reading the VAE");
             let (parts, to) = (
-                ["decoder.", "post_quant_conv."],
+                ["decoder.", "post_quant_conv.", "bn."],
                 (&compute.device, DType::F32),
             );
             checkpoint.read_network("vae", &parts, to, |w| config.vae.decoder(w))

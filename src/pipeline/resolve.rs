@@ -126,6 +126,8 @@ struct PlanKey {
     refine_at: Option<f64>,
     strength: Option<f64>,
     hires_strength: Option<f64>,
+    /// tokens of the picture, and of that of the second pass, where levels depend on them
+    tokens: [usize; 2],
 }
 
 /// The sampling plans of a job, in the order of [`Job`].
@@ -229,7 +231,17 @@ impl<'a> Resolver<'a> {
             Some(named) => named.sampler,
             None => base.scheduler.sampler().context(ModelError)?,
         };
-        let prompt_syntax = options.prompt_syntax.unwrap_or(Syntax::A1111);
+        let is_chat = base.encoder.is_chat();
+        let prompt_syntax = options.prompt_syntax.unwrap_or(match is_chat {
+            true => Syntax::Plain,
+            false => Syntax::A1111,
+        });
+        if is_chat && prompt_syntax == Syntax::A1111 {
+            bail!(
+                "`--prompt-syntax a1111` means nothing to `{}`, which reads prompts as sentences\n\nhint: leave it out",
+                self.model
+            );
+        }
         let text = |text: &Arc<str>| match (prompt_syntax, without_comments(text)) {
             (Syntax::A1111, Cow::Owned(text)) => Arc::from(text),
             _ => text.clone(),
@@ -425,6 +437,18 @@ impl<'a> Resolver<'a> {
                 .find(|(_, is_given)| *is_given)
                 .map(|(name, _)| *name)
         };
+        let of_unets = given(&[
+            ("tile", settings.tile.is_some()),
+            ("deep-cache", settings.deep_cache > 1),
+            ("clip-skip", settings.clip_skip > 1),
+            ("prediction", settings.prediction != Prediction::Flow),
+        ]);
+        if let (true, Some(name)) = (config.base.scheduler.is_flow(), of_unets) {
+            bail!(
+                "`--{name}` means nothing to `{}`\n\nhint: leave it out; only U-Nets take it",
+                settings.model
+            );
+        }
         let sizes = given(&[
             ("original-size", settings.original_size.is_some()),
             ("crop", settings.crop.is_some()),
@@ -474,6 +498,7 @@ impl<'a> Resolver<'a> {
             refine_at: settings.refine_at,
             strength: settings.strength,
             hires_strength: settings.hires.map(|hires| hires.strength),
+            tokens: self.tokens(settings),
         };
         if let Some((_, plans)) = self.plans.iter().find(|(other, _)| *other == key) {
             return Ok(plans.clone());
@@ -481,6 +506,21 @@ impl<'a> Resolver<'a> {
         let plans = self.new_plans(&key)?;
         self.plans.push((key, plans.clone()));
         Ok(plans)
+    }
+
+    /// Latents of an image, and of its second pass, where levels depend on them; else 0.
+    fn tokens(&self, settings: &Settings) -> [usize; 2] {
+        let config = &self.pipeline.config;
+        if !config.base.scheduler.is_flow() {
+            return [0; 2];
+        }
+        let factor = config.vae.factor();
+        let tokens = |width: usize, height: usize| (width / factor) * (height / factor);
+        let (width, height) = settings.final_size();
+        [
+            tokens(settings.width, settings.height),
+            tokens(width, height),
+        ]
     }
 
     fn new_plans(&self, key: &PlanKey) -> Result<Plans> {
@@ -498,17 +538,20 @@ impl<'a> Resolver<'a> {
         // latent consistency models, which are known by their guidance input, take all steps
         // whatever the strength
         let takes_all_steps = config.base.backbone.embeds_guidance();
-        let from_image = |strength| {
+        let [own, larger] = key
+            .tokens
+            .map(|tokens| scheduler.clone().for_picture(tokens, config.base.mu()));
+        let from_image = |scheduler, strength| {
             let all = takes_all_steps;
-            plan_img2img(&scheduler, sampler, schedule, steps, eta, strength, all)
+            plan_img2img(scheduler, sampler, schedule, steps, eta, strength, all)
         };
         let whole = match key.strength {
-            Some(strength) => from_image(strength)?,
-            None => plan(&scheduler, sampler, schedule, steps, eta)?,
+            Some(strength) => from_image(&own, strength)?,
+            None => plan(&own, sampler, schedule, steps, eta)?,
         };
         let hires = key
             .hires_strength
-            .map(from_image)
+            .map(|strength| from_image(&larger, strength))
             .transpose()
             .context("`--hires-strength`")?;
         let (base, refiner) = match (&config.refiner, refine_at) {

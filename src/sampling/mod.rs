@@ -1,10 +1,11 @@
 //! Samplers, their noise levels and their noise: numbers only, no network.
 //!
 //! A run goes through these files: `scheduler_config` reads the checkpoint's settings, `plan` lays
-//! out timesteps and sigmas by them (`timesteps`, `sigmas`, `noise_levels`), and `sampler` walks
+//! out timesteps and sigmas by them (`timesteps`, `sigmas`, `noise_levels`; `flow`), and `sampler` walks
 //! them. `kinds` is the table of samplers and schedules, `prediction` turns a network's output
 //! into an estimate of the clean latents, and [`noise`] is torch's.
 
+mod flow;
 mod kinds;
 pub mod noise;
 mod noise_levels;
@@ -15,6 +16,7 @@ mod scheduler_config;
 mod sigmas;
 mod timesteps;
 
+pub use flow::Mu;
 pub use kinds::{NamedSampler, Sampler, Schedule};
 pub use plan::{SamplingPlan, plan, plan_img2img};
 pub use prediction::{Prediction, Scalings};

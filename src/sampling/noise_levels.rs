@@ -16,12 +16,18 @@ use serde::Deserialize;
 use crate::sampling::prediction::{Prediction, Scalings};
 use crate::sampling::sigmas::linspace_f32;
 
+/// The timestep that networks of flow matching are told of pure noise.
+const FLOW_TIMESTEPS: f64 = 1000.0;
+
 /// The noise levels of a network. k-diffusion's `DiscreteSchedule`, ComfyUI's `ModelSampling`.
 #[derive(Clone, Debug)]
 pub enum NoiseLevels {
     /// Those of a diffusion in discrete steps, x = x0 + sigma * noise; the network sees
     /// x / sqrt(1 + sigma^2) and is told the step.
     Discrete(DiscreteLevels),
+    /// Those of flow matching, x = (1 - sigma) x0 + sigma * noise, from 1 to 0; the network sees x,
+    /// is told a thousand times sigma and predicts noise - x0.
+    Flow,
 }
 
 impl NoiseLevels {
@@ -29,6 +35,7 @@ impl NoiseLevels {
     pub fn add_noise(&self, x0: &Tensor, noise: &Tensor, sigma: f64) -> Result<Tensor> {
         match self {
             Self::Discrete(_) => x0 + (noise * sigma)?,
+            Self::Flow => (x0 * (1.0 - sigma))? + (noise * sigma)?,
         }
     }
 
@@ -36,6 +43,11 @@ impl NoiseLevels {
     pub fn scalings(&self, prediction: Prediction, sigma: f64) -> Scalings {
         match self {
             Self::Discrete(_) => prediction.scalings(sigma),
+            Self::Flow => Scalings {
+                c_skip: 1.0,
+                c_out: -sigma,
+                c_in: 1.0,
+            },
         }
     }
 
@@ -43,6 +55,7 @@ impl NoiseLevels {
     pub fn timestep(&self, sigma: f64) -> f64 {
         match self {
             Self::Discrete(levels) => levels.timestep(sigma),
+            Self::Flow => FLOW_TIMESTEPS * sigma,
         }
     }
 
@@ -50,6 +63,7 @@ impl NoiseLevels {
     pub fn variance_preserving_scale(&self, sigma: f64) -> f64 {
         match self {
             Self::Discrete(_) => sigma.hypot(1.0),
+            Self::Flow => 1.0,
         }
     }
 }

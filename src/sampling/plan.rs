@@ -53,6 +53,43 @@ pub struct SamplingPlan {
 }
 
 impl SamplingPlan {
+    /// A run of a model of flow matching over these levels, without its first `skipped` steps.
+    fn of_flow(
+        config: &SchedulerConfig,
+        sampler: Sampler,
+        sigmas: Vec<f64>,
+        solver: Solver,
+        skipped: usize,
+    ) -> Self {
+        let noise_levels = NoiseLevels::Flow;
+        let steps = sigmas.len().saturating_sub(1);
+        let timesteps = sigmas.iter().take(steps);
+        let mut plan = Self {
+            sampler,
+            timesteps: timesteps
+                .map(|sigma| noise_levels.timestep(*sigma))
+                .collect(),
+            sigmas,
+            middle_timesteps: vec![],
+            middle_sigmas: vec![],
+            transfers: vec![],
+            eta: 0.0,
+            clip: None,
+            solver,
+            large_variance: false,
+            prk_evaluations: 0,
+            timestep_scaling: config.timestep_scaling,
+            before: 0,
+            after: 0,
+            noise_levels: Arc::new(noise_levels),
+            prediction: config.prediction,
+            train_timesteps: config.train_timesteps,
+            init_noise_sigma: 1.0,
+        };
+        plan.drop_first(skipped);
+        plan
+    }
+
     /// The factor of the unit noise that a run starts from.
     pub fn init_noise_sigma(&self) -> f64 {
         self.init_noise_sigma
@@ -187,7 +224,12 @@ pub fn plan_img2img(
     strength: f64,
     in_all_steps: bool,
 ) -> Result<SamplingPlan> {
-    let taken = (steps as f64 * strength) as usize;
+    let all = steps as f64;
+    // pipelines of flow matching round the other way
+    let taken = match config.is_flow() {
+        true => steps - (all - all * strength) as usize,
+        false => (all * strength) as usize,
+    };
     let least = (1.0 / steps as f64 * 1000.0).ceil() / 1000.0;
     ensure!(
         taken > 0,
@@ -219,6 +261,12 @@ fn plan_part(
     let settings = config.for_sampler(sampler, schedule)?;
     let eta = resolve_eta(sampler, eta)?;
     let solver = settings.solver()?;
+    if let Some(flow) = &config.flow {
+        let sigmas = config.flow_sigmas(flow, sampler, schedule, steps)?;
+        return Ok(SamplingPlan::of_flow(
+            config, sampler, sigmas, solver, skipped,
+        ));
+    }
     let training = settings.noise_levels();
     let grid = settings.traits.grid;
     let levels = match grid {

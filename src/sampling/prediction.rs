@@ -21,6 +21,9 @@ pub enum Prediction {
     /// The clean latents themselves.
     #[serde(alias = "original_sample")]
     Sample,
+    /// The noise less the clean latents, of flow matching.
+    #[serde(alias = "flow_prediction")]
+    Flow,
 }
 
 /// The three numbers of `denoised = c_skip * x + c_out * network(c_in * x, timestep)`, Karras et
@@ -41,18 +44,20 @@ impl fmt::Display for Prediction {
             Self::Epsilon => "epsilon",
             Self::V => "v",
             Self::Sample => "sample",
+            Self::Flow => "flow",
         })
     }
 }
 
 impl Prediction {
     /// The scalings at noise level `sigma` (above 0) of x = x0 + sigma * noise, for a network that
-    /// was trained on variance-preserving inputs, x / sqrt(1 + sigma^2).
+    /// was trained on variance-preserving inputs, x / sqrt(1 + sigma^2); flow matching has levels of
+    /// its own.
     pub fn scalings(self, sigma: f64) -> Scalings {
         let variance = sigma * sigma + 1.0;
         let c_in = variance.sqrt().recip();
         let (c_skip, c_out) = match self {
-            Self::Epsilon => (1.0, -sigma),
+            Self::Epsilon | Self::Flow => (1.0, -sigma),
             Self::V => (variance.recip(), -sigma * c_in),
             Self::Sample => (0.0, 1.0),
         };

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::sampling::flow::{FlowConfig, Mu, TimeShift};
 use crate::sampling::kinds::{ClassTraits, FinalLevel, Sampler, Schedule};
 use crate::sampling::noise_levels::{BetaSchedule, DiscreteLevels};
 use crate::sampling::prediction::Prediction;
@@ -128,6 +129,8 @@ pub struct SchedulerConfig {
     pub(super) timestep_scaling: f64,
     /// Read as diffusers' Stable Diffusion pipelines read it, see [`Self::for_pipeline`].
     pipeline: bool,
+    /// Of a model of flow matching, to which most of the others mean nothing.
+    pub(super) flow: Option<FlowConfig>,
 }
 
 /// The keys of the multistep solvers.
@@ -176,13 +179,14 @@ impl SchedulerConfig {
             .as_object()
             .context("the scheduler's config is not a JSON object")?;
         let keys = Keys(map);
-        let refused = [
-            "thresholding",
-            "use_flow_sigmas",
-            "use_dynamic_shifting",
-            "solver_p",
-        ];
+        let flow = (keys.or("_class_name", String::new())? == FLOW_CLASS)
+            .then(|| FlowConfig::read(&keys))
+            .transpose()?;
+        let refused = ["thresholding", "use_flow_sigmas", "solver_p"];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
+        if flow.is_none() {
+            keys.refuse("use_dynamic_shifting")?;
+        }
         let mut solver = SolverConfig::read(&keys)?;
         let class: String = keys
             .get("_class_name")?
@@ -198,7 +202,10 @@ impl SchedulerConfig {
             "the scheduler's `num_train_timesteps` is {train_timesteps}, which is not supported"
         );
         let config = Self {
-            prediction: keys.or("prediction_type", Prediction::Epsilon)?,
+            prediction: match flow {
+                Some(_) => Prediction::Flow,
+                None => keys.or("prediction_type", Prediction::Epsilon)?,
+            },
             sampler,
             class,
             train_timesteps,
@@ -225,6 +232,7 @@ impl SchedulerConfig {
             original_inference_steps: keys.or("original_inference_steps", 50)?,
             timestep_scaling: keys.or("timestep_scaling", 10.0)?,
             pipeline: false,
+            flow,
         };
         config.check()
     }
@@ -240,6 +248,21 @@ impl SchedulerConfig {
         self
     }
 
+    /// The same for a picture of so many tokens, by this rule of the model's family, of which the
+    /// levels of flow matching may depend.
+    pub fn for_picture(mut self, tokens: usize, rule: Option<Mu>) -> Self {
+        if let Some(flow) = &mut self.flow {
+            flow.tokens = tokens;
+            flow.mu = rule.unwrap_or(flow.mu);
+        }
+        self
+    }
+
+    /// Whether it is of a model of flow matching.
+    pub fn is_flow(&self) -> bool {
+        self.flow.is_some()
+    }
+
     /// The sampler of the checkpoint's scheduler class. Errors if there is none for it.
     pub fn sampler(&self) -> Result<Sampler> {
         self.sampler.with_context(|| {
@@ -249,6 +272,26 @@ impl SchedulerConfig {
                 self.class
             )
         })
+    }
+
+    /// The levels of n steps of flow matching. Errors if the sampler or the schedule is not for it.
+    pub(super) fn flow_sigmas(
+        &self,
+        flow: &FlowConfig,
+        sampler: Sampler,
+        schedule: Option<Schedule>,
+        n: usize,
+    ) -> Result<Vec<f64>> {
+        ensure!(
+            sampler == Sampler::Euler,
+            "`{sampler}` does not draw with models of flow matching\n\nhint: `--sampler euler` does"
+        );
+        if let Some(schedule) = schedule {
+            bail!(
+                "models of flow matching do not follow the schedule `{schedule}`\n\nhint: leave `--schedule` out; they have levels of their own"
+            );
+        }
+        flow.sigmas(n)
     }
 
     /// The settings of a sampler's class, with `schedule` in place of the file's. Errors if the
@@ -328,6 +371,48 @@ impl SolverConfig {
     }
 }
 
+/// The class of flow matching.
+const FLOW_CLASS: &str = "FlowMatchEulerDiscreteScheduler";
+
+impl FlowConfig {
+    fn read(keys: &Keys) -> Result<Self> {
+        let refused = [
+            "invert_sigmas",
+            "stochastic_sampling",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+        ];
+        refused.iter().try_for_each(|key| keys.refuse(key))?;
+        let number = |key: &str, default: f64| keys.or(key, default);
+        let is_dynamic = keys.or("use_dynamic_shifting", false)?;
+        let kind = keys.or("time_shift_type", TimeShift::Exponential)?;
+        let shift = number("shift", 1.0)?;
+        ensure!(
+            shift > 0.0 && shift < 1e6,
+            "the scheduler's `shift` is {shift}, which is not supported"
+        );
+        Ok(Self {
+            shift,
+            dynamic: is_dynamic.then_some(kind),
+            mu: Mu::Linear([
+                (
+                    number("base_image_seq_len", 256.0)?,
+                    number("base_shift", 0.5)?,
+                ),
+                (
+                    number("max_image_seq_len", 4096.0)?,
+                    number("max_shift", 1.15)?,
+                ),
+            ]),
+            shift_terminal: keys
+                .get::<f64>("shift_terminal")?
+                .filter(|level| *level != 0.0),
+            tokens: 0,
+        })
+    }
+}
+
 /// Parts of the names of classes that scale latents or noise in another way: models that come with
 /// them cannot be drawn by the samplers here.
 const OTHER_KINDS: [(&str, &str); 8] = [
@@ -344,6 +429,9 @@ const OTHER_KINDS: [(&str, &str); 8] = [
 /// The sampler of the file's class, if there is one: where several share it, that of the file's
 /// algorithm and, if there is one, of its order. Errors if the class is for models of another kind.
 fn read_class(class: &str, solver: &SolverConfig) -> Result<Option<Sampler>> {
+    if class == FLOW_CLASS {
+        return Ok(Some(Sampler::Euler));
+    }
     if let Some((_, kind)) = OTHER_KINDS.iter().find(|(part, _)| class.contains(part)) {
         bail!("the scheduler's `_class_name` is \"{class}\", of {kind}, which sdgen does not draw");
     }

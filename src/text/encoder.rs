@@ -5,13 +5,14 @@
 
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Segment, Syntax, segments};
+use super::qwen3::{ChatTokenizer, Qwen3, Qwen3Config};
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
-use crate::nn::weights::Weights;
 use crate::weights::{Checkpoint, ENCODERS};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -57,39 +58,22 @@ impl PromptEmbeds {
 #[derive(Debug, Clone)]
 enum TextEncoderConfig {
     Clip(ClipConfig),
+    Qwen3(Qwen3Config),
 }
 
 impl TextEncoderConfig {
-    /// The most tokens that it takes at once.
-    fn max_tokens(&self) -> usize {
-        match self {
-            Self::Clip(config) => config.max_position_embeddings,
+    /// Parses the configuration of either architecture.
+    fn from_json(config: &Value) -> Result<Self> {
+        if Qwen3Config::is_of(config) {
+            return Qwen3Config::from_json(config).map(Self::Qwen3);
         }
+        ClipConfig::from_json(config).map(Self::Clip)
     }
 
-    fn vocab_size(&self) -> usize {
+    fn clip(&self) -> Option<&ClipConfig> {
         match self {
-            Self::Clip(config) => config.vocab_size,
-        }
-    }
-
-    /// The width of its token embeddings and hidden states.
-    fn hidden_size(&self) -> usize {
-        match self {
-            Self::Clip(config) => config.hidden_size,
-        }
-    }
-
-    fn layers(&self) -> usize {
-        match self {
-            Self::Clip(config) => config.num_hidden_layers,
-        }
-    }
-
-    /// The width of the projection of the whole text.
-    fn projection_dim(&self) -> usize {
-        match self {
-            Self::Clip(config) => config.projection_dim,
+            Self::Clip(config) => Some(config),
+            Self::Qwen3(_) => None,
         }
     }
 }
@@ -104,8 +88,7 @@ impl TextEncoderConfigs {
         let mut configs = vec![];
         for name in ENCODERS {
             if let Some(config) = checkpoint.optional_config(name) {
-                let config = TextEncoderConfig::Clip(ClipConfig::from_json(config)?);
-                configs.push((name, config));
+                configs.push((name, TextEncoderConfig::from_json(config)?));
             }
         }
         Ok(Self(configs))
@@ -117,41 +100,71 @@ impl TextEncoderConfigs {
         self.0
             .iter()
             .find(|(name, _)| *name == ENCODERS[1])
-            .map(|(_, config)| config.projection_dim())
+            .and_then(|(_, config)| Some(config.clip()?.projection_dim))
     }
 
-    /// The largest `clip_skip`: one more would leave an encoder without layers.
+    /// Whether prompts are read as a conversation, by a language model.
+    pub fn is_chat(&self) -> bool {
+        self.0.iter().any(|(_, config)| config.clip().is_none())
+    }
+
+    /// The width of the embeddings that a network attends to.
+    pub fn context_dim(&self) -> usize {
+        let width = |(_, config): &(_, TextEncoderConfig)| match config {
+            TextEncoderConfig::Clip(config) => config.hidden_size,
+            TextEncoderConfig::Qwen3(config) => KLEIN_TAPS.len() * config.hidden_size,
+        };
+        self.0.iter().map(width).sum()
+    }
+
+    /// The largest `clip_skip`: one more would leave an encoder without layers, or take others than
+    /// those that a language model is read at.
     pub fn layers(&self) -> usize {
+        if self.is_chat() {
+            return 1;
+        }
         let unused = usize::from(self.pooled_dim().is_some());
         self.0
             .iter()
-            .map(|(_, config)| config.layers().saturating_sub(unused))
+            .filter_map(|(_, config)| Some(config.clip()?.num_hidden_layers.saturating_sub(unused)))
             .min()
             .unwrap_or(0)
     }
 
-    /// Builds the tokenizer of each encoder, which knows the checkpoint's textual inversions too:
-    /// their ids follow the vocabulary's. Errors if one of them was not made for these encoders.
+    /// Builds the tokenizer of each of CLIP's encoders, which knows the checkpoint's textual
+    /// inversions too: their ids follow the vocabulary's. Errors if one of them was not made for
+    /// these encoders.
     fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
-        let tokenizer = |(name, config): &(&'static str, TextEncoderConfig)| {
+        if let (true, Some(embedding)) = (self.is_chat(), checkpoint.embeddings().first()) {
+            bail!(
+                "{}",
+                embedding.mismatch("the text encoder of this model learns no words so")
+            );
+        }
+        let tokenizer = |(name, config): (&'static str, &ClipConfig)| {
             let source = checkpoint.tokenizer(name)?;
             let mut tokenizer = Tokenizer::new(&source.files, &source.config)?;
-            tokenizer.require_rows(config.vocab_size(), name)?;
-            let mut next = config.vocab_size() as u32;
+            tokenizer.require_rows(config.vocab_size, name)?;
+            let mut next = config.vocab_size as u32;
             for embedding in checkpoint.embeddings() {
-                embedding.vectors_for(name, config.hidden_size())?;
+                embedding.vectors_for(name, config.hidden_size)?;
                 ensure!(
                     self.pooled_dim().is_some() || embedding.parts.len() == 1,
                     "{}",
                     embedding.mismatch("the one encoder of this model takes one kind")
                 );
                 let end = next + embedding.vectors as u32;
-                tokenizer.add_token(&embedding.token, next..end, config.max_tokens())?;
+                let most = config.max_position_embeddings;
+                tokenizer.add_token(&embedding.token, next..end, most)?;
                 next = end;
             }
             Ok(tokenizer)
         };
-        self.0.iter().map(tokenizer).collect()
+        let clips = self
+            .0
+            .iter()
+            .filter_map(|(name, config)| Some((*name, config.clip()?)));
+        clips.map(tokenizer).collect()
     }
 
     /// The words of texts that are not in the first encoder's vocabulary, neither as they stand nor,
@@ -221,38 +234,18 @@ enum HiddenStates {
     Penultimate,
 }
 
-/// A text encoder of any architecture.
-enum TextEncoder {
-    Clip { clip: Clip, output: HiddenStates },
+/// The layers of Qwen3 whose outputs FLUX.2 klein's network is told of.
+const KLEIN_TAPS: [usize; 3] = [9, 18, 27];
+
+/// One of CLIP's encoders with its tokenizer.
+struct ClipPart {
+    tokenizer: Tokenizer,
+    clip: Clip,
+    output: HiddenStates,
+    config: ClipConfig,
 }
 
-impl TextEncoder {
-    /// Reads an encoder; `has_projection` says whether it projects the whole text.
-    fn new(
-        weights: &Weights,
-        config: &TextEncoderConfig,
-        output: HiddenStates,
-        has_projection: bool,
-    ) -> Result<Self> {
-        match config {
-            TextEncoderConfig::Clip(config) => {
-                let clip = if has_projection {
-                    Clip::with_projection(weights, config)
-                } else {
-                    Clip::new(weights, config)
-                }?;
-                Ok(Self::Clip { clip, output })
-            }
-        }
-    }
-
-    /// Adds embeddings [n, hidden] for the ids that follow the vocabulary's.
-    fn add_embeddings(&mut self, rows: &[&Tensor]) -> Result<()> {
-        match self {
-            Self::Clip { clip, .. } => clip.add_embeddings(rows),
-        }
-    }
-
+impl ClipPart {
     /// Encodes token ids [n]: hidden states [1, n, hidden] as they are `skip` layers before the
     /// usual ones, and the pooled projection [1, projection] where there is one.
     fn encode(
@@ -261,19 +254,22 @@ impl TextEncoder {
         ids: &[u32],
         skip: usize,
     ) -> TensorResult<(Tensor, Option<Tensor>)> {
-        match self {
-            Self::Clip { clip, output } => match output {
-                HiddenStates::Last => Ok((clip.forward(cx, ids, skip)?, None)),
-                HiddenStates::Penultimate => clip.penultimate(cx, ids, skip),
-            },
+        match self.output {
+            HiddenStates::Last => Ok((self.clip.forward(cx, ids, skip)?, None)),
+            HiddenStates::Penultimate => self.clip.penultimate(cx, ids, skip),
         }
     }
 }
 
 /// All text encoders of a checkpoint, with their tokenizers.
 pub struct PromptEncoder {
-    parts: Vec<(Tokenizer, TextEncoder, TextEncoderConfig)>,
+    parts: Parts,
     device: Device,
+}
+
+enum Parts {
+    Clip(Vec<ClipPart>),
+    Chat(Box<(ChatTokenizer, Qwen3)>),
 }
 
 impl PromptEncoder {
@@ -288,24 +284,49 @@ impl PromptEncoder {
         } else {
             HiddenStates::Last
         };
-        let mut parts = vec![];
-        for ((name, config), tokenizer) in configs.0.iter().zip(configs.tokenizers(checkpoint)?) {
-            let to = (&compute.device, compute.dtype);
-            let has_projection = *name == ENCODERS[1];
-            let mut encoder = checkpoint.read_network(name, &[], to, |weights| {
-                TextEncoder::new(weights, config, output, has_projection)
+        let to = (&compute.device, compute.dtype);
+        let device = compute.device.clone();
+        let tokenizers = configs.tokenizers(checkpoint)?;
+        if let Some((name, TextEncoderConfig::Qwen3(config))) = configs.0.first() {
+            let tokenizer = ChatTokenizer::new(checkpoint.tokenizer(name)?, config.vocab_size)?;
+            // later layers, and what makes words of their output, are not read
+            let depth = KLEIN_TAPS.into_iter().max().unwrap_or(0);
+            let layers = (0..depth).map(|i| format!("model.layers.{i}."));
+            let used: Vec<String> = layers.collect();
+            let used: Vec<&str> = used.iter().map(String::as_str).collect();
+            let network = checkpoint.read_network(name, &used, to, |weights| {
+                Qwen3::new(weights, config, &KLEIN_TAPS)
             })?;
+            let parts = Parts::Chat(Box::new((tokenizer, network)));
+            return Ok(Self { parts, device });
+        }
+        let mut parts = vec![];
+        for ((name, config), tokenizer) in configs.0.iter().zip(tokenizers) {
+            let Some(config) = config.clip() else {
+                continue;
+            };
+            let has_projection = *name == ENCODERS[1];
+            let mut clip =
+                checkpoint.read_network(name, &[], to, |weights| match has_projection {
+                    true => Clip::with_projection(weights, config),
+                    false => Clip::new(weights, config),
+                })?;
             let learned = checkpoint
                 .embeddings()
                 .iter()
-                .map(|embedding| embedding.vectors_for(name, config.hidden_size()))
+                .map(|embedding| embedding.vectors_for(name, config.hidden_size))
                 .collect::<Result<Vec<_>>>()?;
-            encoder.add_embeddings(&learned)?;
-            parts.push((tokenizer, encoder, config.clone()));
+            clip.add_embeddings(&learned)?;
+            parts.push(ClipPart {
+                tokenizer,
+                clip,
+                output,
+                config: config.clone(),
+            });
         }
         Ok(Self {
-            parts,
-            device: compute.device.clone(),
+            parts: Parts::Clip(parts),
+            device,
         })
     }
 
@@ -318,18 +339,32 @@ impl PromptEncoder {
         skip: usize,
         syntax: Syntax,
     ) -> Result<(PromptEmbeds, Option<String>)> {
+        let cx = Forward::on(&self.device);
+        let clips = match &self.parts {
+            Parts::Clip(clips) => clips,
+            Parts::Chat(chat) => {
+                let (tokenizer, network) = &**chat;
+                let tokens = tokenizer.encode(text)?;
+                let embeds = PromptEmbeds {
+                    prompt_embeds: network.forward(cx, &tokens.ids, tokens.len)?,
+                    token_ids: tokens.ids,
+                    pooled_prompt_embeds: None,
+                };
+                return Ok((embeds, tokens.cut));
+            }
+        };
         let segments = match syntax {
             Syntax::A1111 => Some(segments(text)?),
             Syntax::Plain => None,
         };
         let (mut token_ids, mut prompt_embeds) = (vec![], vec![]);
         let (mut pooled_prompt_embeds, mut cut) = (None, None);
-        let cx = Forward::on(&self.device);
-        for (tokenizer, encoder, config) in &self.parts {
+        for part in clips {
+            let (tokenizer, most) = (&part.tokenizer, part.config.max_position_embeddings);
             let chunks = match &segments {
-                Some(segments) => tokenizer.chunks(segments, config.max_tokens())?,
+                Some(segments) => tokenizer.chunks(segments, most)?,
                 None => {
-                    let tokens = tokenizer.encode(text, config.max_tokens())?;
+                    let tokens = tokenizer.encode(text, most)?;
                     cut = cut.or(tokens.cut);
                     vec![Chunk {
                         weights: vec![1.0; tokens.ids.len()],
@@ -339,11 +374,11 @@ impl PromptEncoder {
             };
             let mut hidden = vec![];
             for Chunk { ids, weights } in chunks {
-                let (states, pooled) = encoder.encode(cx, &ids, skip)?;
+                let (states, pooled) = part.encode(cx, &ids, skip)?;
                 hidden.push(weighted(&states, &weights)?);
                 pooled_prompt_embeds = pooled_prompt_embeds.or(pooled);
                 // which id a learned token has depends on the others that were loaded
-                let unknown = config.vocab_size() as u32;
+                let unknown = part.config.vocab_size as u32;
                 token_ids.extend(ids.into_iter().map(|id| id.min(unknown)));
             }
             prompt_embeds.push(Tensor::cat(&hidden, 1)?); // [1, n, hidden]

@@ -6,7 +6,7 @@ use super::file_hash::FileHashes;
 use super::key_mapping::{Named, Part};
 use super::lora::{self, LayerNames, Lora};
 use super::safetensors::SafetensorsFile;
-use super::{ENCODERS, PARTS, TokenizerFiles, TokenizerSource};
+use super::{ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
 use crate::hex::hex;
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
 use crate::suggest::nearest;
@@ -200,6 +200,7 @@ impl Checkpoint {
         let found: Vec<&str> = PARTS.into_iter().filter(|p| self.has(p)).collect();
         let is_missing = |part: &&str| {
             !found.contains(part)
+                && *part != TRANSFORMER
                 && (*part != ENCODERS[1])
                 && (*part != ENCODERS[0] || !self.has(ENCODERS[1]))
         };
@@ -222,6 +223,14 @@ impl Checkpoint {
                 "{}\n\nhint: pass one with `--vae`",
                 self.missing_parts(&self.name)
             )
+        }
+    }
+
+    /// The component that denoises.
+    pub fn denoiser(&self) -> &'static str {
+        match self.configs.contains_key(TRANSFORMER) {
+            true => TRANSFORMER,
+            false => UNET,
         }
     }
 
@@ -573,8 +582,9 @@ impl Checkpoint {
 /// Parts of the names of tensors that files have besides what a network reads: positions counted
 /// up, what CLIP's training and its image encoder need, and the projection of an encoder whose
 /// hidden states alone are used.
-const LEFTOVERS: [&str; 7] = [
+const LEFTOVERS: [&str; 8] = [
     "position_ids",
+    "num_batches_tracked",
     "logit_scale",
     "attn_mask",
     "vision_model.",

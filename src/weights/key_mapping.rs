@@ -171,6 +171,9 @@ pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
     }
 }
 
+/// Beginnings of the keys of language models, with and without the part that makes words.
+const LANGUAGE: [&str; 4] = ["model.", "embed_tokens.", "layers.", "norm."];
+
 /// Maps a key of one component of a diffusers folder: today's names, and the older ones that files on
 /// the hub still have.
 pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
@@ -180,6 +183,12 @@ pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
     let key = match component {
         "vae" => vae_attention(key),
         _ if component.starts_with("text_encoder")
+            && LANGUAGE.iter().any(|it| key.starts_with(it)) =>
+        {
+            format!("model.{}", key.strip_prefix("model.").unwrap_or(key))
+        }
+        _ if component.starts_with("text_encoder")
+            && key != "lm_head.weight"
             && !key.starts_with("text_model.")
             && !key.starts_with("text_projection") =>
         {

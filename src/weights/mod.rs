@@ -32,6 +32,7 @@ pub mod family_name {
     pub const SD2: &str = "Stable Diffusion 2.x";
     pub const SDXL: &str = "Stable Diffusion XL";
     pub const SDXL_REFINER: &str = "Stable Diffusion XL refiner";
+    pub const FLUX2_KLEIN: &str = "FLUX.2 klein";
 }
 
 /// The files of a checkpoint's tokenizer.
@@ -53,6 +54,9 @@ pub struct TokenizerSource {
 
 /// The components that have weights. The first or the second text encoder may be missing, and a
 /// refiner does not need a VAE.
-pub const PARTS: [&str; 4] = ["text_encoder", "text_encoder_2", "unet", "vae"];
+pub const PARTS: [&str; 5] = ["text_encoder", "text_encoder_2", UNET, TRANSFORMER, "vae"];
+/// The networks that denoise: a model has one of them.
+pub const UNET: &str = "unet";
+pub const TRANSFORMER: &str = "transformer";
 /// The text encoders; the second also projects the whole text.
 pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];

@@ -10,7 +10,9 @@ use super::file;
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, ENCODERS, PARTS, TokenizerFiles, TokenizerSource, infer_config};
+use super::{
+    Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, infer_config,
+};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -29,7 +31,7 @@ pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networ
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 
 /// What errors about other models say.
-const TODAY: &str = "Stable Diffusion 1.x, 2.x and XL work today";
+const TODAY: &str = "Stable Diffusion 1.x, 2.x and XL work today, and FLUX.2 klein as a folder";
 
 /// Keys that only single files of families have that are not drawn: SD3's and FLUX' transformers.
 const OTHER_FAMILIES: [&str; 2] = [
@@ -56,6 +58,9 @@ const OTHER_PIPELINES: [&str; 16] = [
     "Video",
     "ZImage",
 ];
+
+/// The one of these that is drawn.
+const KLEIN_PIPELINE: &str = "Flux2KleinPipeline";
 
 /// Beginnings of keys of single files that are drawn in another way than their other keys tell.
 const OTHER_KINDS: [(&str, &str); 16] = [
@@ -138,15 +143,19 @@ impl Checkpoint {
         let index = read_json(&index_path)?;
         if let Some(class) = index.get("_class_name").and_then(Value::as_str)
             && OTHER_PIPELINES.iter().any(|part| class.contains(part))
+            && class != KLEIN_PIPELINE
         {
             bail!(
                 "`{}` is for diffusers' `{class}`, which sdgen does not draw\n\nhint: {TODAY}",
                 path.display()
             );
         }
-        if index.get("unet").is_none() {
+        if ![UNET, TRANSFORMER]
+            .iter()
+            .any(|part| index.get(part).is_some())
+        {
             bail!(
-                "`{}` lists no `unet`, so that it is not the index of a model that sdgen draws\n\nhint: fetch the whole model again, for example with `sdgen pull`",
+                "`{}` lists no `unet` and no `transformer`, so that it is not the index of a model that sdgen draws\n\nhint: fetch the whole model again, for example with `sdgen pull`",
                 index_path.display()
             );
         }
@@ -307,7 +316,11 @@ impl Checkpoint {
             config["shift_factor"] = shift_factor;
         }
         let decoded = channels(&config, "latent_channels");
-        let drawn = channels(self.config("unet")?, "out_channels");
+        let (drawn, each) = match self.denoiser() {
+            TRANSFORMER => (channels(self.config(TRANSFORMER)?, "in_channels"), 4),
+            unet => (channels(self.config(unet)?, "out_channels"), 1),
+        };
+        let decoded = each * decoded;
         if decoded != drawn {
             bail!(
                 "`{}` decodes {decoded} channels, `{}` draws in {drawn}\n\nhint: a VAE goes with the family it was made for",
@@ -415,6 +428,7 @@ fn needed_folders(path: &Path, index: &Value) -> Result<Vec<&'static str>> {
     let is_needed = |part: &&str| match *part {
         "text_encoder" | "tokenizer" | "vae" => is_listed(part) || !has_second,
         "text_encoder_2" | "tokenizer_2" => has_second,
+        UNET | TRANSFORMER => is_listed(part) || *part == UNET && !is_listed(TRANSFORMER),
         _ => true,
     };
     let needed: Vec<&str> = PARTS

@@ -994,7 +994,11 @@ fn repositories_that_cannot_be_drawn_with_are_refused_before_their_weights_come(
     files.insert("model_index.json".to_string(), index.into_bytes());
     let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
     let error = error_of(hub(&server, dir.path()).snapshot("me/model", false));
-    assert_says(&error, "`FluxPipeline` without a U-Net", "Stable Diffusion");
+    assert_says(
+        &error,
+        "`FluxPipeline`, which sdgen does not draw",
+        "Stable Diffusion",
+    );
     assert!(server.seen().iter().all(|seen| !seen.storage));
 }
 

@@ -14,6 +14,7 @@ mod distilled;
 mod docs;
 mod dynamic;
 mod embeddings;
+mod flow;
 mod from_picture;
 #[cfg(unix)]
 mod fuzz;

@@ -1,0 +1,434 @@
+//! Models of flow matching against diffusers, stage by stage, on tiny random checkpoints
+//! (`tests/fixtures/flow.py`).
+
+use crate::common::*;
+use candle_core::{DType, Device, Tensor};
+use sdgen::image::Image;
+use sdgen::model::{Autoencoder, Backbone, BackboneConfig, Conditioning, ExtraInputs};
+use sdgen::nn::Forward;
+use sdgen::nn::device::Compute;
+use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
+use sdgen::sampling::noise::Generator;
+use sdgen::sampling::{self, Mu, Sampler, SchedulerConfig, plan, plan_img2img};
+use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
+use sdgen::text::prompt::Syntax;
+use sdgen::weights::{Checkpoint, Origin};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
+
+const NETWORK: f32 = 1e-4;
+const LATENTS: f32 = 1e-3;
+
+struct Klein {
+    checkpoint: Checkpoint,
+    goldens: HashMap<String, Tensor>,
+    facts: Value,
+}
+
+fn klein() -> Klein {
+    Klein {
+        checkpoint: Checkpoint::open(Origin::Path(&fixture("klein"))).unwrap(),
+        goldens: load(&fixture("klein/goldens.safetensors")),
+        facts: goldens("klein"),
+    }
+}
+
+fn cx() -> Forward<'static> {
+    Forward::on(&Device::Cpu)
+}
+
+impl Klein {
+    fn encoder(&self) -> PromptEncoder {
+        let compute = Compute {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        };
+        let configs = TextEncoderConfigs::of(&self.checkpoint).unwrap();
+        PromptEncoder::new(&self.checkpoint, &configs, &compute).unwrap()
+    }
+
+    fn backbone(&self) -> Backbone {
+        let config = BackboneConfig::of(&self.checkpoint).unwrap();
+        let weights = self
+            .checkpoint
+            .weights("transformer", &Device::Cpu, DType::F32);
+        config.build(&weights).unwrap()
+    }
+
+    fn compare(&self, name: &str, got: &Tensor, tolerance: f32) {
+        let golden = &self.goldens[name];
+        assert_eq!(got.dims(), golden.dims(), "{name}: shape");
+        let off = difference(got, &golden.to_dtype(DType::F32).unwrap());
+        assert!(
+            off <= tolerance,
+            "{name} differs by {off:e}, {tolerance:e} allowed"
+        );
+    }
+}
+
+#[test]
+fn prompts_become_the_same_ids_and_embeddings_of_three_layers_padding_too() {
+    let klein = klein();
+    let encoder = klein.encoder();
+    for (i, case) in klein.facts["text"].as_array().unwrap().iter().enumerate() {
+        let prompt = case["prompt"].as_str().unwrap();
+        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(embeds.token_ids[..ids.len()], ids, "{prompt}");
+        assert_eq!(embeds.token_ids.len(), 512);
+        assert_eq!(cut, None);
+        let rows: Vec<u32> = serde_json::from_value(case["rows"].clone()).unwrap();
+        let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+        let got = embeds.prompt_embeds.index_select(&rows, 1).unwrap();
+        klein.compare(&format!("text.{i}"), &got, NETWORK);
+    }
+    let long = "frog ".repeat(600);
+    let (embeds, cut) = encoder.encode(&long, 0, Syntax::Plain).unwrap();
+    assert_eq!(embeds.token_ids.len(), 512);
+    let cut = cut.unwrap();
+    assert!(long.ends_with(&cut) && cut.contains("frog"), "{cut:?}");
+}
+
+#[test]
+fn the_transformer_predicts_the_same_velocities() {
+    let klein = klein();
+    let backbone = klein.backbone();
+    let conditioning = Conditioning::from(klein.goldens["transformer.context"].clone());
+    let denoiser = backbone
+        .bind(cx(), &conditioning, ExtraInputs::default())
+        .unwrap();
+    let latents = &klein.goldens["transformer.latents"];
+    let all = denoiser.forward(latents, 700.0).unwrap();
+    klein.compare("transformer.output", &all, NETWORK);
+    // each picture of a batch as alone
+    let conditioning = Conditioning::from(conditioning.context.narrow(0, 1, 1).unwrap());
+    let alone = backbone
+        .bind(cx(), &conditioning, ExtraInputs::default())
+        .unwrap();
+    let alone = alone
+        .forward(&latents.narrow(0, 1, 1).unwrap(), 700.0)
+        .unwrap();
+    assert_eq!(values(&alone), values(&all.narrow(0, 1, 1).unwrap()));
+}
+
+#[test]
+fn the_autoencoder_normalises_packed_latents_both_ways() {
+    let klein = klein();
+    let config = Autoencoder::from_json(klein.checkpoint.config("vae").unwrap()).unwrap();
+    assert_eq!((config.factor(), config.latent_format().channels), (16, 16));
+    let weights = klein.checkpoint.weights("vae", &Device::Cpu, DType::F32);
+    let encoder = config.encoder(&weights).unwrap();
+    let posterior = encoder
+        .encode(cx(), &klein.goldens["vae.picture"], None)
+        .unwrap();
+    assert!(posterior.std.is_none());
+    klein.compare("vae.latents", &posterior.mean, NETWORK);
+    let decoder = config.decoder(&weights).unwrap();
+    let decoded = decoder.decode(cx(), &klein.goldens["vae.latents"]).unwrap();
+    klein.compare("vae.decoded", &decoded, NETWORK);
+}
+
+#[test]
+fn latents_after_every_step_are_the_same_with_guidance_and_without() {
+    let klein = klein();
+    let (encoder, backbone) = (klein.encoder(), klein.backbone());
+    let scheduler = SchedulerConfig::from_json(klein.checkpoint.config("scheduler").unwrap());
+    let scheduler = scheduler.unwrap();
+    for (i, run) in klein.facts["runs"].as_array().unwrap().iter().enumerate() {
+        let number = |key: &str| run[key].as_u64().unwrap() as usize;
+        let (h, w) = (number("height") / 16, number("width") / 16);
+        let scheduler = scheduler.clone().for_picture(h * w, Some(Mu::Empirical));
+        let plan = plan(&scheduler, Sampler::Euler, None, number("steps"), None).unwrap();
+        let sigmas: Vec<f64> = serde_json::from_value(run["sigmas"].clone()).unwrap();
+        for (own, golden) in plan.sigmas.iter().zip(&sigmas) {
+            assert!((own - golden).abs() < 1e-6, "{:?} {sigmas:?}", plan.sigmas);
+        }
+        let encode = |text: &str| {
+            let embeds = encoder.encode(text, 0, Syntax::Plain).unwrap().0;
+            Conditioning::from(embeds.prompt_embeds)
+        };
+        let prompt = encode(run["prompt"].as_str().unwrap());
+        let scale = run["guidance"].as_f64().unwrap();
+        let conditioning = match scale > 1.0 {
+            true => Conditioning::cat(&encode(""), &prompt).unwrap(),
+            false => prompt,
+        };
+        let mut guided = CfgDenoiser {
+            model: backbone
+                .bind(cx(), &conditioning, ExtraInputs::default())
+                .unwrap(),
+            guidance: if scale > 1.0 {
+                Guidance::Text(1)
+            } else {
+                Guidance::Off
+            },
+            weights: vec![1.0],
+            scale,
+            rescale: 0.0,
+            deep_cache: DeepCache::every(1),
+        };
+        let mut generator = Generator::new(run["seed"].as_u64().unwrap());
+        let noise = generator.latents(h, w, 16).unwrap();
+        let mut compared = 0;
+        sampling::sample(
+            &plan,
+            (noise * plan.init_noise_sigma()).unwrap(),
+            &mut |x, sigma, timestep| guided.denoise(x, plan.scalings(sigma), timestep),
+            &mut || candle_core::bail!("no noise is drawn"),
+            &mut |step| {
+                klein.compare(&format!("run.{i}.{}", step.index), step.latents, LATENTS);
+                compared += 1;
+                Ok(None)
+            },
+        )
+        .unwrap();
+        assert_eq!(compared, number("steps"));
+    }
+}
+
+#[test]
+fn a_picture_begins_on_the_line_from_it_to_noise_as_many_steps_before_the_end_as_in_diffusers() {
+    let scheduler = SchedulerConfig::from_json(klein().checkpoint.config("scheduler").unwrap());
+    let scheduler = scheduler.unwrap().for_picture(1024, Some(Mu::Empirical));
+    let whole = plan(&scheduler, Sampler::Euler, None, 4, None).unwrap();
+    // diffusers leaves int(4 - 4 * strength) out
+    for (strength, left_out) in [
+        (1.0, 0),
+        (0.9, 0),
+        (0.75, 1),
+        (0.6, 1),
+        (0.5, 2),
+        (0.3, 2),
+        (0.1, 3),
+    ] {
+        let part =
+            plan_img2img(&scheduler, Sampler::Euler, None, 4, None, strength, false).unwrap();
+        assert_eq!(part.sigmas, whole.sigmas[left_out..], "{strength}");
+        assert_eq!(part.timesteps, whole.timesteps[left_out..], "{strength}");
+    }
+    assert!(plan_img2img(&scheduler, Sampler::Euler, None, 4, None, 0.0, false).is_err());
+    let of = |value: f32| Tensor::full(value, (1, 2, 2, 3), &Device::Cpu).unwrap();
+    let noisy = whole.add_noise(&of(2.0), &of(-1.0), 0.25).unwrap();
+    assert_eq!(values(&noisy)[0], 0.75 * 2.0 - 0.25);
+}
+
+/// The program on a copy of klein.
+fn draw(folder: &Path, args: &[&str]) -> Command {
+    let mut command = sdgen(folder);
+    command
+        .args(["-m", "klein", "-W", "64", "-H", "64", "-s", "7"])
+        .args(args);
+    command
+}
+
+#[test]
+fn pictures_are_diffusers_own_alone_and_in_a_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let klein = klein();
+    copy_folder(&fixture("klein"), &dir.path().join("klein"));
+    for (i, run) in klein.facts["runs"].as_array().unwrap().iter().enumerate() {
+        edit_json(&dir.path().join("klein/model_index.json"), |index| {
+            index.insert("is_distilled".into(), run["is_distilled"].clone());
+        });
+        let given = |key: &str| run[key].to_string();
+        let mut command = draw(
+            dir.path(),
+            &[run["prompt"].as_str().unwrap(), "-o", "x.png", "--force"],
+        );
+        for (option, key) in [
+            ("-s", "seed"),
+            ("-W", "width"),
+            ("-H", "height"),
+            ("--steps", "steps"),
+            ("-g", "guidance"),
+        ] {
+            command.args([option, &given(key)]);
+        }
+        succeed(&mut command);
+        let golden = levels(&klein.goldens[&format!("run.{i}.picture")]);
+        assert_same_levels(
+            &format!("run {i}"),
+            &pixels(&dir.path().join("x.png")),
+            &golden,
+        );
+    }
+    let args = ["a frog", "--steps", "2", "-c", "3", "-o", "{seed}.png"];
+    succeed(draw(dir.path(), &args).args(["-b", "3"]));
+    succeed(
+        draw(
+            dir.path(),
+            &["a frog", "--steps", "2", "-s", "8", "-o", "alone.png"],
+        )
+        .args(["-b", "1"]),
+    );
+    let [batch, alone] = ["8.png", "alone.png"].map(|name| pixels(&dir.path().join(name)));
+    assert_eq!(batch, alone);
+}
+
+#[test]
+fn defaults_come_with_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("klein");
+    copy_folder(&fixture("klein"), &model);
+    let said = |is_distilled: bool| {
+        edit_json(&model.join("model_index.json"), |index| {
+            index.insert("is_distilled".into(), is_distilled.into());
+        });
+        let output = succeed(sdgen(dir.path()).args(["inspect", "klein", "--json"]));
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(told["family"], "FLUX.2 klein");
+        assert_eq!(
+            (&told["width"], &told["height"]),
+            (&1024.into(), &1024.into())
+        );
+        assert_eq!(
+            (&told["prediction"], &told["sampler"]),
+            (&"flow".into(), &"euler".into())
+        );
+        (told["steps"].clone(), told["guidance"].clone())
+    };
+    assert_eq!(said(true), (4.into(), 1.0.into()));
+    assert_eq!(said(false), (50.into(), 4.0.into()));
+}
+
+#[test]
+fn pictures_from_pictures_and_every_second_pass_are_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("klein"), &dir.path().join("klein"));
+    succeed(&mut draw(dir.path(), &["a frog", "-o", "x.png"]));
+    let from = ["a frog", "-i", "x.png", "-o", "y.png", "--strength", "0.5"];
+    succeed(&mut draw(dir.path(), &from));
+    let [a, b] = ["x.png", "y.png"].map(|name| pixels(&dir.path().join(name)));
+    assert_ne!(a, b);
+    let mask = Image {
+        width: 64,
+        height: 64,
+        rgb: (0..64 * 64)
+            .flat_map(|i| [if i % 64 < 32 { 255 } else { 0 }; 3])
+            .collect(),
+    };
+    std::fs::write(
+        dir.path().join("m.png"),
+        mask.encode(sdgen::image::Format::Png, None).unwrap(),
+    )
+    .unwrap();
+    succeed(&mut draw(
+        dir.path(),
+        &["a frog", "-i", "x.png", "--mask", "m.png", "-o", "z.png"],
+    ));
+    let [a, b] = ["x.png", "z.png"].map(|name| pixels(&dir.path().join(name)));
+    let kept = |pixel: usize| pixel % 64 >= 48;
+    assert!(
+        (0..64 * 64)
+            .filter(|pixel| kept(*pixel))
+            .all(|p| a[3 * p..3 * p + 3] == b[3 * p..3 * p + 3])
+    );
+    assert_ne!(a, b);
+    succeed(&mut draw(
+        dir.path(),
+        &["a frog", "--hires", "2", "-o", "h.png"],
+    ));
+    let (output, checked) = (["h.png", "x.png", "8.png"], ["h.png", "x.png"]);
+    succeed(&mut draw(
+        dir.path(),
+        &["a frog", "-s", "8", "--variation", "3:0.2", "-o", output[2]],
+    ));
+    succeed(
+        sdgen(dir.path())
+            .args(["check", "8.png", "-m", "klein"])
+            .args(checked),
+    );
+}
+
+#[test]
+fn what_means_nothing_to_a_transformer_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("klein");
+    copy_folder(&fixture("klein"), &model);
+    for (args, says) in [
+        (
+            ["--sampler", "dpmpp-2m"],
+            "does not draw with models of flow matching",
+        ),
+        (["--schedule", "karras"], "levels of their own"),
+        (["--tile", "xy"], "means nothing to `klein`"),
+        (["--deep-cache", "2"], "means nothing to `klein`"),
+        (["--clip-skip", "2"], "means nothing to `klein`"),
+        (["--prediction", "v"], "means nothing to `klein`"),
+        (["--prompt-syntax", "a1111"], "means nothing to `klein`"),
+        (["--original-size", "64x64"], "means nothing to `klein`"),
+        (["--eta", "0.5"], "takes no `--eta`"),
+        (["-W", "72"], "multiple of 16"),
+    ] {
+        fail(
+            &mut draw(dir.path(), &[&["x"][..], &args].concat()),
+            2,
+            &[says, "hint: "],
+        );
+    }
+    let word = fixture("embeddings/a1111.safetensors");
+    fail(
+        draw(dir.path(), &["x", "--embedding"]).arg(word),
+        3,
+        &["learns no words so"],
+    );
+    for (part, key, value, says) in [
+        ("transformer", "guidance_embeds", true.into(), "FLUX.2 dev"),
+        (
+            "transformer",
+            "axes_dims_rope",
+            serde_json::json!([4, 4, 4]),
+            "axes_dims_rope",
+        ),
+        (
+            "transformer",
+            "joint_attention_dim",
+            64.into(),
+            "do not belong together",
+        ),
+        (
+            "transformer",
+            "num_layers",
+            3.into(),
+            "transformer_blocks.2",
+        ),
+        ("transformer", "num_layers", 1.into(), "unused"),
+        (
+            "transformer",
+            "_class_name",
+            "SD3Transformer2DModel".into(),
+            "does not draw",
+        ),
+        ("text_encoder", "num_hidden_layers", 20.into(), "27"),
+        ("text_encoder", "hidden_act", "gelu".into(), "hidden_act"),
+        ("vae", "patch_size", serde_json::json!([1, 1]), "patch_size"),
+        (
+            "scheduler",
+            "use_karras_sigmas",
+            true.into(),
+            "use_karras_sigmas",
+        ),
+        ("scheduler", "shift", serde_json::json!(-1), "`shift`"),
+    ] {
+        let file = if part == "scheduler" {
+            "scheduler_config.json"
+        } else {
+            "config.json"
+        };
+        let path = model.join(part).join(file);
+        let before = std::fs::read(&path).unwrap();
+        edit_json(&path, |config| {
+            config.insert(key.into(), value);
+        });
+        let output = draw(dir.path(), &["x"]).output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(3), "{part} {key}: {said}");
+        assert!(
+            said.contains(says) && !said.contains("panicked"),
+            "{part} {key}: {said}"
+        );
+        std::fs::write(&path, before).unwrap();
+    }
+}

@@ -343,6 +343,39 @@ fn pictures_from_pictures_and_every_second_pass_are_drawn() {
 }
 
 #[test]
+fn a_lora_in_diffusers_layout_changes_the_picture_as_in_diffusers() {
+    let dir = tempfile::tempdir().unwrap();
+    let klein = klein();
+    copy_folder(&fixture("klein"), &dir.path().join("klein"));
+    let prompt = klein.facts["lora"]["prompt"].as_str().unwrap();
+    let args = [
+        prompt,
+        "--steps",
+        "2",
+        "--strict",
+        "-o",
+        "x.png",
+        "--lora",
+        "klein/lora.safetensors:0.7",
+    ];
+    let output = succeed(draw(dir.path(), &args).arg("-v"));
+    assert!(
+        stderr(&output).contains("26 of 26 tensors fit"),
+        "{}",
+        stderr(&output)
+    );
+    let golden = levels(&klein.goldens["lora.picture"]);
+    assert_same_levels("LoRA", &pixels(&dir.path().join("x.png")), &golden);
+    // one of another family fits nothing
+    let other = fixture("lora/kohya.safetensors");
+    fail(
+        draw(dir.path(), &["x", "--lora"]).arg(other),
+        3,
+        &["does not fit", "hint: "],
+    );
+}
+
+#[test]
 fn what_means_nothing_to_a_transformer_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("klein");

@@ -112,6 +112,14 @@ impl BackboneConfig {
         }
     }
 
+    /// Whether it was trained by flow matching.
+    pub fn is_flow(&self) -> bool {
+        match self {
+            Self::UNet(_) => false,
+            Self::Flux2(_) => true,
+        }
+    }
+
     /// The task of the network, by its number of input channels. Errors if no kind of
     /// model has that many.
     pub fn kind(&self) -> Result<ModelKind> {

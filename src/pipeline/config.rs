@@ -114,8 +114,18 @@ impl ModelConfig {
                 checkpoint.name
             ),
         };
+        let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
+        if scheduler.is_flow() != backbone.is_flow() {
+            let class = checkpoint.config("scheduler")?.get("_class_name");
+            bail!(
+                "the scheduler of `{}` is {}, and its {} is of another kind, which sdgen does not draw\n\nhint: the parts of the model do not belong together; fetch it again",
+                checkpoint.name,
+                class.cloned().unwrap_or_default(),
+                backbone.noun()
+            );
+        }
         Ok(Self {
-            scheduler: SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline(),
+            scheduler,
             // diffusers' default in the pipelines that know this key
             empty_is_zeros: force_zeros.unwrap_or(added_ids > 0),
             kind: backbone.kind()?,

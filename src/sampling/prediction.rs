@@ -22,7 +22,6 @@ pub enum Prediction {
     #[serde(alias = "original_sample")]
     Sample,
     /// The noise less the clean latents, of flow matching.
-    #[serde(alias = "flow_prediction")]
     Flow,
 }
 

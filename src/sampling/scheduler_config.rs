@@ -333,6 +333,10 @@ impl SchedulerConfig {
     }
 
     fn check(self) -> Result<Self> {
+        ensure!(
+            self.is_flow() || self.prediction != Prediction::Flow,
+            "the scheduler's `prediction_type` is \"flow\", which is not supported"
+        );
         let betas = self
             .trained_betas
             .as_ref()

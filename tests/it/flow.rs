@@ -443,6 +443,12 @@ fn what_means_nothing_to_a_transformer_is_an_error() {
             true.into(),
             "use_karras_sigmas",
         ),
+        (
+            "scheduler",
+            "_class_name",
+            "DDIMScheduler".into(),
+            "use_dynamic_shifting",
+        ),
         ("scheduler", "shift", serde_json::json!(-1), "`shift`"),
     ] {
         let file = if part == "scheduler" {

@@ -638,8 +638,9 @@ fn the_checkpoints_scheduler_class_is_the_default_sampler() {
 #[test]
 fn an_unsupported_setting_is_an_error_that_names_key_and_value() {
     for (key, value) in [
-        ("_class_name", json!("FlowMatchEulerDiscreteScheduler")),
+        ("_class_name", json!("FlowMatchHeunDiscreteScheduler")),
         ("prediction_type", json!("flow_prediction")),
+        ("prediction_type", json!("flow")),
         ("beta_schedule", json!("quadratic")),
         ("beta_start", json!("small")),
         ("thresholding", json!(true)),

@@ -271,7 +271,7 @@ fn what_is_no_vae_or_one_for_other_latents_says_so() {
     fail(
         &mut run("kl/unet/diffusion_pytorch_model.safetensors"),
         3,
-        &["is not a VAE that sdgen knows"],
+        &["is only a U-Net, not a VAE"],
     );
     fail(
         &mut run("odd/vae"),

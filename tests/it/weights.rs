@@ -614,7 +614,7 @@ fn configurations_and_weights_that_do_not_belong_together_are_errors_that_name_b
         ),
         (
             Box::new(set(vae, "shift_factor", json!("0.1"))),
-            &["`shift_factor` of the VAE is \"0.1\"", "f64"],
+            &["`shift_factor` of the VAE is \"0.1\"", "expected a number"],
         ),
         (
             Box::new(set(vae, "scaling_factor", json!(0))),

@@ -4,6 +4,7 @@
 use crate::model::unet_config::UNetConfig;
 use crate::model::vae::{Decoder, VaeConfig};
 use crate::model::{AddedCond, BackboneConfig, Conditioning, ExtraInputs};
+use crate::nn::cpu::instructions::{self, Instructions};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
 use crate::nn::profile::{self, Profile};
 use crate::nn::weights::Weights;
@@ -61,6 +62,10 @@ pub struct BenchArgs {
     /// Type of weights and activations
     #[arg(long, default_value = "auto")]
     dtype: DTypeChoice,
+    /// amx, avx512-bf16, avx512, avx2 or portable: what a CPU multiplies with [default: the fastest
+    /// that it has]
+    #[arg(long, value_name = "NAME")]
+    instructions: Option<Instructions>,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -130,6 +135,9 @@ impl Size {
 /// Runs the benchmark and returns its report.
 pub fn run(args: &BenchArgs) -> Result<String> {
     let compute = Compute::choose(args.device, args.dtype)?;
+    if let Some(set) = args.instructions {
+        instructions::force(set);
+    }
     let sizes = args.size.sizes()?;
     let factor = sizes.vae.factor();
     let (width, height) = (
@@ -149,25 +157,30 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     let vae = runs(Part::Vae)
         .then(|| time_vae(args, &compute, &sizes.vae, (height, width)))
         .transpose()?;
-    let ceiling = compute.device.is_cpu().then(|| cpu::peak_flops() / 1e9);
+    let on_cpu = compute.device.is_cpu();
+    let ceiling = cpu::ceiling(compute.precision())
+        .filter(|_| on_cpu)
+        .map(|flops| flops / 1e9);
+    let instructions = on_cpu.then(|| cpu::instructions_of(compute.precision()));
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
         "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": peak_gpu_memory(&compute.device).map(mb),
-        "ceiling_gflops": ceiling,
+        "instructions": instructions, "ceiling_gflops": ceiling,
     });
     if args.json {
         return Ok(format!("{report}\n"));
     }
     let title = format!(
-        "{:?} {}x{}, batch {}, {:?}, {} threads\n",
+        "{:?} {}x{}, batch {}, {:?}, {} threads{}\n",
         args.size,
         width * factor,
         height * factor,
         args.batch,
         compute.dtype,
-        rayon::current_num_threads()
+        rayon::current_num_threads(),
+        instructions.map_or(String::new(), |set| format!(", {set}"))
     );
     let of_gpu = ("peak GPU memory", peak_gpu_memory(&compute.device).map(mb));
     let memory = [("peak memory", peak_memory_mb()), of_gpu];
@@ -175,19 +188,19 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         .into_iter()
         .filter_map(|(name, mb)| Some(format!("{name:<22}{:>8.0} MB\n", mb?)))
         .collect();
-    let ceiling = ceiling
+    let line = ceiling
         .map(|c| {
             format!(
-                "{:<22}{c:>8.0} GFLOP/s, multiply-adds in registers\n",
+                "{:<22}{c:>8.0} GFLOP/s of products in registers, without loads\n",
                 "ceiling"
             )
         })
         .unwrap_or_default();
     let tables: String = [("U-Net step, guided", unet), ("VAE decode", vae)]
         .iter()
-        .filter_map(|(name, value)| Some(table(name, value.as_ref()?)))
+        .filter_map(|(name, value)| Some(table(name, value.as_ref()?, ceiling)))
         .collect();
-    Ok(title + &tables + &ceiling + &memory)
+    Ok(title + &tables + &line + &memory)
 }
 
 /// Three digits or so.
@@ -201,8 +214,8 @@ fn seconds(seconds: f64) -> String {
     }
 }
 
-/// A line for the whole, and one for each kind of layer.
-fn table(name: &str, value: &Value) -> String {
+/// A line for the whole, and one for each kind of layer, with its part of the ceiling (GFLOP/s).
+fn table(name: &str, value: &Value, ceiling: Option<f64>) -> String {
     let number =
         |value: &Value, key: &str| value.get(key).and_then(Value::as_f64).unwrap_or_default();
     let n = |key: &str| number(value, key);
@@ -240,7 +253,12 @@ fn table(name: &str, value: &Value) -> String {
     for (kind, [calls, ms, gflop]) in kinds {
         text += &format!("  {kind:<20}{:>10} {calls:>5.0} calls", seconds(ms / 1e3));
         text += &if gflop > 0.0 {
-            format!(" {gflop:>7.1} GFLOP {:>5.0} GFLOP/s\n", gflop / ms * 1e3)
+            let speed = gflop / ms * 1e3;
+            let part = ceiling.map(|ceiling| format!(" {:>4.0} %", 100.0 * speed / ceiling));
+            format!(
+                " {gflop:>7.1} GFLOP {speed:>5.0} GFLOP/s{}\n",
+                part.unwrap_or_default()
+            )
         } else {
             "\n".into()
         };
@@ -291,7 +309,7 @@ fn time_unet(
             .to_scalar::<f32>()?)
     };
     let profile = Profile::new(device);
-    let (cx, profiled) = passes(device, &profile);
+    let (cx, profiled) = passes(compute, &profile);
     let (mut plain, mut profiled) = (guided(cx)?, guided(profiled)?);
     timed(
         device,
@@ -325,7 +343,7 @@ fn time_vae(
             .to_scalar::<f32>()?)
     };
     let profile = Profile::new(&compute.device);
-    let (cx, profiled) = passes(&compute.device, &profile);
+    let (cx, profiled) = passes(compute, &profile);
     timed(
         &compute.device,
         args.repeat,
@@ -337,8 +355,8 @@ fn time_vae(
 }
 
 /// A forward pass that is not profiled, and one that is.
-fn passes<'a>(device: &Device, profile: &'a Profile) -> (Forward<'a>, Forward<'a>) {
-    let cx = Forward::on(device);
+fn passes<'a>(compute: &Compute, profile: &'a Profile) -> (Forward<'a>, Forward<'a>) {
+    let cx = Forward::on(&compute.device).with_precision(compute.precision());
     (
         cx,
         Forward {

@@ -1,6 +1,6 @@
 //! The implementations of the layers' operations: the one place where kernels are chosen.
 
-use super::{PaddingMode, attention, cpu, gpu, plain};
+use super::{PaddingMode, Precision, attention, cpu, gpu, plain};
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 
@@ -33,6 +33,7 @@ impl Backend {
         k: &Tensor,
         v: &Tensor,
         heads: usize,
+        precision: Precision,
     ) -> Result<Tensor> {
         if self == Self::Plain {
             return plain::attention(q, k, v, heads, None);
@@ -43,7 +44,10 @@ impl Backend {
             attention::with_rows(v)?,
         ];
         match self {
-            Self::Cpu => q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads }),
+            Self::Cpu => {
+                let tiles = cpu::Tiles::chosen(precision);
+                q.apply_op3_no_bwd(&k, &v, &cpu::Attention { heads, tiles })
+            }
             _ if gpu::Attention::serves(&q, &k, &v, heads)? => {
                 gpu::run(gpu::Attention { q, k, v, heads })
             }
@@ -233,6 +237,7 @@ pub(super) struct Gemm<'a> {
     pub residual: Option<Tensor>,
     /// GEGLU: the first half of the columns times the exact GELU of the second is the result
     pub gated: bool,
+    pub precision: Precision,
 }
 
 /// The arguments of a convolution with weights [out, in, k, k].
@@ -258,6 +263,7 @@ pub(super) struct Conv<'a> {
     pub residual: Option<Tensor>,
     /// [out]: the slope of a leaky ReLU after that
     pub slope: Option<&'a Tensor>,
+    pub precision: Precision,
 }
 
 impl WeightLayout {
@@ -295,6 +301,7 @@ impl WeightLayout {
             bias,
             residual,
             gated,
+            precision,
         } = gemm;
         match self {
             Self::Packed(weight) => {
@@ -303,6 +310,7 @@ impl WeightLayout {
                     bias: bias.cloned(),
                     residual,
                     gated,
+                    tiles: cpu::Tiles::chosen(precision),
                 };
                 x.contiguous()?.apply_op2_no_bwd(weight, &op)
             }
@@ -334,6 +342,7 @@ impl WeightLayout {
             shift,
             residual,
             slope,
+            precision,
         } = conv;
         let shifted_bias = || shift.map_or(Ok(bias.clone()), |shift| shift.broadcast_add(bias)); // [out] or [b, out]
         match self {
@@ -347,6 +356,7 @@ impl WeightLayout {
                     scaled,
                     residual,
                     slope: slope.cloned(),
+                    tiles: cpu::Tiles::chosen(precision),
                 };
                 x.contiguous()?
                     .apply_op3_no_bwd(weight, &shifted_bias()?, &op)

@@ -240,7 +240,7 @@ mod tests {
             let cx = Forward {
                 backend,
                 padding,
-                profile: None,
+                ..Forward::on(&Device::Cpu)
             };
             let (norm, conv) = (
                 GroupNorm::new(&weights, 5, 35, 1e-6).unwrap(),

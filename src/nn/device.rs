@@ -1,6 +1,7 @@
 //! Where the arithmetic runs, and in which type.
 
-use crate::nn::Backend;
+use crate::nn::cpu::instructions;
+use crate::nn::{Backend, Precision};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device};
 use std::num::NonZero;
@@ -58,7 +59,7 @@ pub enum DTypeChoice {
 }
 
 impl DTypeChoice {
-    /// By itself f32, which is as fast as any other on a CPU; f16 where tensor cores take that.
+    /// By itself f32 on a CPU, f16 where tensor cores take that.
     fn on(self, backend: Backend) -> DType {
         match self {
             Self::Auto if backend == Backend::Gpu => DType::F16,
@@ -74,14 +75,15 @@ impl DTypeChoice {
 #[derive(Debug, Clone)]
 pub struct Compute {
     pub device: Device,
-    /// On CPUs the arithmetic is f32 all the same, and f32 means that weights stay as narrow as
-    /// their file.
+    /// On CPUs activations are f32 all the same, and f32 means that weights stay as narrow as their
+    /// file; bf16, that products are of numbers rounded to bf16 where there are instructions for
+    /// it.
     pub dtype: DType,
 }
 
 impl Compute {
-    /// Chooses: a GPU if the program was built for one and it is there, else the CPU.
-    /// Errors name what is missing.
+    /// Chooses: a GPU if the program was built for one and it is there, else the CPU, with the
+    /// instructions that the environment names if it does. Errors name what is missing.
     pub fn choose(device: DeviceChoice, dtype: DTypeChoice) -> Result<Self> {
         let device = match device {
             DeviceChoice::Auto => gpu(0).unwrap_or(Device::Cpu),
@@ -109,8 +111,20 @@ impl Compute {
                 Device::new_metal(0).context("the Metal device cannot be used")?
             }
         };
+        if let Some(set) = instructions::of_environment()? {
+            instructions::force(set);
+        }
         let dtype = dtype.on(Backend::of(&device));
         Ok(Self { device, dtype })
+    }
+
+    /// How exactly a CPU computes products.
+    pub fn precision(&self) -> Precision {
+        if self.dtype == DType::BF16 {
+            Precision::Bf16
+        } else {
+            Precision::F32
+        }
     }
 
     /// The type of activations.

@@ -32,5 +32,5 @@ pub mod testing;
 pub mod weights;
 
 pub use backend::Backend;
-pub use forward::Forward;
+pub use forward::{Forward, Precision};
 pub use padding::PaddingMode;

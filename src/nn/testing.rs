@@ -1,5 +1,6 @@
 //! Inputs of tests.
 
+use super::{Precision, cpu::Tiles};
 use candle_core::{Device, Shape, Tensor};
 use rand_mt::Mt;
 use std::cell::RefCell;
@@ -25,4 +26,13 @@ pub fn normal(mean: f32, std: f32, shape: impl Into<Shape>) -> Tensor {
             .collect()
     });
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// The tolerance of a comparison with products of f32: the first where kernels compute them, the
+/// second where they compute three of bf16, which are a little less exact (see `nn/cpu/tiles.rs`).
+pub fn tolerance(of_f32: f32, of_three: f32) -> f32 {
+    match Tiles::chosen(Precision::F32) {
+        None => of_f32,
+        Some(_) => of_three,
+    }
 }

@@ -334,7 +334,9 @@ impl<'a> Run<'a> {
 
     /// What the forward passes for an image with these settings share.
     pub fn forward(&self, settings: &Settings) -> Forward<'static> {
-        Forward::on(self.device()).padded(settings.padding())
+        Forward::on(self.device())
+            .padded(settings.padding())
+            .with_precision(self.pipeline.compute.precision())
     }
 
     /// Pixels a latent, in each direction.

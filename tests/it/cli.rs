@@ -466,6 +466,77 @@ fn completions_inspect_and_bench_write_to_stdout() {
 }
 
 #[test]
+fn bench_names_the_instructions_and_compares_with_their_ceiling() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = |args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args(["bench", "--size", "mini", "-n", "1", "-W", "16", "-H", "16"]);
+        command.args(args);
+        command
+    };
+    let said = stdout(&succeed(&mut bench(&["--instructions", "portable"])));
+    assert!(
+        said.lines().next().unwrap().ends_with(", portable"),
+        "{said}"
+    );
+    assert!(
+        said.lines()
+            .any(|line| line.contains("GFLOP/s") && line.ends_with(" %"))
+    );
+    // the option wins over the environment
+    let mut command = bench(&["--instructions", "amx", "--only", "unet", "--json"]);
+    let output = succeed(command.env("SDGEN_INSTRUCTIONS", "portable"));
+    let said: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let is_there = said["instructions"] == "amx";
+    assert!(
+        is_there || said["instructions"] == "amx, emulated",
+        "{said}"
+    );
+    assert_eq!(said["ceiling_gflops"].is_number(), is_there);
+    let possible = "amx, avx512-bf16, ";
+    fail(
+        &mut bench(&["--instructions", "sse2"]),
+        2,
+        &["sse2", possible],
+    );
+}
+
+#[test]
+fn the_environment_names_the_instructions_which_draw_the_same_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let draw = |instructions: &str, dtype: &str| {
+        let mut command = tiny(dir.path());
+        command.args(["x", "-s", "1", "-o", "x.png", "--force", "--dtype", dtype]);
+        command.env("SDGEN_INSTRUCTIONS", instructions);
+        command
+    };
+    let drawn = |instructions: &str, dtype: &str| {
+        succeed(&mut draw(instructions, dtype));
+        pixels(&dir.path().join("x.png"))
+    };
+    let expected = drawn("portable", "f32");
+    for instructions in ["", "amx", "avx512-bf16"] {
+        let off = worst_level(&drawn(instructions, "f32"), &expected);
+        assert!(off <= 1, "{instructions}: {off}");
+    }
+    // products of bf16 are others, and not far from those of f32
+    let wide = drawn("portable", "bf16");
+    for instructions in ["amx", "avx512-bf16"] {
+        let narrow = drawn(instructions, "bf16");
+        let off = worst_level(&narrow, &wide);
+        assert!((1..=12).contains(&off), "{instructions}: {off}");
+    }
+    fail(
+        &mut draw("sse2", "f32"),
+        2,
+        &[
+            "SDGEN_INSTRUCTIONS is `sse2`",
+            "hint: on this processor it may be amx, avx512-bf16, ",
+        ],
+    );
+}
+
+#[test]
 fn the_model_comes_from_the_environment_when_no_option_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = sdgen(dir.path());

@@ -9,11 +9,14 @@
 //! Queries lie in the lanes of vectors, keys and values are spread to all lanes one number at a
 //! time: then no lane is wasted for any size of head, and a query's largest score and sums need no
 //! steps across lanes. Keys and values are laid out for this once per call, in the order in which
-//! they are read.
+//! they are read. On tiles it is the same: keys are rows of the first product, queries its columns;
+//! values' numbers are rows of the second, queries again its columns.
 
-use super::concat::uninit;
+use super::concat::{uninit, uninit_lanes};
 use super::gemm::{Output, UNROLLED, with_memory};
-use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
+use super::panels::PANEL;
+use super::tiles::{self, Side, TERMS, Tiles};
+use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats, numbers};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -39,6 +42,8 @@ const FEW_VECTORS: usize = 1;
 /// q [b, n, heads*d], k and v [b, m, heads*d] -> softmax(q k' / sqrt(d)) v, [b, n, heads*d].
 pub struct Attention {
     pub heads: usize,
+    /// the unit that multiplies, if it is not the vectors'
+    pub tiles: Option<Tiles>,
 }
 
 thread_local! {
@@ -79,7 +84,7 @@ impl CustomOp3 for Attention {
             vec![]
         } else {
             let [q, k, v] = [Rows::of(q, lq)?, Rows::of(k, lk)?, Rows::of(v, lv)?];
-            Plan::new([q, k, v], (b, n, m, c), heads)
+            Plan::new([q, k, v], (b, n, m, c), heads, self.tiles)
                 .run(|kernel| dispatch(kernel), |kernel| dispatch(kernel))
         };
         Ok((CpuStorage::F32(y), lq.shape().clone()))
@@ -130,6 +135,7 @@ struct Plan<'a> {
     /// keys of a block, and blocks of an image
     keys: usize,
     blocks: usize,
+    tiles: Option<Tiles>,
 }
 
 impl<'a> Plan<'a> {
@@ -137,8 +143,13 @@ impl<'a> Plan<'a> {
         [q, k, v]: [Rows<'a>; 3],
         (b, n, m, c): (usize, usize, usize, usize),
         heads: usize,
+        tiles: Option<Tiles>,
     ) -> Self {
         let (d, blocks) = (c / heads, m.div_ceil(KEYS));
+        let (rows, keys) = match tiles {
+            Some(_) => (tiles::ROWS, TERMS),
+            None => (ROWS, LANES),
+        };
         Self {
             q,
             k,
@@ -149,9 +160,10 @@ impl<'a> Plan<'a> {
             c,
             heads,
             d,
-            padded: d.next_multiple_of(ROWS),
-            keys: m.div_ceil(blocks).next_multiple_of(LANES),
+            padded: d.next_multiple_of(rows),
+            keys: m.div_ceil(blocks).next_multiple_of(keys),
             blocks,
+            tiles,
         }
     }
 
@@ -162,16 +174,16 @@ impl<'a> Plan<'a> {
             n,
             c,
             heads,
-            d,
             padded,
             keys,
             blocks,
             ..
         } = *self;
-        let (tasks, block) = (n.div_ceil(QUERIES), keys * (d + padded));
+        let tasks = n.div_ceil(QUERIES);
+        let block = self.lines_of_keys() + self.lines_of_values();
         // neither is cleared first: that would cost up to a quarter of the time where there are few
         // keys
-        let (mut packed, mut y) = (uninit(b * blocks * heads * block), uninit(b * n * c));
+        let (mut packed, mut y) = (uninit_lanes(b * blocks * heads * block), uninit(b * n * c));
         packed
             .par_chunks_exact_mut(block)
             .enumerate()
@@ -186,28 +198,69 @@ impl<'a> Plan<'a> {
             });
         let output = Output(y.as_mut_ptr());
         (0..b * tasks * heads).into_par_iter().for_each(|i| {
-            with_memory(
-                &SCRATCH,
-                QUERIES / LANES * (d + padded + 2) + keys * VECTORS,
-                |scratch| {
-                    // heads next to each other share cache lines of queries and results
-                    let (image, head, first) =
-                        (i / (tasks * heads), i % heads, i / heads % tasks * QUERIES);
-                    let packed =
-                        &packed[image * blocks * heads * block..][..blocks * heads * block];
-                    attend(Attend {
-                        plan: self,
-                        image,
-                        head,
-                        first,
-                        packed,
-                        scratch,
-                        y: &output,
-                    });
-                },
-            );
+            let work = || {
+                with_memory(
+                    &SCRATCH,
+                    QUERIES / LANES * (self.lines_of_query() + padded + 2)
+                        + keys * VECTORS
+                        + self.lines_of_weights(),
+                    |scratch| {
+                        // heads next to each other share cache lines of queries and results
+                        let (image, head, first) =
+                            (i / (tasks * heads), i % heads, i / heads % tasks * QUERIES);
+                        let packed =
+                            &packed[image * blocks * heads * block..][..blocks * heads * block];
+                        attend(Attend {
+                            plan: self,
+                            image,
+                            head,
+                            first,
+                            packed,
+                            scratch,
+                            y: &output,
+                        });
+                    },
+                )
+            };
+            match self.tiles {
+                Some(tiles) => tiles.set_up(work),
+                None => work(),
+            }
         });
         y
+    }
+
+    /// Tiles of a head's numbers, as terms of a sum, with their parts.
+    fn lines_of_head(&self, tiles: Tiles) -> usize {
+        self.d.div_ceil(TERMS) * tiles.parts()
+    }
+
+    /// Vectors of a block of keys of one head: [keys/R, d, R], on tiles [keys/16, d/32, parts, 16].
+    fn lines_of_keys(&self) -> usize {
+        let each = |tiles| self.lines_of_head(tiles);
+        self.tiles
+            .map_or(self.keys * self.d / LANES, |tiles| self.keys * each(tiles))
+    }
+
+    /// Vectors of its values: [padded/R, keys, R], on tiles [padded/16, keys/32, parts, 16].
+    fn lines_of_values(&self) -> usize {
+        let each = |tiles: Tiles| self.keys / TERMS * tiles.parts();
+        let padded = self.padded;
+        self.tiles
+            .map_or(self.keys * padded / LANES, |tiles| padded * each(tiles))
+    }
+
+    /// Vectors of 16 queries of one head: [d], on tiles [d/32, parts, 16].
+    fn lines_of_query(&self) -> usize {
+        self.tiles
+            .map_or(self.d, |tiles| self.lines_of_head(tiles) * tiles::ROWS)
+    }
+
+    /// Vectors of the weights of two groups of 16 queries as terms of a sum: [keys/32, parts,
+    /// PANEL, 16].
+    fn lines_of_weights(&self) -> usize {
+        let each = |tiles: Tiles| self.keys / TERMS * tiles.parts() * PANEL * tiles::ROWS;
+        self.tiles.map_or(0, each)
     }
 }
 
@@ -219,14 +272,16 @@ struct Pack<'a> {
     head: usize,
     /// the first of the keys
     first: usize,
-    /// keys [keys/R, d, R], then values [padded/R, keys, R], for panels of R
-    packed: &'a mut [f32],
+    /// keys, then values: see [`Plan::lines_of_keys`]
+    packed: &'a mut [Lanes],
 }
 
 impl Kernel for Pack<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        if V::WIDE {
+        if let Some(tiles) = self.plan.tiles {
+            self.pack_tiles::<V>(tiles)
+        } else if V::WIDE {
             self.pack::<V, ROWS>()
         } else {
             self.pack::<V, FEW_ROWS>()
@@ -236,6 +291,47 @@ impl Kernel for Pack<'_> {
 
 impl Pack<'_> {
     #[inline(always)]
+    fn pack_tiles<V: Vector>(self, tiles: Tiles) {
+        let Plan {
+            k,
+            v,
+            m,
+            d,
+            padded,
+            keys,
+            ..
+        } = *self.plan;
+        let count = keys.min(m - self.first);
+        let at =
+            |of: Rows, key: usize| (self.image * m + self.first + key) * of.stride + self.head * d;
+        let (to_k, to_v) = self.packed.split_at_mut(self.plan.lines_of_keys());
+        let strip = self.plan.lines_of_head(tiles) * tiles::ROWS;
+        for key in 0..keys {
+            // the last key is repeated: that changes no maximum
+            let row = &k.numbers[at(k, key.min(count - 1))..][..d];
+            let line = key % tiles::ROWS;
+            let lines = &mut to_k[key / tiles::ROWS * strip + line..][..strip - line];
+            tiles.pack_row::<V>(row, lines);
+        }
+        let tile = tiles.parts() * tiles::ROWS;
+        let strips = to_v.chunks_exact_mut(keys / TERMS * tile);
+        for (first, strip) in (0..padded).step_by(tiles::ROWS).zip(strips) {
+            let len = tiles::ROWS.min(d - first);
+            for (lines, key) in strip.chunks_exact_mut(tile).zip((0..keys).step_by(TERMS)) {
+                let value = |key: usize| {
+                    if key < count {
+                        V::load_some(&v.numbers[at(v, key) + first..][..len])
+                    } else {
+                        V::splat(0.0)
+                    }
+                };
+                let pair = |i: usize| [value(key + i), value(key + LANES + i)];
+                tiles.pack_columns::<V>(pair, lines, tiles::ROWS);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn pack<V: Vector, const R: usize>(self) {
         let Plan {
             k, v, m, d, keys, ..
@@ -244,7 +340,7 @@ impl Pack<'_> {
         let at = |of: Rows, key: usize| {
             (self.image * m + self.first + key.min(last)) * of.stride + self.head * d
         };
-        let (to_k, to_v) = self.packed.split_at_mut(keys * d);
+        let (to_k, to_v) = floats(self.packed).split_at_mut(keys * d);
         for key in (0..keys).step_by(LANES) {
             let rows = std::array::from_fn(|i| at(k, key + i));
             for first in starts(d) {
@@ -273,7 +369,7 @@ struct Attend<'a> {
     /// the first of the queries
     first: usize,
     /// [blocks, heads] of keys and values, as [`Pack`] lays them out
-    packed: &'a [f32],
+    packed: &'a [Lanes],
     scratch: &'a mut [Lanes],
     y: &'a Output,
 }
@@ -281,7 +377,9 @@ struct Attend<'a> {
 impl Kernel for Attend<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        if V::WIDE {
+        if let Some(tiles) = self.plan.tiles {
+            self.attend_tiles::<V>(tiles)
+        } else if V::WIDE {
             self.attend::<V, ROWS, VECTORS>()
         } else {
             self.attend::<V, FEW_ROWS, FEW_VECTORS>()
@@ -290,6 +388,115 @@ impl Kernel for Attend<'_> {
 }
 
 impl Attend<'_> {
+    #[inline(always)]
+    fn attend_tiles<V: Vector>(mut self, tiles: Tiles) {
+        const C: usize = PANEL;
+        let Plan {
+            m,
+            heads,
+            padded,
+            keys,
+            ..
+        } = *self.plan;
+        let (parts, query) = (tiles.parts(), self.plan.lines_of_query());
+        let (queries, scratch) =
+            std::mem::take(&mut self.scratch).split_at_mut(QUERIES / LANES * query); // [groups, d/32, parts, C, 16]
+        let (values, scratch) = scratch.split_at_mut(QUERIES / LANES * padded); // [groups, padded, C]
+        let (state, scratch) = scratch.split_at_mut(QUERIES / LANES * 2); // [groups, 2, C]
+        let (scores, weights) = scratch.split_at_mut(keys * C); // [keys, C], [keys/32, parts, C, 16]
+        let count = QUERIES.min(self.plan.n - self.first);
+        let groups = count.div_ceil(C * LANES);
+        self.take_queries_for_tiles::<V>(tiles, queries, count);
+        for state in state.chunks_exact_mut(2 * C) {
+            state[..C].fill(Lanes([f32::NEG_INFINITY; LANES]));
+            state[C..].fill(Lanes([0.0; LANES]));
+        }
+        let of_keys = self.plan.lines_of_keys();
+        let blocks = self
+            .packed
+            .chunks_exact(of_keys + self.plan.lines_of_values())
+            .skip(self.head)
+            .step_by(heads);
+        for (block, first) in blocks.zip((0..m).step_by(keys)) {
+            let (k, v) = block.split_at(of_keys);
+            let count = keys.min(m - first);
+            for group in 0..groups {
+                let queries = &queries[group * query * C..][..query * C];
+                let values = &mut values[group * padded * C..][..padded * C];
+                let (largest, total) = state[group * 2 * C..][..2 * C].split_at_mut(C);
+                let side = |lines| Side { lines, parts };
+                tiles.multiply(side(k), side(queries), scores, false);
+                let before = load::<V, C>(largest);
+                let mut top = before;
+                for scores in scores[..count * C].chunks_exact(C) {
+                    for (top, score) in top.iter_mut().zip(load::<V, C>(scores)) {
+                        *top = top.max(score);
+                    }
+                }
+                let mut sum = weigh::<V, C>(&mut scores[..count * C], top);
+                scores[count * C..].fill(Lanes::default());
+                let mut scale = [V::splat(0.0); C];
+                for i in 0..C {
+                    scale[i] = before[i].sub(top[i]).exp2();
+                    sum[i] = sum[i].plus(V::load(&total[i].0), scale[i]);
+                }
+                store::<V, C>(top, largest);
+                store::<V, C>(sum, total);
+                let tile = parts * C * tiles::ROWS;
+                for (scores, weights) in scores
+                    .chunks_exact(TERMS * C)
+                    .zip(weights.chunks_exact_mut(tile))
+                {
+                    for i in 0..LANES {
+                        for column in 0..C {
+                            let weight = |key: usize| V::load(&scores[key * C + column].0);
+                            let pair = [weight(i), weight(LANES + i)];
+                            let lines = &mut weights[column * tiles::ROWS + i..];
+                            tiles.pack::<V>(pair, parts, lines, C * tiles::ROWS);
+                        }
+                    }
+                }
+                if first > 0 {
+                    for values in values.chunks_exact_mut(C) {
+                        let mut scaled = load::<V, C>(values);
+                        for (value, scale) in scaled.iter_mut().zip(scale) {
+                            *value = value.mul(scale);
+                        }
+                        store::<V, C>(scaled, values);
+                    }
+                }
+                tiles.multiply(side(v), side(weights), values, first > 0);
+            }
+        }
+        self.give_values::<V, C>(values, state, count);
+    }
+
+    /// Queries as columns [groups, d/32, parts, C, 16], times what makes exp2(score) their weight.
+    #[inline(always)]
+    fn take_queries_for_tiles<V: Vector>(&self, tiles: Tiles, queries: &mut [Lanes], count: usize) {
+        let Plan { q, n, d, .. } = *self.plan;
+        let scale = V::splat(LOG2_E / (d as f32).sqrt());
+        let tile = tiles.parts() * PANEL * tiles::ROWS;
+        let terms = d.div_ceil(TERMS);
+        for vector in 0..count.next_multiple_of(PANEL * LANES) / LANES {
+            // the last query fills up its vectors
+            let row = |i: usize| {
+                let query = (vector * LANES + i).min(count - 1);
+                let at = (self.image * n + self.first + query) * q.stride + self.head * d;
+                &q.numbers[at..][..d]
+            };
+            for term in 0..terms {
+                let numbers = |i: usize, first: usize| {
+                    let first = first.min(d);
+                    V::load_some(&row(i)[first..(first + LANES).min(d)]).mul(scale)
+                };
+                let pair = |i: usize| [numbers(i, term * TERMS), numbers(i, term * TERMS + LANES)];
+                let at = (vector / PANEL * terms + term) * tile + vector % PANEL * tiles::ROWS;
+                tiles.pack_columns::<V>(pair, &mut queries[at..], PANEL * tiles::ROWS);
+            }
+        }
+    }
+
     #[inline(always)]
     fn attend<V: Vector, const R: usize, const C: usize>(mut self) {
         let Plan {
@@ -311,8 +518,7 @@ impl Attend<'_> {
             state[..C].fill(Lanes([f32::NEG_INFINITY; LANES]));
             state[C..].fill(Lanes([0.0; LANES]));
         }
-        let blocks = self
-            .packed
+        let blocks = numbers(self.packed)
             .chunks_exact(keys * (d + padded))
             .skip(self.head)
             .step_by(heads);
@@ -555,9 +761,10 @@ fn spread<V: Vector, const R: usize>(x: V, to: &mut [f32], len: usize) {
 mod tests {
     use super::super::vector::with_every_kind;
     use super::*;
+    use crate::nn::Precision;
 
     #[derive(Clone)]
-    struct Compared;
+    struct Compared(Option<Tiles>);
 
     impl Kernel for Compared {
         fn run<V: Vector>(self) {
@@ -579,8 +786,14 @@ mod tests {
                     waves(b * m * c, 1.3),
                 );
                 let rows = |numbers| Rows { numbers, stride: c };
-                let y = Plan::new([rows(&q), rows(&k), rows(&v)], (b, n, m, c), heads)
+                let y = Plan::new([rows(&q), rows(&k), rows(&v)], (b, n, m, c), heads, self.0)
                     .run(|kernel| kernel.run::<V>(), |kernel| kernel.run::<V>());
+                // bf16 has eight binary digits
+                let tolerance = match self.0.map(|tiles| tiles.precision) {
+                    None => 1e-5,
+                    Some(Precision::F32) => 3e-5,
+                    Some(Precision::Bf16) => 3e-2,
+                };
                 for (i, y) in y.iter().enumerate() {
                     let (image, head, row) = (i / (n * c), i % c / d, i / c);
                     let at = |key: usize| (image * m + key) * c + head * d;
@@ -601,8 +814,9 @@ mod tests {
                         .sum();
                     let expected = sum / weights.iter().sum::<f64>();
                     assert!(
-                        (f64::from(*y) - expected).abs() < 1e-5,
-                        "{y} for {expected} at {i} of {b}x{n} to {m}, {heads} heads of {d}"
+                        (f64::from(*y) - expected).abs() < tolerance,
+                        "{y} for {expected} at {i} of {b}x{n} to {m}, {heads} heads of {d}, {:?}",
+                        self.0
                     );
                 }
             }
@@ -611,6 +825,13 @@ mod tests {
 
     #[test]
     fn vectors_of_every_kind_give_the_softmax_in_f64() {
-        with_every_kind(Compared);
+        with_every_kind(Compared(None));
+    }
+
+    #[test]
+    fn tiles_give_the_softmax_in_f64() {
+        for tiles in tiles::every_unit() {
+            with_every_kind(Compared(Some(tiles)));
+        }
     }
 }

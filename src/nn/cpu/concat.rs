@@ -2,18 +2,28 @@
 //! memory that is not zeroed.
 
 use super::gemm::slice;
+use super::vector::{LANES, Lanes};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 
 /// Memory for a kernel's output, not zeroed; NaN in debug builds, so that a test sees what was not
 /// written.
+pub fn uninit(len: usize) -> Vec<f32> {
+    memory(len, f32::NAN)
+}
+
+/// The same for vectors.
+pub fn uninit_lanes(len: usize) -> Vec<Lanes> {
+    memory(len, Lanes([f32::NAN; LANES]))
+}
+
 #[expect(
     clippy::uninit_vec,
     reason = "a kernel writes all of it, zeroing it first would cost time"
 )]
-pub fn uninit(len: usize) -> Vec<f32> {
+fn memory<T: Copy>(len: usize, nan: T) -> Vec<T> {
     if cfg!(debug_assertions) {
-        return vec![f32::NAN; len];
+        return vec![nan; len];
     }
     let mut memory = Vec::with_capacity(len);
     // SAFETY: the capacity is there, and a kernel writes every element before it reads any or hands

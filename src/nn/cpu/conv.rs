@@ -1,8 +1,10 @@
 //! Convolution of [b, h, w, c] as one product whose left side, im2col's, is gathered from the image
 //! as it is needed; by [`super::winograd`] where that is faster.
 
-use super::gemm::{Epilogue, gemm, slice, with_slice};
+use super::gemm::{Epilogue, Left, gemm, slice, with_slice};
 use super::panels::{Panels, WIDTH};
+use super::tiles::{ROWS, TERMS, Tiles};
+use super::vector::Lanes;
 use super::winograd;
 use crate::nn::PaddingMode;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
@@ -44,9 +46,14 @@ impl<'a> Images<'a> {
         })
     }
 
+    /// Where the pixel of an image at a stored row and column is among all.
+    fn index(&self, image: usize, row: usize, column: usize) -> usize {
+        (image * self.rows + row) * self.columns + column
+    }
+
     /// The pixel [c] of an image at a stored row and column.
     pub fn pixel(&self, image: usize, row: usize, column: usize) -> &'a [f32] {
-        &self.x[((image * self.rows + row) * self.columns + column) * self.c..][..self.c]
+        &self.x[self.index(image, row, column) * self.c..][..self.c]
     }
 }
 
@@ -77,6 +84,8 @@ pub struct Conv2d {
     pub residual: Option<Tensor>,
     /// `[out]`: the slope of a leaky ReLU after that
     pub slope: Option<Tensor>,
+    /// the unit that multiplies, if it is not the vectors'
+    pub tiles: Option<Tiles>,
 }
 
 impl CustomOp3 for Conv2d {
@@ -124,7 +133,10 @@ impl CustomOp3 for Conv2d {
             padding_modes: self.padding_modes,
         };
         let convolved = |residual: Option<&[f32]>, slope: Option<&[f32]>| {
-            if self.is_winograd() && winograd::pays(self.rows.len(), w) {
+            if self.tiles.is_none_or(|tiles| !tiles.beats_winograd())
+                && self.is_winograd()
+                && winograd::pays(self.rows.len(), w)
+            {
                 winograd::convolve(
                     images,
                     self.rows.clone(),
@@ -179,47 +191,170 @@ impl Conv2d {
     ) -> Vec<f32> {
         let (h, w) = (self.rows.len(), self.out(images.w));
         let shape = (images.b * h * w, self.size * self.size * images.c, outputs);
-        let left = |pixel: usize, terms: Range<usize>, patch: &mut [f32]| {
-            self.im2col_row(
-                images,
-                (pixel / (h * w), self.rows.start + pixel / w % h, pixel % w),
-                terms,
-                patch,
-            );
+        // every pixel is seen by several others, and made to rows of tiles once
+        let lines = match self.tiles {
+            Some(tiles) if self.size > self.stride && images.c.is_multiple_of(TERMS) => {
+                Some((tiles.parts(), tiles.lines_of(images.x)))
+            }
+            _ => None,
         };
-        gemm(shape, left, weight, epilogue)
+        let left = Im2col {
+            conv: self,
+            images,
+            sides: (h, w),
+            lines,
+        };
+        gemm(shape, left, weight, epilogue, self.tiles)
     }
+}
 
-    /// Copies a range of im2col's row of output pixel (oy, ox): the pixels [size, size, c] that it
-    /// sees.
-    fn im2col_row(
+/// Rows of im2col: the pixels [size, size, c] that an output pixel sees.
+struct Im2col<'a> {
+    conv: &'a Conv2d,
+    images: Images<'a>,
+    /// height and width of the output
+    sides: (usize, usize),
+    /// each pixel as rows of tiles [c/32, parts], and the parts
+    lines: Option<(usize, Vec<Lanes>)>,
+}
+
+impl Im2col<'_> {
+    /// Calls `each` with the runs of terms that come from one pixel: where the pixel is among all,
+    /// if it is not padding, and a range of its channels.
+    #[inline(always)]
+    fn runs(
         &self,
-        images: Images,
-        (image, oy, ox): (usize, usize, usize),
+        pixel: usize,
         terms: Range<usize>,
-        mut patch: &mut [f32],
+        mut each: impl FnMut(Option<usize>, Range<usize>),
     ) {
+        let Self {
+            conv,
+            images,
+            sides: (h, w),
+            ..
+        } = self;
+        let (image, oy, ox) = (pixel / (h * w), conv.rows.start + pixel / w % h, pixel % w);
         let c = images.c;
         let mut at = terms.start;
         while at < terms.end {
             let (tap, channel) = (at / c, at % c);
             let len = (c - channel).min(terms.end - at);
-            let (part, rest) = patch.split_at_mut(len);
             let (y, x) = (
-                oy * self.stride + tap / self.size,
-                ox * self.stride + tap % self.size,
+                oy * conv.stride + tap / conv.size,
+                ox * conv.stride + tap % conv.size,
             );
-            match (
-                images.row(y, self.padding.0),
-                images.column(x, self.padding.0),
-            ) {
-                (Some(row), Some(column)) => {
-                    let pixel = images.pixel(image, row, column);
-                    part.copy_from_slice(&pixel[channel..][..len]);
-                }
-                _ => part.fill(0.0),
+            let row = images.row(y, conv.padding.0);
+            let column = images.column(x, conv.padding.0);
+            let seen = row
+                .zip(column)
+                .map(|(row, column)| images.index(image, row, column));
+            each(seen, channel..channel + len);
+            at += len;
+        }
+    }
+}
+
+impl Left for Im2col<'_> {
+    #[inline(always)]
+    fn row(&self, pixel: usize, terms: Range<usize>, patch: &mut [f32]) {
+        let (c, mut patch) = (self.images.c, patch);
+        self.runs(pixel, terms, |seen, channels| {
+            let (part, rest) = std::mem::take(&mut patch).split_at_mut(channels.len());
+            match seen {
+                Some(seen) => part.copy_from_slice(&self.images.x[seen * c..][channels]),
+                None => part.fill(0.0),
             }
-            (patch, at) = (rest, at + len);
+            patch = rest;
+        });
+    }
+
+    #[inline(always)]
+    fn lines(&self, pixel: usize, terms: Range<usize>, to: &mut [Lanes]) -> bool {
+        let Some((parts, lines)) = &self.lines else {
+            return false;
+        };
+        let each = self.images.c / TERMS * parts;
+        let mut rows = to.iter_mut().step_by(ROWS);
+        self.runs(pixel, terms, |seen, channels| {
+            let range = channels.start / TERMS * parts..channels.end / TERMS * parts;
+            let count = range.len();
+            match seen {
+                Some(seen) => {
+                    let lines = &lines[seen * each..][range];
+                    lines
+                        .iter()
+                        .zip(rows.by_ref())
+                        .for_each(|(line, row)| *row = *line);
+                }
+                None => rows
+                    .by_ref()
+                    .take(count)
+                    .for_each(|row| *row = Lanes::default()),
+            }
+        });
+        true
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::Pack;
+    use super::super::tiles::every_unit;
+    use super::*;
+    use crate::nn::PaddingMode::{Circular, Zeros};
+    use crate::nn::Precision;
+    use crate::nn::testing::normal;
+
+    #[test]
+    fn convolutions_on_tiles_equal_those_of_vectors() {
+        // channels of whole rows of tiles, which are made once, and others
+        let cases = [
+            (3, 1, (1, 1), 64, [Zeros; 2], None),
+            (3, 1, (1, 1), 32, [Circular, Zeros], Some((14, 18))),
+            (3, 2, (0, 1), 96, [Zeros, Circular], None),
+            (3, 2, (1, 1), 35, [Circular; 2], None),
+            (1, 1, (0, 0), 64, [Zeros; 2], None),
+            (5, 1, (2, 2), 3, [Zeros; 2], Some((9, 8))),
+        ];
+        for (size, stride, padding, c, padding_modes, scaled) in cases {
+            let (b, h, w, outputs) = (2, 7, 9, 37);
+            let x = normal(0f32, 1.0, (b, h, w, c));
+            let weight = normal(0f32, 0.3, (outputs, c, size, size));
+            let weight = weight.apply_op1_no_bwd(&Pack { gated: false }).unwrap();
+            let bias = normal(0f32, 1.0, (b, outputs));
+            let height = scaled.map_or(h, |(height, _)| height);
+            let height = (height + padding.0 + padding.1 - size) / stride + 1;
+            let convolved = |tiles| {
+                let op = Conv2d {
+                    size,
+                    stride,
+                    padding,
+                    padding_modes,
+                    rows: 1..height,
+                    scaled,
+                    residual: None,
+                    slope: None,
+                    tiles,
+                };
+                let y = x.apply_op3_no_bwd(&weight, &bias, &op).unwrap();
+                y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let expected = convolved(None);
+            let largest = expected.iter().fold(1f32, |most, x| most.max(x.abs()));
+            for tiles in every_unit() {
+                let tolerance = match tiles.precision {
+                    Precision::F32 => 2e-5,
+                    Precision::Bf16 => 1e-2,
+                };
+                let y = convolved(Some(tiles));
+                assert_eq!(y.len(), expected.len());
+                for (y, expected) in y.iter().zip(&expected) {
+                    let off = (y - expected).abs() / largest;
+                    assert!(off < tolerance, "{size} {stride} {c} {tiles:?}: {off:e}");
+                }
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use super::concat::uninit;
 use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
+use super::tiles::{self, Side, Tiles};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
@@ -175,13 +176,33 @@ pub struct Epilogue<'a> {
     pub gated: bool,
 }
 
-/// Multiplies left [m, k] by weights of n columns -> [m, n]. `left` fills a slice with a range of
-/// terms of a row.
+/// The left side [m, k] of a product, of which tasks take what they need.
+pub trait Left: Sync {
+    /// Fills a slice with a range of terms of a row.
+    fn row(&self, row: usize, terms: Range<usize>, to: &mut [f32]);
+
+    /// Writes them as rows of tiles instead, where they are laid out like that: `to` begins with
+    /// the first. Returns whether they are.
+    #[inline(always)]
+    fn lines(&self, _row: usize, _terms: Range<usize>, _to: &mut [Lanes]) -> bool {
+        false
+    }
+}
+
+impl<F: Fn(usize, Range<usize>, &mut [f32]) + Sync> Left for F {
+    #[inline(always)]
+    fn row(&self, row: usize, terms: Range<usize>, to: &mut [f32]) {
+        self(row, terms, to);
+    }
+}
+
+/// Multiplies left [m, k] by weights of n columns -> [m, n], on `tiles` if there are.
 pub fn gemm(
     (m, k, n): (usize, usize, usize),
-    left: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+    left: impl Left,
     weight: Panels,
     epilogue: Epilogue,
+    tiles: Option<Tiles>,
 ) -> Vec<f32> {
     let mut y = uninit(if epilogue.gated { m * n / 2 } else { m * n });
     if y.is_empty() {
@@ -200,10 +221,37 @@ pub fn gemm(
     } else {
         1
     };
-    let blocks = m.div_ceil(BLOCK).max(shares);
-    let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
+    let block = tiles.map_or(BLOCK, Tiles::block);
+    let blocks = m.div_ceil(block).max(shares);
     let tasks = if shares > 1 { threads } else { TASKS };
-    let group = panels.div_ceil(tasks.div_ceil(blocks)).min(GROUP);
+    let group = panels.div_ceil(tasks.div_ceil(blocks));
+    if let Some(tiles) = tiles {
+        let rows = m.div_ceil(blocks).next_multiple_of(tiles::ROWS);
+        let groups = panels.div_ceil(group);
+        let terms = k.div_ceil(k.div_ceil(tiles.depth())).div_ceil(tiles::TERMS);
+        (0..blocks * groups).into_par_iter().for_each(|task| {
+            let (first, panel) = (task / groups * rows, task % groups * group);
+            if first < m {
+                let product = MultiplyTiles {
+                    tiles,
+                    m,
+                    k,
+                    n,
+                    left: &left,
+                    weight,
+                    epilogue,
+                    rows: first..m.min(first + rows),
+                    panels: panel..panels.min(panel + group),
+                    terms,
+                    y: &output,
+                };
+                tiles.set_up(|| dispatch(product));
+            }
+        });
+        return y;
+    }
+    let rows = m.div_ceil(blocks).next_multiple_of(ROWS);
+    let group = group.min(GROUP);
     let groups = panels.div_ceil(group);
     (0..blocks * groups).into_par_iter().for_each(|task| {
         let (first, panel) = (task / groups * rows, task % groups * group);
@@ -262,7 +310,7 @@ struct Multiply<'a, L> {
     y: &'a Output,
 }
 
-impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
+impl<L: Left> Kernel for Multiply<'_, L> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Self {
@@ -285,7 +333,7 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
         for start in (0..k).step_by(depth) {
             let terms = start..(start + depth).min(k);
             for (row, v) in v.chunks_exact_mut(lanes).enumerate().take(m - first) {
-                left(first + row, terms.clone(), &mut floats(v)[..terms.len()]);
+                left.row(first + row, terms.clone(), &mut floats(v)[..terms.len()]);
             }
             for (i, sums) in sums.chunks_exact_mut(tiles * ROWS * PANEL).enumerate() {
                 let at = ((panel + i) * k + start) * WIDTH;
@@ -311,6 +359,102 @@ impl<L: Fn(usize, Range<usize>, &mut [f32])> Kernel for Multiply<'_, L> {
                 epilogue.write::<V>(first + row, panel + i, (m, n), sums, y);
             }
         }
+    }
+}
+
+/// A block of rows times some panels, on tiles.
+struct MultiplyTiles<'a, L> {
+    tiles: Tiles,
+    m: usize,
+    k: usize,
+    n: usize,
+    left: &'a L,
+    weight: Panels<'a>,
+    epilogue: Epilogue<'a>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    /// tiles of terms that are summed at once
+    terms: usize,
+    y: &'a Output,
+}
+
+impl<L: Left> Kernel for MultiplyTiles<'_, L> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self {
+            tiles,
+            m,
+            k,
+            n,
+            left,
+            weight,
+            epilogue,
+            rows,
+            panels,
+            terms,
+            y,
+        } = self;
+        let (parts, parts_of_weight) = (tiles.parts(), tiles.parts_of(weight));
+        let height = rows.len().next_multiple_of(tiles::ROWS);
+        let (depth, line) = (terms * tiles::TERMS, terms * parts);
+        let lens = [
+            height * line,
+            terms * parts_of_weight * PANEL * tiles::ROWS,
+            GROUP * height * PANEL,
+            depth / LANES,
+        ];
+        with_memory(&SCRATCH, lens.iter().sum(), |scratch| {
+            // [strips, terms, parts, 16]; [terms, parts, PANEL, 16]; [panels, rows, PANEL]; a row
+            let (v, rest) = scratch.split_at_mut(lens[0]);
+            let (u, rest) = rest.split_at_mut(lens[1]);
+            let (sums, numbers) = rest.split_at_mut(lens[2]);
+            let numbers = floats(numbers);
+            for panel in panels.clone().step_by(GROUP) {
+                let group = GROUP.min(panels.end - panel);
+                for start in (0..k).step_by(depth) {
+                    let range = start..(start + depth).min(k);
+                    let terms = range.len().div_ceil(tiles::TERMS);
+                    let (strip, lines) = (
+                        terms * parts * tiles::ROWS,
+                        terms * parts_of_weight * PANEL * tiles::ROWS,
+                    );
+                    // rows of which all terms are summed at once stay for all panels
+                    if depth < k || panel == panels.start {
+                        for (i, row) in rows.clone().enumerate() {
+                            let line = i % tiles::ROWS;
+                            let lines = &mut v[i / tiles::ROWS * strip + line..][..strip - line];
+                            if !left.lines(row, range.clone(), lines) {
+                                let numbers = &mut numbers[..range.len()];
+                                left.row(row, range.clone(), numbers);
+                                tiles.pack_row::<V>(numbers, lines);
+                            }
+                        }
+                    }
+                    for (i, sums) in sums
+                        .chunks_exact_mut(height * PANEL)
+                        .take(group)
+                        .enumerate()
+                    {
+                        let at = ((panel + i) * k + start) * WIDTH;
+                        tiles.pack_weight::<V>(weight, at, range.len(), &mut u[..lines]);
+                        let left = Side {
+                            lines: &v[..height / tiles::ROWS * strip],
+                            parts,
+                        };
+                        let right = Side {
+                            lines: &u[..lines],
+                            parts: parts_of_weight,
+                        };
+                        tiles.multiply(left, right, sums, start > 0);
+                    }
+                }
+                for (i, sums) in sums.chunks_exact(height * PANEL).take(group).enumerate() {
+                    for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
+                        epilogue.write::<V>(row, panel + i, (m, n), sums, y);
+                    }
+                }
+            }
+        });
     }
 }
 
@@ -372,6 +516,8 @@ pub struct Gemm {
     pub residual: Option<Tensor>,
     /// see `Epilogue::gated`
     pub gated: bool,
+    /// the unit that multiplies, if it is not the vectors'
+    pub tiles: Option<Tiles>,
 }
 
 impl CustomOp2 for Gemm {
@@ -414,6 +560,7 @@ impl CustomOp2 for Gemm {
                         gated: self.gated,
                         slope: None,
                     },
+                    self.tiles,
                 )
             })
         })??;

@@ -2,10 +2,17 @@
 //! kernels that keep many sums in registers, which the compiler does not find by itself; simple
 //! loops are in [`super::vector_math`].
 
+#[cfg(target_arch = "x86_64")]
+use super::instructions::{Vectors, vectors};
 use half::{bf16, f16};
 
 /// The elements of a vector.
 pub const LANES: usize = 16;
+
+/// Of an f32: its upper half, half a unit of that, and what makes a NaN one that stays NaN in it.
+const UPPER: u32 = 0xffff_0000;
+const HALF: u32 = 0x8000;
+const QUIET: u32 = 0x0040_0000;
 
 /// A vector in memory, aligned so that no load or store crosses a cache line.
 #[derive(Clone, Copy, Default)]
@@ -16,6 +23,12 @@ pub struct Lanes(pub [f32; LANES]);
 pub fn floats(lanes: &mut [Lanes]) -> &mut [f32] {
     // SAFETY: a `Lanes` is LANES numbers and nothing else, and any bits are a number
     unsafe { std::slice::from_raw_parts_mut(lanes.as_mut_ptr().cast(), lanes.len() * LANES) }
+}
+
+/// Views vectors as their elements.
+pub fn numbers(lanes: &[Lanes]) -> &[f32] {
+    // SAFETY: as above
+    unsafe { std::slice::from_raw_parts(lanes.as_ptr().cast(), lanes.len() * LANES) }
 }
 
 /// A vector in registers.
@@ -44,6 +57,14 @@ pub trait Vector: Copy {
     fn times_power_of_two(self, shifted: Self) -> Self;
     /// self + a * b, rounded once where the processor can
     fn plus(self, a: Self, b: Self) -> Self;
+    /// Numbers whose upper halves are the nearest bf16, ties away from 0. NaN stays NaN.
+    fn rounded(self) -> Self;
+    /// Numbers whose upper halves are the nearest bf16, ties to even. NaN stays NaN, there too.
+    fn rounded_even(self) -> Self;
+    /// Numbers whose lower halves are 0.
+    fn upper(self) -> Self;
+    /// The upper halves side by side, those of `self` in the lower half of each element.
+    fn pairs(self, other: Self) -> Self;
 
     /// 2^x with a relative error below 3e-7, exact 1 at 0, for x up to 126. Below -100 it stays at
     /// 8e-31: small, but products with it are still normal numbers. NaN stays NaN.
@@ -165,7 +186,7 @@ pub trait Kernel {
     fn run<V: Vector>(self);
 }
 
-/// Runs a kernel with the best instructions that this processor has.
+/// Runs a kernel with the instructions that were chosen, see [`super::instructions`].
 pub fn dispatch(kernel: impl Kernel) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -177,23 +198,15 @@ pub fn dispatch(kernel: impl Kernel) {
         fn avx2(kernel: impl Kernel) {
             kernel.run::<x86::Avx2>();
         }
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has this instruction set, as just detected
-            return unsafe { avx512(kernel) };
-        }
-        if has_avx2() {
+        match vectors() {
+            // SAFETY: only instructions that the processor has are chosen
+            Vectors::Avx512 => return unsafe { avx512(kernel) },
             // SAFETY: as above
-            return unsafe { avx2(kernel) };
+            Vectors::Avx2 => return unsafe { avx2(kernel) },
+            Vectors::Portable => {}
         }
     }
     kernel.run::<Portable>();
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
 }
 
 /// For every other processor.
@@ -300,11 +313,49 @@ impl Vector for Portable {
         }
         self
     }
+
+    #[inline(always)]
+    fn rounded(mut self) -> Self {
+        for x in &mut self.0 {
+            let carry = if x.is_nan() { 0 } else { HALF };
+            *x = f32::from_bits(x.to_bits().wrapping_add(carry));
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn rounded_even(mut self) -> Self {
+        for x in &mut self.0 {
+            let bits = x.to_bits();
+            *x = f32::from_bits(if x.is_nan() {
+                bits | QUIET
+            } else {
+                bits + (HALF - 1) + (bits >> 16 & 1)
+            });
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn upper(mut self) -> Self {
+        for x in &mut self.0 {
+            *x = f32::from_bits(x.to_bits() & UPPER);
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn pairs(mut self, other: Self) -> Self {
+        for (x, other) in self.0.iter_mut().zip(&other.0) {
+            *x = f32::from_bits(x.to_bits() >> 16 | other.to_bits() & UPPER);
+        }
+        self
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, Lanes, Vector};
+    use super::{HALF, LANES, Lanes, QUIET, UPPER, Vector};
     use half::{bf16, f16};
     use std::arch::x86_64::*;
 
@@ -430,6 +481,47 @@ mod x86 {
         fn plus(self, a: Self, b: Self) -> Self {
             detected! { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
         }
+
+        #[inline(always)]
+        fn rounded(self) -> Self {
+            detected! {
+                let (bits, half) = (_mm512_castps_si512(self.0), _mm512_set1_epi32(HALF as i32));
+                let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(self.0, self.0);
+                Self(_mm512_castsi512_ps(_mm512_mask_add_epi32(bits, number, bits, half)))
+            }
+        }
+
+        #[inline(always)]
+        fn rounded_even(self) -> Self {
+            detected! {
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let carry = _mm512_add_epi32(odd, _mm512_set1_epi32(HALF as i32 - 1));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let sum = _mm512_add_epi32(bits, carry);
+                let quiet = _mm512_set1_epi32(QUIET as i32);
+                Self(_mm512_castsi512_ps(_mm512_mask_or_epi32(sum, nan, bits, quiet)))
+            }
+        }
+
+        #[inline(always)]
+        fn upper(self) -> Self {
+            detected! {
+                let upper = _mm512_set1_epi32(UPPER as i32);
+                Self(_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(self.0), upper)))
+            }
+        }
+
+        #[inline(always)]
+        fn pairs(self, other: Self) -> Self {
+            detected! {
+                let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.0));
+                let high = _mm512_castps_si512(other.0);
+                let upper = _mm512_set1_epi32(UPPER as i32);
+                // low | high & upper
+                Self(_mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xf8>(low, high, upper)))
+            }
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -527,19 +619,67 @@ mod x86 {
         fn plus(self, a: Self, b: Self) -> Self {
             detected! { Self(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
         }
+
+        #[inline(always)]
+        fn rounded(self) -> Self {
+            detected! {
+                let each = |x: __m256| {
+                    let number = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x, x));
+                    let half = _mm256_and_si256(number, _mm256_set1_epi32(HALF as i32));
+                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), half))
+                };
+                Self(each(self.0), each(self.1))
+            }
+        }
+
+        #[inline(always)]
+        fn rounded_even(self) -> Self {
+            detected! {
+                let each = |x: __m256| {
+                    let bits = _mm256_castps_si256(x);
+                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                    let carry = _mm256_add_epi32(odd, _mm256_set1_epi32(HALF as i32 - 1));
+                    let sum = _mm256_castsi256_ps(_mm256_add_epi32(bits, carry));
+                    let quiet = _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(QUIET as i32)));
+                    _mm256_blendv_ps(sum, quiet, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x))
+                };
+                Self(each(self.0), each(self.1))
+            }
+        }
+
+        #[inline(always)]
+        fn upper(self) -> Self {
+            detected! {
+                let upper = _mm256_castsi256_ps(_mm256_set1_epi32(UPPER as i32));
+                Self(_mm256_and_ps(self.0, upper), _mm256_and_ps(self.1, upper))
+            }
+        }
+
+        #[inline(always)]
+        fn pairs(self, other: Self) -> Self {
+            detected! {
+                let each = |low: __m256, high: __m256| {
+                    let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(low));
+                    let both = _mm256_blend_epi16::<0xaa>(low, _mm256_castps_si256(high));
+                    _mm256_castsi256_ps(both)
+                };
+                Self(each(self.0, other.0), each(self.1, other.1))
+            }
+        }
     }
 }
 
 /// Runs a kernel with each kind of vector that this processor has.
 #[cfg(test)]
 pub fn with_every_kind(kernel: impl Kernel + Clone) {
+    use super::instructions::Instructions;
     kernel.clone().run::<Portable>();
     #[cfg(target_arch = "x86_64")]
     {
-        if has_avx2() {
+        if Instructions::Avx2.is_there() {
             kernel.clone().run::<x86::Avx2>();
         }
-        if is_x86_feature_detected!("avx512f") {
+        if Instructions::Avx512.is_there() {
             kernel.run::<x86::Avx512>();
         }
     }
@@ -694,5 +834,41 @@ mod tests {
     #[test]
     fn columns_of_columns_are_rows() {
         with_every_kind(Transpose);
+    }
+
+    #[derive(Clone)]
+    struct Rounding;
+
+    impl Kernel for Rounding {
+        fn run<V: Vector>(self) {
+            let all = |f: &dyn Fn(V) -> V, x: f32| {
+                let mut y = [0.0; LANES];
+                f(V::splat(x)).store(&mut y);
+                y[LANES - 1]
+            };
+            let numbers = (0..1 << 16).flat_map(|top: u32| {
+                [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| f32::from_bits(top << 16 | low))
+            });
+            for x in numbers {
+                let [away, even] = [all(&V::rounded, x), all(&V::rounded_even, x)];
+                let even_half = (even.to_bits() >> 16) as u16;
+                if x.is_nan() {
+                    assert!(away.is_nan() && bf16::from_bits(even_half).is_nan());
+                    continue;
+                }
+                assert_eq!(even_half, bf16::from_f32(x).to_bits(), "{x:e}");
+                let up = x.to_bits() & HALF != 0;
+                let expected = (x.to_bits() >> 16) + u32::from(up);
+                assert_eq!(away.to_bits() >> 16, expected, "{x:e}");
+                assert_eq!(all(&V::upper, x).to_bits(), x.to_bits() & UPPER);
+                let pair = all(&|x| V::splat(-2.5).pairs(x), x);
+                assert_eq!(pair.to_bits(), x.to_bits() & UPPER | 0xc020);
+            }
+        }
+    }
+
+    #[test]
+    fn halves_are_the_nearest_bf16_and_nan_stays_nan() {
+        with_every_kind(Rounding);
     }
 }

@@ -1,8 +1,11 @@
 //! Simple loops, which the compiler can vectorise, compiled once for each instruction set.
 
+#[cfg(target_arch = "x86_64")]
+use super::instructions::{Vectors, vectors};
 use super::vector::LANES;
 
-/// Compiles a loop for AVX-512, AVX2 and the baseline, and picks at run time.
+/// Compiles a loop for AVX-512, AVX2 and the baseline, and picks at run time what was
+/// chosen.
 macro_rules! vectorised {
     ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $type:ty),*) $body:block) => {
         $(#[$doc])*
@@ -15,13 +18,12 @@ macro_rules! vectorised {
                 fn avx512($($arg: $type),*) { body($($arg),*) }
                 #[target_feature(enable = "avx2")]
                 fn avx2($($arg: $type),*) { body($($arg),*) }
-                if is_x86_feature_detected!("avx512f") {
-                    // SAFETY: the processor has this instruction set, as just detected
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
+                match vectors() {
+                    // SAFETY: only instructions that the processor has are chosen
+                    Vectors::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above
-                    return unsafe { avx2($($arg),*) };
+                    Vectors::Avx2 => return unsafe { avx2($($arg),*) },
+                    Vectors::Portable => {}
                 }
             }
             body($($arg),*)

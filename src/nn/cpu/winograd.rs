@@ -656,6 +656,7 @@ mod tests {
                 scaled: None,
                 residual: None,
                 slope: None,
+                tiles: None,
             };
             let (mut plain, mut winograd) = (f64::MAX, f64::MAX);
             for _ in 0..5 {

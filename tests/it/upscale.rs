@@ -635,7 +635,7 @@ fn what_is_no_upscaler_is_refused_by_what_it_is() {
     for (key, says) in [
         (
             "model.diffusion_model.out.2.weight",
-            "a checkpoint that draws",
+            "is a checkpoint, not an upscaler",
         ),
         ("lora_unet_down.lora_up.weight", "is a LoRA"),
         ("layers.0.residual_group.blocks.0.norm1.weight", "SwinIR"),

@@ -125,7 +125,7 @@ impl BackboneConfig {
     pub fn kind(&self) -> Result<ModelKind> {
         match self {
             Self::UNet(config) => config.kind(),
-            Self::Flux2(config) => Ok(config.kind()),
+            Self::Flux2(_) => Ok(ModelKind::TextToImage),
         }
     }
 

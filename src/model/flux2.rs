@@ -2,14 +2,14 @@
 //! picture as one sequence of tokens, first with weights of their own, then with shared ones; the
 //! timestep scales and shifts what enters each layer, by the same numbers in all blocks.
 
-use super::{Conditioning, ModelKind, require_neutral};
+use super::{Conditioning, require_neutral};
 use crate::nn::Forward;
 use crate::nn::attention::attention;
 use crate::nn::embed::sinusoids;
 use crate::nn::layers::{Activation, LayerNorm, Linear, RmsNorm, swiglu};
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::weights::Weights;
-use crate::weights::config::{parse, require_size};
+use crate::weights::config::{parse, require_sizes};
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -75,29 +75,30 @@ impl Flux2Config {
                 "the transformer takes the guidance scale as an input (FLUX.2 dev), which sdgen does not draw\n\nhint: FLUX.2 klein is drawn"
             );
         }
-        for (key, size, range) in [
-            ("in_channels", config.in_channels, 1..=1 << 12),
-            ("num_layers", config.num_layers, 1..=256),
-            ("num_single_layers", config.num_single_layers, 0..=256),
-            ("attention_head_dim", config.attention_head_dim, 2..=1 << 12),
-            (
-                "num_attention_heads",
-                config.num_attention_heads,
-                1..=1 << 12,
-            ),
-            (
-                "joint_attention_dim",
-                config.joint_attention_dim,
-                1..=1 << 20,
-            ),
-            (
-                "timestep_guidance_channels",
-                config.timestep_guidance_channels,
-                2..=1 << 12,
-            ),
-        ] {
-            require_size("transformer", key, size, range)?;
-        }
+        require_sizes(
+            "transformer",
+            [
+                ("in_channels", config.in_channels, 1..=1 << 12),
+                ("num_layers", config.num_layers, 1..=256),
+                ("num_single_layers", config.num_single_layers, 0..=256),
+                ("attention_head_dim", config.attention_head_dim, 2..=1 << 12),
+                (
+                    "num_attention_heads",
+                    config.num_attention_heads,
+                    1..=1 << 12,
+                ),
+                (
+                    "joint_attention_dim",
+                    config.joint_attention_dim,
+                    1..=1 << 20,
+                ),
+                (
+                    "timestep_guidance_channels",
+                    config.timestep_guidance_channels,
+                    2..=1 << 12,
+                ),
+            ],
+        )?;
         ensure!(
             config.axes_dims_rope.len() == 4
                 && config.axes_dims_rope.iter().all(|width| width % 2 == 0)
@@ -112,11 +113,6 @@ impl Flux2Config {
             config.mlp_ratio
         );
         Ok(config)
-    }
-
-    /// The task of the network.
-    pub fn kind(&self) -> ModelKind {
-        ModelKind::TextToImage
     }
 
     /// Height and width of the latents that the model was trained on.

@@ -1,7 +1,7 @@
 //! `unet/config.json`: every width, depth and head count of a [`super::unet::UNet`].
 
 use super::{ModelKind, require_neutral};
-use crate::weights::config::{parse, require_booleans, require_size};
+use crate::weights::config::{parse, require_booleans, require_size, require_sizes};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -247,60 +247,61 @@ impl UNetConfig {
         }
         let padding = self.downsample_padding;
         let (h, w) = self.sample_size()?;
-        for (key, size, range) in [
-            ("in_channels", self.in_channels, 1..=MAX_CHANNELS),
-            ("out_channels", self.out_channels, 1..=MAX_CHANNELS),
-            ("sample_size", h, 1..=MAX_SIDE),
-            ("sample_size", w, 1..=MAX_SIDE),
-            ("downsample_padding", padding, 0..=1),
-            (
-                "layers_per_block",
-                self.layers_per_block.largest(),
-                0..=MAX_DEPTH,
-            ),
-            (
-                "transformer_layers_per_block",
-                depths(&self.transformer_layers_per_block),
-                0..=MAX_DEPTH,
-            ),
-            (
-                "reverse_transformer_layers_per_block",
-                self.reverse_transformer_layers_per_block
-                    .as_ref()
-                    .map_or(0, depths),
-                0..=MAX_DEPTH,
-            ),
-            (
-                "cross_attention_dim",
-                self.cross_attention_dim.largest(),
-                1..=MAX_WIDTH,
-            ),
-            (
-                "time_embedding_dim",
-                self.time_embedding_dim.unwrap_or(1),
-                1..=MAX_WIDTH,
-            ),
-            (
-                "time_cond_proj_dim",
-                self.time_cond_proj_dim.unwrap_or(1),
-                1..=MAX_WIDTH,
-            ),
-            (
-                "addition_time_embed_dim",
-                self.addition_time_embed_dim.unwrap_or(1),
-                0..=MAX_WIDTH,
-            ),
-            (
-                "projection_class_embeddings_input_dim",
-                self.projection_class_embeddings_input_dim.unwrap_or(1),
-                // pooled prompt embeddings beside those of six time ids
-                0..=7 * MAX_WIDTH,
-            ),
-            ("conv_in_kernel", self.conv_in_kernel, 1..=15),
-            ("conv_out_kernel", self.conv_out_kernel, 1..=15),
-        ] {
-            require(key, size, range)?;
-        }
+        require_sizes(
+            "U-Net",
+            [
+                ("in_channels", self.in_channels, 1..=MAX_CHANNELS),
+                ("out_channels", self.out_channels, 1..=MAX_CHANNELS),
+                ("sample_size", h, 1..=MAX_SIDE),
+                ("sample_size", w, 1..=MAX_SIDE),
+                ("downsample_padding", padding, 0..=1),
+                (
+                    "layers_per_block",
+                    self.layers_per_block.largest(),
+                    0..=MAX_DEPTH,
+                ),
+                (
+                    "transformer_layers_per_block",
+                    depths(&self.transformer_layers_per_block),
+                    0..=MAX_DEPTH,
+                ),
+                (
+                    "reverse_transformer_layers_per_block",
+                    self.reverse_transformer_layers_per_block
+                        .as_ref()
+                        .map_or(0, depths),
+                    0..=MAX_DEPTH,
+                ),
+                (
+                    "cross_attention_dim",
+                    self.cross_attention_dim.largest(),
+                    1..=MAX_WIDTH,
+                ),
+                (
+                    "time_embedding_dim",
+                    self.time_embedding_dim.unwrap_or(1),
+                    1..=MAX_WIDTH,
+                ),
+                (
+                    "time_cond_proj_dim",
+                    self.time_cond_proj_dim.unwrap_or(1),
+                    1..=MAX_WIDTH,
+                ),
+                (
+                    "addition_time_embed_dim",
+                    self.addition_time_embed_dim.unwrap_or(1),
+                    0..=MAX_WIDTH,
+                ),
+                (
+                    "projection_class_embeddings_input_dim",
+                    self.projection_class_embeddings_input_dim.unwrap_or(1),
+                    // pooled prompt embeddings beside those of six time ids
+                    0..=7 * MAX_WIDTH,
+                ),
+                ("conv_in_kernel", self.conv_in_kernel, 1..=15),
+                ("conv_out_kernel", self.conv_out_kernel, 1..=15),
+            ],
+        )?;
         ensure!(
             self.conv_in_kernel % 2 == 1 && self.conv_out_kernel % 2 == 1,
             "`conv_in_kernel` and `conv_out_kernel` of the U-Net are {} and {}, which does not \

@@ -6,7 +6,7 @@ use crate::nn::attention::attention;
 use crate::nn::bands::RowBands;
 use crate::nn::layers::{Activation, Conv2d, GroupNorm, Linear};
 use crate::nn::weights::Weights;
-use crate::weights::config::{number, parse, require_booleans, require_size};
+use crate::weights::config::{number, parse, require_booleans, require_size, require_sizes};
 use anyhow::{Context, Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde::Deserialize;
@@ -102,12 +102,13 @@ impl VaeConfig {
             1..=10,
         )
         .context("the number of blocks does not fit")?;
-        for (key, size, range) in [
-            ("latent_channels", config.latent_channels, 1..=1024),
-            ("layers_per_block", config.layers_per_block, 0..=256),
-        ] {
-            require_size("VAE", key, size, range)?;
-        }
+        require_sizes(
+            "VAE",
+            [
+                ("latent_channels", config.latent_channels, 1..=1024),
+                ("layers_per_block", config.layers_per_block, 0..=256),
+            ],
+        )?;
         for width in &config.block_out_channels {
             require_size("VAE", "block_out_channels", *width, 1..=1 << 24)?;
         }

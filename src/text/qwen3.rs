@@ -7,7 +7,7 @@ use crate::nn::layers::{Linear, RmsNorm, swiglu};
 use crate::nn::plain;
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::weights::Weights;
-use crate::weights::config::{parse, require_size};
+use crate::weights::config::{parse, require_sizes};
 use crate::weights::{TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
@@ -70,25 +70,26 @@ impl Qwen3Config {
     /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = parse("text encoder", value)?;
-        for (key, size, range) in [
-            ("vocab_size", config.vocab_size, 1..=1 << 22),
-            ("hidden_size", config.hidden_size, 1..=1 << 16),
-            ("intermediate_size", config.intermediate_size, 1..=1 << 18),
-            ("num_hidden_layers", config.num_hidden_layers, 1..=512),
-            (
-                "num_attention_heads",
-                config.num_attention_heads,
-                1..=1 << 10,
-            ),
-            (
-                "num_key_value_heads",
-                config.num_key_value_heads,
-                1..=1 << 10,
-            ),
-            ("head_dim", config.head_dim, 2..=1 << 12),
-        ] {
-            require_size("text encoder", key, size, range)?;
-        }
+        require_sizes(
+            "text encoder",
+            [
+                ("vocab_size", config.vocab_size, 1..=1 << 22),
+                ("hidden_size", config.hidden_size, 1..=1 << 16),
+                ("intermediate_size", config.intermediate_size, 1..=1 << 18),
+                ("num_hidden_layers", config.num_hidden_layers, 1..=512),
+                (
+                    "num_attention_heads",
+                    config.num_attention_heads,
+                    1..=1 << 10,
+                ),
+                (
+                    "num_key_value_heads",
+                    config.num_key_value_heads,
+                    1..=1 << 10,
+                ),
+                ("head_dim", config.head_dim, 2..=1 << 12),
+            ],
+        )?;
         ensure!(
             config
                 .num_attention_heads

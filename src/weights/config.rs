@@ -92,6 +92,16 @@ pub fn require_size(
     Ok(())
 }
 
+/// [`require_size`] of several keys.
+pub fn require_sizes(
+    network: &str,
+    sizes: impl IntoIterator<Item = (&'static str, usize, RangeInclusive<usize>)>,
+) -> Result<()> {
+    sizes
+        .into_iter()
+        .try_for_each(|(key, size, range)| require_size(network, key, size, range))
+}
+
 /// A value for an error message, which may be a list of thousands.
 fn shortened(value: &Value) -> String {
     let text = value.to_string();

@@ -104,7 +104,7 @@ pub enum Command {
     /// Tell what a checkpoint is, from its headers alone
     Inspect(InspectArgs),
     /// Draw pictures again from their own metadata and compare; exit 0 if all are equal
-    Check(CheckArgs),
+    Check(Box<CheckArgs>),
     /// Make pictures larger by a network (ESRGAN, Real-ESRGAN), or by Lanczos' formula
     Upscale(UpscaleArgs),
     /// Time the steps of this machine on real layer sizes, with random weights

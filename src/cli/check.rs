@@ -209,7 +209,12 @@ fn pictures_at(path: &Path, progress: &Progress) -> Result<Vec<PathBuf>> {
 impl CheckArgs {
     /// Whether two images are drawn by the same model.
     fn are_drawn_together(&self, a: &Settings, b: &Settings) -> bool {
-        let same_model = self.model.model.is_some() || a.model == b.model;
+        let asked = self
+            .model
+            .model
+            .as_ref()
+            .or(self.model.diffusion_model.as_ref());
+        let same_model = asked.is_some() || a.model == b.model;
         let same_vae =
             a.vae == b.vae || self.model.vae.is_some() && a.vae.is_some() && b.vae.is_some();
         same_model
@@ -230,8 +235,9 @@ impl CheckArgs {
             asked.vae.clone().or(of_hub)
         });
         let refiner = settings.refiner.as_ref();
+        let is_in_parts = asked.diffusion_model.is_some() && asked.model.is_none();
         ModelArgs {
-            model: Some(or_named(&asked.model, &settings.model)),
+            model: (!is_in_parts).then(|| or_named(&asked.model, &settings.model)),
             refiner: refiner.map(|named| or_named(&asked.refiner, named)),
             offline: asked.offline || self.stays_offline(settings),
             vae,
@@ -243,7 +249,7 @@ impl CheckArgs {
     /// part of it, which may come from anywhere.
     fn stays_offline(&self, settings: &Settings) -> bool {
         let asked = &self.model;
-        let is_named = asked.model.is_none()
+        let is_named = asked.model.is_none() && asked.diffusion_model.is_none()
             || asked.vae.is_none() && settings.vae.is_some()
             || asked.refiner.is_none() && settings.refiner.is_some();
         is_named && !self.allow_download

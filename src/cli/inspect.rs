@@ -1,4 +1,4 @@
-//! `sdgen inspect`: what a checkpoint or a LoRA is, from its headers alone.
+//! `sdgen inspect`: what a checkpoint, a part of one or a LoRA is, from its headers alone.
 
 use crate::cli::exit_code::{Code, Failure};
 use crate::cli::stdout::say;
@@ -8,7 +8,7 @@ use crate::pipeline::model_spec::ModelFinder;
 use crate::sampling::SchedulerConfig;
 use crate::weights::embedding::Embedding;
 use crate::weights::lora::Lora;
-use crate::weights::{Checkpoint, PARTS};
+use crate::weights::{Checkpoint, PARTS, PartFile};
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
@@ -48,6 +48,9 @@ fn described(args: &InspectArgs) -> Result<String> {
         } else {
             lora_as_text(&lora)
         };
+    }
+    if let Some(part) = PartFile::at(path)? {
+        return Ok(part_file(&part, args.json));
     }
     let finder = ModelFinder {
         offline: args.offline,
@@ -152,6 +155,44 @@ pub fn as_text(checkpoint: &Checkpoint) -> Result<String> {
         );
     }
     Ok(out)
+}
+
+/// Describes a file that is a part of a model: what it is of, what takes it, and what it needs.
+fn part_file(part: &PartFile, as_json: bool) -> String {
+    let PartFile {
+        name,
+        kind,
+        family,
+        parameters,
+        stored_as,
+        bytes,
+        option,
+        needs,
+        assumptions,
+    } = part;
+    if as_json {
+        let json = json!({
+            "name": name, "kind": kind, "family": family, "parameters": parameters,
+            "stored_as": stored_as, "bytes": bytes, "option": option, "needs": needs,
+            "assumed": assumptions,
+        });
+        return format!("{json}\n");
+    }
+    let mut out = format!("{name}: {kind} of {family}\n");
+    out += &format!(
+        "  weights       {:.1} M parameters, {}\n",
+        *parameters as f64 / 1e6,
+        stored_as.join(" and ")
+    );
+    out += &format!("  file size     {:.1} MB\n", *bytes as f64 / 1e6);
+    out += &format!("  option        {option}\n");
+    for need in needs {
+        out += &format!("  needs         {need}\n");
+    }
+    for assumed in assumptions {
+        out += &format!("  assumed       {assumed}\n");
+    }
+    out
 }
 
 /// Describes a LoRA as one object: name, family that it seems to be for, format of its names,

@@ -18,6 +18,15 @@ pub struct ModelArgs {
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
+    /// The network that denoises, alone in a file (with --text-encoder and --vae), in place of
+    /// --model
+    #[arg(long, hide_short_help = true)]
+    #[arg(value_name = "REF", help_heading = "Model")]
+    pub diffusion_model: Option<OsString>,
+    /// The text encoder of a model without one, or another one: .safetensors file, folder or hub id
+    #[arg(long, hide_short_help = true)]
+    #[arg(value_name = "REF", help_heading = "Model")]
+    pub text_encoder: Option<OsString>,
     /// Apply a LoRA, with strength X [default: 1]; may be given again
     #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
     #[arg(value_parser = OsStringValueParser::new().try_map(LoraSpec::parse))]
@@ -51,7 +60,8 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Whether the model is the one that is part of the program.
     pub fn is_embedded(&self) -> bool {
-        self.model.as_ref().is_none_or(|model| model == "mini")
+        let model = self.diffusion_model.as_ref().or(self.model.as_ref());
+        model.is_none_or(|model| model == "mini")
     }
 
     /// Opens the model with everything that is added to it; `strict` refuses LoRAs that fit only in
@@ -77,6 +87,8 @@ impl ModelArgs {
     fn spec(&self) -> ModelSpec {
         let Self {
             model,
+            diffusion_model,
+            text_encoder,
             lora,
             embedding,
             vae,
@@ -87,6 +99,8 @@ impl ModelArgs {
         } = self.clone();
         ModelSpec {
             model,
+            diffusion_model,
+            text_encoder,
             loras: lora,
             embeddings: embedding,
             vae,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -30,6 +30,8 @@ pub struct Download<'a> {
     cache: RepoCache,
     client: Client,
     bar: ProgressBar,
+    /// Whether stderr is told how much is fetched.
+    shows_size: bool,
 }
 
 /// The files of a repository at a commit, as the hub lists them.
@@ -79,6 +81,7 @@ impl<'a> Download<'a> {
             cache: RepoCache::new(&hub.cache_dir, reference),
             client: Client::new(hub)?,
             bar,
+            shows_size: progress,
         })
     }
 
@@ -102,6 +105,12 @@ impl<'a> Download<'a> {
             .iter()
             .filter_map(|file| files.get(*file).copied().flatten())
             .sum();
+        if self.shows_size && !missing.is_empty() {
+            let (files, repo) = (missing.len(), &self.reference.repo);
+            let size = HumanBytes(to_come);
+            // who closed stderr does not want to know
+            writeln!(io::stderr(), "fetching {files} files of `{repo}`, {size}").unwrap_or(());
+        }
         self.bar.set_length(self.bar.position() + to_come);
         for file in missing {
             self.fetch(&listing, file)?;

@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::anyhow;
 use indicatif::HumanBytes;
 
-use super::Hub;
 use super::client::{ConnectionError, Response};
 use super::reference::Reference;
 use super::selection::{SelectionError, listed};
+use super::{Hub, Wanted};
 
 /// The error where the cache does not have the model and the network is off.
 pub fn offline(error: SelectionError, reference: &Reference, cache_dir: &Path) -> anyhow::Error {
@@ -30,6 +30,14 @@ pub fn offline(error: SelectionError, reference: &Reference, cache_dir: &Path) -
         }
         SelectionError::Other(error) => return error,
     };
+    if reference.wanted == Wanted::Tokenizer {
+        return anyhow!(
+            "the text encoder comes without its tokenizer; {cause}, and the network is off\n\n\
+             hint: put the tokenizer.json of `{repo}` (in its folder `tokenizer`, 11 MB) beside \
+             the text encoder's file, or draw once without `--offline` and with HF_HUB_OFFLINE \
+             unset: it is fetched then, and no other file"
+        );
+    }
     anyhow!(
         "{cause}, and the network is off\n\n\
          hint: run `sdgen pull {id}` once, without `--offline` and with HF_HUB_OFFLINE unset"

@@ -49,6 +49,19 @@ use self::{
     selection::{MODEL_INDEX, SelectionError, select},
 };
 
+/// Which part of a repository is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// all that draws
+    Model,
+    /// of a repository that is a model, only its VAE
+    Vae,
+    /// a language model that encodes text, with its tokenizer
+    TextEncoder,
+    /// that tokenizer alone
+    Tokenizer,
+}
+
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// How long the hub may stay silent before it counts as unreachable; `HF_HUB_DOWNLOAD_TIMEOUT`.
@@ -143,16 +156,12 @@ impl Hub {
     /// everything that the hub, the connection or the disk refuses, and in a build without the
     /// feature `hub`.
     pub fn snapshot(&self, id: &str, progress: bool) -> Result<PathBuf> {
-        self.get(id, false, progress)
+        self.part(id, Wanted::Model, progress)
     }
 
-    /// The same for a VAE: of a repository that is a model, only its VAE is fetched.
-    pub fn vae(&self, id: &str, progress: bool) -> Result<PathBuf> {
-        self.get(id, true, progress)
-    }
-
+    /// The same where only a part of a model is wanted: no other files are fetched.
     #[cfg(not(feature = "hub"))]
-    fn get(&self, id: &str, _vae_alone: bool, _progress: bool) -> Result<PathBuf> {
+    pub fn part(&self, id: &str, _wanted: Wanted, _progress: bool) -> Result<PathBuf> {
         anyhow::bail!(
             "`{id}` is a model of the hub, and this sdgen was built without it\n\n\
              hint: build it with `cargo build --release --features hub`, or name a folder or a \
@@ -163,9 +172,10 @@ impl Hub {
 
 #[cfg(feature = "hub")]
 impl Hub {
-    fn get(&self, id: &str, vae_alone: bool, progress: bool) -> Result<PathBuf> {
+    /// The same where only a part of a model is wanted: no other files are fetched.
+    pub fn part(&self, id: &str, wanted: Wanted, progress: bool) -> Result<PathBuf> {
         let mut reference = Reference::parse(id)?;
-        reference.vae_alone = vae_alone;
+        reference.wanted = wanted;
         match self.cached(&reference) {
             Ok(path) => Ok(path),
             Err(error) if self.offline => Err(errors::offline(error, &reference, &self.cache_dir)),

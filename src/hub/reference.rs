@@ -1,5 +1,6 @@
 //! What a person types for a model of the hub.
 
+use super::Wanted;
 use anyhow::{Result, anyhow};
 
 /// `owner/name[/path/file.safetensors][@revision]`
@@ -12,8 +13,8 @@ pub struct Reference {
     pub revision: String,
     /// The one file that is wanted.
     pub file: Option<String>,
-    /// Whether only the VAE of a model is wanted.
-    pub vae_alone: bool,
+    /// Which part of a model is wanted.
+    pub wanted: Wanted,
 }
 
 impl Reference {
@@ -45,7 +46,7 @@ impl Reference {
             repo: format!("{owner}/{name}"),
             revision: revision.to_string(),
             file,
-            vae_alone: false,
+            wanted: Wanted::Model,
         })
     }
 }

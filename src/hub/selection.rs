@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 use serde_json::Value;
 
+use super::Wanted;
 use super::reference::Reference;
 use crate::weights::model_files::{self, NoWeights, Precision};
 
@@ -111,8 +112,16 @@ pub fn select(
             checkpoint: Some(file),
         });
     }
-    if reference.vae_alone && files.contains("vae/config.json") {
-        return vae(files, "vae/", read);
+    match reference.wanted {
+        Wanted::Vae if files.contains("vae/config.json") => return vae(files, "vae/", read),
+        Wanted::TextEncoder => return text_encoder(files, read),
+        Wanted::Tokenizer => {
+            return Ok(Selection {
+                files: chat_tokenizer_files(files, tokenizer_folder(files))?,
+                checkpoint: None,
+            });
+        }
+        Wanted::Model | Wanted::Vae => (),
     }
     if !files.contains(MODEL_INDEX) {
         let is_vae = |config: &Value| {
@@ -138,6 +147,13 @@ pub fn select(
 fn is_drawn_transformer(index: &Value) -> bool {
     let class = index.get("transformer").and_then(|listed| listed.get(1));
     class.is_some_and(|class| class == "Flux2Transformer2DModel")
+}
+
+/// Whether a tokenizer that `model_index.json` lists is CLIP's, and not a language model's.
+fn is_clip(index: &Value, tokenizer: &str) -> bool {
+    let class = index.get(tokenizer).and_then(|listed| listed.get(1));
+    let class = class.and_then(Value::as_str);
+    class.is_none_or(|class| class.contains("CLIP"))
 }
 
 /// Selects the components that `model_index.json` lists and that sdgen reads.
@@ -172,7 +188,10 @@ fn select_pipeline(
             Component::Scheduler => {
                 small.push(present(files, format!("{name}/scheduler_config.json"))?)
             }
-            Component::Tokenizer => small.extend(tokenizer_files(files, name)?),
+            Component::Tokenizer if is_clip(&index, name) => {
+                small.extend(tokenizer_files(files, name)?)
+            }
+            Component::Tokenizer => small.extend(chat_tokenizer_files(files, &format!("{name}/"))?),
             Component::Network { stem } => {
                 small.push(present(files, format!("{name}/config.json"))?);
                 large.extend(weight_files(files, &format!("{name}/"), stem, read)?);
@@ -184,6 +203,42 @@ fn select_pipeline(
         files: small,
         checkpoint: None,
     })
+}
+
+/// Selects a language model that encodes text: that of a diffusers model, or a repository that is
+/// one.
+fn text_encoder(
+    files: &BTreeSet<String>,
+    read: &mut dyn FnMut(&str) -> Result<Value>,
+) -> Result<Selection, SelectionError> {
+    let is_alone = !files.contains(MODEL_INDEX) && files.contains("config.json");
+    let folder = if is_alone { "" } else { "text_encoder/" };
+    let mut needed = vec![present(files, format!("{folder}config.json"))?];
+    needed.extend(chat_tokenizer_files(files, tokenizer_folder(files))?);
+    needed.extend(weight_files(files, folder, "model", read)?);
+    Ok(Selection {
+        files: needed,
+        checkpoint: None,
+    })
+}
+
+/// The folder of a language model's tokenizer.
+fn tokenizer_folder(files: &BTreeSet<String>) -> &'static str {
+    match files.contains("tokenizer.json") {
+        true => "",
+        false => "tokenizer/",
+    }
+}
+
+/// Selects the tokenizer of a language model, which is read from `tokenizer.json` only.
+fn chat_tokenizer_files(
+    files: &BTreeSet<String>,
+    folder: &str,
+) -> Result<Vec<String>, SelectionError> {
+    let mut found = vec![format!("{folder}tokenizer_config.json")];
+    found.retain(|file| files.contains(file));
+    found.push(present(files, format!("{folder}tokenizer.json"))?);
+    Ok(found)
 }
 
 /// Selects a VAE whose files begin with `folder`.

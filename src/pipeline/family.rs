@@ -3,7 +3,7 @@
 use crate::model::BackboneConfig;
 use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
-use crate::weights::{Checkpoint, family_name};
+use crate::weights::{Checkpoint, UNET, family_name};
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
@@ -101,6 +101,7 @@ impl Family {
     /// Recognises the family by the checkpoint's own configuration. Errors name families that are
     /// not drawn yet.
     pub fn detect(checkpoint: &Checkpoint) -> Result<Self> {
+        checkpoint.require_text_encoder()?;
         let encoders = TextEncoderConfigs::of(checkpoint)?;
         let backbone = BackboneConfig::of(checkpoint)?;
         if let BackboneConfig::Flux2(config) = &backbone {
@@ -192,7 +193,8 @@ pub fn distillation_by_name(checkpoint: &Checkpoint) -> Option<(&str, Distillati
     if let Some(of_lora) = loras.find_map(|lora| Some((&*lora.name, lora.distillation()?))) {
         return Some(of_lora);
     }
-    let model = &checkpoint.name;
+    // the names of transformers tell of distillations of another kind
+    let model = Some(&checkpoint.name).filter(|_| checkpoint.denoiser() == UNET)?;
     Some((model, Distillation::named(model, Bearer::Model)?))
 }
 

@@ -4,7 +4,7 @@ use super::family::{SHORT_NAMES, VAE_SHORT_NAMES};
 use super::options::{VaeTiling, finite, split_value};
 use super::{Pipeline, PipelineOptions};
 use crate::error::{Error, ErrorKind, WrongArgument};
-use crate::hub::Hub;
+use crate::hub::{Hub, Wanted};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice};
 use crate::sampling::Prediction;
 use crate::suggest::nearest;
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 /// Which model to load, on which device, and what is added to it.
 ///
-/// Models are named as on the command line: a diffusers folder, a `.safetensors` file, an id of the
+/// Models are named as on the command line: a folder of diffusers or ComfyUI, a `.safetensors` file, an id of the
 /// Hugging Face hub (`owner/name`), or a short name such as `sd15` or `sdxl`.
 ///
 /// ```no_run
@@ -33,6 +33,10 @@ use std::path::{Path, PathBuf};
 pub struct ModelSpec {
     /// the model; none for the embedded one
     pub model: Option<OsString>,
+    /// the network that denoises, in a file of its own, in place of a whole model
+    pub diffusion_model: Option<OsString>,
+    /// a text encoder in place of its own, or for a model that has none
+    pub text_encoder: Option<OsString>,
     /// LoRAs that change its weights as they are read
     pub loras: Vec<LoraSpec>,
     /// words learned by textual inversion, as `FILE[:TOKEN]`
@@ -152,13 +156,24 @@ impl ModelSpec {
             offline: self.offline,
             shows_progress,
         };
-        let mut checkpoint = finder.open(self.model.as_deref())?;
+        if self.model.is_some() && self.diffusion_model.is_some() {
+            bail!(WrongArgument(
+                "`--model` and `--diffusion-model` both name what draws\n\nhint: leave one out; $SDGEN_MODEL counts as `--model`"
+                    .into()
+            ));
+        }
+        let model = self.diffusion_model.as_deref().or(self.model.as_deref());
+        let mut checkpoint = finder.open(model)?;
+        if let Some(encoder) = &self.text_encoder {
+            checkpoint.use_text_encoder(&finder.text_encoder(encoder)?)?;
+        }
         if let Some(refiner) = &self.refiner {
             checkpoint.use_refiner(finder.open(Some(refiner))?);
         }
         if let Some(vae) = &self.vae {
             checkpoint.use_vae(&finder.vae(vae)?)?;
         }
+        finder.complete(&mut checkpoint)?;
         for asked in &self.merges {
             checkpoint.merge(finder.merge(asked, self.minus.as_deref())?)?;
         }
@@ -229,6 +244,35 @@ impl ModelFinder {
         Checkpoint::open(Origin::Path(path))
     }
 
+    /// Fetches the tokenizer of a text encoder whose file has none and lies beside none. Only this
+    /// is fetched.
+    fn complete(self, checkpoint: &mut Checkpoint) -> Result<()> {
+        let complete = checkpoint.require_text_encoder().is_ok();
+        if let Some(repo) = checkpoint.wants_tokenizer_of().filter(|_| complete) {
+            checkpoint.use_tokenizer(&self.part(repo, Wanted::Tokenizer)?)?;
+        }
+        Ok(())
+    }
+
+    fn part(self, id: &str, wanted: Wanted) -> Result<PathBuf> {
+        Hub::from_env(self.offline).part(id, wanted, self.shows_progress)
+    }
+
+    /// The path of a text encoder, fetched with its tokenizer if it is one of the hub.
+    fn text_encoder(self, encoder: &OsStr) -> Result<PathBuf> {
+        let path = Path::new(encoder);
+        if !file::is_absent(path) {
+            return Ok(path.into());
+        }
+        if let Some(id) = encoder.to_str().and_then(hub_id) {
+            return self.part(&id, Wanted::TextEncoder);
+        }
+        bail!(
+            "there is no text encoder `{}`\n\nhint: `--text-encoder` takes a .safetensors file, a folder, or a hub id (owner/name), of which no other part is fetched",
+            path.display()
+        )
+    }
+
     /// The path of a VAE, fetched if it is one of the hub.
     fn vae(self, vae: &OsStr) -> Result<PathBuf> {
         let path = Path::new(vae);
@@ -236,7 +280,7 @@ impl ModelFinder {
             return Ok(path.into());
         }
         if let Some(id) = vae.to_str().and_then(hub_id) {
-            return Hub::from_env(self.offline).vae(&id, self.shows_progress);
+            return self.part(&id, Wanted::Vae);
         }
         let known: Vec<&str> = VAE_SHORT_NAMES.iter().map(|(short, _)| *short).collect();
         bail!(

@@ -217,13 +217,15 @@ impl Checkpoint {
     /// Errors if there is no VAE, without which latents cannot be decoded.
     pub fn require_vae(&self) -> Result<()> {
         if self.optional_config("vae").is_some() {
-            Ok(())
-        } else {
-            bail!(
-                "{}\n\nhint: pass one with `--vae`",
-                self.missing_parts(&self.name)
-            )
+            return Ok(());
         }
+        if let Some(vae) = self.missing_vae() {
+            bail!("`{}` has no VAE\n\nhint: it needs the {vae}", self.name);
+        }
+        bail!(
+            "{}\n\nhint: pass one with `--vae`",
+            self.missing_parts(&self.name)
+        )
     }
 
     /// The component that denoises.
@@ -274,6 +276,23 @@ impl Checkpoint {
         }
         self.sources.push(source);
         Ok(())
+    }
+
+    /// Takes a component of another checkpoint in place of its own, with its configuration, and its
+    /// tokenizer if it has one.
+    pub(super) fn take_component(&mut self, mut other: Self, component: &'static str) {
+        let prefix = format!("{component}.");
+        self.entries.retain(|name, _| !name.starts_with(&prefix));
+        let before = self.sources.len();
+        self.sources.append(&mut other.sources);
+        let taken = other.entries.into_iter().map(|(name, entry)| {
+            let source = before + entry.source;
+            (name, Entry { source, ..entry })
+        });
+        self.entries.extend(taken);
+        self.configs.append(&mut other.configs);
+        self.tokenizers.append(&mut other.tokenizers);
+        self.unexpected_keys.append(&mut other.unexpected_keys);
     }
 
     /// The shape of a tensor by its canonical name.
@@ -524,15 +543,7 @@ impl Checkpoint {
             .sources
             .get(entry.source)
             .with_context(|| format!("the file of tensor `{name}` is not open"))?;
-        let tensor = source.read(&entry.key)?;
-        Ok(match entry.part {
-            Part::Whole => tensor,
-            Part::Rows { index, of } => {
-                let rows = tensor.dim(0)? / of;
-                tensor.narrow(0, index * rows, rows)?
-            }
-            Part::Transposed => tensor.t()?.contiguous()?,
-        })
+        source.read_part(&entry.key, &entry.part)
     }
 
     /// A tensor of this checkpoint with what is merged into it, in its stored type.

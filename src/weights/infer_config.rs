@@ -4,7 +4,7 @@
 
 use super::distillation::{Bearer, Distillation};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, ENCODERS, TokenizerFiles, TokenizerSource};
+use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -166,7 +166,8 @@ pub fn configure(checkpoint: &mut Checkpoint, extra: Extra) -> Result<()> {
     ));
     let scale = vae_scale(checkpoint);
     checkpoint.assumptions.push(format!(
-        "32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {scale}"
+        "32 norm groups, CLIP's vocabulary, betas 0.00085 to 0.012 (scaled linear), VAE scale {}",
+        scale.scaling_factor
     ));
     for encoder in ENCODERS {
         if checkpoint.has(encoder) {
@@ -320,10 +321,81 @@ fn unet(c: &Checkpoint) -> Result<Map<String, Value>> {
     Ok(config.as_object().cloned().unwrap_or_default())
 }
 
+/// Fills in the configurations of a FLUX.2 klein from its transformer. Files of the distilled model
+/// and of the base have the same shapes: the name tells.
+pub fn flux2(checkpoint: &mut Checkpoint) -> Result<()> {
+    let c = &*checkpoint;
+    let width = size(c, "transformer.x_embedder.weight", 0)?;
+    let head = size(c, "transformer.transformer_blocks.0.attn.norm_q.weight", 0)?;
+    let inner = size(c, "transformer.transformer_blocks.0.ff.linear_in.weight", 0)?;
+    let time = "transformer.time_guidance_embed.timestep_embedder.linear_1.weight";
+    let guidance = "transformer.time_guidance_embed.guidance_embedder.linear_1.weight";
+    let config = json!({
+        "_class_name": "Flux2Transformer2DModel",
+        "in_channels": size(c, "transformer.x_embedder.weight", 1)?,
+        "num_layers": c.count("transformer.transformer_blocks."),
+        "num_single_layers": c.count("transformer.single_transformer_blocks."),
+        "attention_head_dim": head, "num_attention_heads": width / head.max(1),
+        "joint_attention_dim": size(c, "transformer.context_embedder.weight", 1)?,
+        "timestep_guidance_channels": size(c, time, 1)?,
+        // a half of the rows gates the other
+        "mlp_ratio": (inner / 2) as f64 / width.max(1) as f64,
+        "axes_dims_rope": vec![head / 4; 4], "rope_theta": 2000, "eps": 1e-6,
+        "guidance_embeds": c.shape(guidance).is_some(),
+    });
+    let scheduler = json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+        "shift": 3.0, "use_dynamic_shifting": true, "time_shift_type": "exponential",
+        "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096,
+    });
+    let is_distilled = !has_word(&checkpoint.name, "base");
+    let pipeline = json!({ "_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled });
+    checkpoint.assumptions.push(match is_distilled {
+        true => "distilled to four steps, as its name does not say `base`".into(),
+        false => "not distilled, as its name says `base`".into(),
+    });
+    checkpoint.assumptions.push(
+        "four equal parts of rotary positions, theta 2000; dynamic shift of noise levels".into(),
+    );
+    checkpoint.configs.extend([
+        (TRANSFORMER.into(), config),
+        ("scheduler".into(), scheduler),
+        ("pipeline".into(), pipeline),
+    ]);
+    Ok(())
+}
+
+/// Whether a file's name has a word, whatever stands between its words.
+fn has_word(name: &str, word: &str) -> bool {
+    name.to_lowercase()
+        .split(|c: char| !c.is_alphanumeric())
+        .any(|own| own == word)
+}
+
+/// Fills in the configuration of a Qwen3 that encodes text.
+pub fn qwen3(checkpoint: &mut Checkpoint) -> Result<()> {
+    let c = &*checkpoint;
+    let layer = "text_encoder.model.layers.0";
+    let rows = |name: &str| size(c, &format!("{layer}.{name}.weight"), 0);
+    let head = rows("self_attn.q_norm")?;
+    let heads = |name: &str| Ok::<_, anyhow::Error>(rows(name)? / head.max(1));
+    let embeddings = "text_encoder.model.embed_tokens.weight";
+    let config = json!({
+        "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "vocab_size": size(c, embeddings, 0)?, "hidden_size": size(c, embeddings, 1)?,
+        "num_hidden_layers": c.count("text_encoder.model.layers."), "head_dim": head,
+        "num_attention_heads": heads("self_attn.q_proj")?,
+        "num_key_value_heads": heads("self_attn.k_proj")?,
+        "intermediate_size": rows("mlp.gate_proj")?,
+    });
+    checkpoint.configs.insert(ENCODERS[0].into(), config);
+    Ok(())
+}
+
 /// The configuration of a VAE alone.
-pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
+pub fn autoencoder(c: &Checkpoint, scale: VaeScale) -> Result<Value> {
     if c.shape("vae.decoder.layers.0.weight").is_none() {
-        return vae(c, scaling_factor);
+        return vae(c, scale);
     }
     // TAESD numbers all its layers through: some blocks, then upsampling, which has no weights, and a
     // convolution
@@ -350,17 +422,30 @@ pub fn autoencoder(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     }))
 }
 
-/// The scaling factor of the latents of a model's family.
-pub fn vae_scale(model: &Checkpoint) -> f64 {
-    if model.has(ENCODERS[1]) {
-        0.13025
+/// `scaling_factor` and `shift_factor` of a model's latents.
+#[derive(Clone, Copy)]
+pub struct VaeScale {
+    pub scaling_factor: f64,
+    pub shift_factor: Option<f64>,
+}
+
+/// The scale of the latents of a model's family; of transformers, FLUX.1's.
+pub fn vae_scale(model: &Checkpoint) -> VaeScale {
+    let (scaling_factor, shift_factor) = if model.has(TRANSFORMER) {
+        (0.3611, Some(0.1159))
+    } else if model.has(ENCODERS[1]) {
+        (0.13025, None)
     } else {
-        0.18215
+        (0.18215, None)
+    };
+    VaeScale {
+        scaling_factor,
+        shift_factor,
     }
 }
 
-/// The configuration of an AutoencoderKL.
-fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
+/// The configuration of an AutoencoderKL, or of FLUX.2's, which has the statistics of its latents.
+fn vae(c: &Checkpoint, scale: VaeScale) -> Result<Value> {
     let blocks = c.count("vae.decoder.up_blocks.");
     let mut widths = vec![];
     for i in (0..blocks).rev() {
@@ -373,9 +458,12 @@ fn vae(c: &Checkpoint, scaling_factor: f64) -> Result<Value> {
     let layers = c
         .count("vae.decoder.up_blocks.0.resnets.")
         .saturating_sub(1);
+    let is_flux2 = c.shape("vae.bn.running_mean").is_some();
     Ok(json!({
+        "_class_name": if is_flux2 { "AutoencoderKLFlux2" } else { "AutoencoderKL" },
         "latent_channels": size(c, "vae.decoder.conv_in.weight", 1)?, "out_channels": size(c, "vae.decoder.conv_out.weight", 0)?,
-        "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": scaling_factor,
+        "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": scale.scaling_factor, "shift_factor": scale.shift_factor,
+        "use_quant_conv": c.shape("vae.quant_conv.weight").is_some(),
         "use_post_quant_conv": c.shape("vae.post_quant_conv.weight").is_some(),
     }))
 }

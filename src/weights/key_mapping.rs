@@ -17,6 +17,8 @@ pub enum Part {
     Rows { index: usize, of: usize },
     /// all of it, transposed
     Transposed,
+    /// all of it, the second half of its rows before the first
+    SwappedHalves,
 }
 
 /// A tensor under its canonical name.
@@ -27,7 +29,7 @@ pub struct Named {
 }
 
 impl Named {
-    fn whole(name: String) -> Vec<Self> {
+    pub(super) fn whole(name: String) -> Vec<Self> {
         vec![Self {
             name,
             part: Part::Whole,
@@ -107,6 +109,11 @@ const SECOND: &str = ENCODERS[1];
 
 /// Block numbers beyond this are no model's: loops over blocks would not end.
 const MAX_BLOCKS: usize = 1000;
+
+/// Whether a part of a key is the number of a block that a model may have.
+pub(super) fn is_block_number(text: &str) -> bool {
+    text.parse().is_ok_and(|number: usize| number < MAX_BLOCKS)
+}
 
 /// Splits a key at the prefix of its component.
 fn named(key: &str) -> Option<(Names, &str)> {
@@ -341,9 +348,10 @@ pub fn from_vae<'a>(keys: impl Iterator<Item = &'a str>) -> BTreeMap<String, Vec
             let layer = layer.parse::<usize>().ok()?.checked_sub(1)?;
             Some(Named::whole(format!("vae.decoder.layers.{layer}.{rest}")))
         }
-        (Some(("encoder" | "decoder" | "quant_conv" | "post_quant_conv", _)), _) => {
-            Some(from_diffusers("vae", key))
+        _ if beside_vae_coders(key).is_some() => {
+            beside_vae_coders(key).map(|name| Named::whole(format!("vae.{name}")))
         }
+        (Some(("encoder" | "decoder", _)), _) => Some(from_diffusers("vae", key)),
         _ => None,
     };
     keys.iter()
@@ -662,11 +670,28 @@ fn resnet(key: &str) -> Option<String> {
         .find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
 }
 
+/// Maps a key of what a VAE has beside encoder and decoder: the convolutions next to the latents,
+/// which Black Forest Labs count to these, and the statistics of FLUX.2's latents.
+fn beside_vae_coders(key: &str) -> Option<String> {
+    let inner = key
+        .strip_prefix("encoder.")
+        .filter(|inner| inner.starts_with("quant_conv."));
+    let inner = inner.or_else(|| {
+        key.strip_prefix("decoder.")
+            .filter(|inner| inner.starts_with("post_quant_conv."))
+    });
+    let name = inner.unwrap_or(key);
+    let is_it = ["quant_conv.", "post_quant_conv.", "bn."]
+        .iter()
+        .any(|start| name.starts_with(start));
+    is_it.then(|| name.into())
+}
+
 /// Maps a VAE key without its prefix. The original numbers decoder levels from the finest, diffusers
 /// from the coarsest.
 fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
-    if key.starts_with("quant_conv.") || key.starts_with("post_quant_conv.") {
-        return Some(key.to_string());
+    if let Some(name) = beside_vae_coders(key) {
+        return Some(name);
     }
     let (side, rest) = key.split_once('.')?;
     if !matches!(side, "encoder" | "decoder") {

@@ -4,7 +4,8 @@
 //! [`Checkpoint::open`] (in `open.rs`) reads headers and JSON only and checks that all parts are
 //! there; [`Weights`](crate::nn::weights::Weights) then hands tensors to the networks, one at a time.
 //! This module hides where things lie: a diffusers folder, a single original file, the embedded
-//! model. Foreign names are in `key_mapping`, the configuration of single files in `infer_config`,
+//! model, the parts of one in files of their own (`split`). Foreign names are in `key_mapping` and
+//! `transformers`, the configuration of single files in `infer_config`,
 //! the choice of files in [`model_files`], what LoRAs change in [`lora`], learned words in
 //! [`embedding`].
 
@@ -20,9 +21,12 @@ pub mod lora;
 pub mod model_files;
 mod open;
 mod safetensors;
+mod split;
+mod transformers;
 
 pub use checkpoint::{Checkpoint, Merge};
 pub use open::{Origin, UPSCALERS, role};
+pub use split::PartFile;
 
 use serde_json::Value;
 

@@ -171,8 +171,9 @@ fn remedy_for_absent(folder: &Path) -> Result<String> {
     })
 }
 
-/// Reads the tokenizer of a model's folder.
-pub fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
+/// Reads the tokenizer of a model's folder. A language model's is in tokenizer.json (`is_chat`),
+/// CLIP's there only where vocab.json and merges.txt are not.
+pub fn tokenizer(folder: &Path, is_chat: bool) -> Result<TokenizerSource> {
     let mut config = serde_json::Map::new();
     // special_tokens_map.json wins over tokenizer_config.json, as in transformers: only there does
     // SD2.1 say that it pads with `!`
@@ -188,7 +189,7 @@ pub fn tokenizer(folder: &Path) -> Result<TokenizerSource> {
         config.insert("added_tokens".into(), read_json(&added)?);
     }
     let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
-    let files = if vocab.exists() && merges.exists() {
+    let files = if !is_chat && vocab.exists() && merges.exists() {
         TokenizerFiles::VocabMerges {
             vocab: read_text(&vocab)?,
             merges: read_text(&merges)?,

@@ -7,11 +7,12 @@
 use super::config::number;
 use super::embedding::Embedding;
 use super::file;
+use super::infer_config::{self, VaeScale};
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
 use super::safetensors::SafetensorsFile;
 use super::{
-    Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, infer_config,
+    Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
 };
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -27,17 +28,14 @@ pub enum Origin<'a> {
 /// The upscalers that can be used, for error messages.
 pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact), SPAN and RealPLKSR can be used, from .safetensors files";
 
+/// `model_type` of a language model that encodes text.
+const QWEN3: &str = "qwen3";
+
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 
 /// What errors about other models say.
-const TODAY: &str = "Stable Diffusion 1.x, 2.x and XL work today, and FLUX.2 klein as a folder";
-
-/// Keys that only single files of families have that are not drawn: SD3's and FLUX' transformers.
-const OTHER_FAMILIES: [&str; 2] = [
-    "model.diffusion_model.joint_blocks.",
-    "model.diffusion_model.double_blocks.",
-];
+pub(super) const TODAY: &str = "Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein work today";
 
 /// Parts of the names of diffusers' pipelines that draw otherwise with the same parts, or with others.
 const OTHER_PIPELINES: [&str; 16] = [
@@ -138,7 +136,7 @@ impl Checkpoint {
     fn folder(path: &Path) -> Result<Self> {
         let index_path = path.join("model_index.json");
         if !index_path.exists() {
-            return Self::file(&only_file(path)?);
+            return Self::folder_of_parts(path);
         }
         let index = read_json(&index_path)?;
         if let Some(class) = index.get("_class_name").and_then(Value::as_str)
@@ -176,9 +174,11 @@ impl Checkpoint {
         );
         for (encoder, folder) in ENCODERS.into_iter().zip(TOKENIZERS) {
             if is_needed(&folder) {
+                let config = checkpoint.configs.get(encoder);
+                let is_chat = config.is_some_and(|config| config["model_type"] == QWEN3);
                 checkpoint
                     .tokenizers
-                    .insert(encoder, tokenizer(&path.join(folder))?);
+                    .insert(encoder, tokenizer(&path.join(folder), is_chat)?);
             }
         }
         checkpoint.configs.insert("pipeline".into(), index);
@@ -186,7 +186,7 @@ impl Checkpoint {
     }
 
     /// Adds the weights of one component from its folder.
-    fn add_folder(&mut self, folder: &Path, component: &str) -> Result<()> {
+    pub(super) fn add_folder(&mut self, folder: &Path, component: &str) -> Result<()> {
         for file in weight_paths(folder)? {
             self.add_source(SafetensorsFile::open(&file)?, |key| {
                 key_mapping::from_diffusers(component, key)
@@ -198,7 +198,6 @@ impl Checkpoint {
     fn file(path: &Path) -> Result<Self> {
         let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
-        let is_of_other_family = |key: &String| OTHER_FAMILIES.iter().any(|p| key.starts_with(p));
         let wrapper = key_mapping::wrapper(keys.iter().map(String::as_str));
         let other_kind = keys.iter().find_map(|key| {
             let bare = key.strip_prefix(wrapper)?;
@@ -213,10 +212,13 @@ impl Checkpoint {
                 path.display()
             );
         }
-        match key_mapping::layout(keys.iter().map(String::as_str)) {
-            Layout::Original if !keys.iter().any(is_of_other_family) => {
-                Self::original(path, source, &keys)
-            }
+        let layout = key_mapping::layout(keys.iter().map(String::as_str));
+        let transformer = transformers::find(keys.iter().map(String::as_str));
+        if let Some(found) = transformer.filter(|_| layout != Layout::Adapter) {
+            return Self::transformer_file(path, source, found);
+        }
+        match layout {
+            Layout::Original => Self::original(path, source, &keys),
             Layout::Canonical if source.metadata("sdgen.configs").is_some() => {
                 Self::canonical(file_name(path), source)
             }
@@ -224,7 +226,7 @@ impl Checkpoint {
                 "`{}` is a LoRA, not a model: it only changes one\n\nhint: pass a whole checkpoint with `--model`, and this with `--lora {0}`",
                 path.display()
             ),
-            Layout::Original | Layout::Canonical | Layout::Unknown => {
+            Layout::Canonical | Layout::Unknown => {
                 bail!("{}", not_a_checkpoint(path, &keys))
             }
         }
@@ -302,25 +304,35 @@ impl Checkpoint {
                 .is_some_and(|class| class == "AutoencoderTiny")
         };
         let own = self.optional_config("vae").filter(|own| !is_tiny(own));
-        let scaling_factor = own
-            .map(|own| number("VAE", own, "scaling_factor"))
-            .transpose()?
-            .flatten()
-            .unwrap_or_else(|| infer_config::vae_scale(self));
-        let shift_factor = own.and_then(|own| own.get("shift_factor").cloned());
-        let vae = Self::open_vae(path, scaling_factor)?;
+        let mut scale = infer_config::vae_scale(self);
+        if let Some(own) = own {
+            let scaling_factor = number("VAE", own, "scaling_factor")?;
+            scale.scaling_factor = scaling_factor.unwrap_or(scale.scaling_factor);
+            scale.shift_factor = number("VAE", own, "shift_factor")?;
+        }
+        let vae = Self::open_vae(path, scale)?;
+        self.require_channels(&vae)?;
+        self.configs
+            .insert("vae".into(), vae.config("vae")?.clone());
+        self.vae = Some(Box::new(vae));
+        Ok(())
+    }
+
+    /// Errors if a VAE decodes other latents than those that are drawn.
+    pub(super) fn require_channels(&self, vae: &Self) -> Result<()> {
         let channels =
             |config: &Value, key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(4);
-        let mut config = vae.config("vae")?.clone();
-        if let (true, Some(shift_factor)) = (path.is_file() && !is_tiny(&config), shift_factor) {
-            config["shift_factor"] = shift_factor;
-        }
-        let decoded = channels(&config, "latent_channels");
-        let (drawn, each) = match self.denoiser() {
-            TRANSFORMER => (channels(self.config(TRANSFORMER)?, "in_channels"), 4),
-            unet => (channels(self.config(unet)?, "out_channels"), 1),
+        let config = vae.config("vae")?;
+        let is_packed = config
+            .get("_class_name")
+            .is_some_and(|class| class == "AutoencoderKLFlux2");
+        // FLUX.2 draws 2x2 latents as one
+        let each = if is_packed { 4 } else { 1 };
+        let decoded = each * channels(config, "latent_channels");
+        let drawn = match self.denoiser() {
+            TRANSFORMER => channels(self.config(TRANSFORMER)?, "in_channels"),
+            unet => channels(self.config(unet)?, "out_channels"),
         };
-        let decoded = each * decoded;
         if decoded != drawn {
             bail!(
                 "`{}` decodes {decoded} channels, `{}` draws in {drawn}\n\nhint: a VAE goes with the family it was made for",
@@ -328,13 +340,11 @@ impl Checkpoint {
                 self.name
             );
         }
-        self.configs.insert("vae".into(), config);
-        self.vae = Some(Box::new(vae));
         Ok(())
     }
 
-    /// Opens a VAE alone; a file's takes this scaling factor.
-    fn open_vae(path: &Path, scaling_factor: f64) -> Result<Self> {
+    /// Opens a VAE alone; a file's takes this scale.
+    pub(super) fn open_vae(path: &Path, scale: VaeScale) -> Result<Self> {
         let shown = path.display();
         if path.is_dir() {
             let nested = path.join("vae");
@@ -362,13 +372,11 @@ impl Checkpoint {
         let map = key_mapping::from_vae(keys.iter().map(String::as_str));
         vae.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
         let config =
-            infer_config::autoencoder(&vae, scaling_factor).with_context(|| {
-                match role(path, &keys) {
-                    Some((what, place)) if !what.ends_with("VAE") => {
-                        format!("`{shown}` {what}, not a VAE\n\nhint: {place}")
-                    }
-                    _ => format!("`{shown}` is not a VAE that sdgen knows"),
+            infer_config::autoencoder(&vae, scale).with_context(|| match role(path, &keys) {
+                Some((what, place)) if !what.ends_with("VAE") => {
+                    format!("`{shown}` {what}, not a VAE\n\nhint: {place}")
                 }
+                _ => format!("`{shown}` is not a VAE that sdgen knows"),
             })?;
         vae.configs.insert("vae".into(), config);
         Ok(vae)
@@ -396,7 +404,7 @@ impl Checkpoint {
 }
 
 /// The one .safetensors file of a folder.
-fn only_file(folder: &Path) -> Result<PathBuf> {
+pub(super) fn only_file(folder: &Path) -> Result<PathBuf> {
     let files: Vec<PathBuf> = std::fs::read_dir(folder)
         .with_context(|| format!("cannot read folder `{}`", folder.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -461,9 +469,21 @@ pub fn role(path: &Path, keys: &[String]) -> Option<(&'static str, &'static str)
     let has_unet = || starts_any(&["unet.", "model.diffusion_model."]);
     Some(match layout {
         Layout::Adapter => ("is a LoRA", "`--lora` takes it"),
-        _ if starts_any(&OTHER_FAMILIES) || starts_any(&["double_blocks.", "transformer."]) => {
+        _ if transformers::find(keys.iter().map(String::as_str))
+            .is_some_and(|(family, _)| family.drawn.is_some()) =>
+        {
+            (
+                "is the transformer of a model",
+                "`--diffusion-model` takes it",
+            )
+        }
+        _ if transformers::find(keys.iter().map(String::as_str)).is_some() => {
             ("is a model of a family that sdgen does not draw yet", TODAY)
         }
+        _ if transformers::qwen3_prefix(keys.iter().map(String::as_str)).is_some() => (
+            "is only a text encoder (Qwen3)",
+            "`--text-encoder` takes it",
+        ),
         Layout::Original | Layout::Canonical if has_unet() => {
             ("is a checkpoint", "`--model` takes it")
         }

@@ -237,10 +237,18 @@ impl SafetensorsFile {
             let bytes = (to - from) / of;
             (from, to) = (from + index * bytes, from + (index + 1) * bytes);
         }
-        let read = |to| {
+        let read_from = |from, to| {
             self.bytes_of(from, to)
                 .with_context(|| format!("cannot read tensor `{key}` of `{}`", self.path.display()))
         };
+        if *part == Part::SwappedHalves {
+            let half = from + (to - from) / 2;
+            let mut bytes = read_from(half, to.min(half + SAMPLE_BYTES))?;
+            let more = SAMPLE_BYTES - bytes.len();
+            bytes.extend(read_from(from, half.min(from + more))?);
+            return Ok(bytes);
+        }
+        let read = |to| read_from(from, to);
         let (Part::Transposed, [rows, columns]) = (part, &*info.shape) else {
             return read(to.min(from + SAMPLE_BYTES));
         };
@@ -278,20 +286,58 @@ impl SafetensorsFile {
         }
     }
 
-    /// Reads one tensor in its stored shape on the CPU: f16 and bf16 as they are, fp8 without a
-    /// scale as f16, which holds each of its values, all else as f32.
+    /// Reads a part of one tensor on the CPU: f16 and bf16 as they are, fp8 without a scale as f16,
+    /// which holds each of its values, all else as f32. Of a block of rows no other bytes are read.
     /// Errors name file and tensor.
+    pub fn read_part(&self, key: &str, part: &Part) -> Result<Tensor> {
+        let tensor = || self.read(key);
+        Ok(match *part {
+            Part::Whole => tensor()?,
+            Part::Rows { index, of } => {
+                let dtype = self.header.info(key).map(|info| info.dtype);
+                // the scales of 8 bits belong to all rows
+                if dtype.is_some_and(|dtype| dtype != Dtype::I8 && !is_fp8(dtype)) {
+                    return self.read_rows(key, index, of);
+                }
+                let tensor = tensor()?;
+                let rows = tensor.dim(0)? / of;
+                tensor.narrow(0, index * rows, rows)?
+            }
+            Part::Transposed => tensor()?.t()?.contiguous()?,
+            Part::SwappedHalves => {
+                let tensor = tensor()?;
+                let half = tensor.dim(0)? / 2;
+                let (first, second) = (tensor.narrow(0, 0, half)?, tensor.narrow(0, half, half)?);
+                Tensor::cat(&[second, first], 0)?
+            }
+        })
+    }
+
+    /// Reads a whole tensor in its stored shape, as [`Self::read_part`] does.
     pub fn read(&self, key: &str) -> Result<Tensor> {
+        self.read_rows(key, 0, 1)
+    }
+
+    /// Reads block `index` of `of` equal blocks of a tensor's rows.
+    fn read_rows(&self, key: &str, index: usize, of: usize) -> Result<Tensor> {
         let shown = self.path.display();
         let info = self
             .header
             .info(key)
             .with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
-        let (from, to) = info.data_offsets;
+        let mut shape = info.shape.clone();
+        let (start, end) = info.data_offsets;
+        let mut bytes = end - start;
+        if let (2.., Some(rows)) = (of, shape.first_mut()) {
+            let all = (*rows).max(1);
+            *rows /= of;
+            bytes = bytes / all * *rows;
+        }
+        let from = start + index * bytes;
         let raw = self
-            .bytes_of(from, to)
+            .bytes_of(from, from + bytes)
             .with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
-        let shape = info.shape.as_slice();
+        let shape = shape.as_slice();
         let values = match info.dtype {
             Dtype::F16 => {
                 return Ok(Tensor::from_vec(

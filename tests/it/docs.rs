@@ -18,8 +18,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Options that name files or models that are not here.
-const NEEDS: [&str; 10] = [
+const NEEDS: [&str; 12] = [
     "model",
+    "diffusion_model",
+    "text_encoder",
     "vae",
     "refiner",
     "lora",

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::{fail, sdgen, stderr, stdout, succeed};
-use sdgen::hub::Hub;
+use sdgen::hub::{Hub, Wanted};
 use sha2::{Digest, Sha256};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -142,6 +142,8 @@ struct State {
     refuses: Option<(u16, &'static str)>,
     /// No answer at all.
     silent: bool,
+    /// The repository, in place of `me/model`.
+    repo: Option<String>,
 }
 
 /// How long a silent server holds a connection open before it closes it: longer than any machine
@@ -268,7 +270,8 @@ fn serve(
             b"",
         );
     }
-    if path.starts_with("/api/models/me/model/revision/") {
+    let repo = state.repo.clone().unwrap_or("me/model".into());
+    if path.starts_with(&format!("/api/models/{repo}/revision/")) {
         let file = |(name, bytes): (&String, &Vec<u8>)| {
             format!(r#"{{"rfilename": "{name}", "size": {}}}"#, bytes.len())
         };
@@ -282,7 +285,7 @@ fn serve(
             body.as_bytes(),
         );
     }
-    let at_resolve = path.strip_prefix(&format!("/me/model/resolve/{COMMIT}/"));
+    let at_resolve = path.strip_prefix(&format!("/{repo}/resolve/{COMMIT}/"));
     let cached = path.strip_prefix("/api/resolve-cache/");
     let name = match storage {
         true => path.strip_prefix("/bucket/"),
@@ -1210,7 +1213,7 @@ fn endpoint_token_and_timeout_come_from_the_environment() {
 }
 
 /// A fixture's files, as a repository would hold them.
-fn fixture_repo() -> BTreeMap<String, Vec<u8>> {
+fn fixture_repo(name: &str) -> BTreeMap<String, Vec<u8>> {
     fn walk(root: &Path, folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -1229,7 +1232,9 @@ fn fixture_repo() -> BTreeMap<String, Vec<u8>> {
             }
         }
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sd1");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name);
     let mut files = BTreeMap::new();
     walk(&root, &root, &mut files);
     files
@@ -1248,7 +1253,7 @@ fn online(server: &Server, folder: &Path, cache: &Path) -> Command {
 #[test]
 fn the_program_pulls_a_model_and_draws_it_offline_with_the_same_picture_as_from_the_folder() {
     let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let server = Server::start(fixture_repo());
+    let server = Server::start(fixture_repo("sd1"));
     let run = |args: &[&str]| {
         stdout(&succeed(
             online(&server, dir.path(), cache.path()).args(args),
@@ -1304,7 +1309,9 @@ fn vae_repo() -> BTreeMap<String, Vec<u8>> {
 fn of_a_vae_and_of_a_models_vae_no_other_files_come() {
     for (files, below) in [(vae_repo(), ""), (diffusers_repo(), "vae/")] {
         let (server, dir) = (Server::start(files), tempfile::tempdir().unwrap());
-        let folder = hub(&server, dir.path()).vae("me/model", false).unwrap();
+        let folder = hub(&server, dir.path())
+            .part("me/model", Wanted::Vae, false)
+            .unwrap();
         assert_eq!(folder, repo_dir(dir.path()).join("snapshots").join(COMMIT));
         assert_eq!(
             tree(&folder),
@@ -1313,11 +1320,15 @@ fn of_a_vae_and_of_a_models_vae_no_other_files_come() {
         );
         server.forget();
         assert_eq!(
-            hub(&server, dir.path()).vae("me/model", false).unwrap(),
+            hub(&server, dir.path())
+                .part("me/model", Wanted::Vae, false)
+                .unwrap(),
             folder
         );
         assert_eq!(
-            offline(&server, dir.path()).vae("me/model", false).unwrap(),
+            offline(&server, dir.path())
+                .part("me/model", Wanted::Vae, false)
+                .unwrap(),
             folder
         );
         assert!(server.seen().is_empty(), "{:?}", server.seen());
@@ -1358,5 +1369,121 @@ fn a_vae_of_the_hub_decodes_and_pictures_that_name_it_are_checked_with_it() {
         !same
             && error.contains("it was drawn with the VAE `taesd`\n\nhint: pass that with `--vae`"),
         "{error}"
+    );
+}
+
+#[test]
+fn of_a_model_the_text_encoder_or_its_tokenizer_comes_alone() {
+    let klein = || {
+        let mut files = fixture_repo("klein");
+        // as Qwen's tokenizers are saved; a language model's is read from tokenizer.json only
+        for name in ["tokenizer/vocab.json", "tokenizer/merges.txt"] {
+            files.insert(name.into(), b"{}".to_vec());
+        }
+        files
+    };
+    let tokenizer = [
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ];
+    let encoder = ["text_encoder/config.json", "text_encoder/model.safetensors"];
+    for (wanted, files) in [
+        (Wanted::Tokenizer, tokenizer.to_vec()),
+        (Wanted::TextEncoder, [encoder, tokenizer].concat()),
+    ] {
+        let (server, dir) = (Server::start(klein()), tempfile::tempdir().unwrap());
+        let fetch = |hub: Hub| hub.part("me/model", wanted, false).unwrap();
+        let folder = fetch(hub(&server, dir.path()));
+        assert_eq!(tree(&folder), files);
+        server.forget();
+        assert_eq!(fetch(offline(&server, dir.path())), folder);
+        assert!(server.seen().is_empty(), "{:?}", server.seen());
+        let whole = hub(&server, dir.path())
+            .snapshot("me/model", false)
+            .unwrap();
+        assert!(whole.join("model_index.json").exists());
+        assert!(!whole.join("tokenizer/vocab.json").exists());
+    }
+    // a repository that is a language model
+    let alone: BTreeMap<String, Vec<u8>> = klein()
+        .into_iter()
+        .filter_map(|(name, bytes)| {
+            let (folder, name) = name.split_once('/')?;
+            ["text_encoder", "tokenizer"]
+                .contains(&folder)
+                .then(|| (name.to_string(), bytes))
+        })
+        .collect();
+    let (server, dir) = (Server::start(alone), tempfile::tempdir().unwrap());
+    let folder = hub(&server, dir.path()).part("me/model", Wanted::TextEncoder, false);
+    let files = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    assert_eq!(tree(&folder.unwrap()), files);
+}
+
+#[test]
+fn the_tokenizer_of_a_text_encoder_in_a_file_is_fetched_once_and_a_model_of_the_hub_lends_parts() {
+    let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start(fixture_repo("klein"));
+    server.set(|state| state.repo = Some("black-forest-labs/FLUX.2-klein-4B".into()));
+    let klein = crate::common::fixture("klein");
+    let copy = |from: &str, to: &str| {
+        fs::copy(klein.join(from), dir.path().join(to)).unwrap();
+    };
+    copy(
+        "transformer/diffusion_pytorch_model.safetensors",
+        "klein-x.safetensors",
+    );
+    copy("text_encoder/model.safetensors", "qwen.safetensors");
+    let draw = |args: &[&str]| {
+        let mut command = online(&server, dir.path(), cache.path());
+        command
+            .args([
+                "a frog",
+                "-W",
+                "64",
+                "-H",
+                "64",
+                "-s",
+                "7",
+                "--steps",
+                "1",
+                "--no-metadata",
+            ])
+            .args(["--force", "-o", "x.png"])
+            .args(args);
+        let output = succeed(&mut command);
+        (fs::read(dir.path().join("x.png")).unwrap(), stderr(&output))
+    };
+    let folder = klein.to_str().unwrap();
+    let (expected, _) = draw(&["-m", folder]);
+    let split = ["-m", "klein-x.safetensors", "--vae", folder];
+    let file = [&split[..], &["--text-encoder", "qwen.safetensors"]].concat();
+    let (picture, said) = draw(&file);
+    assert!(picture == expected);
+    let told = "fetching 2 files of `black-forest-labs/FLUX.2-klein-4B`, ";
+    assert!(said.contains(told), "{said}");
+    let asked: Vec<String> = server.seen().into_iter().map(|seen| seen.path).collect();
+    assert!(
+        asked.iter().all(|path| !path.ends_with(".safetensors")),
+        "{asked:?}"
+    );
+    server.forget();
+    assert!(draw(&[&file[..], &["--offline"]].concat()).0 == expected);
+    assert!(server.seen().is_empty(), "{:?}", server.seen());
+    // the short name of a model stands for the repository that lends its parts
+    let lent = [&split[..2], &["--text-encoder", "klein", "--vae", "klein"]].concat();
+    assert!(draw(&lent).0 == expected);
+    let snapshot = cache
+        .path()
+        .join("models--black-forest-labs--FLUX.2-klein-4B/snapshots");
+    let files = tree(&snapshot.join(COMMIT));
+    assert!(
+        files.iter().all(|file| !file.starts_with("transformer/")),
+        "{files:?}"
     );
 }

@@ -39,6 +39,7 @@ mod samplers;
 mod shard;
 mod sheet;
 mod snapshots;
+mod split;
 mod steps;
 mod tile;
 mod traps;

@@ -54,7 +54,8 @@ impl PartFile {
         let source = SafetensorsFile::open(path)?;
         let keys = source.keys();
         let all = || keys.iter().map(String::as_str);
-        if key_mapping::layout(all()) == Layout::Adapter {
+        let layout = key_mapping::layout(all());
+        if layout == Layout::Adapter {
             return Ok(None);
         }
         let encoder = transformers::qwen3_prefix(all());
@@ -71,7 +72,9 @@ impl PartFile {
             let has_tokenizer = checkpoint.add_qwen3(path, source)?.is_some();
             return Ok(Some(Self::encoder(checkpoint, has_tokenizer)));
         }
-        let is_vae = super::role(path, &keys).is_some_and(|(what, _)| what == "is only a VAE");
+        // what is left of a whole checkpoint is told by what it lacks
+        let is_vae = layout == Layout::Unknown
+            && super::role(path, &keys).is_some_and(|(what, _)| what == "is only a VAE");
         if !is_vae || keys.iter().all(|key| !key.contains("decoder.conv_in.")) {
             return Ok(None);
         }

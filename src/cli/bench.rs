@@ -287,6 +287,7 @@ fn time_unet(
     });
     let conditioning = Conditioning {
         context: random(&[b, 77, sizes.context])?,
+        lengths: vec![],
         added_cond: added.transpose()?,
         guidance: None,
     };

@@ -146,7 +146,12 @@ pub fn select(
 /// Whether the transformer that `model_index.json` lists is of a class that is drawn.
 fn is_drawn_transformer(index: &Value) -> bool {
     let class = index.get("transformer").and_then(|listed| listed.get(1));
-    class.is_some_and(|class| class == "Flux2Transformer2DModel")
+    class.and_then(Value::as_str).is_some_and(|class| {
+        matches!(
+            class,
+            "Flux2Transformer2DModel" | "ZImageTransformer2DModel"
+        )
+    })
 }
 
 /// Whether a tokenizer that `model_index.json` lists is CLIP's, and not a language model's.
@@ -176,8 +181,8 @@ fn select_pipeline(
             .and_then(Value::as_str)
             .unwrap_or("pipeline");
         return Err(SelectionError::Other(anyhow!(
-            "`{}` is a `{class}`, which sdgen does not draw\n\nhint: Stable Diffusion models and \
-             FLUX.2 klein are drawn; try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
+            "`{}` is a `{class}`, which sdgen does not draw\n\nhint: Stable Diffusion models, \
+             FLUX.2 klein and Z-Image are drawn; try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
             reference.repo
         )));
     }

@@ -3,6 +3,7 @@
 use super::flux2::{ConditionedFlux2, Flux2, Flux2Config};
 use super::unet::{ConditionedUNet, UNet, UNetInputs};
 use super::unet_config::UNetConfig;
+use super::z_image::{self, ConditionedZImage, ZImage, ZImageConfig};
 use crate::nn::Forward;
 use crate::nn::weights::Weights;
 use crate::weights::{Checkpoint, UNET};
@@ -26,6 +27,9 @@ pub enum ModelKind {
 pub struct Conditioning {
     /// prompt embeddings [b, n, d]
     pub context: Tensor,
+    /// how many of the n tokens are a prompt's own, row by row, where prompts are padded; empty
+    /// where all are
+    pub lengths: Vec<usize>,
     /// for networks with [`BackboneConfig::time_ids`]
     pub added_cond: Option<AddedCond>,
     /// The guidance scale, for networks that embed it; others ignore it.
@@ -46,6 +50,7 @@ impl From<Tensor> for Conditioning {
     fn from(context: Tensor) -> Self {
         Self {
             context,
+            lengths: vec![],
             added_cond: None,
             guidance: None,
         }
@@ -53,7 +58,8 @@ impl From<Tensor> for Conditioning {
 }
 
 impl Conditioning {
-    /// Concatenates two along the batch. The guidance scale is the first one's.
+    /// Concatenates two along the batch, of as many tokens each. The guidance scale is the first
+    /// one's.
     pub fn cat(first: &Self, second: &Self) -> TensorResult<Self> {
         let added_cond = match (&first.added_cond, &second.added_cond) {
             (Some(a), Some(b)) => Some(AddedCond {
@@ -64,6 +70,7 @@ impl Conditioning {
         };
         Ok(Self {
             context: Tensor::cat(&[&first.context, &second.context], 0)?,
+            lengths: [&*first.lengths, &second.lengths].concat(),
             added_cond,
             guidance: first.guidance,
         })
@@ -83,6 +90,7 @@ pub struct ExtraInputs {
 pub enum BackboneConfig {
     UNet(Box<UNetConfig>),
     Flux2(Flux2Config),
+    ZImage(ZImageConfig),
 }
 
 impl BackboneConfig {
@@ -96,8 +104,9 @@ impl BackboneConfig {
         }
         match config.get("_class_name").and_then(Value::as_str) {
             Some("Flux2Transformer2DModel") => Flux2Config::from_json(config).map(Self::Flux2),
+            Some("ZImageTransformer2DModel") => ZImageConfig::from_json(config).map(Self::ZImage),
             class => bail!(
-                "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, FLUX.2 klein's is drawn",
+                "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, FLUX.2 klein's and Z-Image's are drawn",
                 checkpoint.name,
                 class.unwrap_or("network without a `_class_name`")
             ),
@@ -108,7 +117,7 @@ impl BackboneConfig {
     pub fn noun(&self) -> &'static str {
         match self {
             Self::UNet(_) => "U-Net",
-            Self::Flux2(_) => "transformer",
+            Self::Flux2(_) | Self::ZImage(_) => "transformer",
         }
     }
 
@@ -116,7 +125,7 @@ impl BackboneConfig {
     pub fn is_flow(&self) -> bool {
         match self {
             Self::UNet(_) => false,
-            Self::Flux2(_) => true,
+            Self::Flux2(_) | Self::ZImage(_) => true,
         }
     }
 
@@ -125,7 +134,7 @@ impl BackboneConfig {
     pub fn kind(&self) -> Result<ModelKind> {
         match self {
             Self::UNet(config) => config.kind(),
-            Self::Flux2(_) => Ok(ModelKind::TextToImage),
+            Self::Flux2(_) | Self::ZImage(_) => Ok(ModelKind::TextToImage),
         }
     }
 
@@ -134,6 +143,7 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.sample_size(),
             Self::Flux2(config) => Ok(config.sample_size()),
+            Self::ZImage(config) => Ok(config.sample_size()),
         }
     }
 
@@ -142,6 +152,7 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.in_channels,
             Self::Flux2(config) => config.in_channels,
+            Self::ZImage(config) => config.in_channels,
         }
     }
 
@@ -150,6 +161,25 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.out_channels,
             Self::Flux2(config) => config.in_channels,
+            Self::ZImage(config) => config.in_channels,
+        }
+    }
+
+    /// The side of the squares of latents that the network sees as one: sides of latents are
+    /// multiples of it.
+    pub fn patch(&self) -> usize {
+        match self {
+            Self::UNet(_) | Self::Flux2(_) => 1,
+            Self::ZImage(_) => z_image::PATCH,
+        }
+    }
+
+    /// Whether a prompt may be repeated to the length of others: what only looks at it sees the same,
+    /// and what has it in its own sequence does not.
+    pub fn repeats_prompts(&self) -> bool {
+        match self {
+            Self::UNet(_) => true,
+            Self::Flux2(_) | Self::ZImage(_) => false,
         }
     }
 
@@ -159,7 +189,7 @@ impl BackboneConfig {
     pub fn time_ids(&self, pooled: Option<usize>) -> Result<usize> {
         match self {
             Self::UNet(config) => config.time_ids(pooled),
-            Self::Flux2(_) => Ok(0),
+            Self::Flux2(_) | Self::ZImage(_) => Ok(0),
         }
     }
 
@@ -167,7 +197,7 @@ impl BackboneConfig {
     pub fn embeds_guidance(&self) -> bool {
         match self {
             Self::UNet(config) => config.time_cond_proj_dim.is_some(),
-            Self::Flux2(_) => false,
+            Self::Flux2(_) | Self::ZImage(_) => false,
         }
     }
 
@@ -176,6 +206,7 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.activation_bytes(batch, h, w),
             Self::Flux2(config) => config.activation_bytes(batch, h, w),
+            Self::ZImage(config) => config.activation_bytes(batch, h, w),
         }
     }
 
@@ -184,6 +215,7 @@ impl BackboneConfig {
         Ok(match self {
             Self::UNet(config) => Backbone::UNet(Box::new(UNet::new(w, config)?)),
             Self::Flux2(config) => Backbone::Flux2(Box::new(Flux2::new(w, config)?)),
+            Self::ZImage(config) => Backbone::ZImage(Box::new(ZImage::new(w, config)?)),
         })
     }
 }
@@ -192,6 +224,7 @@ impl BackboneConfig {
 pub enum Backbone {
     UNet(Box<UNet>),
     Flux2(Box<Flux2>),
+    ZImage(Box<ZImage>),
 }
 
 impl Backbone {
@@ -215,6 +248,9 @@ impl Backbone {
             Self::Flux2(network) => Ok(Denoiser::Flux2(
                 network.with_conditioning(cx, conditioning)?,
             )),
+            Self::ZImage(network) => Ok(Denoiser::ZImage(
+                network.with_conditioning(cx, conditioning)?,
+            )),
         }
     }
 }
@@ -223,6 +259,7 @@ impl Backbone {
 pub enum Denoiser<'a> {
     UNet(ConditionedUNet<'a>),
     Flux2(ConditionedFlux2<'a>),
+    ZImage(ConditionedZImage<'a>),
 }
 
 impl Denoiser<'_> {
@@ -260,6 +297,7 @@ impl Denoiser<'_> {
                 }
             }
             Self::Flux2(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
+            Self::ZImage(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
         };
         output?.to_dtype(latents.dtype())
     }

@@ -4,9 +4,9 @@
 
 use super::{Conditioning, require_neutral};
 use crate::nn::Forward;
-use crate::nn::attention::attention;
+use crate::nn::attention::{QkNorm, attention};
 use crate::nn::embed::sinusoids;
-use crate::nn::layers::{Activation, LayerNorm, Linear, RmsNorm, swiglu};
+use crate::nn::layers::{Activation, LayerNorm, Linear, swiglu};
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::weights::Weights;
 use crate::weights::config::{parse, require_sizes};
@@ -122,6 +122,11 @@ impl Flux2Config {
 
     fn width(&self) -> usize {
         self.attention_head_dim * self.num_attention_heads
+    }
+
+    /// How many heads there are, and the width of each.
+    fn heads(&self) -> (usize, usize) {
+        (self.num_attention_heads, self.attention_head_dim)
     }
 
     fn mlp_width(&self) -> usize {
@@ -344,38 +349,6 @@ impl ConditionedFlux2<'_> {
     }
 }
 
-/// Queries and keys of heads, normalised.
-struct QkNorm {
-    q: RmsNorm,
-    k: RmsNorm,
-    heads: usize,
-}
-
-impl QkNorm {
-    fn new(w: &Weights, [q, k]: [&str; 2], config: &Flux2Config) -> Result<Self> {
-        let norm = |name| RmsNorm::new(&w.at(name), config.attention_head_dim, config.eps);
-        Ok(Self {
-            q: norm(q)?,
-            k: norm(k)?,
-            heads: config.num_attention_heads,
-        })
-    }
-
-    /// q and k [b, n, heads*d] of a projection [b, n, 3*heads*d], and its v.
-    fn split(&self, cx: Forward, qkv: &Tensor) -> TensorResult<[Tensor; 3]> {
-        let (b, n, _) = qkv.dims3()?;
-        let parts = qkv.chunk(3, 2)?;
-        let [q, k, v] = parts.as_slice() else {
-            candle_core::bail!("queries, keys and values are three")
-        };
-        let normed = |norm: &RmsNorm, x: &Tensor| {
-            let heads = x.contiguous()?.reshape((b, n, self.heads, ()))?;
-            norm.forward(cx, &heads)?.reshape((b, n, ()))
-        };
-        Ok([normed(&self.q, q)?, normed(&self.k, k)?, v.clone()])
-    }
-}
-
 /// A block in which text and picture have weights of their own and attend to both.
 struct DoubleBlock {
     norm: LayerNorm,
@@ -405,7 +378,7 @@ impl Stream {
         let fused = projections.map(|name| (attn.at(name), width));
         Ok(Self {
             qkv: Linear::fused(&fused, width, false)?,
-            norms: QkNorm::new(&attn, norms, config)?,
+            norms: QkNorm::new(&attn, norms, config.heads(), config.eps)?,
             to_out: Linear::without_bias(&attn.at(out), width, width)?,
             linear_in: Linear::without_bias(&w.at(ff).at("linear_in"), width, 2 * mlp)?,
             linear_out: Linear::without_bias(&w.at(ff).at("linear_out"), mlp, width)?,
@@ -512,7 +485,7 @@ impl SingleBlock {
                 width,
                 3 * width + 2 * mlp,
             )?,
-            norms: QkNorm::new(w, ["norm_q", "norm_k"], config)?,
+            norms: QkNorm::new(w, ["norm_q", "norm_k"], config.heads(), config.eps)?,
             to_out: Linear::without_bias(&w.at("to_out"), width + mlp, width)?,
             width,
             mlp,
@@ -527,7 +500,7 @@ impl SingleBlock {
         modulation: &Modulation,
         rotary: &Rotary,
     ) -> TensorResult<Tensor> {
-        let heads = self.norms.heads;
+        let heads = self.norms.heads();
         let entered = modulation.enter(cx, &self.norm, x)?;
         let projected = self.to_qkv_mlp_proj.forward(cx, &entered)?;
         let [q, k, v] = self

@@ -1,4 +1,4 @@
-//! The networks, one file each, read top-down: [`unet`] and [`flux2`] denoise latents, [`vae`] encodes
+//! The networks, one file each, read top-down: [`unet`], [`flux2`] and [`z_image`] denoise latents, [`vae`] encodes
 //! images to latents and decodes them, [`taesd`] does so with less work, [`tiles`] lets both do it
 //! in parts; [`upscaler`] enlarges images. [`backbone`] is what the pipeline knows of the network
 //! that denoises. Here: which of the two autoencoders a checkpoint has.
@@ -12,6 +12,7 @@ pub mod unet;
 pub mod unet_config;
 pub mod upscaler;
 pub mod vae;
+pub mod z_image;
 
 use crate::nn::Forward;
 use crate::nn::weights::Weights;

@@ -1,6 +1,8 @@
 //! Scaled dot-product attention.
 
 use super::Forward;
+use super::layers::RmsNorm;
+use super::weights::Weights;
 use candle_core::{Result, Tensor};
 
 /// The distance of the rows of x [b, n, c] in memory, where each row is contiguous and all are
@@ -33,6 +35,48 @@ pub fn attention(cx: Forward, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) 
     cx.timed("attention", [2 * b * n, k.dim(1)?, c], || {
         cx.backend.attention(q, k, v, heads, cx.precision)
     })
+}
+
+/// The norms of the queries and keys of each head (Dehghani et al. 2023, arXiv 2302.05442).
+pub struct QkNorm {
+    q: RmsNorm,
+    k: RmsNorm,
+    heads: usize,
+}
+
+impl QkNorm {
+    /// Reads the two norms, of so many heads of this width.
+    pub fn new(
+        w: &Weights,
+        [q, k]: [&str; 2],
+        (heads, width): (usize, usize),
+        eps: f64,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            q: RmsNorm::new(&w.at(q), width, eps)?,
+            k: RmsNorm::new(&w.at(k), width, eps)?,
+            heads,
+        })
+    }
+
+    /// How many heads there are.
+    pub fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// q and k [b, n, heads*d] of a projection [b, n, 3*heads*d], normalised, and its v.
+    pub fn split(&self, cx: Forward, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, n, _) = qkv.dims3()?;
+        let parts = qkv.chunk(3, 2)?;
+        let [q, k, v] = parts.as_slice() else {
+            candle_core::bail!("queries, keys and values are three")
+        };
+        let normed = |norm: &RmsNorm, x: &Tensor| {
+            let heads = x.contiguous()?.reshape((b, n, self.heads, ()))?;
+            norm.forward(cx, &heads)?.reshape((b, n, ()))
+        };
+        Ok([normed(&self.q, q)?, normed(&self.k, k)?, v.clone()])
+    }
 }
 
 #[cfg(test)]

@@ -79,6 +79,11 @@ impl PipelineConfig {
         )
     }
 
+    /// What the sides of pictures are multiples of, in pixels.
+    pub fn step(&self) -> usize {
+        self.vae.factor() * self.base.backbone.patch()
+    }
+
     /// Returns the side of the tiles in which an image is decoded, in latents, if it is.
     pub fn tile(&self, settings: &Settings) -> Option<usize> {
         settings.vae_tiling.then(|| self.vae.tile())
@@ -140,7 +145,7 @@ impl ModelConfig {
     pub fn mu(&self) -> Option<Mu> {
         match self.backbone {
             BackboneConfig::Flux2(_) => Some(Mu::Empirical),
-            BackboneConfig::UNet(_) => None,
+            BackboneConfig::UNet(_) | BackboneConfig::ZImage(_) => None,
         }
     }
 

@@ -20,6 +20,8 @@ pub enum Family {
     SdxlRefiner,
     /// FLUX.2 klein: a language model's states, and a transformer on packed latents
     Flux2Klein,
+    /// Z-Image: the same language model's states, in one sequence with the picture
+    ZImage,
 }
 
 /// What the plain command uses.
@@ -56,6 +58,17 @@ const FLUX2_KLEIN: Defaults = Defaults {
     distilled: None,
 };
 
+/// As in the example of the base model's card, where the guidance is one less.
+const Z_IMAGE: Defaults = Defaults {
+    steps: 50,
+    guidance: 5.0,
+    eta: None,
+    distilled: None,
+};
+
+/// The shift of its scheduler.
+const Z_IMAGE_SHIFT: f64 = 6.0;
+
 /// Numbers that SDXL's U-Net is told of a picture: its original size, its crop, and its size.
 pub const BASE_IDS: usize = 6;
 /// Those of its refiner's: original size, crop, and an aesthetic score.
@@ -66,7 +79,7 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 15] = [
+pub const SHORT_NAMES: [(&str, &str); 17] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
@@ -88,6 +101,8 @@ pub const SHORT_NAMES: [(&str, &str); 15] = [
     ),
     ("klein", "black-forest-labs/FLUX.2-klein-4B"),
     ("klein-base", "black-forest-labs/FLUX.2-klein-base-4B"),
+    ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
+    ("z-image", "Tongyi-MAI/Z-Image"),
 ];
 
 /// The same of VAEs.
@@ -104,14 +119,19 @@ impl Family {
         checkpoint.require_text_encoder()?;
         let encoders = TextEncoderConfigs::of(checkpoint)?;
         let backbone = BackboneConfig::of(checkpoint)?;
-        if let BackboneConfig::Flux2(config) = &backbone {
-            let (own, wanted) = (encoders.context_dim(), config.joint_attention_dim);
+        let transformer = match &backbone {
+            BackboneConfig::UNet(_) => None,
+            BackboneConfig::Flux2(config) => Some((Self::Flux2Klein, config.joint_attention_dim)),
+            BackboneConfig::ZImage(config) => Some((Self::ZImage, config.cap_feat_dim)),
+        };
+        if let Some((family, wanted)) = transformer {
+            let own = encoders.context_dim();
             ensure!(
                 encoders.is_chat() && own == wanted,
                 "the text encoder of `{}` gives embeddings of width {own}, its transformer takes {wanted}\n\nhint: the parts of the model do not belong together; fetch it again",
                 checkpoint.name
             );
-            return Ok(Self::Flux2Klein);
+            return Ok(family);
         }
         ensure!(
             !encoders.is_chat(),
@@ -149,6 +169,7 @@ impl Family {
             Self::Sdxl => family_name::SDXL,
             Self::SdxlRefiner => family_name::SDXL_REFINER,
             Self::Flux2Klein => family_name::FLUX2_KLEIN,
+            Self::ZImage => family_name::Z_IMAGE,
         }
     }
 
@@ -161,9 +182,11 @@ impl Family {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
             Self::Sdxl | Self::SdxlRefiner => SDXL,
             Self::Flux2Klein => FLUX2_KLEIN,
+            Self::ZImage => Z_IMAGE,
         };
         let distilled = match self {
             Self::Flux2Klein => klein_distilled(checkpoint),
+            Self::ZImage => z_image_distilled(checkpoint),
             _ => distilled(checkpoint),
         };
         let defaults = distilled.unwrap_or(family);
@@ -184,6 +207,21 @@ fn klein_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
         guidance: 1.0,
         eta: None,
         distilled: Some("to four steps without guidance"),
+    })
+}
+
+/// What Z-Image-Turbo draws with. It is known by its scheduler, whose shift is half of the base
+/// model's.
+fn z_image_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let shift = checkpoint
+        .optional_config("scheduler")?
+        .get("shift")?
+        .as_f64()?;
+    (shift < Z_IMAGE_SHIFT).then_some(Defaults {
+        steps: 8,
+        guidance: 1.0,
+        eta: None,
+        distilled: Some("to eight steps without guidance"),
     })
 }
 

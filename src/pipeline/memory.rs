@@ -71,6 +71,7 @@ impl Pipeline {
                 let unet = match &self.config.base.backbone {
                     BackboneConfig::UNet(_) => unet_operations(&self.checkpoint, area),
                     BackboneConfig::Flux2(config) => config.operations(area),
+                    BackboneConfig::ZImage(config) => config.operations(area),
                 };
                 (unet, decoder_operations(&self.checkpoint, area))
             })

@@ -128,13 +128,14 @@ impl<'a> PromptCache<'a> {
     }
 
     /// A text's embedding padded to `tokens` by repetition: keys and values that are there twice
-    /// change no attention. Where it does not fit a whole number of times, its end is repeated.
+    /// change no attention. Where it does not fit a whole number of times, or a network is told how
+    /// long a prompt is, its end is repeated.
     fn get(&self, text: &Text, tokens: usize) -> Result<PromptEmbeds> {
         let repeated = |key: &Key| -> Result<PromptEmbeds> {
             let embeds = self.embedded(key)?;
             let own = embeds.prompt_embeds.dim(1)?;
             let mut prompt_embeds = embeds.prompt_embeds.clone(); // [1, own, d]
-            if own < tokens {
+            if own < tokens && self.config.backbone.repeats_prompts() {
                 prompt_embeds = prompt_embeds.repeat((1, tokens / own, 1))?;
             }
             let missing = tokens - prompt_embeds.dim(1)?;
@@ -156,8 +157,19 @@ impl<'a> PromptCache<'a> {
         }
     }
 
+    /// How many of a text's tokens are its own; of what is mixed of two, as many as the longer has.
+    fn length(&self, text: &Text) -> Result<usize> {
+        let own = |key: &Key| Ok::<_, Error>(self.embedded(key)?.prompt_embeds.dim(1)?);
+        match &text.to {
+            Some((to, weight)) if *weight >= 1.0 => own(to),
+            Some((to, weight)) if *weight > 0.0 => Ok(own(&text.key)?.max(own(to)?)),
+            _ => own(&text.key),
+        }
+    }
+
     /// Returns the context length of a job in tokens, to which all its texts are repeated; the
-    /// longest text's where a common multiple of all lengths would be much longer.
+    /// longest text's where a common multiple of all lengths would be much longer, or texts are not
+    /// repeated.
     pub fn tokens(&self, job: &Job) -> Result<usize> {
         let (mut all, mut longest) = (1usize, 1usize);
         for key in self.keys(job) {
@@ -165,7 +177,7 @@ impl<'a> PromptCache<'a> {
             longest = longest.max(tokens);
             all = (all / greatest_common_divisor(all, tokens)).saturating_mul(tokens);
         }
-        let is_short = all / longest <= MOST_REPEATED;
+        let is_short = all / longest <= MOST_REPEATED && self.config.backbone.repeats_prompts();
         Ok(if is_short { all } else { longest })
     }
 
@@ -278,8 +290,13 @@ impl<'a> PromptCache<'a> {
             })
             .transpose()?;
         let guidance = batch.first().map(|job| job.settings.guidance);
+        let lengths = texts.0.iter().map(|text| self.length(text));
         Ok(Conditioning {
             context: Tensor::cat(&contexts, 0)?,
+            lengths: match self.config.backbone.repeats_prompts() {
+                true => vec![],
+                false => lengths.collect::<Result<_>>()?,
+            },
             added_cond: added,
             guidance,
         })

@@ -320,7 +320,7 @@ impl<'a> Resolver<'a> {
         of: (usize, usize),
         own: (usize, usize),
     ) -> (usize, usize) {
-        let step = self.pipeline.config.vae.factor().max(8);
+        let step = self.pipeline.config.step().max(8);
         if options.extend.is_some() {
             return (of.0.next_multiple_of(step), of.1.next_multiple_of(step));
         }
@@ -354,7 +354,7 @@ impl<'a> Resolver<'a> {
             }
             return Ok(None);
         };
-        let step = self.pipeline.config.vae.factor().max(8);
+        let step = self.pipeline.config.step().max(8);
         let larger = |pixels: usize| (pixels as f64 * factor / step as f64).round() as usize * step;
         let strength = options.hires_strength.unwrap_or(HIRES_STRENGTH);
         let (width, height) = (larger(width), larger(height));
@@ -420,9 +420,9 @@ impl<'a> Resolver<'a> {
     /// Errors if settings contradict each other or the model.
     fn check(&self, settings: &Settings) -> Result<()> {
         let config = &self.pipeline.config;
-        let factor = config.vae.factor();
-        check_size("width", settings.width, factor)?;
-        check_size("height", settings.height, factor)?;
+        let step = config.step();
+        check_size("width", settings.width, step)?;
+        check_size("height", settings.height, step)?;
         for scale in [Some(settings.guidance), settings.image_guidance] {
             ensure!(
                 scale.is_none_or(|scale| GUIDANCES.contains(&scale)),
@@ -463,7 +463,7 @@ impl<'a> Resolver<'a> {
         }
         config.base.check_source(settings)?;
         if let Some(hires) = settings.hires {
-            check_size("hires", hires.width.max(hires.height), factor)?;
+            check_size("hires", hires.width.max(hires.height), step)?;
             let repaints = settings
                 .source
                 .as_ref()
@@ -508,14 +508,15 @@ impl<'a> Resolver<'a> {
         Ok(plans)
     }
 
-    /// Latents of an image, and of its second pass, where levels depend on them; else 0.
+    /// What the network sees of an image, and of its second pass, in tokens, where levels depend on
+    /// them; else 0.
     fn tokens(&self, settings: &Settings) -> [usize; 2] {
         let config = &self.pipeline.config;
         if !config.base.scheduler.is_flow() {
             return [0; 2];
         }
-        let factor = config.vae.factor();
-        let tokens = |width: usize, height: usize| (width / factor) * (height / factor);
+        let step = config.step();
+        let tokens = |width: usize, height: usize| (width / step) * (height / step);
         let (width, height) = settings.final_size();
         [
             tokens(settings.width, settings.height),

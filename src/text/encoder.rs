@@ -5,11 +5,11 @@
 
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Segment, Syntax, segments};
-use super::qwen3::{ChatTokenizer, Qwen3, Qwen3Config};
+use super::qwen3::{ChatTokenizer, OF_FLUX2_KLEIN, OF_Z_IMAGE, Qwen3, Qwen3Config, Reading};
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
-use crate::weights::{Checkpoint, ENCODERS};
+use crate::weights::{Checkpoint, ENCODERS, TRANSFORMER};
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -58,14 +58,19 @@ impl PromptEmbeds {
 #[derive(Debug, Clone)]
 enum TextEncoderConfig {
     Clip(ClipConfig),
-    Qwen3(Qwen3Config),
+    Qwen3(Qwen3Config, &'static Reading),
 }
 
 impl TextEncoderConfig {
-    /// Parses the configuration of either architecture.
-    fn from_json(config: &Value) -> Result<Self> {
+    /// Parses the configuration of either architecture; `class` is that of the transformer that the
+    /// checkpoint has.
+    fn from_json(config: &Value, class: Option<&str>) -> Result<Self> {
         if Qwen3Config::is_of(config) {
-            return Qwen3Config::from_json(config).map(Self::Qwen3);
+            let reading = match class {
+                Some("ZImageTransformer2DModel") => &OF_Z_IMAGE,
+                _ => &OF_FLUX2_KLEIN,
+            };
+            return Ok(Self::Qwen3(Qwen3Config::from_json(config)?, reading));
         }
         ClipConfig::from_json(config).map(Self::Clip)
     }
@@ -73,7 +78,7 @@ impl TextEncoderConfig {
     fn clip(&self) -> Option<&ClipConfig> {
         match self {
             Self::Clip(config) => Some(config),
-            Self::Qwen3(_) => None,
+            Self::Qwen3(..) => None,
         }
     }
 }
@@ -86,9 +91,11 @@ impl TextEncoderConfigs {
     /// Parses the configuration of every text encoder.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let mut configs = vec![];
+        let transformer = checkpoint.optional_config(TRANSFORMER);
+        let class = transformer.and_then(|config| config.get("_class_name")?.as_str());
         for name in ENCODERS {
             if let Some(config) = checkpoint.optional_config(name) {
-                configs.push((name, TextEncoderConfig::from_json(config)?));
+                configs.push((name, TextEncoderConfig::from_json(config, class)?));
             }
         }
         Ok(Self(configs))
@@ -112,7 +119,7 @@ impl TextEncoderConfigs {
     pub fn context_dim(&self) -> usize {
         let width = |(_, config): &(_, TextEncoderConfig)| match config {
             TextEncoderConfig::Clip(config) => config.hidden_size,
-            TextEncoderConfig::Qwen3(config) => KLEIN_TAPS.len() * config.hidden_size,
+            TextEncoderConfig::Qwen3(config, reading) => reading.width(config.hidden_size),
         };
         self.0.iter().map(width).sum()
     }
@@ -234,9 +241,6 @@ enum HiddenStates {
     Penultimate,
 }
 
-/// The layers of Qwen3 whose outputs FLUX.2 klein's network is told of.
-const KLEIN_TAPS: [usize; 3] = [9, 18, 27];
-
 /// One of CLIP's encoders with its tokenizer.
 struct ClipPart {
     tokenizer: Tokenizer,
@@ -287,16 +291,10 @@ impl PromptEncoder {
         let to = (&compute.device, compute.dtype);
         let device = compute.device.clone();
         let tokenizers = configs.tokenizers(checkpoint)?;
-        if let Some((name, TextEncoderConfig::Qwen3(config))) = configs.0.first() {
-            let tokenizer = ChatTokenizer::new(checkpoint.tokenizer(name)?, config.vocab_size)?;
-            // later layers, and what makes words of their output, are not read
-            let depth = KLEIN_TAPS.into_iter().max().unwrap_or(0);
-            let layers = (0..depth).map(|i| format!("model.layers.{i}."));
-            let used: Vec<String> = layers.collect();
-            let used: Vec<&str> = used.iter().map(String::as_str).collect();
-            let network = checkpoint.read_network(name, &used, to, |weights| {
-                Qwen3::new(weights, config, &KLEIN_TAPS)
-            })?;
+        if let Some((name, TextEncoderConfig::Qwen3(config, reading))) = configs.0.first() {
+            let source = checkpoint.tokenizer(name)?;
+            let tokenizer = ChatTokenizer::new(source, config.vocab_size, reading)?;
+            let network = Qwen3::read(checkpoint, name, config, reading, to)?;
             let parts = Parts::Chat(Box::new((tokenizer, network)));
             return Ok(Self { parts, device });
         }

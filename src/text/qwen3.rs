@@ -8,16 +8,64 @@ use crate::nn::plain;
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::weights::Weights;
 use crate::weights::config::{parse, require_sizes};
-use crate::weights::{TokenizerFiles, TokenizerSource};
+use crate::weights::{Checkpoint, TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The number of tokens that every prompt is padded to.
+/// The most tokens of a prompt.
 const TOKENS: usize = 512;
 /// The token of padding.
 const PADDING: &str = "<|endoftext|>";
+
+/// How a family of models has a prompt read.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// what follows the prompt in its conversation
+    answer: &'static str,
+    /// the hidden states that are taken, as transformers counts them: 0 is the first layer's input;
+    /// those below 0 count from the last layer's output, -1
+    states: &'static [isize],
+    /// whether prompts are padded to the same length, and padding is read
+    is_padded: bool,
+}
+
+/// FLUX.2 klein's.
+pub const OF_FLUX2_KLEIN: Reading = Reading {
+    answer: "<think>\n\n</think>\n\n",
+    states: &[9, 18, 27],
+    is_padded: true,
+};
+/// Z-Image's.
+pub const OF_Z_IMAGE: Reading = Reading {
+    answer: "",
+    states: &[-2],
+    is_padded: false,
+};
+
+impl Reading {
+    /// The width of the embeddings of an encoder's hidden states of this width.
+    pub fn width(&self, hidden: usize) -> usize {
+        self.states.len() * hidden
+    }
+
+    /// The layers whose outputs are taken, counted from 1. Errors if the encoder has not so many.
+    fn layers(&self, config: &Qwen3Config) -> Result<Vec<usize>> {
+        let depth = config.num_hidden_layers;
+        let layer = |state: &isize| match usize::try_from(*state) {
+            Ok(layer) => layer,
+            Err(_) => (depth + 1).saturating_sub(state.unsigned_abs()),
+        };
+        let layers: Vec<usize> = self.states.iter().map(layer).collect();
+        if let Some(layer) = layers.iter().find(|layer| !(1..=depth).contains(*layer)) {
+            bail!(
+                "the text encoder has {depth} layers, the model takes the output of its layer {layer}\n\nhint: the parts of the model do not belong together; fetch it again"
+            );
+        }
+        Ok(layers)
+    }
+}
 
 /// `text_encoder/config.json`, with the defaults of transformers.
 #[derive(Debug, Clone, Deserialize)]
@@ -138,12 +186,12 @@ impl Qwen3Config {
 pub struct ChatTokenizer {
     inner: tokenizers::Tokenizer,
     padding: u32,
+    reading: &'static Reading,
 }
 
 /// A prompt's tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChatTokens {
-    /// padded to the encoder's number
     pub ids: Vec<u32>,
     /// how many are no padding
     pub len: usize,
@@ -152,9 +200,9 @@ pub struct ChatTokens {
 }
 
 impl ChatTokenizer {
-    /// Builds the tokenizer of a checkpoint. Errors if its files are damaged, or if it has more
-    /// tokens than the encoder has rows.
-    pub fn new(source: &TokenizerSource, rows: usize) -> Result<Self> {
+    /// Builds the tokenizer of a checkpoint, whose prompts are read so. Errors if its files are
+    /// damaged, or if it has more tokens than the encoder has rows.
+    pub fn new(source: &TokenizerSource, rows: usize, reading: &'static Reading) -> Result<Self> {
         let TokenizerFiles::Json(json) = &source.files else {
             bail!(
                 "the tokenizer of the text encoder has no tokenizer.json\n\nhint: fetch the model again"
@@ -175,14 +223,19 @@ impl ChatTokenizer {
         let padding = inner.token_to_id(PADDING).with_context(|| {
             format!("the tokenizer lacks its token `{PADDING}`\n\nhint: fetch the tokenizer again")
         })?;
-        Ok(Self { inner, padding })
+        Ok(Self {
+            inner,
+            padding,
+            reading,
+        })
     }
 
-    /// The ids of a prompt as FLUX.2 klein's text encoder reads it: a user's message, and the
-    /// beginning of an answer without thoughts.
+    /// The ids of a prompt as a text encoder reads it: a user's message, and the beginning of an
+    /// answer.
     pub fn encode(&self, prompt: &str) -> Result<ChatTokens> {
         let text = format!(
-            "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{}",
+            self.reading.answer
         );
         let encoded = self
             .inner
@@ -194,7 +247,8 @@ impl ChatTokenizer {
             text.get(*from..)
                 .map(|rest| rest.split("<|im_end|>").next().unwrap_or(rest).to_string())
         });
-        ids.resize(TOKENS, self.padding);
+        let padded = if self.reading.is_padded { TOKENS } else { len };
+        ids.resize(padded, self.padding);
         Ok(ChatTokens { ids, len, cut })
     }
 }
@@ -210,16 +264,33 @@ pub struct Qwen3 {
 }
 
 impl Qwen3 {
-    /// Reads the layers up to the last of `taps`: those, counted from 1, whose outputs are taken.
-    /// Errors if there are not so many layers.
-    pub fn new(w: &Weights, config: &Qwen3Config, taps: &[usize]) -> Result<Self> {
+    /// Reads the encoder of a checkpoint, with the layers up to the last whose output is taken.
+    /// Errors if it has not so many.
+    pub fn read(
+        checkpoint: &Checkpoint,
+        component: &str,
+        config: &Qwen3Config,
+        reading: &Reading,
+        to: (&Device, DType),
+    ) -> Result<Self> {
+        let taps = reading.layers(config)?;
         let depth = taps.iter().copied().max().unwrap_or(0);
-        ensure!(
-            depth <= config.num_hidden_layers,
-            "the text encoder has {} layers, the model takes the output of its layer {depth}\n\nhint: the parts of the model do not belong together; fetch it again",
-            config.num_hidden_layers
-        );
-        let w = w.at("model");
+        // a language model has the encoder below itself
+        let embeddings = format!("{component}.model.embed_tokens.weight");
+        let inner = match checkpoint.shape(&embeddings) {
+            Some(_) => "model.",
+            None => "",
+        };
+        // later layers, and what makes words of their output, are not read
+        let used: Vec<String> = (0..depth).map(|i| format!("{inner}layers.{i}.")).collect();
+        let used: Vec<&str> = used.iter().map(String::as_str).collect();
+        checkpoint.read_network(component, &used, to, |w| match inner {
+            "" => Self::new(w, config, &taps, depth),
+            _ => Self::new(&w.at("model"), config, &taps, depth),
+        })
+    }
+
+    fn new(w: &Weights, config: &Qwen3Config, taps: &[usize], depth: usize) -> Result<Self> {
         let rows = [config.vocab_size, config.hidden_size];
         Ok(Self {
             embed_tokens: w.at("embed_tokens").get_stored("weight", &rows)?,

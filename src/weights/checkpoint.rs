@@ -28,6 +28,9 @@ struct Entry {
     dtype: String,
 }
 
+/// What a transformer may have in f32 and keep so.
+const MOST_WIDE_BYTES: u64 = 4 << 30;
+
 /// A checkpoint whose headers have been read.
 pub struct Checkpoint {
     /// for people and file names: the folder's or file's name
@@ -326,6 +329,16 @@ impl Checkpoint {
             .take_while(move |(k, _)| k.starts_with(&prefix))
     }
 
+    /// Whether the matrices of a component are kept in bf16 though its files have them in f32: those
+    /// of a large transformer, as no machine that draws with it holds twice as much.
+    fn is_narrowed(&self, component: &str) -> bool {
+        let wide = self.entries_of(component).filter(|(_, e)| e.dtype == "f32");
+        let bytes: u64 = wide
+            .map(|(_, e)| 4 * e.shape.iter().product::<usize>() as u64)
+            .sum();
+        component == TRANSFORMER && bytes > MOST_WIDE_BYTES
+    }
+
     /// Returns the number of parameters of a component, and the types that they are stored in.
     pub fn summary(&self, component: &str) -> (usize, BTreeSet<&str>) {
         let of = || self.entries_of(component);
@@ -338,8 +351,9 @@ impl Checkpoint {
     /// The bytes of a component's weights in memory, where they stay as narrow as in their file:
     /// [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
+        let is_narrowed = self.is_narrowed(component);
         let width = |dtype: &str| {
-            if matches!(dtype, "f16" | "bf16" | "f8_e4m3" | "f8_e5m2") {
+            if is_narrowed || matches!(dtype, "f16" | "bf16" | "f8_e4m3" | "f8_e5m2") {
                 2
             } else {
                 4
@@ -632,7 +646,13 @@ impl TensorSource for Checkpoint {
     /// stored type: each as if the result had been saved.
     fn tensor(&self, name: &str, _shape: &[usize]) -> Result<Tensor> {
         let merged = self.merged(name, self.read_own(name)?)?;
-        lora::patch(&self.loras, name, merged)
+        let patched = lora::patch(&self.loras, name, merged)?;
+        let component = name.split('.').next().unwrap_or_default();
+        let is_wide = patched.dtype() == DType::F32 && patched.rank() > 1;
+        match is_wide && self.is_narrowed(component) {
+            true => Ok(patched.to_dtype(DType::BF16)?),
+            false => Ok(patched),
+        }
     }
 }
 

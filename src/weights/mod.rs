@@ -37,6 +37,7 @@ pub mod family_name {
     pub const SDXL: &str = "Stable Diffusion XL";
     pub const SDXL_REFINER: &str = "Stable Diffusion XL refiner";
     pub const FLUX2_KLEIN: &str = "FLUX.2 klein";
+    pub const Z_IMAGE: &str = "Z-Image";
 }
 
 /// The files of a checkpoint's tokenizer.

@@ -35,7 +35,8 @@ const QWEN3: &str = "qwen3";
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 
 /// What errors about other models say.
-pub(super) const TODAY: &str = "Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein work today";
+pub(super) const TODAY: &str =
+    "Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein work today, and Z-Image as a folder";
 
 /// Parts of the names of diffusers' pipelines that draw otherwise with the same parts, or with others.
 const OTHER_PIPELINES: [&str; 16] = [
@@ -57,8 +58,13 @@ const OTHER_PIPELINES: [&str; 16] = [
     "ZImage",
 ];
 
-/// The one of these that is drawn.
-const KLEIN_PIPELINE: &str = "Flux2KleinPipeline";
+/// Those of these that are drawn.
+const DRAWN_PIPELINES: [&str; 4] = [
+    "Flux2KleinPipeline",
+    "ZImagePipeline",
+    "ZImageImg2ImgPipeline",
+    "ZImageInpaintPipeline",
+];
 
 /// Beginnings of keys of single files that are drawn in another way than their other keys tell.
 const OTHER_KINDS: [(&str, &str); 16] = [
@@ -141,7 +147,7 @@ impl Checkpoint {
         let index = read_json(&index_path)?;
         if let Some(class) = index.get("_class_name").and_then(Value::as_str)
             && OTHER_PIPELINES.iter().any(|part| class.contains(part))
-            && class != KLEIN_PIPELINE
+            && !DRAWN_PIPELINES.contains(&class)
         {
             bail!(
                 "`{}` is for diffusers' `{class}`, which sdgen does not draw\n\nhint: {TODAY}",

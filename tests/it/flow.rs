@@ -21,25 +21,30 @@ use std::process::Command;
 const NETWORK: f32 = 1e-4;
 const LATENTS: f32 = 1e-3;
 
-struct Klein {
+/// A tiny model, with what diffusers made of it.
+struct Tiny {
     checkpoint: Checkpoint,
     goldens: HashMap<String, Tensor>,
     facts: Value,
 }
 
-fn klein() -> Klein {
-    Klein {
-        checkpoint: Checkpoint::open(Origin::Path(&fixture("klein"))).unwrap(),
-        goldens: load(&fixture("klein/goldens.safetensors")),
-        facts: goldens("klein"),
+fn tiny(name: &str) -> Tiny {
+    Tiny {
+        checkpoint: Checkpoint::open(Origin::Path(&fixture(name))).unwrap(),
+        goldens: load(&fixture(&format!("{name}/goldens.safetensors"))),
+        facts: goldens(name),
     }
+}
+
+fn klein() -> Tiny {
+    tiny("klein")
 }
 
 fn cx() -> Forward<'static> {
     Forward::on(&Device::Cpu)
 }
 
-impl Klein {
+impl Tiny {
     fn encoder(&self) -> PromptEncoder {
         let compute = Compute {
             device: Device::Cpu,
@@ -132,14 +137,39 @@ fn the_autoencoder_normalises_packed_latents_both_ways() {
 
 #[test]
 fn latents_after_every_step_are_the_same_with_guidance_and_without() {
-    let klein = klein();
-    let (encoder, backbone) = (klein.encoder(), klein.backbone());
-    let scheduler = SchedulerConfig::from_json(klein.checkpoint.config("scheduler").unwrap());
+    for (name, rule, side, channels) in [
+        ("klein", Some(Mu::Empirical), 16, 16),
+        ("z_image", None, 8, 4),
+    ] {
+        latents_after_every_step(&tiny(name), rule, side, channels);
+    }
+}
+
+/// Prompts of any lengths, in a batch.
+fn told(contexts: &[Tensor]) -> Conditioning {
+    let lengths: Vec<usize> = contexts.iter().map(|x| x.dim(1).unwrap()).collect();
+    let longest = *lengths.iter().max().unwrap();
+    let padded: Vec<Tensor> = contexts
+        .iter()
+        .map(|x| x.pad_with_zeros(1, 0, longest - x.dim(1).unwrap()).unwrap())
+        .collect();
+    Conditioning {
+        lengths,
+        ..Conditioning::from(Tensor::cat(&padded, 0).unwrap())
+    }
+}
+
+/// Compares the runs from noise of a model, whose latents have so many channels and are squares of
+/// so many pixels.
+fn latents_after_every_step(tiny: &Tiny, rule: Option<Mu>, side: usize, channels: usize) {
+    let (encoder, backbone) = (tiny.encoder(), tiny.backbone());
+    let scheduler = SchedulerConfig::from_json(tiny.checkpoint.config("scheduler").unwrap());
     let scheduler = scheduler.unwrap();
-    for (i, run) in klein.facts["runs"].as_array().unwrap().iter().enumerate() {
+    let runs = tiny.facts["runs"].as_array().unwrap().iter().enumerate();
+    for (i, run) in runs.filter(|(_, run)| run["strength"].is_null()) {
         let number = |key: &str| run[key].as_u64().unwrap() as usize;
-        let (h, w) = (number("height") / 16, number("width") / 16);
-        let scheduler = scheduler.clone().for_picture(h * w, Some(Mu::Empirical));
+        let (h, w) = (number("height") / side, number("width") / side);
+        let scheduler = scheduler.clone().for_picture(h * w, rule);
         let plan = plan(&scheduler, Sampler::Euler, None, number("steps"), None).unwrap();
         let sigmas: Vec<f64> = serde_json::from_value(run["sigmas"].clone()).unwrap();
         for (own, golden) in plan.sigmas.iter().zip(&sigmas) {
@@ -147,13 +177,13 @@ fn latents_after_every_step_are_the_same_with_guidance_and_without() {
         }
         let encode = |text: &str| {
             let embeds = encoder.encode(text, 0, Syntax::Plain).unwrap().0;
-            Conditioning::from(embeds.prompt_embeds)
+            embeds.prompt_embeds
         };
         let prompt = encode(run["prompt"].as_str().unwrap());
         let scale = run["guidance"].as_f64().unwrap();
         let conditioning = match scale > 1.0 {
-            true => Conditioning::cat(&encode(""), &prompt).unwrap(),
-            false => prompt,
+            true => told(&[encode(run["negative"].as_str().unwrap_or("")), prompt]),
+            false => told(&[prompt]),
         };
         let mut guided = CfgDenoiser {
             model: backbone
@@ -170,7 +200,7 @@ fn latents_after_every_step_are_the_same_with_guidance_and_without() {
             deep_cache: DeepCache::every(1),
         };
         let mut generator = Generator::new(run["seed"].as_u64().unwrap());
-        let noise = generator.latents(h, w, 16).unwrap();
+        let noise = generator.latents(h, w, channels).unwrap();
         let mut compared = 0;
         sampling::sample(
             &plan,
@@ -178,7 +208,7 @@ fn latents_after_every_step_are_the_same_with_guidance_and_without() {
             &mut |x, sigma, timestep| guided.denoise(x, plan.scalings(sigma), timestep),
             &mut || candle_core::bail!("no noise is drawn"),
             &mut |step| {
-                klein.compare(&format!("run.{i}.{}", step.index), step.latents, LATENTS);
+                tiny.compare(&format!("run.{i}.{}", step.index), step.latents, LATENTS);
                 compared += 1;
                 Ok(None)
             },
@@ -291,6 +321,110 @@ fn defaults_come_with_the_model() {
     };
     assert_eq!(said(true), (4.into(), 1.0.into()));
     assert_eq!(said(false), (50.into(), 4.0.into()));
+}
+
+#[test]
+fn z_image_turbo_is_known_by_its_shift() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("z");
+    copy_folder(&fixture("z_image"), &model);
+    let said = |shift: f64| {
+        edit_json(&model.join("scheduler/scheduler_config.json"), |config| {
+            config.insert("shift".into(), shift.into());
+        });
+        let output = succeed(sdgen(dir.path()).args(["inspect", "z", "--json"]));
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(told["family"], "Z-Image");
+        assert_eq!(
+            (&told["width"], &told["height"]),
+            (&1024.into(), &1024.into())
+        );
+        (told["steps"].clone(), told["guidance"].clone())
+    };
+    assert_eq!(said(3.0), (8.into(), 1.0.into()));
+    assert_eq!(said(6.0), (50.into(), 5.0.into()));
+}
+
+#[test]
+fn z_image_draws_in_every_way_and_a_batch_is_as_each_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("z_image"), &dir.path().join("z"));
+    let draw = |args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["-m", "z", "-W", "64", "-H", "48", "--steps", "2"])
+            .args(args);
+        command
+    };
+    let picture = |name: &str| pixels(&dir.path().join(name));
+    // prompts and negatives of other lengths beside it change nothing
+    let list = "{\"prompt\": \"a frog\", \"seed\": 7}\n\
+                {\"prompt\": \"a frog\", \"seed\": 8}\n\
+                {\"prompt\": \"a frog on a very long and winding road to nowhere\", \"seed\": 7}\n";
+    std::fs::write(dir.path().join("list.jsonl"), list).unwrap();
+    let guided = ["-g", "3", "--negative", "a red fish with more words"];
+    succeed(draw(&["--from", "list.jsonl", "-b", "3", "-o", "{index}.png"]).args(guided));
+    succeed(draw(&["a frog", "-s", "8", "-b", "1", "-o", "alone.png"]).args(guided));
+    let names: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".png") && name != "alone.png")
+        .collect();
+    let alone = picture("alone.png");
+    let same = names.iter().filter(|name| picture(name) == alone).count();
+    assert_eq!((names.len(), same), (3, 1), "{names:?}");
+    succeed(&mut draw(&["a frog", "-s", "7", "-o", "x.png"]));
+    let second = ["a frog", "-s", "7", "--hires", "2", "-o", "h.png"];
+    succeed(&mut draw(&second));
+    let varied = ["a frog", "-s", "7", "--variation", "3:0.2", "-o", "v.png"];
+    succeed(&mut draw(&varied));
+    // on the way from a prompt to one of another length, the first and the last are the two alone
+    let to = "a frog that sits on a long and very winding road";
+    succeed(&mut draw(&[to, "-s", "7", "-o", "to.png"]));
+    let way = ["a frog", "-s", "7", "--to", to, "--frames", "3"];
+    succeed(draw(&way).args(["-o", "way{frame}.png"]));
+    let ways: Vec<Vec<u8>> = ["x", "to"]
+        .map(|name| picture(&format!("{name}.png")))
+        .into();
+    let frames: Vec<Vec<u8>> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("way"))
+        .map(|name| picture(&name))
+        .collect();
+    assert_eq!(frames.len(), 3);
+    let ends = frames.iter().filter(|frame| ways.contains(frame)).count();
+    assert_eq!(ends, 2);
+    succeed(sdgen(dir.path()).args(["check", "-m", "z", "x.png", "h.png", "v.png", "alone.png"]));
+    for (args, says) in [
+        (["-W", "72"], "multiple of 16"),
+        (["--sampler", "dpmpp-2m"], "models of flow matching"),
+        (["--clip-skip", "2"], "means nothing to `z`"),
+    ] {
+        fail(
+            &mut draw(&[&["x"][..], &args].concat()),
+            2,
+            &[says, "hint: "],
+        );
+    }
+    let config = dir.path().join("z/transformer/config.json");
+    for (key, value, says) in [
+        ("all_patch_size", serde_json::json!([4]), "all_patch_size"),
+        ("siglip_feat_dim", 8.into(), "siglip_feat_dim"),
+        ("n_kv_heads", 1.into(), "n_kv_heads"),
+        ("axes_dims", serde_json::json!([8, 8]), "axes_dims"),
+        ("n_heads", 3.into(), "n_heads"),
+        ("cap_feat_dim", 24.into(), "do not belong together"),
+        ("n_layers", 3.into(), "layers.2"),
+        ("n_layers", 1.into(), "unused"),
+    ] {
+        let before = std::fs::read(&config).unwrap();
+        edit_json(&config, |config| {
+            config.insert(key.into(), value);
+        });
+        fail(&mut draw(&["x", "-s", "1"]), 3, &[says]);
+        std::fs::write(&config, before).unwrap();
+    }
 }
 
 #[test]
@@ -470,4 +604,162 @@ fn what_means_nothing_to_a_transformer_is_an_error() {
         );
         std::fs::write(&path, before).unwrap();
     }
+}
+
+#[test]
+fn z_image_reads_the_states_before_the_last_layer_of_the_prompt_alone() {
+    let tiny = tiny("z_image");
+    let encoder = tiny.encoder();
+    for (i, case) in tiny.facts["text"].as_array().unwrap().iter().enumerate() {
+        let prompt = case["prompt"].as_str().unwrap();
+        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!((embeds.token_ids, cut), (ids, None), "{prompt}");
+        tiny.compare(&format!("text.{i}"), &embeds.prompt_embeds, NETWORK);
+    }
+    let (embeds, cut) = encoder
+        .encode(&"frog ".repeat(600), 0, Syntax::Plain)
+        .unwrap();
+    assert_eq!(embeds.prompt_embeds.dims(), [1, 512, 16]);
+    assert!(cut.unwrap().ends_with("frog "));
+}
+
+#[test]
+fn z_images_transformer_predicts_the_same_velocities_with_prompts_of_any_length() {
+    let tiny = tiny("z_image");
+    let backbone = tiny.backbone();
+    let latents = &tiny.goldens["transformer.latents"];
+    let contexts = [0, 1, 2].map(|i| &tiny.goldens[&format!("transformer.context.{i}")]);
+    let lengths = contexts.map(|context| context.dim(1).unwrap());
+    assert_eq!(lengths, [7, 40, 64]);
+    // what stands after a prompt's own tokens is not read
+    let padded: Vec<Tensor> = contexts
+        .iter()
+        .map(|context| {
+            let missing = 64 - context.dim(1).unwrap();
+            let noise = Tensor::full(7f32, (1, missing, 16), &Device::Cpu).unwrap();
+            Tensor::cat(&[*context, &noise], 1).unwrap()
+        })
+        .collect();
+    let conditioning = Conditioning {
+        lengths: lengths.to_vec(),
+        ..Conditioning::from(Tensor::cat(&padded, 0).unwrap())
+    };
+    let all = backbone
+        .bind(cx(), &conditioning, ExtraInputs::default())
+        .unwrap();
+    // diffusers' 0.3 of the way from noise
+    let all = all.forward(latents, 700.0).unwrap();
+    tiny.compare("transformer.output", &all, NETWORK);
+    for (i, context) in contexts.into_iter().enumerate() {
+        let alone = backbone
+            .bind(
+                cx(),
+                &Conditioning::from(context.clone()),
+                ExtraInputs::default(),
+            )
+            .unwrap();
+        let alone = alone
+            .forward(&latents.narrow(0, i, 1).unwrap(), 700.0)
+            .unwrap();
+        assert_eq!(values(&alone), values(&all.narrow(0, i, 1).unwrap()), "{i}");
+    }
+}
+
+#[test]
+fn z_images_autoencoder_shifts_and_scales_latents_both_ways() {
+    let tiny = tiny("z_image");
+    let config = Autoencoder::from_json(tiny.checkpoint.config("vae").unwrap()).unwrap();
+    let weights = tiny.checkpoint.weights("vae", &Device::Cpu, DType::F32);
+    let encoder = config.encoder(&weights).unwrap();
+    let posterior = encoder
+        .encode(cx(), &tiny.goldens["vae.picture"], None)
+        .unwrap();
+    tiny.compare("vae.mean", &posterior.mean, NETWORK);
+    tiny.compare("vae.std", &posterior.std.unwrap(), NETWORK);
+    let decoder = config.decoder(&weights).unwrap();
+    let decoded = decoder.decode(cx(), &tiny.goldens["vae.mean"]).unwrap();
+    tiny.compare("vae.decoded", &decoded, NETWORK);
+}
+
+#[test]
+fn z_images_pictures_are_diffusers_own_with_guidance_and_from_a_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = tiny("z_image");
+    copy_folder(&fixture("z_image"), &dir.path().join("z"));
+    let init = &tiny.goldens["init"];
+    let (_, height, width, _) = init.dims4().unwrap();
+    let rgb = init.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+    let init = Image { width, height, rgb };
+    std::fs::write(
+        dir.path().join("init.png"),
+        init.encode(sdgen::image::Format::Png, None).unwrap(),
+    )
+    .unwrap();
+    for (i, run) in tiny.facts["runs"].as_array().unwrap().iter().enumerate() {
+        let text = |key: &str| run[key].as_str().unwrap().to_string();
+        let given = |key: &str| run[key].to_string();
+        let mut command = sdgen(dir.path());
+        command.args(["-m", "z", "-o", "x.png", "--force"]);
+        command.args([&text("prompt"), "--negative", &text("negative")]);
+        for (option, key) in [
+            ("-s", "seed"),
+            ("-W", "width"),
+            ("-H", "height"),
+            ("--steps", "steps"),
+            ("-g", "guidance"),
+        ] {
+            command.args([option, &given(key)]);
+        }
+        if !run["strength"].is_null() {
+            command.args(["-i", "init.png", "--strength", &given("strength")]);
+        }
+        succeed(&mut command);
+        let golden = levels(&tiny.goldens[&format!("run.{i}.picture")]);
+        assert_same_levels(
+            &format!("run {i}"),
+            &pixels(&dir.path().join("x.png")),
+            &golden,
+        );
+    }
+}
+
+#[test]
+fn a_large_transformer_in_f32_is_kept_in_bf16() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("z");
+    copy_folder(&fixture("z_image"), &model);
+    // zeros, which take no room on the disk
+    let open = |rows: usize| {
+        let bytes = rows * 4096 * 4;
+        let tensors = [
+            ("large", format!("[{rows},4096]"), 0, bytes),
+            ("norm", "[4]".into(), bytes, bytes + 16),
+            ("small", "[2,2]".into(), bytes + 16, bytes + 32),
+        ];
+        let entries: Vec<String> = tensors
+            .iter()
+            .map(|(name, shape, from, to)| {
+                format!(
+                    r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{from},{to}]}}"#
+                )
+            })
+            .collect();
+        let header = format!("{{{}}}", entries.join(","));
+        let path = model.join("transformer/diffusion_pytorch_model.safetensors");
+        let start = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(&path, &start).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len((start.len() + bytes + 32) as u64).unwrap();
+        let checkpoint = Checkpoint::open(Origin::Path(&model)).unwrap();
+        let weights = checkpoint.weights("transformer", &Device::Cpu, DType::F32);
+        let kept = weights.get_stored("small", &[2, 2]).unwrap().dtype();
+        let norm = weights.get_stored("norm", &[4]).unwrap().dtype();
+        (kept, norm, checkpoint.stored_bytes("transformer"))
+    };
+    let wide = 1000 * 4096 * 4 + 32;
+    assert_eq!(open(1000), (DType::F32, DType::F32, wide));
+    // more than 4 GiB
+    let narrow = 270_000 * 4096 * 2 + 16;
+    assert_eq!(open(270_000), (DType::BF16, DType::F32, narrow));
 }

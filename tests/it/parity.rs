@@ -101,6 +101,7 @@ impl Fixture {
         });
         Conditioning {
             context: rows("unet.context"),
+            lengths: vec![],
             added_cond: added,
             guidance: None,
         }
@@ -432,6 +433,7 @@ fn told(embedded: &PromptEmbeds, run: &Value, score: Option<f64>) -> Conditionin
         });
     Conditioning {
         context: embedded.prompt_embeds.repeat((count, 1, 1)).unwrap(),
+        lengths: vec![],
         added_cond: added,
         guidance: run["guidance"].as_f64(),
     }

@@ -100,6 +100,7 @@ fn no_network_knows_where_a_seamless_picture_begins() {
             .unwrap() as usize;
         let conditioning = Conditioning {
             context: random(&[1, 7, width]),
+            lengths: vec![],
             added_cond: added,
             guidance: None,
         };

@@ -331,6 +331,7 @@ mod tests {
                 });
                 let conditioning = Conditioning {
                     context: as_type(&context),
+                    lengths: vec![],
                     added_cond: added,
                     guidance: None,
                 };

@@ -227,12 +227,15 @@ fn z_image_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
 
 /// The name, of a LoRA or else of the model, that tells of a distillation, and what it tells.
 pub fn distillation_by_name(checkpoint: &Checkpoint) -> Option<(&str, Distillation)> {
+    // the names of transformers, and of their LoRAs, tell of distillations of another kind
+    if checkpoint.denoiser() != UNET {
+        return None;
+    }
     let mut loras = checkpoint.loras().iter();
     if let Some(of_lora) = loras.find_map(|lora| Some((&*lora.name, lora.distillation()?))) {
         return Some(of_lora);
     }
-    // the names of transformers tell of distillations of another kind
-    let model = Some(&checkpoint.name).filter(|_| checkpoint.denoiser() == UNET)?;
+    let model = &checkpoint.name;
     Some((model, Distillation::named(model, Bearer::Model)?))
 }
 

@@ -111,7 +111,7 @@ impl Checkpoint {
     }
 
     /// Applies LoRAs to the weights as they are read, but for those without effect. One that was
-    /// distilled to few steps, by its name, brings its scheduler. Errors if one does not fit, with
+    /// distilled to few steps, by its name, brings its scheduler to a U-Net. Errors if one does not fit, with
     /// `strict` also if some of its keys are unexpected.
     pub fn use_loras(
         &mut self,
@@ -128,8 +128,10 @@ impl Checkpoint {
             if lora.is_without_effect() {
                 continue;
             }
+            // such names tell of noise levels of U-Nets
+            let named = lora.distillation().filter(|_| self.denoiser() == UNET);
             if let (Some(named), Some(Value::Object(scheduler))) =
-                (lora.distillation(), self.configs.get_mut("scheduler"))
+                (named, self.configs.get_mut("scheduler"))
             {
                 scheduler.extend(named.scheduler.as_object().cloned().unwrap_or_default());
             }

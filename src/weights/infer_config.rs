@@ -365,6 +365,49 @@ pub fn flux2(checkpoint: &mut Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Fills in the configurations of a Z-Image from its transformer. Turbo's has the shapes of the
+/// base's: the name tells.
+pub fn z_image(checkpoint: &mut Checkpoint) -> Result<()> {
+    /// Latents of a token: a square of 2x2.
+    const PATCH: usize = 4;
+    let c = &*checkpoint;
+    let dim = size(c, "transformer.all_x_embedder.2-1.weight", 0)?;
+    let head = size(c, "transformer.layers.0.attention.norm_q.weight", 0)?;
+    let heads = dim / head.max(1);
+    let config = json!({
+        "_class_name": "ZImageTransformer2DModel",
+        "in_channels": size(c, "transformer.all_x_embedder.2-1.weight", 1)? / PATCH,
+        "dim": dim, "n_heads": heads, "n_kv_heads": heads,
+        "n_layers": c.count("transformer.layers."),
+        "n_refiner_layers": c.count("transformer.noise_refiner."),
+        "cap_feat_dim": size(c, "transformer.cap_embedder.1.weight", 1)?,
+        // 32, 48 and 48 of 128
+        "axes_dims": [head / 4, head * 3 / 8, head * 3 / 8],
+        "norm_eps": 1e-5, "rope_theta": 256.0, "t_scale": 1000.0,
+    });
+    let is_turbo = has_word(&checkpoint.name, "turbo");
+    let scheduler = json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+        "shift": if is_turbo { 3.0 } else { 6.0 }, "use_dynamic_shifting": false,
+    });
+    checkpoint.assumptions.push(match is_turbo {
+        true => "distilled to eight steps (shift 3), as its name says `turbo`".into(),
+        false => "not distilled (shift 6), as its name does not say `turbo`".into(),
+    });
+    checkpoint.assumptions.push(
+        "rotary positions in parts of a quarter and twice three eighths, theta 256; a VAE in a file has FLUX.1's scale and shift".into(),
+    );
+    checkpoint.configs.extend([
+        (TRANSFORMER.into(), config),
+        ("scheduler".into(), scheduler),
+        (
+            "pipeline".into(),
+            json!({ "_class_name": "ZImagePipeline" }),
+        ),
+    ]);
+    Ok(())
+}
+
 /// Whether a file's name has a word, whatever stands between its words.
 fn has_word(name: &str, word: &str) -> bool {
     name.to_lowercase()

@@ -11,6 +11,7 @@ use super::infer_config::{self, VaeScale};
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
 use super::safetensors::SafetensorsFile;
+use super::transformers::OTHER_ENCODERS;
 use super::{
     Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
 };
@@ -35,8 +36,7 @@ const QWEN3: &str = "qwen3";
 const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
 
 /// What errors about other models say.
-pub(super) const TODAY: &str =
-    "Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein work today, and Z-Image as a folder";
+pub(super) const TODAY: &str = "Stable Diffusion 1.x, 2.x, XL, FLUX.2 klein and Z-Image work today";
 
 /// Parts of the names of diffusers' pipelines that draw otherwise with the same parts, or with others.
 const OTHER_PIPELINES: [&str; 16] = [
@@ -526,6 +526,10 @@ pub fn role(path: &Path, keys: &[String]) -> Option<(&'static str, &'static str)
                 "`sdgen upscale -m` takes it, or `--upscale`",
             )
         }
+        _ if OTHER_ENCODERS.iter().any(|(start, _)| starts_any(&[start])) => (
+            "is a text encoder of a family that sdgen does not draw yet",
+            TODAY,
+        ),
         _ if starts_any(&["emb_params", "clip_l", "<"]) && Embedding::is_in(path) => {
             ("is an embedding", "`--embedding` takes it")
         }

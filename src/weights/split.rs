@@ -158,16 +158,15 @@ impl Checkpoint {
                 .or_else(|| vae.get(key).cloned())
                 .unwrap_or_default()
         };
-        let is_layer = |key: &&String| {
+        let is_unknown = |key: &&String| {
             let ends = [".weight", ".bias", ".scale"];
-            key.starts_with(prefix)
+            let inner = key.strip_prefix(prefix);
+            inner.is_some_and(|key| drawn.names(key).is_none())
                 && ends.iter().any(|end| key.ends_with(end))
+                && names(key).is_empty()
                 && (!prefix.is_empty() || !key.contains("encoder"))
         };
-        let unknown = keys
-            .iter()
-            .filter(is_layer)
-            .find(|key| names(key).is_empty());
+        let unknown = keys.iter().find(is_unknown);
         if let Some(key) = unknown {
             bail!(
                 "`{}` is a transformer like that of {}, with a tensor `{key}` that no layer of it has\n\nhint: it is a kind of model that sdgen does not draw",
@@ -285,7 +284,7 @@ impl Checkpoint {
     pub fn use_text_encoder(&mut self, path: &Path) -> Result<()> {
         if self.denoiser() != TRANSFORMER {
             bail!(
-                "`--text-encoder` means nothing to `{}`: a U-Net's text encoders are part of its file\n\nhint: it is for models with a transformer, such as FLUX.2 klein",
+                "`--text-encoder` means nothing to `{}`: a U-Net's text encoders are part of its file\n\nhint: it is for models with a transformer, FLUX.2 klein and Z-Image",
                 self.name
             );
         }
@@ -342,7 +341,7 @@ impl Checkpoint {
                 .find(|(start, _)| keys.iter().any(|key| key.starts_with(start)));
             match (other, super::role(path, &keys)) {
                 (Some((_, what)), _) => bail!(
-                    "`{shown}` is {what}, a text encoder that no model here reads\n\nhint: FLUX.2 klein 4B reads Qwen3 4B, 9B reads Qwen3 8B"
+                    "`{shown}` is {what}, a text encoder that no model here reads\n\nhint: FLUX.2 klein 4B and Z-Image read Qwen3 4B, FLUX.2 klein 9B reads Qwen3 8B"
                 ),
                 (None, Some((what, place))) => {
                     bail!("`{shown}` {what}, not a text encoder\n\nhint: {place}")

@@ -25,7 +25,8 @@ pub struct Drawn {
     embedder: &'static str,
     /// the layer that takes the text encoder's states in, and how many states side by side
     context: (&'static str, usize),
-    /// diffusers' names of a tensor under either name; none where no layer has it
+    /// diffusers' names of a tensor under either name, none of what is not used; `None` where no
+    /// layer has it
     map: fn(&str) -> Option<Vec<Named>>,
     /// fills in the configurations of transformer, scheduler and pipeline
     pub configure: fn(&mut Checkpoint) -> Result<()>,
@@ -75,7 +76,11 @@ const FAMILIES: [Transformer; 18] = [
         "Stable Diffusion 3",
         &[&["joint_blocks.", "transformer_blocks.0.norm1_context."]],
     ),
-    other("Z-Image", &[&["layers.0.adaLN_modulation.0."]]),
+    Transformer {
+        name: family_name::Z_IMAGE,
+        marks: &[&["layers.0.adaLN_modulation.0."]],
+        drawn: Some(&Z_IMAGE),
+    },
     other("Lumina 2", &[&["cap_embedder.0."]]),
     other("Qwen-Image 2.1", &[&["txt_in.text_norm."]]),
     other("Qwen-Image", &[&["transformer_blocks.0.img_mod.1."]]),
@@ -120,6 +125,20 @@ const KLEIN: Drawn = Drawn {
             vae: "FLUX.2's",
         },
     ],
+};
+
+const Z_IMAGE: Drawn = Drawn {
+    embedder: "all_x_embedder.2-1.weight",
+    context: ("cap_embedder.1.weight", 1),
+    map: z_image,
+    configure: infer_config::z_image,
+    releases: &[Release {
+        width: 3840,
+        name: family_name::Z_IMAGE,
+        repo: "Tongyi-MAI/Z-Image-Turbo",
+        encoder: "Qwen3 4B",
+        vae: "FLUX.1's",
+    }],
 };
 
 const fn other(name: &'static str, marks: &'static [&'static [&'static str]]) -> Transformer {
@@ -276,19 +295,13 @@ fn flux2(key: &str) -> Option<Vec<Named>> {
         }
         "double_blocks" => {
             let block = format!("transformer_blocks.{number}");
-            let fused = |names: [&str; 3], end: &str| {
-                let of = names.len();
-                let part = |(index, name): (usize, &str)| Named {
-                    name: format!("{block}.attn.{name}.{end}"),
-                    part: Part::Rows { index, of },
-                };
-                names.into_iter().enumerate().map(part).collect()
-            };
+            let attention = format!("{block}.attn");
             if let Some(end) = layer.strip_prefix("img_attn.qkv.") {
-                return Some(fused(["to_q", "to_k", "to_v"], end));
+                return Some(fused(&attention, ["to_q", "to_k", "to_v"], end));
             }
             if let Some(end) = layer.strip_prefix("txt_attn.qkv.") {
-                return Some(fused(["add_q_proj", "add_k_proj", "add_v_proj"], end));
+                let names = ["add_q_proj", "add_k_proj", "add_v_proj"];
+                return Some(fused(&attention, names, end));
             }
             Some(Named::whole(format!(
                 "{block}.{}",
@@ -297,6 +310,83 @@ fn flux2(key: &str) -> Option<Vec<Named>> {
         }
         _ => None,
     }
+}
+
+/// The layers of Z-Image that ComfyUI calls otherwise: its names and diffusers'.
+const Z_IMAGE_FIXED: [(&str, &str); 2] = [
+    ("x_embedder.", "all_x_embedder.2-1."),
+    ("final_layer.", "all_final_layer.2-1."),
+];
+
+/// Those of a block, but for the fused one.
+const Z_IMAGE_BLOCK: [(&str, &str); 3] = [
+    ("attention.out.", "attention.to_out.0."),
+    ("attention.q_norm.", "attention.norm_q."),
+    ("attention.k_norm.", "attention.norm_k."),
+];
+
+/// Maps a key of Z-Image, under ComfyUI's name or diffusers'.
+fn z_image(key: &str) -> Option<Vec<Named>> {
+    const OUTSIDE: [&str; 4] = [
+        "t_embedder.",
+        "cap_embedder.",
+        "x_pad_token",
+        "cap_pad_token",
+    ];
+    const BLOCKS: [&str; 3] = ["layers", "noise_refiner", "context_refiner"];
+    const LAYERS: [&str; 7] = [
+        "attention.",
+        "attention_norm1.",
+        "attention_norm2.",
+        "feed_forward.",
+        "ffn_norm1.",
+        "ffn_norm2.",
+        "adaLN_modulation.0.",
+    ];
+    // left over from Lumina 2, and used by nothing
+    if key == "norm_final.weight" {
+        return Some(vec![]);
+    }
+    let is_diffusers = OUTSIDE
+        .iter()
+        .chain(Z_IMAGE_FIXED.iter().map(|(_, new)| new));
+    if is_diffusers.into_iter().any(|start| key.starts_with(start)) {
+        return Some(Named::whole(key.into()));
+    }
+    let renamed = |names: &[(&str, &str)], key: &str| {
+        names
+            .iter()
+            .find_map(|(old, new)| key.strip_prefix(old).map(|rest| format!("{new}{rest}")))
+    };
+    if let Some(name) = renamed(&Z_IMAGE_FIXED, key) {
+        return Some(Named::whole(name));
+    }
+    let (kind, rest) = key.split_once('.')?;
+    let (number, layer) = rest.split_once('.')?;
+    if !BLOCKS.contains(&kind) || !is_block_number(number) {
+        return None;
+    }
+    let block = format!("{kind}.{number}");
+    if let Some(end) = layer.strip_prefix("attention.qkv.") {
+        return Some(fused(
+            &format!("{block}.attention"),
+            ["to_q", "to_k", "to_v"],
+            end,
+        ));
+    }
+    let is_layer = LAYERS.iter().any(|start| layer.starts_with(start));
+    let name = renamed(&Z_IMAGE_BLOCK, layer).or_else(|| is_layer.then(|| layer.into()))?;
+    Some(Named::whole(format!("{block}.{name}")))
+}
+
+/// The layers below `parent` that are one after the other in a fused tensor.
+fn fused(parent: &str, names: [&str; 3], end: &str) -> Vec<Named> {
+    let of = names.len();
+    let part = |(index, name): (usize, &str)| Named {
+        name: format!("{parent}.{name}.{end}"),
+        part: Part::Rows { index, of },
+    };
+    names.into_iter().enumerate().map(part).collect()
 }
 
 /// The language models that encode text, by their width.

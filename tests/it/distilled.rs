@@ -381,3 +381,21 @@ fn a_lora_is_a_distillation_only_where_words_of_its_name_say_so_and_then_stderr_
     safetensors::serialize_to_file(&tensors, Some(header), &trained).unwrap();
     assert_eq!(plan(&trained, &[]).0, json!(["pndm", 50, 7.5]));
 }
+
+#[test]
+fn the_name_of_a_lora_tells_a_transformer_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let lora = fixture("klein/lora.safetensors");
+    let draw = |name: &str| {
+        std::fs::copy(&lora, dir.path().join(name)).unwrap();
+        let mut command = sdgen(dir.path());
+        command
+            .args(["a frog", "-W", "64", "-H", "64", "-s", "7", "--no-metadata"])
+            .args(["--force", "-o", "x.png", "--lora", name, "-m"])
+            .arg(fixture("klein"));
+        let said = stderr(&succeed(&mut command));
+        assert!(!said.contains("unless"), "{said}");
+        std::fs::read(dir.path().join("x.png")).unwrap()
+    };
+    assert!(draw("style.safetensors") == draw("klein_lcm-lora.safetensors"));
+}

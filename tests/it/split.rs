@@ -13,9 +13,9 @@ type Tensors = HashMap<String, Tensor>;
 /// The number of norm groups that files of VAEs stand for.
 const GROUPS: usize = 32;
 
-/// FLUX.2 klein's fixture with a VAE of 32 norm groups.
-fn klein_folder(to: &Path) {
-    copy_folder(&fixture("klein"), to);
+/// A fixture with a VAE of 32 norm groups.
+fn model_folder(name: &str, to: &Path) {
+    copy_folder(&fixture(name), to);
     let file = to.join("vae/diffusion_pytorch_model.safetensors");
     save(&widened(load(&file)), &file);
     edit_json(&to.join("vae/config.json"), |config| {
@@ -204,13 +204,17 @@ struct Parts {
 
 impl Parts {
     fn new() -> Self {
+        Self::of("klein")
+    }
+
+    fn of(name: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let klein = dir.path().join("klein");
-        klein_folder(&klein);
+        let folder = dir.path().join(name);
+        model_folder(name, &folder);
         Self {
-            transformer: part(&klein, "transformer"),
-            encoder: part(&klein, "text_encoder"),
-            vae: part(&klein, "vae"),
+            transformer: part(&folder, "transformer"),
+            encoder: part(&folder, "text_encoder"),
+            vae: part(&folder, "vae"),
             dir,
         }
     }
@@ -226,11 +230,11 @@ impl Parts {
         save(tensors, &path);
     }
 
-    /// Puts the tokenizer beside a text encoder's file.
+    /// Puts the tokenizer, of both models the same, beside a text encoder's file.
     fn add_tokenizer(&self, folder: &str) {
         std::fs::create_dir_all(self.path(folder)).unwrap();
         std::fs::copy(
-            self.path("klein/tokenizer/tokenizer.json"),
+            fixture("klein/tokenizer/tokenizer.json"),
             self.path(folder).join("tokenizer.json"),
         )
         .unwrap();
@@ -312,6 +316,12 @@ fn a_transformer_alone_draws_with_text_encoder_and_vae_whatever_its_names() {
         let args = [&["-m", "bare.safetensors"], &others[..]].concat();
         assert!(parts.picture(&args) == expected, "{others:?}");
     }
+    // LoRAs find their layers
+    let lora = ["--lora", "klein/lora.safetensors:0.7", "--strict"];
+    let changed = parts.picture(&[&["-m", "klein"], &lora[..]].concat());
+    assert!(changed != expected);
+    let args = [&["-m", "bare.safetensors"], &OTHERS[..], &lora].concat();
+    assert!(parts.picture(&args) == changed);
     // from a picture, the VAE's encoder too
     let from = ["-i", "p.png", "--strength", "0.5"];
     std::fs::write(parts.path("p.png"), &expected).unwrap();
@@ -419,6 +429,119 @@ fn all_parts_in_one_file_are_a_model() {
         parts.inspect("whole/all.safetensors"),
     );
     assert_eq!(folder["model_hash"], file["model_hash"]);
+}
+
+/// A transformer of Z-Image under ComfyUI's names.
+fn comfy_z_image(diffusers: &Tensors) -> Tensors {
+    let mut out = Tensors::new();
+    for (key, tensor) in diffusers {
+        let mut name = key.clone();
+        for (ours, theirs) in [
+            ("all_x_embedder.2-1.", "x_embedder."),
+            ("all_final_layer.2-1.", "final_layer."),
+            ("attention.to_out.0.", "attention.out."),
+            ("attention.norm_q.", "attention.q_norm."),
+            ("attention.norm_k.", "attention.k_norm."),
+        ] {
+            name = name.replace(ours, theirs);
+        }
+        if let Some(block) = name.strip_suffix("to_q.weight") {
+            let parts =
+                ["to_q", "to_k", "to_v"].map(|part| &diffusers[&format!("{block}{part}.weight")]);
+            out.insert(
+                format!("{block}qkv.weight"),
+                Tensor::cat(&parts, 0).unwrap(),
+            );
+        } else if !["to_k.weight", "to_v.weight"]
+            .iter()
+            .any(|end| name.ends_with(end))
+        {
+            out.insert(name, tensor.clone());
+        }
+    }
+    // nothing reads it
+    out.insert(
+        "norm_final.weight".into(),
+        Tensor::ones(32, DType::F16, &Device::Cpu).unwrap(),
+    );
+    out
+}
+
+#[test]
+fn z_image_draws_from_comfys_files_as_from_its_folder() {
+    let parts = Parts::of("z_image");
+    // a quarter and twice three eighths of the heads' width, as in the published model
+    edit_json(&parts.path("z_image/transformer/config.json"), |config| {
+        config.insert("axes_dims".into(), json!([4, 6, 6]));
+    });
+    let expected = parts.picture(&["-m", "z_image"]);
+    let comfy = comfy_z_image(&parts.transformer);
+    let encoder = prefixed("model.", &parts.encoder);
+    parts.write("z/text_encoders/qwen_3_4b.safetensors", &encoder);
+    parts.add_tokenizer("z/text_encoders");
+    let vae = original_vae(&parts.vae);
+    parts.write("z/vae/ae.safetensors", &vae);
+    parts.write("z/diffusion_models/z_image_turbo_bf16.safetensors", &comfy);
+    assert!(parts.picture(&["-m", "z"]) == expected);
+    let (folder, split) = (parts.inspect("z_image"), parts.inspect("z"));
+    for key in [
+        "family",
+        "model_hash",
+        "parts",
+        "width",
+        "prediction",
+        "sampler",
+        "steps",
+        "guidance",
+    ] {
+        assert_eq!(folder[key], split[key], "{key}");
+    }
+    let others = [
+        "--text-encoder",
+        "z/text_encoders/qwen_3_4b.safetensors",
+        "--vae",
+        "z/vae/ae.safetensors",
+    ];
+    parts.write(
+        "turbo.safetensors",
+        &prefixed("model.diffusion_model.", &comfy),
+    );
+    parts.write("diffusers-turbo.safetensors", &parts.transformer);
+    for file in ["turbo.safetensors", "diffusers-turbo.safetensors"] {
+        let args = [&["--diffusion-model", file], &others[..]].concat();
+        assert!(parts.picture(&args) == expected, "{file}");
+    }
+    let mut all = prefixed("model.diffusion_model.", &comfy);
+    all.extend(prefixed(
+        "text_encoders.qwen3_4b.transformer.model.",
+        &parts.encoder,
+    ));
+    all.extend(prefixed("vae.", &vae));
+    parts.write("all/turbo.safetensors", &all);
+    parts.add_tokenizer("all");
+    assert!(parts.picture(&["-m", "all"]) == expected);
+    // the base model by its name, and what is missing
+    parts.write("z_image_bf16.safetensors", &comfy);
+    let told = parts.inspect("z_image_bf16.safetensors");
+    assert_eq!(
+        (&told["kind"], &told["family"]),
+        (&"transformer".into(), &"Z-Image".into())
+    );
+    let needs = told["needs"].to_string();
+    for part in ["Qwen3 4B", "FLUX.1's", "`--vae Tongyi-MAI/Z-Image-Turbo`"] {
+        assert!(needs.contains(part), "{needs}");
+    }
+    assert!(
+        parts.picture(&[&["-m", "z_image_bf16.safetensors"], &others[..]].concat()) != expected
+    );
+    // klein's VAE decodes other latents
+    let klein = Parts::new();
+    parts.write("z/vae/ae.safetensors", &original_vae(&klein.vae));
+    fail(
+        &mut parts.draw(&["-m", "z"]),
+        3,
+        &["`z_image_turbo_bf16` has no VAE", "FLUX.1's"],
+    );
 }
 
 #[test]
@@ -738,7 +861,7 @@ fn transformers_that_are_not_drawn_are_named() {
         let says = [
             "is a model of a family that sdgen does not draw yet",
             &format!("a transformer of {name}\n"),
-            "FLUX.2 klein work today",
+            "FLUX.2 klein and Z-Image work today",
         ];
         for command in [&["inspect"][..], &["x", "-m"], &["x", "--diffusion-model"]] {
             fail(sdgen(dir.path()).args(command).arg(&path), 3, &says);
@@ -751,6 +874,12 @@ fn transformers_that_are_not_drawn_are_named() {
     sparse(
         &real_klein(3072, 7680, [1, 1]),
         &dir.path().join("klein.safetensors"),
+    );
+    let says = ["is a text encoder of a family that sdgen does not draw yet"];
+    fail(
+        sdgen(dir.path()).args(["x", "-m", "t5.safetensors"]),
+        3,
+        &says,
     );
     let args = [
         "x",

@@ -57,6 +57,11 @@ pub fn announce(
     if args.vae_tiling == VaeTiling::Auto {
         tell_of_tiles(work, pipeline, progress);
     }
+    if pipeline.reads_again {
+        progress.note(
+            "memory is short for this model: its weights are read again in every step, which is slower",
+        );
+    }
     tell_of_model(checkpoint, progress);
     if let Some(task) = work.tasks.first() {
         let settings = &task.job.settings;

@@ -201,6 +201,14 @@ impl BackboneConfig {
         }
     }
 
+    /// Whether its blocks can be read each time that they are needed.
+    pub fn is_stack(&self) -> bool {
+        match self {
+            Self::UNet(_) => false,
+            Self::Flux2(_) | Self::ZImage(_) => true,
+        }
+    }
+
     /// A rough estimate of the memory of the activations of `batch` latents [h, w], in bytes.
     pub fn activation_bytes(&self, batch: usize, h: usize, w: usize) -> u64 {
         match self {

@@ -8,6 +8,7 @@ use crate::nn::attention::{QkNorm, attention};
 use crate::nn::embed::sinusoids;
 use crate::nn::layers::{Activation, LayerNorm, Linear, swiglu};
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
+use crate::nn::stack::Stack;
 use crate::nn::weights::Weights;
 use crate::weights::config::{parse, require_sizes};
 use anyhow::{Result, bail, ensure};
@@ -160,8 +161,8 @@ pub struct Flux2 {
     context_embedder: Linear,
     double_stream_modulation: [Linear; 2],
     single_stream_modulation: Linear,
-    transformer_blocks: Vec<DoubleBlock>,
-    single_transformer_blocks: Vec<SingleBlock>,
+    transformer_blocks: Stack<DoubleBlock>,
+    single_transformer_blocks: Stack<SingleBlock>,
     norm: LayerNorm,
     norm_out: Linear,
     proj_out: Linear,
@@ -223,14 +224,18 @@ impl Flux2 {
                 linear("double_stream_modulation_txt.linear", width, 6 * width)?,
             ],
             single_stream_modulation: linear("single_stream_modulation.linear", width, 3 * width)?,
-            transformer_blocks: (0..config.num_layers)
-                .map(|i| DoubleBlock::new(&w.at(format!("transformer_blocks.{i}")), config))
-                .collect::<Result<_>>()?,
-            single_transformer_blocks: (0..config.num_single_layers)
-                .map(|i| {
-                    SingleBlock::new(&w.at(format!("single_transformer_blocks.{i}.attn")), config)
-                })
-                .collect::<Result<_>>()?,
+            transformer_blocks: Stack::new(&w.at("transformer_blocks"), config.num_layers, {
+                let config = config.clone();
+                move |w| DoubleBlock::new(w, &config)
+            })?,
+            single_transformer_blocks: Stack::new(
+                &w.at("single_transformer_blocks"),
+                config.num_single_layers,
+                {
+                    let config = config.clone();
+                    move |w| SingleBlock::new(&w.at("attn"), &config)
+                },
+            )?,
             norm: LayerNorm::without_weights(w, width, config.eps)?,
             norm_out: linear("norm_out.linear", width, 2 * width)?,
             proj_out: linear("proj_out", width, channels)?,
@@ -317,18 +322,19 @@ impl ConditionedFlux2<'_> {
             .forward(cx, &latents.reshape((b, h * w, c))?)?;
         let tokens = text.dim(1)?;
         let rotary = network.rotary(tokens, (h, w), latents.device())?;
-        for block in &network.transformer_blocks {
-            (text, picture) =
-                block.forward(cx, (&text, &picture), (&of_text, &of_picture), &rotary)?;
-        }
+        network.transformer_blocks.each(|block| {
+            let modulations = (&*of_text, &*of_picture);
+            (text, picture) = block.forward(cx, (&text, &picture), modulations, &rotary)?;
+            Ok(())
+        })?;
         let mut x = Tensor::cat(&[&text, &picture], 1)?; // [b, n + h*w, width]
-        for (block, modulation) in network
-            .single_transformer_blocks
-            .iter()
-            .zip(single.iter().cycle())
-        {
+        let Some(modulation) = single.first() else {
+            candle_core::bail!("single blocks have one modulation")
+        };
+        network.single_transformer_blocks.each(|block| {
             x = block.forward(cx, &x, modulation, &rotary)?;
-        }
+            Ok(())
+        })?;
         let picture = x.narrow(1, tokens, h * w)?.contiguous()?;
         let numbers = network
             .norm_out

@@ -8,6 +8,7 @@ use crate::nn::attention::{QkNorm, attention};
 use crate::nn::embed::sinusoids;
 use crate::nn::layers::{Activation, LayerNorm, Linear, RmsNorm, swiglu};
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
+use crate::nn::stack::Stack;
 use crate::nn::weights::Weights;
 use crate::weights::config::{parse, require_sizes};
 use anyhow::{Result, ensure};
@@ -156,9 +157,9 @@ pub struct ZImage {
     cap_norm: RmsNorm,
     cap_embedder: Linear,
     cap_pad_token: Tensor,
-    noise_refiner: Vec<Block>,
-    context_refiner: Vec<Block>,
-    layers: Vec<Block>,
+    noise_refiner: Stack<Block>,
+    context_refiner: Stack<Block>,
+    layers: Stack<Block>,
     norm_out: LayerNorm,
     /// of the output's scale
     modulation: Linear,
@@ -176,9 +177,10 @@ impl ZImage {
             PATCH * PATCH * config.in_channels,
         );
         let blocks = |name: &str, n: usize, is_modulated: bool| {
-            (0..n)
-                .map(|i| Block::new(&w.at(format!("{name}.{i}")), config, is_modulated))
-                .collect::<Result<Vec<_>>>()
+            let config = config.clone();
+            Stack::new(&w.at(name), n, move |w| {
+                Block::new(w, &config, is_modulated)
+            })
         };
         let (mlp, caption) = (w.at("t_embedder.mlp"), w.at("cap_embedder"));
         let out = w.at("all_final_layer.2-1");
@@ -239,9 +241,10 @@ impl ZImage {
         let embedded = self.cap_embedder.forward(cx, &embeds)?;
         let mut x = padded(&embedded, &self.cap_pad_token)?;
         let rotary = self.rotary((0..x.dim(1)?).map(|i| [1 + i, 0, 0]), x.device())?;
-        for block in &self.context_refiner {
+        self.context_refiner.each(|block| {
             x = block.forward(cx, &x, None, &rotary)?;
-        }
+            Ok(())
+        })?;
         Ok(x)
     }
 
@@ -350,15 +353,17 @@ impl ConditionedZImage<'_> {
             false => [0; 3],
         });
         let rotary = network.rotary(places.clone(), tokens.device())?;
-        for block in &network.noise_refiner {
+        network.noise_refiner.each(|block| {
             picture = block.forward(cx, &picture, Some(time), &rotary)?;
-        }
+            Ok(())
+        })?;
         let places = places.chain((0..length).map(|i| [1 + i, 0, 0]));
         let rotary = network.rotary(places, tokens.device())?;
         let mut x = Tensor::cat(&[&picture, prompts], 1)?;
-        for block in &network.layers {
+        network.layers.each(|block| {
             x = block.forward(cx, &x, Some(time), &rotary)?;
-        }
+            Ok(())
+        })?;
         let picture = x.narrow(1, 0, h * w)?.contiguous()?;
         let scale = Activation::Silu.forward(time)?;
         let scale = (network.modulation.forward(cx, &scale)?.unsqueeze(1)? + 1.0)?;

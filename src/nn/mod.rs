@@ -27,6 +27,7 @@ pub mod padding;
 pub mod plain;
 pub mod profile;
 pub mod rotary;
+pub mod stack;
 #[cfg(test)]
 pub mod testing;
 pub mod weights;

@@ -7,6 +7,7 @@
 use super::Backend;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
 
 /// Tensors by name.
 pub trait TensorSource: Sync {
@@ -18,6 +19,9 @@ pub trait TensorSource: Sync {
     /// an error of its caller. Errors if there is no tensor of that name, or it cannot be read.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor>;
 }
+
+/// A source that outlives the networks that are read from it.
+pub type SharedSource = Arc<dyn TensorSource + Send>;
 
 /// A source that has a tensor of any name and shape: uniform numbers of a sensible size.
 struct RandomTensors;
@@ -42,6 +46,25 @@ pub struct Weights<'a> {
     device: &'a Device,
     dtype: DType,
     backend: Backend,
+    /// the source once more, where blocks are read each time that they are needed
+    again: Option<SharedSource>,
+}
+
+/// A place among the names of a source that it keeps.
+pub struct OwnedWeights {
+    source: SharedSource,
+    prefix: String,
+    device: Device,
+    dtype: DType,
+    backend: Backend,
+}
+
+impl OwnedWeights {
+    /// The place `name` below this one.
+    pub fn at(&self, name: impl std::fmt::Display) -> Weights<'_> {
+        let prefix = format!("{}.{name}", self.prefix);
+        Weights::new(&*self.source, prefix, &self.device, self.dtype).with_backend(self.backend)
+    }
 }
 
 impl<'a> Weights<'a> {
@@ -59,7 +82,28 @@ impl<'a> Weights<'a> {
             device,
             dtype,
             backend: Backend::of(device),
+            again: None,
         }
+    }
+
+    /// The same, of which networks do not keep the blocks of a [`Stack`](super::stack::Stack) where a
+    /// source is given, but read them again from there.
+    pub fn reading_again(&self, source: Option<SharedSource>) -> Self {
+        Self {
+            again: source,
+            ..self.clone()
+        }
+    }
+
+    /// This place, for blocks that are read again, if they are to be.
+    pub(super) fn to_read_again(&self) -> Option<OwnedWeights> {
+        Some(OwnedWeights {
+            source: self.again.clone()?,
+            prefix: self.prefix.clone(),
+            device: self.device.clone(),
+            dtype: self.dtype,
+            backend: self.backend,
+        })
     }
 
     /// Random weights of any name and shape, for benchmarks and tests.

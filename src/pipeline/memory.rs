@@ -1,12 +1,14 @@
 //! How much memory and time a run needs, estimated from headers and configurations alone.
 
 use super::Pipeline;
+use super::config::PipelineConfig;
 use super::job::Job;
 use super::settings::Settings;
 use crate::model::BackboneConfig;
 use crate::nn::cpu::peak_flops;
 use crate::nn::device::require_memory;
-use crate::weights::Checkpoint;
+use crate::weights::{BlockBytes, Checkpoint};
+use anyhow::Result;
 use std::collections::HashMap;
 
 /// Images in a forward pass where nobody says: more bring little speed, and all of them wait for
@@ -14,11 +16,14 @@ use std::collections::HashMap;
 const AUTO_BATCH: usize = 4;
 
 impl Pipeline {
-    /// Estimates the peak memory of generating these jobs in batches of this size, in bytes: the
-    /// denoising network with its activations, or the VAE with its own, whichever is larger.
+    /// Estimates the peak memory of generating these jobs in batches of this size, in bytes: a
+    /// language model, the denoising network with its activations, or the VAE with its own, whichever
+    /// is the largest.
     pub fn memory_bytes(&self, jobs: &[&Job], batch_size: usize) -> u64 {
         let checkpoint = &self.checkpoint;
         let base = self.weight_bytes();
+        let encoder = self.config.base.encoder.chat_bytes(checkpoint);
+        let encoder = encoder.map_or(0, |bytes| held(bytes, self.reads_again));
         let refiner = checkpoint
             .refiner()
             .map_or(0, |it| it.stored_bytes(it.denoiser()));
@@ -32,14 +37,18 @@ impl Pipeline {
             let (h, w) = self.final_latents(&job.settings);
             let batch = job.guidance.passes() * batch_size;
             let denoising = weights + self.config.base.backbone.activation_bytes(batch, h, w);
-            denoising.max(self.vae_bytes(&job.settings))
+            denoising.max(self.vae_bytes(&job.settings)).max(encoder)
         };
         jobs.iter().map(of_job).max().unwrap_or(0)
     }
 
-    /// The bytes of the denoising network's weights, which every image needs.
+    /// The bytes of the denoising network's weights that are held at once, which every image needs.
     pub fn weight_bytes(&self) -> u64 {
-        self.checkpoint.stored_bytes(self.checkpoint.denoiser())
+        let denoiser = self.checkpoint.denoiser();
+        held(
+            self.checkpoint.block_bytes(denoiser, |_| true),
+            self.reads_again,
+        )
     }
 
     /// Estimates the peak memory of decoding an image, in bytes, with the weights of the VAE.
@@ -103,6 +112,26 @@ impl Pipeline {
             width / self.config.vae.factor(),
         )
     }
+}
+
+/// Of a network of so many bytes, those that are held at once: all, or where blocks are read again,
+/// what is in none of them, and two.
+fn held(bytes: BlockBytes, reads_again: bool) -> u64 {
+    match reads_again {
+        false => bytes.all,
+        true => (bytes.outside + 2 * bytes.largest).min(bytes.all),
+    }
+}
+
+/// Whether there is not enough memory for the networks of a checkpoint, one after the other, to draw
+/// a picture of its own size. Errors if its configuration is damaged.
+pub(super) fn is_short(checkpoint: &Checkpoint, config: &PipelineConfig) -> Result<bool> {
+    let backbone = &config.base.backbone;
+    let (h, w) = backbone.sample_size()?;
+    let denoising =
+        checkpoint.stored_bytes(checkpoint.denoiser()) + backbone.activation_bytes(1, h, w);
+    let encoder = config.base.encoder.chat_bytes(checkpoint)?.all;
+    Ok(require_memory(denoising.max(encoder), 0).is_err())
 }
 
 /// Which part of the operations that a CPU can do in a second networks come to: 1.1 for SD1.5, whose
@@ -175,6 +204,26 @@ fn decoder_operations(checkpoint: &Checkpoint, area: f64) -> f64 {
 mod tests {
     use super::*;
     use crate::weights::Origin;
+
+    #[test]
+    fn where_blocks_are_read_again_two_of_them_are_held() {
+        let bytes = BlockBytes {
+            all: 100,
+            outside: 10,
+            largest: 20,
+        };
+        assert_eq!((held(bytes, false), held(bytes, true)), (100, 50));
+        let few = BlockBytes { all: 45, ..bytes };
+        assert_eq!(held(few, true), 45);
+        let checkpoint = Checkpoint::open(Origin::Embedded).unwrap();
+        let of_vae = checkpoint.block_bytes("vae", |_| true);
+        assert_eq!(of_vae.all, checkpoint.stored_bytes("vae"));
+        let outside = checkpoint.block_bytes("vae", |name| !name.contains(".0."));
+        assert!(
+            outside.all < of_vae.all && 0 < outside.outside,
+            "{outside:?}"
+        );
+    }
 
     #[test]
     fn operations_are_those_that_the_layers_do() {

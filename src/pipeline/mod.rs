@@ -32,6 +32,7 @@ use crate::nn::Forward;
 use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
 use crate::nn::layers::is_finite;
+use crate::nn::weights::SharedSource;
 use crate::sampling::Prediction;
 use crate::weights::Checkpoint;
 use crate::weights::lora::Lora;
@@ -58,7 +59,10 @@ use std::time::Instant;
 /// Networks are read when they are needed first and stay in memory. A pipeline may be shared by
 /// threads: each image has the pixels that it has when it is generated alone.
 pub struct Pipeline {
-    pub(crate) checkpoint: Checkpoint,
+    pub(crate) checkpoint: Arc<Checkpoint>,
+    /// whether the blocks of large networks are read each time that they are needed, as memory is
+    /// short
+    pub(crate) reads_again: bool,
     pub(crate) compute: Compute,
     pub(crate) config: PipelineConfig,
     pub(crate) options: PipelineOptions,
@@ -124,8 +128,12 @@ impl Pipeline {
     pub fn new(checkpoint: Checkpoint, compute: Compute, options: PipelineOptions) -> Result<Self> {
         let config = PipelineConfig::new(&checkpoint)?;
         let networks = Networks::default();
+        let reads_again = compute.device.is_cpu()
+            && config.base.backbone.is_stack()
+            && memory::is_short(&checkpoint, &config).context(ModelError)?;
         Ok(Self {
-            checkpoint,
+            checkpoint: checkpoint.into(),
+            reads_again,
             compute,
             config,
             options,
@@ -305,8 +313,10 @@ impl<'a> Run<'a> {
             networks,
             ..
         } = self.pipeline;
+        let again = || -> SharedSource { checkpoint.clone() };
         Model {
             checkpoint,
+            again: self.pipeline.reads_again.then(again),
             config: &config.base,
             networks: &networks.base,
         }
@@ -322,6 +332,7 @@ impl<'a> Run<'a> {
         let (checkpoint, config) = checkpoint.refiner().zip(config.refiner.as_ref())?;
         Some(Model {
             checkpoint,
+            again: None,
             config,
             networks: &networks.refiner,
         })
@@ -349,7 +360,7 @@ impl<'a> Run<'a> {
         let (base, keep) = (self.base(), self.options.keep_networks);
         encode(
             &mut self.base_prompts,
-            base,
+            &base,
             batch,
             queue,
             self.pipeline,
@@ -436,7 +447,7 @@ impl<'a> Run<'a> {
         let Some(mut prompts) = self.refiner_prompts.take() else {
             anyhow::bail!("the refiner has no prompts")
         };
-        let encoded = encode(&mut prompts, refiner, batch, queue, pipeline, keep, events);
+        let encoded = encode(&mut prompts, &refiner, batch, queue, pipeline, keep, events);
         let refined = encoded.and_then(|()| {
             let backbone = refiner
                 .networks
@@ -611,7 +622,7 @@ fn hires_passes(batch: &[&Job]) -> Option<Vec<Job>> {
 /// Encodes the prompts of a batch, where they are not cached, and those of what comes next.
 fn encode(
     prompts: &mut PromptCache,
-    model: Model,
+    model: &Model,
     batch: &[&Job],
     queue: &BatchQueue,
     pipeline: &Pipeline,
@@ -623,7 +634,7 @@ fn encode(
     }
     let encoder = model
         .networks
-        .text_encoder(&model, &pipeline.compute, events)?;
+        .text_encoder(model, &pipeline.compute, events)?;
     prompts.encode(
         batch.iter().copied().chain(queue.upcoming()),
         &encoder,

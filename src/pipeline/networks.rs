@@ -5,6 +5,7 @@ use super::event::Events;
 use crate::error::ModelError;
 use crate::model::{Backbone, Decoder, Encoder};
 use crate::nn::device::Compute;
+use crate::nn::weights::SharedSource;
 use crate::text::encoder::PromptEncoder;
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result};
@@ -58,7 +59,8 @@ impl ModelNetworks {
     ) -> Result<Arc<PromptEncoder>> {
         self.text_encoder.get_or_read(|| {
             events.stage("encoding the prompt");
-            PromptEncoder::new(model.checkpoint, &model.config.encoder, compute)
+            let again = model.again.clone();
+            PromptEncoder::new(model.checkpoint, &model.config.encoder, compute, again)
         })
     }
 
@@ -75,16 +77,19 @@ impl ModelNetworks {
             model
                 .checkpoint
                 .read_network(model.checkpoint.denoiser(), &[], to, |w| {
-                    model.config.backbone.build(w)
+                    let w = w.reading_again(model.again.clone());
+                    model.config.backbone.build(&w)
                 })
         })
     }
 }
 
 /// A checkpoint that holds a denoising network, its configuration, and its networks.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Model<'a> {
     pub checkpoint: &'a Checkpoint,
+    /// where blocks are read each time that they are needed, if they are
+    pub again: Option<SharedSource>,
     pub config: &'a ModelConfig,
     pub networks: &'a ModelNetworks,
 }

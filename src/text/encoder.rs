@@ -9,7 +9,8 @@ use super::qwen3::{ChatTokenizer, OF_FLUX2_KLEIN, OF_Z_IMAGE, Qwen3, Qwen3Config
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
-use crate::weights::{Checkpoint, ENCODERS, TRANSFORMER};
+use crate::nn::weights::SharedSource;
+use crate::weights::{BlockBytes, Checkpoint, ENCODERS, TRANSFORMER};
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -113,6 +114,23 @@ impl TextEncoderConfigs {
     /// Whether prompts are read as a conversation, by a language model.
     pub fn is_chat(&self) -> bool {
         self.0.iter().any(|(_, config)| config.clip().is_none())
+    }
+
+    /// The bytes of the tensors of a language model that are read; 0 where there is none.
+    pub fn chat_bytes(&self, checkpoint: &Checkpoint) -> Result<BlockBytes> {
+        let Some((name, TextEncoderConfig::Qwen3(config, reading))) = self.0.first() else {
+            return Ok(BlockBytes::default());
+        };
+        let depth = reading.depth(config)?;
+        let is_read = |tensor: &str| {
+            let mut parts = tensor
+                .split('.')
+                .skip_while(|part| *part != "layers")
+                .skip(1);
+            let layer = parts.next().and_then(|number| number.parse::<usize>().ok());
+            !tensor.starts_with("lm_head") && layer.is_none_or(|layer| layer < depth)
+        };
+        Ok(checkpoint.block_bytes(name, is_read))
     }
 
     /// The width of the embeddings that a network attends to.
@@ -277,11 +295,13 @@ enum Parts {
 }
 
 impl PromptEncoder {
-    /// Reads the encoders.
+    /// Reads the encoders. The layers of a language model are not kept where a source is given to
+    /// read them from `again`.
     pub fn new(
         checkpoint: &Checkpoint,
         configs: &TextEncoderConfigs,
         compute: &Compute,
+        again: Option<SharedSource>,
     ) -> Result<Self> {
         let output = if configs.pooled_dim().is_some() {
             HiddenStates::Penultimate
@@ -294,7 +314,7 @@ impl PromptEncoder {
         if let Some((name, TextEncoderConfig::Qwen3(config, reading))) = configs.0.first() {
             let source = checkpoint.tokenizer(name)?;
             let tokenizer = ChatTokenizer::new(source, config.vocab_size, reading)?;
-            let network = Qwen3::read(checkpoint, name, config, reading, to)?;
+            let network = Qwen3::read(checkpoint, name, config, reading, to, again)?;
             let parts = Parts::Chat(Box::new((tokenizer, network)));
             return Ok(Self { parts, device });
         }

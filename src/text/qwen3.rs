@@ -6,7 +6,8 @@ use crate::nn::Forward;
 use crate::nn::layers::{Linear, RmsNorm, swiglu};
 use crate::nn::plain;
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
-use crate::nn::weights::Weights;
+use crate::nn::stack::Stack;
+use crate::nn::weights::{SharedSource, Weights};
 use crate::weights::config::{parse, require_sizes};
 use crate::weights::{Checkpoint, TokenizerFiles, TokenizerSource};
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -48,6 +49,11 @@ impl Reading {
     /// The width of the embeddings of an encoder's hidden states of this width.
     pub fn width(&self, hidden: usize) -> usize {
         self.states.len() * hidden
+    }
+
+    /// How many layers of an encoder are run.
+    pub fn depth(&self, config: &Qwen3Config) -> Result<usize> {
+        Ok(self.layers(config)?.into_iter().max().unwrap_or(0))
     }
 
     /// The layers whose outputs are taken, counted from 1. Errors if the encoder has not so many.
@@ -256,7 +262,7 @@ impl ChatTokenizer {
 /// The encoder, as far as it is needed.
 pub struct Qwen3 {
     embed_tokens: Tensor,
-    layers: Vec<Layer>,
+    layers: Stack<Layer>,
     taps: Vec<usize>,
     rotary_theta: f64,
     head_dim: usize,
@@ -264,17 +270,18 @@ pub struct Qwen3 {
 }
 
 impl Qwen3 {
-    /// Reads the encoder of a checkpoint, with the layers up to the last whose output is taken.
-    /// Errors if it has not so many.
+    /// Reads the encoder of a checkpoint, with the layers up to the last whose output is taken; they
+    /// are not kept where a source is given to read them from `again`. Errors if there are not so
+    /// many.
     pub fn read(
         checkpoint: &Checkpoint,
         component: &str,
         config: &Qwen3Config,
         reading: &Reading,
         to: (&Device, DType),
+        again: Option<SharedSource>,
     ) -> Result<Self> {
-        let taps = reading.layers(config)?;
-        let depth = taps.iter().copied().max().unwrap_or(0);
+        let (taps, depth) = (reading.layers(config)?, reading.depth(config)?);
         // a language model has the encoder below itself
         let embeddings = format!("{component}.model.embed_tokens.weight");
         let inner = match checkpoint.shape(&embeddings) {
@@ -284,9 +291,12 @@ impl Qwen3 {
         // later layers, and what makes words of their output, are not read
         let used: Vec<String> = (0..depth).map(|i| format!("{inner}layers.{i}.")).collect();
         let used: Vec<&str> = used.iter().map(String::as_str).collect();
-        checkpoint.read_network(component, &used, to, |w| match inner {
-            "" => Self::new(w, config, &taps, depth),
-            _ => Self::new(&w.at("model"), config, &taps, depth),
+        checkpoint.read_network(component, &used, to, |w| {
+            let w = w.reading_again(again);
+            match inner {
+                "" => Self::new(&w, config, &taps, depth),
+                _ => Self::new(&w.at("model"), config, &taps, depth),
+            }
         })
     }
 
@@ -294,9 +304,10 @@ impl Qwen3 {
         let rows = [config.vocab_size, config.hidden_size];
         Ok(Self {
             embed_tokens: w.at("embed_tokens").get_stored("weight", &rows)?,
-            layers: (0..depth)
-                .map(|i| Layer::new(&w.at(format!("layers.{i}")), config))
-                .collect::<Result<_>>()?,
+            layers: Stack::new(&w.at("layers"), depth, {
+                let config = config.clone();
+                move |w| Layer::new(w, &config)
+            })?,
             taps: taps.to_vec(),
             rotary_theta: config.rope_theta(),
             head_dim: config.head_dim,
@@ -323,13 +334,15 @@ impl Qwen3 {
             .collect();
         let rotary = Rotary::new(&angles, Pairs::Halves, device)?;
         let mask = mask(ids.len(), len, device)?.to_dtype(self.dtype)?;
-        let mut tapped = vec![];
-        for (i, layer) in self.layers.iter().enumerate() {
+        let (mut tapped, mut done) = (vec![], 0);
+        self.layers.each(|layer| {
             x = layer.forward(cx, &x, &rotary, &mask, len)?;
-            if self.taps.contains(&(i + 1)) {
+            done += 1;
+            if self.taps.contains(&done) {
                 tapped.push(x.clone());
             }
-        }
+            Ok(())
+        })?;
         Tensor::cat(&tapped, 2)
     }
 }

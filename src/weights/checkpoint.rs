@@ -51,6 +51,16 @@ pub struct Checkpoint {
     entries: BTreeMap<String, Entry>,
 }
 
+/// How many bytes the tensors of a network take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BlockBytes {
+    pub all: u64,
+    /// those that are in none of the numbered blocks, as `layers.7`
+    pub outside: u64,
+    /// those of the largest block
+    pub largest: u64,
+}
+
 /// A weighted difference that is added to a checkpoint's weights: `weight * (other - minus)`, where
 /// `minus` is the checkpoint itself if none is given.
 pub struct Merge {
@@ -353,6 +363,11 @@ impl Checkpoint {
     /// The bytes of a component's weights in memory, where they stay as narrow as in their file:
     /// [`Weights::get_stored`].
     pub fn stored_bytes(&self, component: &str) -> u64 {
+        self.block_bytes(component, |_| true).all
+    }
+
+    /// The same of the tensors for whose names in the component `is_read` holds, by their blocks.
+    pub fn block_bytes(&self, component: &str, is_read: impl Fn(&str) -> bool) -> BlockBytes {
         let is_narrowed = self.is_narrowed(component);
         let width = |dtype: &str| {
             if is_narrowed || matches!(dtype, "f16" | "bf16" | "f8_e4m3" | "f8_e5m2") {
@@ -361,9 +376,27 @@ impl Checkpoint {
                 4
             }
         };
-        self.entries_of(component)
-            .map(|(_, e)| width(&e.dtype) * e.shape.iter().product::<usize>() as u64)
-            .sum()
+        let (mut bytes_of, mut blocks) = (BlockBytes::default(), BTreeMap::new());
+        for (name, entry) in self.entries_of(component) {
+            let name = name.get(component.len() + 1..).unwrap_or_default();
+            if !is_read(name) {
+                continue;
+            }
+            let bytes = width(&entry.dtype) * entry.shape.iter().product::<usize>() as u64;
+            bytes_of.all += bytes;
+            let is_number = |part: &str| part.parse::<usize>().is_ok();
+            let mut end = 0;
+            let number = name.split('.').find(|part| {
+                end += part.len() + 1;
+                is_number(part)
+            });
+            match number.and_then(|_| name.get(..end)) {
+                Some(block) => *blocks.entry(block).or_insert(0) += bytes,
+                None => bytes_of.outside += bytes,
+            }
+        }
+        bytes_of.largest = blocks.into_values().max().unwrap_or(0);
+        bytes_of
     }
 
     /// The shapes of a component's tensors, by their canonical names without the component's.

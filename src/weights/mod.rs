@@ -24,7 +24,7 @@ mod safetensors;
 mod split;
 mod transformers;
 
-pub use checkpoint::{Checkpoint, Merge};
+pub use checkpoint::{BlockBytes, Checkpoint, Merge};
 pub use open::{Origin, UPSCALERS, role};
 pub use split::PartFile;
 

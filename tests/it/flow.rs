@@ -7,6 +7,7 @@ use sdgen::image::Image;
 use sdgen::model::{Autoencoder, Backbone, BackboneConfig, Conditioning, ExtraInputs};
 use sdgen::nn::Forward;
 use sdgen::nn::device::Compute;
+use sdgen::nn::weights::SharedSource;
 use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
 use sdgen::sampling::{self, Mu, Sampler, SchedulerConfig, plan, plan_img2img};
@@ -17,6 +18,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 const NETWORK: f32 = 1e-4;
 const LATENTS: f32 = 1e-3;
@@ -51,7 +53,7 @@ impl Tiny {
             dtype: DType::F32,
         };
         let configs = TextEncoderConfigs::of(&self.checkpoint).unwrap();
-        PromptEncoder::new(&self.checkpoint, &configs, &compute).unwrap()
+        PromptEncoder::new(&self.checkpoint, &configs, &compute, None).unwrap()
     }
 
     fn backbone(&self) -> Backbone {
@@ -762,4 +764,39 @@ fn a_large_transformer_in_f32_is_kept_in_bf16() {
     // more than 4 GiB
     let narrow = 270_000 * 4096 * 2 + 16;
     assert_eq!(open(270_000), (DType::BF16, DType::F32, narrow));
+}
+
+#[test]
+fn blocks_that_are_read_again_in_every_step_draw_the_same() {
+    for name in ["klein", "z_image"] {
+        let tiny = tiny(name);
+        let shared = Arc::new(Checkpoint::open(Origin::Path(&fixture(name))).unwrap());
+        let again = || -> SharedSource { shared.clone() };
+        let compute = Compute {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        };
+        let configs = TextEncoderConfigs::of(&shared).unwrap();
+        let encoder = PromptEncoder::new(&shared, &configs, &compute, Some(again())).unwrap();
+        let embeds = |encoder: &PromptEncoder| {
+            let embeds = encoder.encode("a frog", 0, Syntax::Plain).unwrap().0;
+            embeds.prompt_embeds
+        };
+        let context = embeds(&encoder);
+        assert_eq!(values(&context), values(&embeds(&tiny.encoder())), "{name}");
+        let weights = shared.weights("transformer", &Device::Cpu, DType::F32);
+        let config = BackboneConfig::of(&shared).unwrap();
+        let backbone = config.build(&weights.reading_again(Some(again()))).unwrap();
+        let latents = &tiny.goldens["transformer.latents"].narrow(0, 0, 1).unwrap();
+        let [read, kept] = [&backbone, &tiny.backbone()].map(|backbone| {
+            let conditioning = Conditioning::from(context.clone());
+            let bound = backbone
+                .bind(cx(), &conditioning, ExtraInputs::default())
+                .unwrap();
+            // as often as there are steps
+            bound.forward(latents, 900.0).unwrap();
+            values(&bound.forward(latents, 700.0).unwrap())
+        });
+        assert_eq!(read, kept, "{name}");
+    }
 }

@@ -81,6 +81,7 @@ impl Fixture {
             &self.checkpoint,
             &TextEncoderConfigs::of(&self.checkpoint).unwrap(),
             &compute,
+            None,
         )
         .unwrap()
     }

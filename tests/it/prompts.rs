@@ -119,6 +119,7 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
             &checkpoint,
             &TextEncoderConfigs::of(&checkpoint).unwrap(),
             &compute,
+            None,
         )
         .unwrap();
         for (i, prompt) in goldens["embedded"].as_array().unwrap().iter().enumerate() {

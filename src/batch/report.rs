@@ -211,7 +211,7 @@ fn as_json(path: &Path, settings: &Settings, outcome: Outcome) -> Value {
     if let Some(Value::Object(source)) = record.get_mut("source") {
         fill::<Source>(source);
     }
-    for list in ["loras", "embeddings", "merges"] {
+    for list in ["loras", "embeddings", "merges", "references"] {
         if record.get(list).is_some_and(Value::is_null) {
             record.insert(list.into(), json!([]));
         }

@@ -28,13 +28,17 @@ pub struct Task {
 }
 
 impl Task {
-    /// About how much work it is: the network's runs, and the decoding as five more, times pixels.
+    /// About how much work it is: the network's runs, and the decoding as five more, times pixels. The
+    /// network sees those of reference pictures too.
     pub fn cost(&self) -> u64 {
         let Job {
             settings, guidance, ..
         } = &self.job;
         let runs = self.job.evaluations() * guidance.passes();
-        ((runs + 5) * settings.width * settings.height) as u64
+        let own = settings.width * settings.height;
+        let references = settings.references.iter();
+        let seen: usize = references.map(|it| it.width * it.height).sum();
+        (runs * (own + seen) + 5 * own) as u64
     }
 }
 

@@ -83,6 +83,9 @@ pub struct ExtraInputs {
     /// [b, h, w, k]: concatenated to the channels of the latents, for other kinds than
     /// [`ModelKind::TextToImage`]
     pub concat: Option<Tensor>,
+    /// [b, h, w, c] each: latents of reference pictures, for networks with
+    /// [`BackboneConfig::takes_references`]; others ignore them
+    pub references: Vec<Tensor>,
 }
 
 /// The configuration of a backbone.
@@ -209,11 +212,20 @@ impl BackboneConfig {
         }
     }
 
-    /// A rough estimate of the memory of the activations of `batch` latents [h, w], in bytes.
-    pub fn activation_bytes(&self, batch: usize, h: usize, w: usize) -> u64 {
+    /// Whether the network looks at reference pictures.
+    pub fn takes_references(&self) -> bool {
+        match self {
+            Self::UNet(_) | Self::ZImage(_) => false,
+            Self::Flux2(_) => true,
+        }
+    }
+
+    /// A rough estimate of the memory of the activations of `batch` latents [h, w], each with so many
+    /// latents of reference pictures, in bytes.
+    pub fn activation_bytes(&self, batch: usize, h: usize, w: usize, references: usize) -> u64 {
         match self {
             Self::UNet(config) => config.activation_bytes(batch, h, w),
-            Self::Flux2(config) => config.activation_bytes(batch, h, w),
+            Self::Flux2(config) => config.activation_bytes(batch, h * w + references),
             Self::ZImage(config) => config.activation_bytes(batch, h, w),
         }
     }
@@ -253,9 +265,11 @@ impl Backbone {
                 let bound = unet.with_conditioning(cx, conditioning, concat)?;
                 Ok(Denoiser::UNet(bound))
             }
-            Self::Flux2(network) => Ok(Denoiser::Flux2(
-                network.with_conditioning(cx, conditioning)?,
-            )),
+            Self::Flux2(network) => Ok(Denoiser::Flux2(network.with_conditioning(
+                cx,
+                conditioning,
+                &extra.references,
+            )?)),
             Self::ZImage(network) => Ok(Denoiser::ZImage(
                 network.with_conditioning(cx, conditioning)?,
             )),

@@ -1,6 +1,7 @@
 //! FLUX.2's transformer (Black Forest Labs 2025), diffusers' `Flux2Transformer2DModel`: text and
 //! picture as one sequence of tokens, first with weights of their own, then with shared ones; the
-//! timestep scales and shifts what enters each layer, by the same numbers in all blocks.
+//! timestep scales and shifts what enters each layer, by the same numbers in all blocks. Reference
+//! pictures follow the drawn one in the sequence, and nothing of them is drawn.
 
 use super::{Conditioning, require_neutral};
 use crate::nn::Forward;
@@ -24,6 +25,10 @@ const ACTIVATIONS: u64 = 24;
 
 /// Tokens of a prompt, which every picture is drawn with.
 const TEXT_TOKENS: usize = 512;
+
+/// How far apart pictures are on the first axis of positions: the drawn one at 0, reference pictures
+/// at 10, 20, ...
+const PICTURE_DISTANCE: usize = 10;
 
 /// `transformer/config.json`, with diffusers' defaults.
 #[derive(Debug, Clone, Deserialize)]
@@ -134,13 +139,14 @@ impl Flux2Config {
         (self.width() as f64 * self.mlp_ratio) as usize
     }
 
-    /// A rough estimate of the memory of the activations of `batch` latents [h, w], in bytes.
-    pub fn activation_bytes(&self, batch: usize, h: usize, w: usize) -> u64 {
-        4 * ACTIVATIONS * (batch * (h * w + TEXT_TOKENS) * self.width()) as u64
+    /// A rough estimate of the memory of the activations of a batch of so many latents each, those of
+    /// reference pictures too, in bytes.
+    pub fn activation_bytes(&self, batch: usize, latents: usize) -> u64 {
+        4 * ACTIVATIONS * (batch * (latents + TEXT_TOKENS) * self.width()) as u64
     }
 
-    /// The operations of one run for a picture of so many latents: of each weight of a block two at
-    /// every token, and those of attention.
+    /// The operations of one run for a picture of so many latents, those of reference pictures too: of
+    /// each weight of a block two at every token, and those of attention.
     pub fn operations(&self, latents: f64) -> f64 {
         let (tokens, width, mlp) = (
             latents + TEXT_TOKENS as f64,
@@ -244,17 +250,28 @@ impl Flux2 {
         })
     }
 
-    /// Binds the prompts of a batch.
+    /// Binds the prompts of a batch, and the latents of its reference pictures, each [b, h, w, c].
     pub fn with_conditioning<'a>(
         &'a self,
         cx: Forward<'a>,
         conditioning: &Conditioning,
+        references: &[Tensor],
     ) -> TensorResult<ConditionedFlux2<'a>> {
         let context = conditioning.context.to_dtype(self.dtype)?;
+        let mut sizes = vec![];
+        let mut tokens = vec![];
+        for reference in references {
+            let (b, h, w, c) = reference.dims4()?;
+            let reference = reference.to_dtype(self.dtype)?.reshape((b, h * w, c))?;
+            tokens.push(self.x_embedder.forward(cx, &reference)?);
+            sizes.push((h, w));
+        }
         Ok(ConditionedFlux2 {
             network: self,
             cx,
             context: self.context_embedder.forward(cx, &context)?,
+            references: tokens,
+            sizes,
         })
     }
 
@@ -268,15 +285,18 @@ impl Flux2 {
         Activation::Silu.forward(&x)
     }
 
-    /// The angles of text tokens, then of a picture [h, w].
+    /// The angles of text tokens, then of pictures [h, w].
     fn rotary(
         &self,
         tokens: usize,
-        (h, w): (usize, usize),
+        pictures: impl Iterator<Item = (usize, usize)>,
         device: &Device,
     ) -> TensorResult<Rotary> {
         let text = (0..tokens).map(|l| [0, 0, 0, l]);
-        let picture = (0..h * w).map(|i| [0, i / w, i % w, 0]);
+        let of_picture = |(nth, (h, w)): (usize, (usize, usize))| {
+            (0..h * w).map(move |i| [PICTURE_DISTANCE * nth, i / w, i % w, 0])
+        };
+        let pictures = pictures.enumerate().flat_map(of_picture);
         let angles = |position: [usize; 4]| {
             let axes = position.into_iter().zip(&self.config.axes_dims_rope);
             axes.flat_map(|(at, width)| {
@@ -284,7 +304,7 @@ impl Flux2 {
             })
             .collect()
         };
-        let angles: Vec<Vec<f64>> = text.chain(picture).map(angles).collect();
+        let angles: Vec<Vec<f64>> = text.chain(pictures).map(angles).collect();
         Rotary::new(&angles, Pairs::Adjacent, device)
     }
 }
@@ -295,6 +315,9 @@ pub struct ConditionedFlux2<'a> {
     cx: Forward<'a>,
     /// [b, n, width]
     context: Tensor,
+    /// the tokens of each reference picture, [b, h*w, width], and its height and width in latents
+    references: Vec<Tensor>,
+    sizes: Vec<(usize, usize)>,
 }
 
 impl ConditionedFlux2<'_> {
@@ -309,6 +332,8 @@ impl ConditionedFlux2<'_> {
             network,
             cx,
             context,
+            references,
+            sizes,
         } = self;
         let (cx, (b, h, w, c)) = (*cx, latents.dims4()?);
         let time = network.time(cx, timestep, latents.device())?;
@@ -320,8 +345,13 @@ impl ConditionedFlux2<'_> {
         let mut picture = network
             .x_embedder
             .forward(cx, &latents.reshape((b, h * w, c))?)?;
+        if !references.is_empty() {
+            let all: Vec<&Tensor> = [&picture].into_iter().chain(references).collect();
+            picture = Tensor::cat(&all, 1)?; // [b, h*w + those of the references, width]
+        }
         let tokens = text.dim(1)?;
-        let rotary = network.rotary(tokens, (h, w), latents.device())?;
+        let sizes = [(h, w)].into_iter().chain(sizes.iter().copied());
+        let rotary = network.rotary(tokens, sizes, latents.device())?;
         network.transformer_blocks.each(|block| {
             let modulations = (&*of_text, &*of_picture);
             (text, picture) = block.forward(cx, (&text, &picture), modulations, &rotary)?;

@@ -2,6 +2,7 @@
 
 use super::family::Family;
 use super::preview::PreviewMap;
+use super::references::MAX_REFERENCES;
 use super::settings::Settings;
 use crate::error::ModelError;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
@@ -196,6 +197,23 @@ impl ModelConfig {
             ),
             _ => Ok(()),
         }
+    }
+
+    /// Errors if the network does not look at so many reference pictures.
+    pub fn check_references(&self, count: usize, model: &str) -> Result<()> {
+        if count > 0 && !self.backbone.takes_references() {
+            bail!(
+                "`--reference` means nothing to `{model}`\n\nhint: FLUX.2 klein looks at reference \
+                 pictures: `-m klein`; what a picture is drawn over is `--image FILE`"
+            );
+        }
+        if count > MAX_REFERENCES {
+            bail!(
+                "{count} reference pictures are too many\n\nhint: `{model}` takes {MAX_REFERENCES} \
+                 at most; FLUX.2 klein is made for up to four"
+            );
+        }
+        Ok(())
     }
 
     /// Parses the configuration of a refiner of this model. Errors if their latents differ.

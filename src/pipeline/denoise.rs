@@ -11,6 +11,7 @@ use super::guidance::{CfgDenoiser, DeepCache, Guidance};
 use super::init_latents::InitLatents;
 use super::job::Job;
 use super::prompt_cache::PromptCache;
+use super::references::for_passes;
 use super::settings::Settings;
 use crate::error::{Cancelled, NotFinite};
 use crate::model::{Backbone, ExtraInputs, LatentFormat, ModelKind, Posterior};
@@ -28,6 +29,8 @@ pub struct Denoising {
     pub traces: Vec<Trace>,
     /// height, width and channels of the latents of the present pass
     pub latent_shape: (usize, usize, usize),
+    /// latents of each reference picture, [b, h, w, c]
+    references: Vec<Tensor>,
     /// evaluations of networks so far
     done: usize,
     /// evaluations of networks in all passes
@@ -54,8 +57,9 @@ struct InitState {
 }
 
 impl Denoising {
-    /// The beginning of a batch. Errors if it is empty.
-    pub fn new(batch: &[&Job], run: &Run) -> Result<Self> {
+    /// The beginning of a batch with the latents of its reference pictures, [b, h, w, c] each. Errors
+    /// if it is empty.
+    pub fn new(batch: &[&Job], references: Vec<Tensor>, run: &Run) -> Result<Self> {
         let Some(first) = batch.first() else {
             anyhow::bail!("the batch is empty")
         };
@@ -70,6 +74,7 @@ impl Denoising {
                 .collect(),
             traces: traces.collect(),
             latent_shape: run.pipeline.config.latent_shape(&first.settings),
+            references,
             done: 0,
             total: first.evaluations(),
         })
@@ -103,6 +108,7 @@ impl Denoising {
         let state = self.init(init, plan, batch, prompts, run)?;
         let extra = ExtraInputs {
             concat: state.concat,
+            references: for_passes(&self.references, guidance.passes())?,
         };
         let mut denoiser = CfgDenoiser {
             model: backbone.bind(cx, &prompts.of(batch, &texts)?, extra.clone())?,
@@ -118,6 +124,7 @@ impl Denoising {
             latent_shape,
             done,
             total,
+            ..
         } = self;
         let (before, total) = (*done, *total);
         let mut failure: Option<anyhow::Error> = None;

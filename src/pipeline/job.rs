@@ -1,7 +1,7 @@
 //! One image that is fully decided: what it is, and how its latents are denoised.
 
 use super::guidance::Guidance;
-use super::settings::{Hires, Settings};
+use super::settings::{Hires, Reference, Settings};
 use crate::sampling::SamplingPlan;
 use crate::text::prompt::Prompts;
 use std::sync::Arc;
@@ -76,6 +76,10 @@ impl Job {
     pub fn packs_with(&self, other: &Self) -> bool {
         let (a, b) = (&self.settings, &other.settings);
         let repaints = |settings: &Settings| Some(settings.source.as_ref()?.repaints());
+        // as many tokens, at the same positions
+        let size = |reference: &Reference| (reference.width, reference.height);
+        let sizes =
+            |settings: &'_ Settings| -> Vec<_> { settings.references.iter().map(size).collect() };
         Arc::ptr_eq(&self.plan, &other.plan)
             && (a.width, a.height, a.hires, a.tile) == (b.width, b.height, b.hires, b.tile)
             && self.prompt_weights().eq(other.prompt_weights())
@@ -91,5 +95,6 @@ impl Job {
                 b.deep_cache,
             )
             && repaints(a) == repaints(b)
+            && sizes(a) == sizes(b)
     }
 }

@@ -3,7 +3,7 @@
 use super::Pipeline;
 use super::config::PipelineConfig;
 use super::job::Job;
-use super::settings::Settings;
+use super::settings::{Reference, Settings};
 use crate::model::BackboneConfig;
 use crate::nn::cpu::peak_flops;
 use crate::nn::device::require_memory;
@@ -36,7 +36,9 @@ impl Pipeline {
         let of_job = |job: &&Job| {
             let (h, w) = self.final_latents(&job.settings);
             let batch = job.guidance.passes() * batch_size;
-            let denoising = weights + self.config.base.backbone.activation_bytes(batch, h, w);
+            let references = self.reference_latents(&job.settings);
+            let backbone = &self.config.base.backbone;
+            let denoising = weights + backbone.activation_bytes(batch, h, w, references);
             denoising.max(self.vae_bytes(&job.settings)).max(encoder)
         };
         jobs.iter().map(of_job).max().unwrap_or(0)
@@ -51,10 +53,12 @@ impl Pipeline {
         )
     }
 
-    /// Estimates the peak memory of decoding an image, in bytes, with the weights of the VAE.
+    /// Estimates the peak memory of decoding an image, or of encoding a larger reference picture of
+    /// it, in bytes, with the weights of the VAE.
     pub fn vae_bytes(&self, settings: &Settings) -> u64 {
-        let (h, w) = self.final_latents(settings);
-        let activations = self.config.vae.decode_bytes(h, w, settings.vae_tiling);
+        let bytes =
+            |(h, w): (usize, usize)| self.config.vae.decode_bytes(h, w, settings.vae_tiling);
+        let activations = self.vae_latents(settings).map(bytes).max().unwrap_or(0);
         activations.saturating_add(self.checkpoint.stored_bytes("vae"))
     }
 
@@ -73,13 +77,13 @@ impl Pipeline {
             return None;
         }
         let mut known = HashMap::new();
-        let mut of_size = |h: usize, w: usize| -> (f64, f64) {
-            *known.entry((h, w)).or_insert_with(|| {
+        let mut of_size = |h: usize, w: usize, references: usize| -> (f64, f64) {
+            *known.entry((h, w, references)).or_insert_with(|| {
                 let factor = self.config.vae.factor();
                 let area = (h / factor * (w / factor)) as f64;
                 let unet = match &self.config.base.backbone {
                     BackboneConfig::UNet(_) => unet_operations(&self.checkpoint, area),
-                    BackboneConfig::Flux2(config) => config.operations(area),
+                    BackboneConfig::Flux2(config) => config.operations(area + references as f64),
                     BackboneConfig::ZImage(config) => config.operations(area),
                 };
                 (unet, decoder_operations(&self.checkpoint, area))
@@ -91,17 +95,34 @@ impl Pipeline {
             let (width, height) = settings.final_size();
             let second = job.hires_plan.as_ref().map_or(0, |plan| plan.evaluations());
             let first = job.evaluations() - second;
-            let (unet, _) = of_size(settings.height, settings.width);
-            let (larger, decoder) = of_size(height, width);
+            let references = self.reference_latents(settings);
+            let (unet, _) = of_size(settings.height, settings.width, references);
+            let (larger, decoder) = of_size(height, width, references);
             total += passes * (first as f64 * unet + second as f64 * larger) + decoder;
         }
         Some(total / (peak_flops() * EFFICIENCY))
     }
 
-    /// Whether an image is larger than one tile of a tiled decode, in which it would be the same.
+    /// Whether an image, or one of its reference pictures, is larger than one tile of the VAE, in which
+    /// it would be the same.
     pub(super) fn has_tiles(&self, settings: &Settings) -> bool {
-        let (h, w) = self.final_latents(settings);
-        h.max(w) > self.config.vae.tile()
+        let tile = self.config.vae.tile();
+        self.vae_latents(settings).any(|(h, w)| h.max(w) > tile)
+    }
+
+    /// Height and width of the latents of all that the VAE decodes or encodes for an image.
+    fn vae_latents(&self, settings: &Settings) -> impl Iterator<Item = (usize, usize)> {
+        let factor = self.config.vae.factor();
+        let of_reference =
+            move |Reference { width, height, .. }: &Reference| (height / factor, width / factor);
+        let references = settings.references.iter().map(of_reference);
+        [self.final_latents(settings)].into_iter().chain(references)
+    }
+
+    /// How many latents an image's reference pictures have.
+    fn reference_latents(&self, settings: &Settings) -> usize {
+        let latents = self.vae_latents(settings).skip(1);
+        latents.map(|(h, w)| h * w).sum()
     }
 
     /// Height and width of the latents that are decoded at last.
@@ -129,7 +150,7 @@ pub(super) fn is_short(checkpoint: &Checkpoint, config: &PipelineConfig) -> Resu
     let backbone = &config.base.backbone;
     let (h, w) = backbone.sample_size()?;
     let denoising =
-        checkpoint.stored_bytes(checkpoint.denoiser()) + backbone.activation_bytes(1, h, w);
+        checkpoint.stored_bytes(checkpoint.denoiser()) + backbone.activation_bytes(1, h, w, 0);
     let encoder = config.base.encoder.chat_bytes(checkpoint)?.all;
     Ok(require_memory(denoising.max(encoder), 0).is_err())
 }

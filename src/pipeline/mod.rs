@@ -20,6 +20,7 @@ pub mod options;
 pub mod preview;
 pub mod prompt_cache;
 pub mod queue;
+pub mod references;
 pub mod resolve;
 pub mod settings;
 
@@ -47,6 +48,7 @@ use networks::{Model, Networks};
 use options::VaeTiling;
 use prompt_cache::PromptCache;
 use queue::{BatchQueue, Queued};
+use references::ReferenceLatents;
 use resolve::{Params, Resolver};
 use settings::{Merged, Settings, UsedLora};
 use std::cell::RefCell;
@@ -278,6 +280,7 @@ pub struct Run<'a> {
     base_prompts: PromptCache<'a>,
     refiner_prompts: Option<PromptCache<'a>>,
     init_latents: InitLatentsCache,
+    reference_latents: ReferenceLatents,
 }
 
 /// The latents of a batch, [b, h, w, c], and what was noted on the way to them.
@@ -303,6 +306,7 @@ impl<'a> Run<'a> {
             base_prompts: PromptCache::new(&pipeline.config.base),
             refiner_prompts: pipeline.config.refiner.as_ref().map(PromptCache::new),
             init_latents: InitLatentsCache::default(),
+            reference_latents: ReferenceLatents::default(),
         }
     }
 
@@ -387,8 +391,14 @@ impl<'a> Run<'a> {
     fn denoise_batch(&mut self, batch: &[&'a Job], queue: &BatchQueue) -> Result<Denoised> {
         let start = Instant::now();
         let (compute, events) = (&self.pipeline.compute, self.events);
-        let mut denoising = Denoising::new(batch, self)?;
         let base = self.base();
+        let references = {
+            let mut cache = std::mem::take(&mut self.reference_latents);
+            let references = cache.get(batch, self);
+            self.reference_latents = cache;
+            references?
+        };
+        let mut denoising = Denoising::new(batch, references, self)?;
         let init = {
             let mut cache = std::mem::take(&mut self.init_latents);
             let init = cache.get(batch, self);
@@ -577,6 +587,7 @@ impl<'a> Run<'a> {
         self.options.keep_networks
             || batch.iter().any(|job| job.hires_plan.is_some())
             || self.init_latents.needs_encoder(queue.iter())
+            || self.reference_latents.needs_encoder(queue.iter())
     }
 
     /// Encodes RGB [1, h, w, 3] in 0..=1 to the latents of an image with these settings.

@@ -202,6 +202,15 @@ pub struct JobOptions {
     )]
     pub image_guidance: Option<f64>,
 
+    /// A picture that an editing model (FLUX.2 klein) looks at; once for each of several
+    #[serde(deserialize_with = "one_or_more")]
+    #[cfg_attr(feature = "cli", arg(long, hide_short_help = true))]
+    #[cfg_attr(
+        feature = "cli",
+        arg(value_name = "FILE", help_heading = "From a picture")
+    )]
+    pub reference: Option<Vec<PathBuf>>,
+
     /// Draw it small, then again larger by this factor over what was drawn
     #[serde(deserialize_with = "by_parser::factor")]
     #[cfg_attr(feature = "cli", arg(long, value_parser = factor))]
@@ -320,6 +329,7 @@ impl JobOptions {
             feather: self.feather.or(base.feather),
             fit: self.fit.or(base.fit),
             image_guidance: self.image_guidance.or(base.image_guidance),
+            reference: self.reference.or_else(|| base.reference.clone()),
             hires: self.hires.or(base.hires),
             hires_strength: self.hires_strength.or(base.hires_strength),
             original_size: self.original_size.or(base.original_size),
@@ -556,6 +566,26 @@ mod by_parser {
         pixels -> usize,
         steps -> usize,
     }
+}
+
+/// Reads a file's name, or a list of them.
+fn one_or_more<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<PathBuf>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(
+        untagged,
+        expecting = "expected the name of a file, or a list of names"
+    )]
+    enum OneOrMore {
+        One(PathBuf),
+        More(Vec<PathBuf>),
+    }
+    let paths = Option::<OneOrMore>::deserialize(deserializer)?;
+    Ok(paths.map(|paths| match paths {
+        OneOrMore::One(path) => vec![path],
+        OneOrMore::More(paths) => paths,
+    }))
 }
 
 /// A number or a text, as the text that the command line would have for it.

@@ -7,7 +7,8 @@ use super::guidance::Guidance;
 use super::inpaint::InitImageFinder;
 use super::job::Job;
 use super::options::{GUIDANCES, JobOptions, VaeTiling};
-use super::settings::{Hires, PromptBlend, Settings, Tile, UsedEmbedding};
+use super::references::ReferenceFinder;
+use super::settings::{Hires, PromptBlend, Reference, Settings, Tile, UsedEmbedding};
 use crate::error::ModelError;
 use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
@@ -99,6 +100,12 @@ impl Params {
         })
     }
 
+    /// Has an editing model look at this image file too while it draws, after those that were given
+    /// before.
+    pub fn reference(self, path: impl Into<PathBuf>) -> Self {
+        self.with(|options| options.reference.get_or_insert_default().push(path.into()))
+    }
+
     /// Repaints the init image only where this image file is white.
     pub fn mask(self, path: impl Into<PathBuf>) -> Self {
         self.with(|options| options.mask = Some(path.into()))
@@ -142,6 +149,7 @@ struct Plans {
 pub struct Resolver<'a> {
     pipeline: &'a Pipeline,
     init_images: InitImageFinder,
+    references: ReferenceFinder,
     plans: Vec<(PlanKey, Plans)>,
     /// the job before: its prompts are often those of the next
     last: Option<Job>,
@@ -169,6 +177,7 @@ impl<'a> Resolver<'a> {
         Ok(Self {
             pipeline,
             init_images: InitImageFinder::default(),
+            references: ReferenceFinder::default(),
             plans: vec![],
             last: None,
             available: pipeline
@@ -220,9 +229,20 @@ impl<'a> Resolver<'a> {
         let (pipeline, own, defaults) = (self.pipeline, self.own_size, self.defaults);
         let base = &pipeline.config.base;
         let source = self.init_images.find(options)?;
-        let (width, height) = match &source {
-            Some((source, of)) if source.only_masked.is_none() => self.size_over(options, *of, own),
-            _ => (
+        let count = options.reference.as_ref().map_or(0, Vec::len);
+        base.check_references(count, &self.model)?;
+        let references = self
+            .references
+            .find(options, pipeline.config.vae.factor())?;
+        // as in diffusers, a picture has the size of the first that it is drawn after
+        let of = match (&source, references.first()) {
+            (Some((source, of)), _) if source.only_masked.is_none() => Some(*of),
+            (None, Some(first)) => Some((first.width, first.height)),
+            _ => None,
+        };
+        let (width, height) = match of {
+            Some(of) => self.size_over(options, of, own),
+            None => (
                 options.width.unwrap_or(own.0),
                 options.height.unwrap_or(own.1),
             ),
@@ -275,6 +295,7 @@ impl<'a> Resolver<'a> {
                 .as_ref()
                 .and_then(|_| base.image_guidance(options.image_guidance)),
             source: source.map(|(source, _)| source),
+            references,
             hires: self.hires(options, width, height)?,
             eta: options
                 .eta
@@ -311,7 +332,7 @@ impl<'a> Resolver<'a> {
         })
     }
 
-    /// Width and height of an image over an init image of the size `of`: its own, in the steps that
+    /// Width and height of an image after another one of the size `of`: its own, in the steps that
     /// the model has. Where it is much larger than the model's `own` size, it is brought down to
     /// that number of pixels.
     fn size_over(
@@ -462,6 +483,12 @@ impl<'a> Resolver<'a> {
             );
         }
         config.base.check_source(settings)?;
+        config
+            .base
+            .check_references(settings.references.len(), &settings.model)?;
+        for Reference { width, height, .. } in settings.references.iter() {
+            check_size("reference", *width.max(height), step)?;
+        }
         if let Some(hires) = settings.hires {
             check_size("hires", hires.width.max(hires.height), step)?;
             let repaints = settings

@@ -52,6 +52,9 @@ pub struct Settings {
     /// the picture that it is drawn over
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Arc<Source>>,
+    /// the pictures that the model looks at
+    #[serde(default, skip_serializing_if = "<[Reference]>::is_empty")]
+    pub references: Arc<[Reference]>,
     /// how much of the source is noise at first; none: all of it
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strength: Option<f64>,
@@ -217,6 +220,18 @@ pub struct Source {
     /// what is added around the picture and painted
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub extend: Option<Border>,
+}
+
+/// A picture that a model looks at while it draws.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reference {
+    /// the file
+    pub image: Arc<str>,
+    /// [`crate::image::load::Input::sha256`]
+    pub image_hash: Arc<str>,
+    /// pixels, as the model looks at it
+    pub width: usize,
+    pub height: usize,
 }
 
 /// Pixels at each side: `left=128,top=64`, or `256` for all.
@@ -439,6 +454,8 @@ impl Settings {
                 .as_ref()
                 .and_then(|source| Some(("Mask", source.mask.as_ref()?.to_string()))),
         );
+        let references: Vec<&str> = self.references.iter().map(|it| &*it.image).collect();
+        extra.extend((!references.is_empty()).then(|| ("References", references.join(", "))));
         if let Some(Hires {
             factor, strength, ..
         }) = self.hires

@@ -204,7 +204,7 @@ fn needs_more(matches: &ArgMatches) -> bool {
 fn needs_only_a_model(matches: &ArgMatches) -> bool {
     let others = NEEDS.into_iter().filter(|option| *option != "model");
     let is_given = |option: &str| matches.try_get_raw(option).ok().flatten().is_some();
-    let mut others = others.chain(["image", "mask"]);
+    let mut others = others.chain(["image", "mask", "reference"]);
     matches.subcommand().is_none() && !others.any(is_given)
 }
 

@@ -34,6 +34,7 @@ mod output;
 mod parity;
 mod pictures;
 mod prompts;
+mod references;
 mod refused;
 mod samplers;
 mod shard;

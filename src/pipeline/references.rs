@@ -1,0 +1,233 @@
+//! Reference pictures, which an editing model looks at while it draws.
+//!
+//! [`ReferenceFinder`] makes settings of options and reads each file once; [`ReferenceLatents`]
+//! encodes each picture once for all images of a run that it is given to. Hides how a picture is
+//! brought to a size that the network takes, which is not that of the drawing.
+
+use super::Run;
+use super::job::Job;
+use super::options::JobOptions;
+use super::settings::{Reference, Settings};
+use crate::image::Image;
+use crate::image::load::{Fit, Input};
+use anyhow::{Context, Result, ensure};
+use candle_core::{Result as TensorResult, Tensor};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The most that one image may be given. diffusers has no limit; Black Forest Labs take up to ten
+/// for FLUX.2's largest models, and four for klein (docs.bfl.ml).
+pub const MAX_REFERENCES: usize = 10;
+/// What diffusers' `Flux2ImageProcessor.check_image_input` asks of a picture: the shortest side, and
+/// how much longer the other may be.
+const MIN_SIDE_PX: usize = 64;
+const MAX_ASPECT: usize = 8;
+/// The number of pixels above which `Flux2KleinPipeline` makes a picture smaller.
+const MAX_AREA_PX: usize = 1024 * 1024;
+/// Pictures whose latents are kept for later images at most.
+const MAX_CACHED: usize = 64;
+
+/// Finds the reference pictures that options name.
+#[derive(Default)]
+pub struct ReferenceFinder {
+    /// one for all images of a run that have the same
+    found: HashMap<Vec<PathBuf>, Arc<[Reference]>>,
+}
+
+impl ReferenceFinder {
+    /// Returns the reference pictures that the options name, in their order, for a network with
+    /// latents of so many pixels a side. Errors if a file cannot be read, or has a shape that the
+    /// network was not trained on.
+    pub fn find(&mut self, options: &JobOptions, factor: usize) -> Result<Arc<[Reference]>> {
+        let Some(paths) = options.reference.as_ref().filter(|paths| !paths.is_empty()) else {
+            return Ok(Arc::default());
+        };
+        if let Some(found) = self.found.get(paths) {
+            return Ok(found.clone());
+        }
+        let read = |path: &PathBuf| {
+            let image = path
+                .to_str()
+                .with_context(|| format!("the name `{}` is not UTF-8 text", path.display()))?;
+            let input = Input::read(path)?;
+            let own = (input.picture.width, input.picture.height);
+            let [_, (width, height)] = sizes(own, factor)
+                .with_context(|| format!("`{image}` cannot be a reference picture"))?;
+            Ok(Reference {
+                image: image.into(),
+                image_hash: input.sha256().into(),
+                width,
+                height,
+            })
+        };
+        let found: Arc<[Reference]> = paths.iter().map(read).collect::<Result<_>>()?;
+        self.found.insert(paths.clone(), found.clone());
+        Ok(found)
+    }
+}
+
+/// The sizes that a picture is resized to, and then cropped to, as diffusers' `Flux2KleinPipeline`
+/// does it: at most a million pixels, then whole latents. Errors if its shape is out of bounds.
+fn sizes((width, height): (usize, usize), factor: usize) -> Result<[(usize, usize); 2]> {
+    let shortest = MIN_SIDE_PX.max(factor);
+    ensure!(
+        width.min(height) >= shortest,
+        "it is {width}x{height} pixels, at least {shortest} a side are needed\n\nhint: enlarge it first: `sdgen upscale`"
+    );
+    ensure!(
+        width.max(height) <= MAX_ASPECT * width.min(height),
+        "it is {width}x{height} pixels, one side more than {MAX_ASPECT} times the other\n\nhint: crop it first"
+    );
+    let area = width * height;
+    let resized = if area > MAX_AREA_PX {
+        let scale = (MAX_AREA_PX as f64 / area as f64).sqrt();
+        let smaller = |side: usize| (side as f64 * scale) as usize;
+        (smaller(width), smaller(height))
+    } else {
+        (width, height)
+    };
+    let whole = |side: usize| side / factor * factor;
+    Ok([resized, (whole(resized.0), whole(resized.1))])
+}
+
+/// A picture as the network looks at it: its middle, in whole latents of so many pixels a side.
+fn prepared(picture: &Image, factor: usize) -> Result<Image> {
+    let [(width, height), cropped] = sizes((picture.width, picture.height), factor)?;
+    Ok(middle(&picture.fit(width, height, Fit::Stretch), cropped))
+}
+
+/// The middle of a picture, which is not smaller; where that is not exact, more is cut off at the
+/// right and at the bottom.
+fn middle(picture: &Image, (width, height): (usize, usize)) -> Image {
+    let left = (picture.width - width) / 2;
+    let top = (picture.height - height) / 2;
+    let rows = picture.rgb.chunks_exact(picture.width * 3);
+    let row = |row: &[u8]| {
+        let levels = row.iter().copied().skip(left * 3);
+        levels.take(width * 3).collect::<Vec<u8>>()
+    };
+    let rgb = rows.skip(top).take(height).flat_map(row).collect();
+    Image { width, height, rgb }
+}
+
+/// The hash of a picture, and whether it is encoded in tiles.
+type Key = (Arc<str>, bool);
+
+/// The latents of the reference pictures of a run.
+#[derive(Default)]
+pub struct ReferenceLatents(HashMap<Key, Tensor>);
+
+impl ReferenceLatents {
+    /// Returns the latents of a batch's reference pictures, [b, h, w, c] of each in its turn. All
+    /// images of the batch have as many, of the same sizes.
+    pub fn get(&mut self, batch: &[&Job], run: &Run) -> Result<Vec<Tensor>> {
+        let count = batch.first().map_or(0, |job| job.settings.references.len());
+        let mut all = vec![];
+        for nth in 0..count {
+            let mut latents = vec![];
+            for job in batch {
+                let settings = &job.settings;
+                if let Some(reference) = settings.references.get(nth) {
+                    latents.push(self.of_one(reference, settings, run)?);
+                }
+            }
+            all.push(Tensor::cat(&latents, 0)?);
+        }
+        Ok(all)
+    }
+
+    /// [1, h, w, c]
+    fn of_one(&mut self, reference: &Reference, settings: &Settings, run: &Run) -> Result<Tensor> {
+        let key = (reference.image_hash.clone(), settings.vae_tiling);
+        if let Some(latents) = self.0.get(&key) {
+            return Ok(latents.clone());
+        }
+        let Reference {
+            image, image_hash, ..
+        } = reference;
+        let input = Input::read(Path::new(&**image))?;
+        ensure!(
+            input.sha256() == **image_hash,
+            "`{image}` is another picture than it was\n\nhint: what is drawn after it would be another one too"
+        );
+        let picture = prepared(&input.over_white(), run.vae_factor())?;
+        // as in diffusers, the middle of the distribution
+        let latents = run
+            .encode(&picture.to_tensor(run.device())?, settings)?
+            .mean;
+        if self.0.len() >= MAX_CACHED {
+            self.0.clear();
+        }
+        self.0.insert(key, latents.clone());
+        Ok(latents)
+    }
+
+    /// Whether one of these jobs needs an encoder that has not run for it yet.
+    pub fn needs_encoder<'j>(&self, mut jobs: impl Iterator<Item = &'j Job>) -> bool {
+        jobs.any(|job| {
+            let Settings {
+                references,
+                vae_tiling,
+                ..
+            } = &job.settings;
+            let key = |reference: &Reference| (reference.image_hash.clone(), *vae_tiling);
+            references
+                .iter()
+                .any(|reference| !self.0.contains_key(&key(reference)))
+        })
+    }
+}
+
+/// Latents [b, h, w, c] of each reference picture, for a network that runs so often for each image
+/// of the batch.
+pub fn for_passes(latents: &[Tensor], passes: usize) -> TensorResult<Vec<Tensor>> {
+    let repeat = |latents| Tensor::cat(&vec![latents; passes], 0);
+    latents.iter().map(repeat).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_diffusers_pipeline() {
+        // computed by Flux2ImageProcessor._resize_to_target_area and the lines after it
+        for (own, expected) in [
+            ((100, 70), [(100, 70), (96, 64)]),
+            ((64, 64), [(64, 64), (64, 64)]),
+            ((1024, 1024), [(1024, 1024), (1024, 1024)]),
+            ((1025, 1024), [(1024, 1023), (1024, 1008)]),
+            ((4000, 3000), [(1182, 886), (1168, 880)]),
+            ((3000, 4000), [(886, 1182), (880, 1168)]),
+            ((8000, 1000), [(2896, 362), (2896, 352)]),
+            ((1920, 1080), [(1365, 768), (1360, 768)]),
+        ] {
+            assert_eq!(sizes(own, 16).unwrap(), expected, "{own:?}");
+        }
+        for (own, says) in [((63, 100), "at least 64"), ((513, 64), "more than 8 times")] {
+            let error = sizes(own, 16).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_latent_is_cut_off_around_the_middle() {
+        let rgb = (0..100 * 70)
+            .flat_map(|i| [(i % 100) as u8, (i / 100) as u8, 0])
+            .collect();
+        let picture = Image {
+            width: 100,
+            height: 70,
+            rgb,
+        };
+        let cut = prepared(&picture, 16).unwrap();
+        assert_eq!((cut.width, cut.height), (96, 64));
+        assert_eq!(cut.rgb[..3], [2, 3, 0]);
+        assert_eq!(cut.rgb[96 * 64 * 3 - 3..], [97, 66, 0]);
+        // of an odd rest the smaller half is cut off at the left and at the top
+        let cut = middle(&picture, (97, 69));
+        assert_eq!(cut.rgb[..3], [1, 0, 0]);
+    }
+}

@@ -32,6 +32,73 @@ const SDXL_SHARES: [[f32; 3]; 5] = [
     [-0.3165, -0.2492, -0.2188],
     [0.1084, -0.0175, -0.0011],
 ];
+/// The latents of FLUX.1's VAE, and their shares, from the same place.
+const FLUX1: LatentFormat = LatentFormat {
+    channels: 16,
+    scaling_factor: 0.3611,
+    shift_factor: 0.1159,
+};
+const FLUX1_SHARES: [[f32; 3]; 17] = [
+    [-0.0346, 0.0244, 0.0681],
+    [0.0034, 0.021, 0.0687],
+    [0.0275, -0.0668, -0.0433],
+    [-0.0174, 0.016, 0.0617],
+    [0.0859, 0.0721, 0.0329],
+    [0.0004, 0.0383, 0.0115],
+    [0.0405, 0.0861, 0.0915],
+    [-0.0236, -0.0185, -0.0259],
+    [-0.0245, 0.025, 0.118],
+    [0.1008, 0.0755, -0.0421],
+    [-0.0515, 0.0201, 0.0011],
+    [0.0428, -0.0012, -0.0036],
+    [0.0817, 0.0765, 0.0749],
+    [-0.1264, -0.0522, -0.1103],
+    [-0.028, -0.0881, -0.0499],
+    [-0.1262, -0.0982, -0.0778],
+    [-0.0329, -0.0718, -0.0851],
+];
+/// The latents of FLUX.2's VAE as its network sees them, each of 2x2 of the VAE's, and the shares of
+/// these, from the same place.
+const FLUX2: LatentFormat = LatentFormat {
+    channels: 128,
+    scaling_factor: 1.0,
+    shift_factor: 0.0,
+};
+const FLUX2_SHARES: [[f32; 3]; 33] = [
+    [0.0058, 0.0113, 0.0073],
+    [0.0495, 0.0443, 0.0836],
+    [-0.0099, 0.0096, 0.0644],
+    [0.2144, 0.3009, 0.3652],
+    [0.0166, -0.0039, -0.0054],
+    [0.0157, 0.0103, -0.016],
+    [-0.0398, 0.0902, -0.0235],
+    [-0.0052, 0.0095, 0.0109],
+    [-0.3527, -0.2712, -0.1666],
+    [-0.0301, -0.0356, -0.018],
+    [-0.0107, 0.0078, 0.0013],
+    [0.0746, 0.009, -0.0941],
+    [0.0156, 0.0169, 0.007],
+    [-0.0034, -0.004, -0.0114],
+    [0.0032, 0.0181, 0.008],
+    [-0.0939, -0.0008, 0.0186],
+    [0.0018, 0.0043, 0.0104],
+    [0.0284, 0.0056, -0.0127],
+    [-0.0024, -0.0022, -0.003],
+    [0.1207, -0.0026, 0.0065],
+    [0.0128, 0.0101, 0.0142],
+    [0.0137, -0.0072, -0.0007],
+    [0.0095, 0.0092, -0.0059],
+    [0.0, -0.0077, -0.0049],
+    [-0.0465, -0.0204, -0.0312],
+    [0.0095, 0.0012, -0.0066],
+    [0.029, -0.0034, 0.0025],
+    [0.022, 0.0169, -0.0048],
+    [-0.0332, -0.0457, -0.0468],
+    [-0.0085, 0.0389, 0.0609],
+    [-0.0076, 0.0003, -0.0043],
+    [-0.0111, -0.046, -0.0614],
+    [-0.0329, -0.0718, -0.0851],
+];
 /// The latents of the embedded model's VAE.
 const MINI: LatentFormat = LatentFormat {
     channels: 32,
@@ -60,12 +127,18 @@ impl PreviewMap {
                 ..if is_sdxl { SDXL } else { STABLE_DIFFUSION }
             },
         };
+        let of_table = |table: &[[f32; 3]], side| {
+            let (constant, shares) = table.split_last()?;
+            Some(Self::of_shares(shares, *constant, side))
+        };
         if format == STABLE_DIFFUSION {
-            Some(Self::of_shares(&SHARES, [0.0; 3]))
+            Some(Self::of_shares(&SHARES, [0.0; 3], 1))
         } else if format == SDXL {
-            SDXL_SHARES
-                .split_last()
-                .map(|(constant, shares)| Self::of_shares(shares, *constant))
+            of_table(&SDXL_SHARES, 1)
+        } else if format == FLUX1 {
+            of_table(&FLUX1_SHARES, 1)
+        } else if format == FLUX2 {
+            of_table(&FLUX2_SHARES, 2)
         } else if format == MINI {
             Some(Self {
                 side: 4,
@@ -76,18 +149,25 @@ impl PreviewMap {
         }
     }
 
-    /// Of shares and constants for values in -1..=1.
-    fn of_shares(shares: &[[f32; 3]], constant: [f32; 3]) -> Self {
-        let row = |colour: usize| {
+    /// Of shares and constants for values in -1..=1, where each latent has `side` x `side` values of
+    /// each share, one for each pixel.
+    fn of_shares(shares: &[[f32; 3]], constant: [f32; 3], side: usize) -> Self {
+        let pixels = side * side;
+        let row = |i: usize| {
+            let (pixel, colour) = (i / 3, i % 3);
+            let share = |shares: &[f32; 3], at: usize| match at == pixel {
+                true => shares[colour] / 2.0,
+                false => 0.0,
+            };
+            let shares = shares.iter();
             shares
-                .iter()
-                .map(|shares| shares[colour] / 2.0)
+                .flat_map(|shares| (0..pixels).map(move |at| share(shares, at)))
                 .chain([constant[colour] / 2.0 + 0.5])
                 .collect()
         };
         Self {
-            side: 1,
-            rows: (0..3).map(row).collect(),
+            side,
+            rows: (0..pixels * 3).map(row).collect(),
         }
     }
 
@@ -190,6 +270,32 @@ mod tests {
             );
         }
         assert_eq!(pixel(&kl(0.37), true, grey)?, None);
+        Ok(())
+    }
+
+    #[test]
+    fn latents_of_flux_have_their_maps_and_those_of_the_second_four_pixels() -> anyhow::Result<()> {
+        let map = |vae: &str| -> anyhow::Result<PreviewMap> {
+            let vae = Autoencoder::from_json(&serde_json::from_str(vae)?)?;
+            PreviewMap::of(&vae, false).context("no map")
+        };
+        let first = map(
+            r#"{"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}"#,
+        )?;
+        let mut latent = vec![0f32; 16];
+        latent[9] = 2.0;
+        let picture = first.picture(&Tensor::new(latent, &Device::Cpu)?.reshape((1, 1, 1, 16))?)?;
+        // 127.5 * (1 + constant + 2 * share)
+        assert_eq!(picture.rgb, [149, 138, 106]);
+        let second = map(r#"{"_class_name": "AutoencoderKLFlux2", "latent_channels": 32}"#)?;
+        // the VAE's channel 3, of the pixel at the bottom left
+        let mut latent = vec![0f32; 128];
+        latent[3 * 4 + 2] = 1.0;
+        let picture =
+            second.picture(&Tensor::new(latent, &Device::Cpu)?.reshape((1, 1, 1, 128))?)?;
+        assert_eq!((picture.width, picture.height), (2, 2));
+        let grey = [123, 118, 117];
+        assert_eq!(picture.rgb, [grey, grey, [151, 157, 163], grey].concat());
         Ok(())
     }
 

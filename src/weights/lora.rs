@@ -22,14 +22,15 @@ pub use named::find_named;
 use super::distillation::{Bearer, Distillation};
 use super::embedding::{Embedding, split_bundled};
 use super::file;
+use super::key_mapping::Part;
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, family_name, role};
+use super::{Checkpoint, TRANSFORMER, family_name, role};
 use anyhow::{Context, Result, bail};
 use delta::Method;
 use layer_names::{
     ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, PEFT_BOFT, PEFT_IA3,
-    PEFT_OFT, TLORA_MARK, UP_BIAS, component, split,
+    PEFT_OFT, TLORA_MARK, Target, UP_BIAS, component, is_of_z_image, split,
 };
 use peft::PeftConfig;
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +51,9 @@ const COMMON_NAMES: [&str; 3] = [
     "adapter_model",
     "diffusion_pytorch_model",
 ];
+
+/// For people: of models that are known and not read.
+const NOT_DRAWN: &str = "a family that sdgen does not draw";
 
 /// The name that PEFT gives to every file, and to the configuration beside it.
 const ADAPTER_MODEL: &str = "adapter_model";
@@ -94,12 +98,18 @@ pub struct Lora {
     words: BTreeMap<String, BTreeMap<&'static str, String>>,
     /// keys that belong to no layer
     unknown_keys: Vec<String>,
-    /// canonical name of a model's weight -> the layer that changes it
-    matched: BTreeMap<String, String>,
+    /// canonical name of a model's weight -> what changes it
+    matched: BTreeMap<String, Match>,
     /// keys that change nothing in the model that it was matched with
     unexpected_keys: Vec<String>,
     /// PEFT's configuration from the header
     peft: PeftConfig,
+}
+
+/// What of a file changes a weight of the model: a layer, or some of its rows.
+struct Match {
+    layer: String,
+    part: Part,
 }
 
 impl Lora {
@@ -227,34 +237,57 @@ impl Lora {
     /// LoRA was made for a model with text embeddings of another width.
     pub fn match_keys(&mut self, model: &Checkpoint, names: &LayerNames) -> Result<()> {
         (self.matched, self.unexpected_keys) = (BTreeMap::new(), self.unknown_keys.clone());
+        let mut other_size = None;
         for (name, layer) in &self.layers {
-            let base = names.find(name);
-            let is_free = |weight: &String| !self.matched.contains_key(weight);
-            let weight = base
-                .map(|base| format!("{base}.weight"))
-                .filter(|weight| is_free(weight) && self.has_size_of(name, layer, model, weight));
-            let bias = base
-                .map(|base| format!("{base}.bias"))
-                .filter(|bias| is_free(bias) && self.has_bias_of(name, layer, model, bias));
+            let (mut has_weight, mut has_bias) = (false, false);
+            for Target { layer: base, part } in names.find(name) {
+                let is_free = |weight: &String| !self.matched.contains_key(weight);
+                let weight = Some(format!("{base}.weight")).filter(|weight| {
+                    is_free(weight) && self.has_size_of(name, layer, model, (weight, part))
+                });
+                let bias = Some(format!("{base}.bias")).filter(|bias| {
+                    is_free(bias)
+                        && *part == Part::Whole
+                        && self.has_bias_of(name, layer, model, bias)
+                });
+                has_weight |= weight.is_some();
+                has_bias |= bias.is_some();
+                let changed = weight.into_iter().chain(bias);
+                self.matched.extend(changed.map(|weight| {
+                    let (layer, part) = (name.clone(), part.clone());
+                    (weight, Match { layer, part })
+                }));
+                if !has_weight && component(name) == TRANSFORMER {
+                    let expected = model.shape(&format!("{base}.weight"));
+                    other_size = self.size(layer).zip(expected).or(other_size);
+                }
+            }
             let is_matched = |slot: &str| {
                 if [DIFF_B, UP_BIAS].contains(&slot) {
-                    bias.is_some()
+                    has_bias
                 } else {
-                    weight.is_some()
+                    has_weight
                 }
             };
             let unexpected = layer.iter().filter(|(slot, _)| !is_matched(slot));
             self.unexpected_keys
                 .extend(unexpected.map(|(_, key)| key.clone()));
-            let changed = weight.into_iter().chain(bias);
-            self.matched
-                .extend(changed.map(|weight| (weight, name.clone())));
         }
         let (own, models) = (self.text_width(), model.text_width());
-        if !self.matched.is_empty() && (own.is_none() || models.is_none() || own == models) {
+        // some of FLUX.1's layers have the names and sizes of FLUX.2's
+        let is_of_other = self.family() == Some(NOT_DRAWN);
+        let fits = own.is_none() || models.is_none() || own == models;
+        if !self.matched.is_empty() && fits && !is_of_other {
             return Ok(());
         }
         let why = match (self.family(), own.zip(models)) {
+            (family, _) if family != Some(NOT_DRAWN) && other_size.is_some() => {
+                let ((rows, columns), expected) = other_size.unwrap_or_default();
+                format!(
+                    "it is for a model of another size: it changes weights of {rows}x{columns} where that has {}",
+                    shown(expected)
+                )
+            }
             (Some(family), _) => format!("it seems to be for {family}"),
             (None, Some((own, models))) if own != models => {
                 format!("it takes text embeddings of width {own}, those of the model have {models}")
@@ -274,11 +307,17 @@ impl Lora {
     }
 
     /// Whether a layer's change has as many rows and columns as a weight of the model.
-    fn has_size_of(&self, name: &str, layer: &Layer, model: &Checkpoint, weight: &str) -> bool {
+    fn has_size_of(
+        &self,
+        name: &str,
+        layer: &Layer,
+        model: &Checkpoint,
+        (weight, part): (&str, &Part),
+    ) -> bool {
         let Some([rows, rest @ ..]) = model.shape(weight) else {
             return false;
         };
-        self.fits(name, layer, (*rows, rest.iter().product()))
+        self.fits(name, layer, (*rows, rest.iter().product()), part)
     }
 
     /// Whether a layer has a change in the shape of a bias of the model.
@@ -371,8 +410,14 @@ impl Lora {
             .values()
             .flat_map(BTreeMap::values)
             .any(|key| key.contains(".lora_A.") || key.starts_with("base_model.model."));
-        if has("lora_unet_input_blocks_") || has("lora_unet_output_blocks_") {
+        let has_original = has("double_blocks") || has("single_blocks");
+        if has("lora_unet_input_blocks_")
+            || has("lora_unet_output_blocks_")
+            || has("lora_unet_") && has_original
+        {
             "kohya, original block names"
+        } else if has_original {
+            "original block names"
         } else if has("lora_unet_") || has("lora_te") {
             "kohya"
         } else if has("lycoris_") {
@@ -478,19 +523,61 @@ impl Lora {
             Some(1280) => Some(family_name::SDXL_REFINER),
             Some(2048) => Some(family_name::SDXL),
             Some(_) => None,
-            None if has(&[
-                "double_blocks",
-                "single_blocks",
-                "single_transformer_blocks",
-                "joint_blocks",
-                "lora_te3_",
-            ]) =>
-            {
-                Some("a family that sdgen does not draw")
+            None if has(&["joint_blocks", "lora_te3_"]) => Some(NOT_DRAWN),
+            None if self.layers.keys().any(|name| is_of_z_image(name)) => {
+                Some(family_name::Z_IMAGE)
             }
-            None => has(&["lora_te2_", "text_encoder_2."]).then_some(family_name::SDXL),
+            None => match self.is_of_flux2() {
+                Some(true) => Some(family_name::FLUX2_KLEIN),
+                Some(false) => Some(NOT_DRAWN),
+                None => has(&["lora_te2_", "text_encoder_2."]).then_some(family_name::SDXL),
+            },
         }
     }
+
+    /// Whether a transformer's LoRA is for FLUX.2, not for FLUX.1 and its kin, by the names and
+    /// proportions of layers; none where these do not tell.
+    fn is_of_flux2(&self) -> Option<bool> {
+        const OWN: [&str; 3] = ["to_qkv_mlp_proj", "stream_modulation", "_linear_in"];
+        const OTHERS: [&str; 5] = [
+            "_mod_lin",
+            "_proj_mlp",
+            "_ff_net_",
+            "_norm1_",
+            "_norm_linear",
+        ];
+        // rows for each column of layers that both have
+        const PROPORTIONS: [(&str, usize); 2] = [("_linear1", 9), ("_mlp_0", 6)];
+        let of_layer = |(name, layer): (&String, &Layer)| {
+            let name = name.replace('.', "_");
+            let is_single = name.contains("single_transformer_blocks_");
+            if OWN.iter().any(|mark| name.contains(mark)) {
+                return Some(true);
+            }
+            if OTHERS.iter().any(|mark| name.contains(mark))
+                || is_single
+                    && ["_to_q", "_to_k", "_to_v"]
+                        .iter()
+                        .any(|it| name.ends_with(it))
+            {
+                return Some(false);
+            }
+            let (_, rows) = PROPORTIONS.iter().find(|(end, _)| name.ends_with(end))?;
+            let (own, columns) = self.size(layer)?;
+            Some(own == rows * columns)
+        };
+        let mut transformers = self
+            .layers
+            .iter()
+            .filter(|(name, _)| component(name) == TRANSFORMER);
+        transformers.find_map(of_layer)
+    }
+}
+
+/// A shape for people.
+fn shown(shape: &[usize]) -> String {
+    let sides: Vec<String> = shape.iter().map(usize::to_string).collect();
+    sides.join("x")
 }
 
 /// Two of some keys, for people.

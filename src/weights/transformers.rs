@@ -19,6 +19,9 @@ pub struct Transformer {
     pub drawn: Option<&'static Drawn>,
 }
 
+/// Counts the blocks whose names begin so.
+type CountBlocks<'a> = dyn Fn(&str) -> usize + 'a;
+
 /// What is known of a family that is drawn.
 pub struct Drawn {
     /// the layer that takes latents in, under diffusers' name: its rows are the network's width
@@ -28,6 +31,9 @@ pub struct Drawn {
     /// diffusers' names of a tensor under either name, none of what is not used; `None` where no
     /// layer has it
     map: fn(&str) -> Option<Vec<Named>>,
+    /// the original names of its layers, without what their tensors are called; it is told how to
+    /// count blocks by the beginning of diffusers' names
+    layers: fn(&CountBlocks) -> Vec<String>,
     /// fills in the configurations of transformer, scheduler and pipeline
     pub configure: fn(&mut Checkpoint) -> Result<()>,
     /// the published ones by their width; the first stands for those of no known width
@@ -108,6 +114,7 @@ const KLEIN: Drawn = Drawn {
     embedder: "x_embedder.weight",
     context: ("context_embedder.weight", 3),
     map: flux2,
+    layers: flux2_layers,
     configure: infer_config::flux2,
     releases: &[
         Release {
@@ -131,6 +138,7 @@ const Z_IMAGE: Drawn = Drawn {
     embedder: "all_x_embedder.2-1.weight",
     context: ("cap_embedder.1.weight", 1),
     map: z_image,
+    layers: z_image_layers,
     configure: infer_config::z_image,
     releases: &[Release {
         width: 3840,
@@ -166,6 +174,27 @@ pub fn find<'a>(
         let mut prefixes = PREFIXES.into_iter();
         Some((family, prefixes.find(|prefix| is_of(family, prefix))?))
     })
+}
+
+/// The layers of a checkpoint's transformer by their original names, and the tensors here that the
+/// weight of each is; none if its family is not drawn.
+pub fn original_layers(checkpoint: &Checkpoint) -> Vec<(String, Vec<Named>)> {
+    let Some((
+        Transformer {
+            drawn: Some(drawn), ..
+        },
+        _,
+    )) = find(checkpoint.names())
+    else {
+        return vec![];
+    };
+    let count = |blocks: &str| checkpoint.count(&format!("transformer.{blocks}"));
+    let layers = (drawn.layers)(&count).into_iter();
+    let with_tensors = |layer: String| Some((drawn.names(&format!("{layer}.weight"))?, layer));
+    layers
+        .filter_map(with_tensors)
+        .map(|(tensors, layer)| (layer, tensors))
+        .collect()
 }
 
 impl Drawn {
@@ -255,6 +284,25 @@ const FLUX2_SINGLE: [(&str, &str); 4] = [
     ("norm.key_norm.", "attn.norm_k."),
 ];
 
+/// The layers of FLUX.2 in Black Forest Labs' code.
+fn flux2_layers(count: &CountBlocks) -> Vec<String> {
+    const FUSED: [&str; 2] = ["img_attn.qkv.", "txt_attn.qkv."];
+    let old = |names: &'static [(&str, &str)]| names.iter().map(|(old, _)| *old);
+    let double = old(&FLUX2_DOUBLE).chain(FUSED);
+    let double = (0..count("transformer_blocks.")).flat_map(|i| {
+        double
+            .clone()
+            .map(move |name| format!("double_blocks.{i}.{name}"))
+    });
+    let single = (0..count("single_transformer_blocks."))
+        .flat_map(|i| old(&FLUX2_SINGLE).map(move |name| format!("single_blocks.{i}.{name}")));
+    let all = old(&FLUX2_FIXED)
+        .map(String::from)
+        .chain(double)
+        .chain(single);
+    all.map(|name| name.trim_end_matches('.').into()).collect()
+}
+
 /// Maps a key of FLUX.2, under Black Forest Labs' name or diffusers'.
 fn flux2(key: &str) -> Option<Vec<Named>> {
     const BLOCKS: [&str; 2] = ["transformer_blocks.", "single_transformer_blocks."];
@@ -324,6 +372,19 @@ const Z_IMAGE_BLOCK: [(&str, &str); 3] = [
     ("attention.q_norm.", "attention.norm_q."),
     ("attention.k_norm.", "attention.norm_k."),
 ];
+
+/// The layers of Z-Image that have other names than diffusers'.
+fn z_image_layers(count: &CountBlocks) -> Vec<String> {
+    let fixed = Z_IMAGE_FIXED
+        .iter()
+        .map(|(old, _)| old.trim_end_matches('.').to_string());
+    let blocks = ["layers", "noise_refiner", "context_refiner"];
+    let of_blocks = blocks.iter().flat_map(|kind| {
+        let blocks = 0..count(&format!("{kind}."));
+        blocks.flat_map(move |i| ["qkv", "out"].map(|name| format!("{kind}.{i}.attention.{name}")))
+    });
+    fixed.chain(of_blocks).collect()
+}
 
 /// Maps a key of Z-Image, under ComfyUI's name or diffusers'.
 fn z_image(key: &str) -> Option<Vec<Named>> {

@@ -25,6 +25,7 @@ mod input;
 mod layers;
 mod library;
 mod lora;
+mod lora_transformers;
 mod memory;
 mod merge;
 mod mini;

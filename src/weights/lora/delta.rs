@@ -1,11 +1,12 @@
 //! What a LoRA adds to a weight: the low-rank product, its relatives, and DoRA's normalization.
 
-use super::Lora;
 use super::layer_names::{
     ALPHA, DIFF, DIFF_B, DORA, DOWN, FACTORS, GLORA_DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, OFT,
     ON_INPUT, PEFT_BOFT, PEFT_IA3, PEFT_OFT, RESCALE, UP, UP_BIAS,
 };
 use super::orthogonal::{PeftTurns, Rotation, rotate_inputs};
+use super::{Lora, Match};
+use crate::weights::key_mapping::Part;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -13,10 +14,26 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 impl Lora {
-    /// Whether a layer of this name changes a weight of (rows, columns).
-    pub(super) fn fits(&self, name: &str, layer: &Layer, (rows, columns): (usize, usize)) -> bool {
+    /// Whether a layer of this name changes a weight of (rows, columns), with all rows or a part of
+    /// its own.
+    pub(super) fn fits(
+        &self,
+        name: &str,
+        layer: &Layer,
+        (rows, columns): (usize, usize),
+        part: &Part,
+    ) -> bool {
         let shape = |slot: &str| layer.get(slot).and_then(|key| self.source.shape(key));
         let count = |slot: &str| shape(slot).map(|shape| shape.iter().product::<usize>());
+        if *part != Part::Whole {
+            // what depends on the whole weight cannot be made of a part of it
+            let rows = rows_in_file(part, rows);
+            let of_rows = |slot: &str| count(slot).is_none_or(|count| count == rows);
+            return Method::of(layer).is_some_and(Method::is_of_itself)
+                && of_rows(DORA)
+                && of_rows(MAGNITUDE)
+                && self.size(layer) == Some((rows, columns));
+        }
         match Method::of(layer) {
             Some(Method::Rotation) => {
                 shape(OFT)
@@ -163,11 +180,8 @@ impl Lora {
 
     /// The change of a weight [rows, ..], element by element, and a factor of it.
     fn change(&self, name: &str, weight: &Tensor) -> Result<(Vec<f32>, f32)> {
-        let layer = self
-            .matched
-            .get(name)
-            .and_then(|layer| self.layers.get(layer))
-            .context("no layer changes it")?;
+        let Match { layer, part } = self.matched.get(name).context("no layer changes it")?;
+        let layer = self.layers.get(layer).context("no layer changes it")?;
         let strength = self.strength_of(name) as f32;
         match Method::of(layer) {
             Some(Method::PeftFactors) => {
@@ -191,8 +205,9 @@ impl Lora {
             Some(Method::Factors) => return Ok((self.multiplied(layer, weight)?, strength)),
             _ => (),
         }
+        let columns = weight.elem_count() / weight.dim(0)?.max(1);
         let (change, scale) = (
-            self.product(layer, weight)?,
+            part_of(part, self.product(layer, weight)?, columns),
             self.scale(layer, name)? as f32,
         );
         match (layer.get(MAGNITUDE), layer.get(DORA)) {
@@ -200,12 +215,16 @@ impl Lora {
             (magnitude, dora) => {
                 let key = magnitude.or(dora).context("it has no magnitudes")?;
                 let magnitudes = self.source.read(key)?;
-                let of_rows =
-                    magnitude.is_some() || magnitudes.dims().first() == weight.dims().first();
+                let of_rows = magnitude.is_some()
+                    || magnitudes.dims().first() == Some(&rows_in_file(part, weight.dim(0)?));
+                let magnitudes = match of_rows {
+                    true => part_of(part, to_f32(&magnitudes)?, 1),
+                    false => to_f32(&magnitudes)?,
+                };
                 // as PEFT, the strength is that of the product before it is normalized
                 let scale = strength * scale;
-                let change = normalized(weight, change, scale, &to_f32(&magnitudes)?, of_rows)
-                    .with_context(|| {
+                let change =
+                    normalized(weight, change, scale, &magnitudes, of_rows).with_context(|| {
                         format!(
                             "tensor `{key}` of the LoRA `{}` does not fit `{name}`",
                             self.name
@@ -285,8 +304,8 @@ impl Lora {
     /// What PEFT's IA3 adds to a weight [rows, columns, ..] or a bias [rows]: each row, or each
     /// column, times a factor.
     fn multiplied_by_peft(&self, layer: &Layer, name: &str, weight: &Tensor) -> Result<Vec<f32>> {
-        let own_name = self.matched.get(name).context("no layer changes it")?;
-        let (_, is_of_columns) = self.factors_of_peft(own_name, layer)?;
+        let own = self.matched.get(name).context("no layer changes it")?;
+        let (_, is_of_columns) = self.factors_of_peft(&own.layer, layer)?;
         let key = layer.get(PEFT_IA3).context("it has no factors")?;
         let factors = to_f32(&self.source.read(key)?)?;
         let factors: Vec<f32> = factors.iter().map(|factor| factor - 1.0).collect();
@@ -391,6 +410,31 @@ impl Lora {
     }
 }
 
+/// How many rows a file's layer has that changes a weight with so many by a part of its own.
+fn rows_in_file(part: &Part, rows: usize) -> usize {
+    match part {
+        Part::Rows { of, .. } => rows * of,
+        Part::Whole | Part::Transposed | Part::SwappedHalves => rows,
+    }
+}
+
+/// A part of the values [rows, columns] of a file's layer.
+fn part_of(part: &Part, mut values: Vec<f32>, columns: usize) -> Vec<f32> {
+    match part {
+        Part::Rows { index, of } => {
+            let block = values.len() / columns.max(1) / (*of).max(1) * columns;
+            values.drain(..(index * block).min(values.len()));
+            values.truncate(block);
+        }
+        Part::SwappedHalves => {
+            let half = values.len() / 2;
+            values.rotate_left(half);
+        }
+        Part::Whole | Part::Transposed => {}
+    }
+    values
+}
+
 /// A weight [rows, columns, ..] times a factor for each row, or for each column.
 fn times(weight: &Tensor, factors: &[f32], is_of_columns: bool) -> Result<Vec<f32>> {
     let (rows, columns) = (weight.dim(0)?, weight.dims().get(1).copied().unwrap_or(1));
@@ -458,6 +502,14 @@ const KRONECKER: [(&str, [&str; 3]); 2] = [
 ];
 
 impl Method {
+    /// Whether its change follows from the layer's tensors alone, not from the weight.
+    fn is_of_itself(self) -> bool {
+        matches!(
+            self,
+            Self::LowRank | Self::Hadamard | Self::Kronecker | Self::Difference
+        )
+    }
+
     pub(super) fn of(layer: &Layer) -> Option<Self> {
         let has = |slot: &str| layer.contains_key(slot);
         let has_product = |[a, b, _]: &[&str; 3]| has(a) && has(b);

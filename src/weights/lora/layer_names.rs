@@ -1,18 +1,21 @@
-//! The names of a LoRA's tensors: which layer each belongs to and what it is there, and which layer of
-//! the model that is.
+//! The names of a LoRA's tensors: which layer each belongs to and what it is there, and which layers
+//! of the model that one changes, as some files have several layers of the model as one.
 
-use crate::weights::{Checkpoint, key_mapping};
+use crate::weights::key_mapping::{self, Named, Part};
+use crate::weights::{Checkpoint, transformers};
 use std::collections::BTreeMap;
 
 /// The endings of keys, and the slot of the tensor in its layer.
-const SLOTS: [(&str, &str); 51] = [
+const SLOTS: [(&str, &str); 54] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
     (".lora.down.weight", DOWN),
     ("_lora.down.weight", DOWN),
     (".lora_linear_layer.down.weight", DOWN),
+    (".lora_down.default.weight", DOWN),
     (".lora_up.weight", UP),
+    (".lora_up.default.weight", UP),
     (".lora_B.weight", UP),
     (".lora_B.default.weight", UP),
     (".lora.up.weight", UP),
@@ -26,6 +29,7 @@ const SLOTS: [(&str, &str); 51] = [
     (".alpha", ALPHA),
     (".dora_scale", DORA),
     (".lora_magnitude_vector.weight", MAGNITUDE),
+    (".lora_magnitude_vector.default.weight", MAGNITUDE),
     (".lora_magnitude_vector", MAGNITUDE),
     (".diff", DIFF),
     (".w_norm", DIFF),
@@ -87,9 +91,12 @@ pub const PEFT_IA3: &str = "ia3_l";
 /// What only T-LoRAs have.
 pub const TLORA_MARK: &str = ".lambda_layer";
 
-/// The prefixes of kohya's layer names, and the components that they stand for.
-const COMPONENTS: [(&str, &str); 4] = [
+/// The prefixes of kohya's and OneTrainer's layer names, and the components that they stand for: of
+/// transformers as of U-Nets.
+const COMPONENTS: [(&str, &str); 6] = [
     ("lora_unet_", "unet_"),
+    ("lora_transformer_", "unet_"),
+    ("transformer_", "unet_"),
     ("lora_te1_", "text_encoder_"),
     ("lora_te2_", "text_encoder_2_"),
     ("lora_te_", "text_encoder_"),
@@ -103,6 +110,39 @@ const OLD_NAMES: [(&str, &str); 5] = [
     ("self_attn_to_v", "self_attn_v_proj"),
     ("self_attn_to_out", "self_attn_out_proj"),
 ];
+
+/// The ends of Z-Image's layers by diffusers' names and by its own, flattened, and which rows of the
+/// latter the former are; all others have the same names.
+const Z_IMAGE_LAYERS: [(&str, &str, Part); 4] = [
+    ("_attention_to_q", "_attention_qkv", third(0)),
+    ("_attention_to_k", "_attention_qkv", third(1)),
+    ("_attention_to_v", "_attention_qkv", third(2)),
+    ("_attention_to_out_0", "_attention_out", Part::Whole),
+];
+
+const fn third(index: usize) -> Part {
+    Part::Rows { index, of: 3 }
+}
+
+/// The beginnings of the flattened names of layers that only transformers have.
+const OF_TRANSFORMERS: [&str; 10] = [
+    "transformer_",
+    "single_transformer_blocks_",
+    "sformer_blocks_",
+    "double_blocks_",
+    "single_blocks_",
+    "joint_blocks_",
+    "img_in",
+    "txt_in",
+    "final_layer_",
+    "double_stream_modulation_",
+];
+
+/// A layer of a model that a file's layer changes, by all of it or by some of its rows.
+pub struct Target {
+    pub layer: String,
+    pub part: Part,
+}
 
 /// Whether a key is a LoRA's (or a relative's) and no checkpoint has it.
 pub fn is_adapter_key(key: &str) -> bool {
@@ -120,7 +160,7 @@ pub fn is_adapter_key(key: &str) -> bool {
         ".ia3_l",
         TLORA_MARK,
     ];
-    const STARTS: [&str; 3] = ["lora_unet_", "lora_te", "lycoris_"];
+    const STARTS: [&str; 4] = ["lora_unet_", "lora_transformer_", "lora_te", "lycoris_"];
     let has_difference = key.ends_with(".diff") || key.ends_with(".diff_b");
     has_difference
         || STARTS.iter().any(|start| key.starts_with(start))
@@ -143,24 +183,41 @@ fn flattened(layer: &str) -> String {
         .strip_prefix("base_model.model.")
         .unwrap_or(layer)
         .replace('.', "_");
-    let layer = OLD_NAMES
+    OLD_NAMES
         .iter()
-        .fold(layer, |layer, (old, new)| layer.replace(old, new));
-    if layer.ends_with("_to_out") {
-        format!("{layer}_0")
-    } else {
-        layer
-    }
+        .fold(layer, |layer, (old, new)| layer.replace(old, new))
+}
+
+/// A layer's flattened name without what says its component.
+fn inner(layer: &str) -> String {
+    const STARTS: [&str; 3] = ["lora_unet_", "lora_transformer_", "lycoris_"];
+    let split = key_mapping::split_component(layer);
+    let flat = flattened(split.map_or(layer, |(_, rest)| rest));
+    let bare = STARTS.iter().find_map(|start| flat.strip_prefix(start));
+    bare.map_or(flat.clone(), String::from)
+}
+
+/// Whether a layer is one of Z-Image's blocks, by its name in the file.
+pub fn is_of_z_image(layer: &str) -> bool {
+    let inner = inner(layer);
+    let inner = inner.strip_prefix("transformer_").unwrap_or(&inner);
+    let starts = ["layers_", "noise_refiner_", "context_refiner_"];
+    let parts = ["_attention_", "_feed_forward_", "_adaLN_modulation"];
+    starts.iter().any(|start| inner.starts_with(start))
+        && parts.iter().any(|part| inner.contains(part))
 }
 
 /// The component of a layer, by its name in the file.
 pub fn component(layer: &str) -> &'static str {
-    if let Some((component, _)) = key_mapping::split_component(layer) {
-        return component;
-    }
+    let split = key_mapping::split_component(layer);
     let flat = flattened(layer);
+    let bare = inner(layer);
     let starts = |marks: &[&str]| marks.iter().any(|mark| flat.starts_with(mark));
-    if starts(&["lora_te2_", "text_encoder_2_"]) {
+    if is_of_z_image(layer) || OF_TRANSFORMERS.iter().any(|mark| bare.starts_with(mark)) {
+        "transformer"
+    } else if let Some((component, _)) = split {
+        component
+    } else if starts(&["lora_te2_", "text_encoder_2_"]) {
         "text_encoder_2"
     } else if starts(&[
         "lora_te",
@@ -175,13 +232,18 @@ pub fn component(layer: &str) -> &'static str {
 }
 
 /// A model's layers by their flattened names: looking them up makes underscores unambiguous.
-pub struct LayerNames(BTreeMap<String, String>);
+pub struct LayerNames(BTreeMap<String, Vec<Target>>);
 
 impl LayerNames {
     /// Lists the layers of a model under diffusers' and the original names.
     pub fn of(model: &Checkpoint) -> Self {
         let count = |prefix: &str| model.count(&format!("unet.{prefix}"));
-        let mut names = BTreeMap::new();
+        let mut names = BTreeMap::<String, Vec<Target>>::new();
+        let mut add = |name: String, layer: &str, part: Part| {
+            let layer = layer.into();
+            let targets = names.entry(name).or_default();
+            targets.push(Target { layer, part });
+        };
         for layer in model
             .names()
             .filter_map(|name| name.strip_suffix(".weight"))
@@ -190,36 +252,68 @@ impl LayerNames {
                 .strip_prefix("unet.")
                 .and_then(|layer| key_mapping::to_original(layer, count))
             {
-                names.insert(
-                    format!("unet_{}", original.replace('.', "_")),
-                    layer.to_string(),
-                );
+                let name = format!("unet_{}", original.replace('.', "_"));
+                add(name, layer, Part::Whole);
             }
-            if !layer.starts_with("vae.") {
-                names.insert(layer.replace('.', "_"), layer.to_string());
+            if let Some(inner) = layer.strip_prefix("transformer.") {
+                let name = format!("unet_{}", inner.replace('.', "_"));
+                // some programs take `tran` for a prefix
+                let cut = name.replacen("unet_transformer_blocks_", "unet_sformer_blocks_", 1);
+                if cut != name {
+                    add(cut, layer, Part::Whole);
+                }
+                for (end, original, part) in Z_IMAGE_LAYERS {
+                    if let Some(before) = name.strip_suffix(end) {
+                        add(format!("{before}{original}"), layer, part);
+                    }
+                }
+                add(name, layer, Part::Whole);
+            } else if !layer.starts_with("vae.") {
+                let name = layer.replace('.', "_");
                 // transformers 5.6 and later have no `text_model`
-                let bare = layer.replacen(".text_model.", ".", 1);
-                names.insert(bare.replace('.', "_"), layer.to_string());
+                let bare = layer.replacen(".text_model.", ".", 1).replace('.', "_");
+                if bare != name {
+                    add(bare, layer, Part::Whole);
+                }
+                add(name, layer, Part::Whole);
+            }
+        }
+        for (original, tensors) in transformers::original_layers(model) {
+            let name = format!("unet_{}", original.replace('.', "_"));
+            for Named { name: weight, part } in tensors {
+                if let (Some(layer), true) = (
+                    weight.strip_suffix(".weight"),
+                    model.shape(&weight).is_some(),
+                ) {
+                    add(name.clone(), layer, part);
+                }
             }
         }
         Self(names)
     }
 
-    /// The layer of the model that a file's layer changes.
-    pub fn find(&self, layer: &str) -> Option<&String> {
-        if let Some((component, rest)) = key_mapping::split_component(layer) {
-            return self.0.get(&format!("{component}_{}", flattened(rest)));
-        }
+    /// The layers of the model that a file's layer changes.
+    pub fn find(&self, layer: &str) -> &[Target] {
+        let layer = layer.strip_prefix("base_model.model.").unwrap_or(layer);
+        let split = key_mapping::split_component(layer)
+            .map(|(component, rest)| format!("{component}_{}", flattened(rest)));
         let flat = flattened(layer);
-        if let Some((rest, component)) = COMPONENTS
-            .iter()
-            .find_map(|(start, component)| Some((flat.strip_prefix(start)?, component)))
-        {
-            return self.0.get(&format!("{component}{rest}"));
-        }
+        let in_component = |(start, component): &(&str, &str)| {
+            Some(format!("{component}{}", flat.strip_prefix(start)?))
+        };
         let bare = flat.strip_prefix("lycoris_").unwrap_or(&flat);
-        ["", "unet_", "text_encoder_"]
-            .iter()
-            .find_map(|component| self.0.get(&format!("{component}{bare}")))
+        let anywhere = ["", "unet_", "text_encoder_"].map(|start| format!("{start}{bare}"));
+        split
+            .into_iter()
+            .chain(COMPONENTS.iter().filter_map(in_component))
+            .chain(anywhere)
+            .find_map(|name| self.get(name))
+            .map_or(&[], Vec::as_slice)
+    }
+
+    fn get(&self, name: String) -> Option<&Vec<Target>> {
+        let of_list = || self.0.get(&format!("{name}_0"));
+        let found = self.0.get(&name);
+        found.or_else(|| name.ends_with("_to_out").then(of_list).flatten())
     }
 }

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::Wanted;
 use super::reference::Reference;
 use crate::weights::model_files::{self, NoWeights, Precision};
+use crate::weights::{FLUX2_CLASS, Z_IMAGE_CLASS};
 
 /// The list of a diffusers pipeline's components.
 pub const MODEL_INDEX: &str = "model_index.json";
@@ -146,12 +147,9 @@ pub fn select(
 /// Whether the transformer that `model_index.json` lists is of a class that is drawn.
 fn is_drawn_transformer(index: &Value) -> bool {
     let class = index.get("transformer").and_then(|listed| listed.get(1));
-    class.and_then(Value::as_str).is_some_and(|class| {
-        matches!(
-            class,
-            "Flux2Transformer2DModel" | "ZImageTransformer2DModel"
-        )
-    })
+    class
+        .and_then(Value::as_str)
+        .is_some_and(|class| matches!(class, FLUX2_CLASS | Z_IMAGE_CLASS))
 }
 
 /// Whether a tokenizer that `model_index.json` lists is CLIP's, and not a language model's.

@@ -6,7 +6,7 @@ use super::unet_config::UNetConfig;
 use super::z_image::{self, ConditionedZImage, ZImage, ZImageConfig};
 use crate::nn::Forward;
 use crate::nn::weights::Weights;
-use crate::weights::{Checkpoint, UNET};
+use crate::weights::{Checkpoint, FLUX2_CLASS, UNET, Z_IMAGE_CLASS};
 use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -106,8 +106,8 @@ impl BackboneConfig {
             return Ok(Self::UNet(Box::new(UNetConfig::from_json(config)?)));
         }
         match config.get("_class_name").and_then(Value::as_str) {
-            Some("Flux2Transformer2DModel") => Flux2Config::from_json(config).map(Self::Flux2),
-            Some("ZImageTransformer2DModel") => ZImageConfig::from_json(config).map(Self::ZImage),
+            Some(FLUX2_CLASS) => Flux2Config::from_json(config).map(Self::Flux2),
+            Some(Z_IMAGE_CLASS) => ZImageConfig::from_json(config).map(Self::ZImage),
             class => bail!(
                 "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, FLUX.2 klein's and Z-Image's are drawn",
                 checkpoint.name,

@@ -10,7 +10,7 @@ use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
 use crate::nn::weights::SharedSource;
-use crate::weights::{BlockBytes, Checkpoint, ENCODERS, TRANSFORMER};
+use crate::weights::{BlockBytes, Checkpoint, ENCODERS, TRANSFORMER, Z_IMAGE_CLASS};
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -68,7 +68,7 @@ impl TextEncoderConfig {
     fn from_json(config: &Value, class: Option<&str>) -> Result<Self> {
         if Qwen3Config::is_of(config) {
             let reading = match class {
-                Some("ZImageTransformer2DModel") => &OF_Z_IMAGE,
+                Some(Z_IMAGE_CLASS) => &OF_Z_IMAGE,
                 _ => &OF_FLUX2_KLEIN,
             };
             return Ok(Self::Qwen3(Qwen3Config::from_json(config)?, reading));

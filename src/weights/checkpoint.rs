@@ -121,8 +121,8 @@ impl Checkpoint {
     }
 
     /// Applies LoRAs to the weights as they are read, but for those without effect. One that was
-    /// distilled to few steps, by its name, brings its scheduler to a U-Net. Errors if one does not fit, with
-    /// `strict` also if some of its keys are unexpected.
+    /// distilled to few steps, by its name, brings its scheduler to a U-Net. Errors if one does not
+    /// fit, with `strict` also if some of its keys are unexpected.
     pub fn use_loras(
         &mut self,
         loras: impl IntoIterator<Item = Result<Lora>>,
@@ -344,11 +344,14 @@ impl Checkpoint {
     /// Whether the matrices of a component are kept in bf16 though its files have them in f32: those
     /// of a large transformer, as no machine that draws with it holds twice as much.
     fn is_narrowed(&self, component: &str) -> bool {
+        if component != TRANSFORMER {
+            return false;
+        }
         let wide = self.entries_of(component).filter(|(_, e)| e.dtype == "f32");
         let bytes: u64 = wide
             .map(|(_, e)| 4 * e.shape.iter().product::<usize>() as u64)
             .sum();
-        component == TRANSFORMER && bytes > MOST_WIDE_BYTES
+        bytes > MOST_WIDE_BYTES
     }
 
     /// Returns the number of parameters of a component, and the types that they are stored in.

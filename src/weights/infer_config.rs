@@ -4,7 +4,9 @@
 
 use super::distillation::{Bearer, Distillation};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, TokenizerSource};
+use super::{
+    Checkpoint, ENCODERS, FLUX2_CLASS, TRANSFORMER, TokenizerFiles, TokenizerSource, Z_IMAGE_CLASS,
+};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::{Map, Value, json};
@@ -331,7 +333,7 @@ pub fn flux2(checkpoint: &mut Checkpoint) -> Result<()> {
     let time = "transformer.time_guidance_embed.timestep_embedder.linear_1.weight";
     let guidance = "transformer.time_guidance_embed.guidance_embedder.linear_1.weight";
     let config = json!({
-        "_class_name": "Flux2Transformer2DModel",
+        "_class_name": FLUX2_CLASS,
         "in_channels": size(c, "transformer.x_embedder.weight", 1)?,
         "num_layers": c.count("transformer.transformer_blocks."),
         "num_single_layers": c.count("transformer.single_transformer_blocks."),
@@ -375,7 +377,7 @@ pub fn z_image(checkpoint: &mut Checkpoint) -> Result<()> {
     let head = size(c, "transformer.layers.0.attention.norm_q.weight", 0)?;
     let heads = dim / head.max(1);
     let config = json!({
-        "_class_name": "ZImageTransformer2DModel",
+        "_class_name": Z_IMAGE_CLASS,
         "in_channels": size(c, "transformer.all_x_embedder.2-1.weight", 1)? / PATCH,
         "dim": dim, "n_heads": heads, "n_kv_heads": heads,
         "n_layers": c.count("transformer.layers."),

@@ -63,5 +63,8 @@ pub const PARTS: [&str; 5] = ["text_encoder", "text_encoder_2", UNET, TRANSFORME
 /// The networks that denoise: a model has one of them.
 pub const UNET: &str = "unet";
 pub const TRANSFORMER: &str = "transformer";
+/// diffusers' classes of the transformers that are drawn.
+pub const FLUX2_CLASS: &str = "Flux2Transformer2DModel";
+pub const Z_IMAGE_CLASS: &str = "ZImageTransformer2DModel";
 /// The text encoders; the second also projects the whole text.
 pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];

@@ -299,6 +299,18 @@ fn pictures_are_diffusers_own_alone_and_in_a_batch() {
     assert_eq!(batch, alone);
 }
 
+/// What `inspect` tells of a model, which is of this family and draws 1024x1024.
+fn inspected(folder: &Path, model: &str, family: &str) -> Value {
+    let output = succeed(sdgen(folder).args(["inspect", model, "--json"]));
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(told["family"], family);
+    assert_eq!(
+        (&told["width"], &told["height"]),
+        (&1024.into(), &1024.into())
+    );
+    told
+}
+
 #[test]
 fn defaults_come_with_the_model() {
     let dir = tempfile::tempdir().unwrap();
@@ -308,13 +320,7 @@ fn defaults_come_with_the_model() {
         edit_json(&model.join("model_index.json"), |index| {
             index.insert("is_distilled".into(), is_distilled.into());
         });
-        let output = succeed(sdgen(dir.path()).args(["inspect", "klein", "--json"]));
-        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(told["family"], "FLUX.2 klein");
-        assert_eq!(
-            (&told["width"], &told["height"]),
-            (&1024.into(), &1024.into())
-        );
+        let told = inspected(dir.path(), "klein", "FLUX.2 klein");
         assert_eq!(
             (&told["prediction"], &told["sampler"]),
             (&"flow".into(), &"euler".into())
@@ -334,13 +340,7 @@ fn z_image_turbo_is_known_by_its_shift() {
         edit_json(&model.join("scheduler/scheduler_config.json"), |config| {
             config.insert("shift".into(), shift.into());
         });
-        let output = succeed(sdgen(dir.path()).args(["inspect", "z", "--json"]));
-        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(told["family"], "Z-Image");
-        assert_eq!(
-            (&told["width"], &told["height"]),
-            (&1024.into(), &1024.into())
-        );
+        let told = inspected(dir.path(), "z", "Z-Image");
         (told["steps"].clone(), told["guidance"].clone())
     };
     assert_eq!(said(3.0), (8.into(), 1.0.into()));

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::Wanted;
 use super::reference::Reference;
+use crate::weights::TRANSFORMER_CLASSES;
 use crate::weights::model_files::{self, NoWeights, Precision};
-use crate::weights::{FLUX2_CLASS, Z_IMAGE_CLASS};
 
 /// The list of a diffusers pipeline's components.
 pub const MODEL_INDEX: &str = "model_index.json";
@@ -28,12 +28,14 @@ enum Component {
 
 /// The components that sdgen reads. The safety checker and its feature extractor stay where they
 /// are.
-const COMPONENTS: [(&str, Component); 8] = [
+const COMPONENTS: [(&str, Component); 10] = [
     ("scheduler", Component::Scheduler),
     ("tokenizer", Component::Tokenizer),
     ("tokenizer_2", Component::Tokenizer),
+    ("tokenizer_3", Component::Tokenizer),
     ("text_encoder", Component::Network { stem: "model" }),
     ("text_encoder_2", Component::Network { stem: "model" }),
+    ("text_encoder_3", Component::Network { stem: "model" }),
     (
         "unet",
         Component::Network {
@@ -149,7 +151,7 @@ fn is_drawn_transformer(index: &Value) -> bool {
     let class = index.get("transformer").and_then(|listed| listed.get(1));
     class
         .and_then(Value::as_str)
-        .is_some_and(|class| matches!(class, FLUX2_CLASS | Z_IMAGE_CLASS))
+        .is_some_and(|class| TRANSFORMER_CLASSES.contains(&class))
 }
 
 /// Whether a tokenizer that `model_index.json` lists is CLIP's, and not a language model's.
@@ -180,7 +182,7 @@ fn select_pipeline(
             .unwrap_or("pipeline");
         return Err(SelectionError::Other(anyhow!(
             "`{}` is a `{class}`, which sdgen does not draw\n\nhint: Stable Diffusion models, \
-             FLUX.2 klein and Z-Image are drawn; try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
+             FLUX.1, FLUX.2 klein and Z-Image are drawn; try `sdgen pull stable-diffusion-v1-5/stable-diffusion-v1-5`",
             reference.repo
         )));
     }

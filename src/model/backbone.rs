@@ -1,12 +1,14 @@
 //! The network that denoises latents, of whichever architecture, as the pipeline sees it.
 
+use super::flux::{self, ConditionedFlux, Flux, FluxConfig};
 use super::flux2::{ConditionedFlux2, Flux2, Flux2Config};
+use super::sd3::{self, ConditionedSd3, Sd3, Sd3Config};
 use super::unet::{ConditionedUNet, UNet, UNetInputs};
 use super::unet_config::UNetConfig;
 use super::z_image::{self, ConditionedZImage, ZImage, ZImageConfig};
 use crate::nn::Forward;
 use crate::nn::weights::Weights;
-use crate::weights::{Checkpoint, FLUX2_CLASS, UNET, Z_IMAGE_CLASS};
+use crate::weights::{Checkpoint, FLUX_CLASS, FLUX2_CLASS, SD3_CLASS, UNET, Z_IMAGE_CLASS};
 use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -30,7 +32,7 @@ pub struct Conditioning {
     /// how many of the n tokens are a prompt's own, row by row, where prompts are padded; empty
     /// where all are
     pub lengths: Vec<usize>,
-    /// for networks with [`BackboneConfig::time_ids`]
+    /// for networks that take the pooled text
     pub added_cond: Option<AddedCond>,
     /// The guidance scale, for networks that embed it; others ignore it.
     pub guidance: Option<f64>,
@@ -92,6 +94,8 @@ pub struct ExtraInputs {
 #[derive(Debug, Clone)]
 pub enum BackboneConfig {
     UNet(Box<UNetConfig>),
+    Sd3(Sd3Config),
+    Flux(FluxConfig),
     Flux2(Flux2Config),
     ZImage(ZImageConfig),
 }
@@ -106,10 +110,12 @@ impl BackboneConfig {
             return Ok(Self::UNet(Box::new(UNetConfig::from_json(config)?)));
         }
         match config.get("_class_name").and_then(Value::as_str) {
+            Some(SD3_CLASS) => Sd3Config::from_json(config).map(Self::Sd3),
+            Some(FLUX_CLASS) => FluxConfig::from_json(config).map(Self::Flux),
             Some(FLUX2_CLASS) => Flux2Config::from_json(config).map(Self::Flux2),
             Some(Z_IMAGE_CLASS) => ZImageConfig::from_json(config).map(Self::ZImage),
             class => bail!(
-                "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, FLUX.2 klein's and Z-Image's are drawn",
+                "the transformer of `{}` is a `{}`, which sdgen does not draw\n\nhint: of transformers, those of Stable Diffusion 3, FLUX.1, FLUX.2 klein and Z-Image are drawn",
                 checkpoint.name,
                 class.unwrap_or("network without a `_class_name`")
             ),
@@ -120,7 +126,7 @@ impl BackboneConfig {
     pub fn noun(&self) -> &'static str {
         match self {
             Self::UNet(_) => "U-Net",
-            Self::Flux2(_) | Self::ZImage(_) => "transformer",
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => "transformer",
         }
     }
 
@@ -128,7 +134,7 @@ impl BackboneConfig {
     pub fn is_flow(&self) -> bool {
         match self {
             Self::UNet(_) => false,
-            Self::Flux2(_) | Self::ZImage(_) => true,
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => true,
         }
     }
 
@@ -137,7 +143,9 @@ impl BackboneConfig {
     pub fn kind(&self) -> Result<ModelKind> {
         match self {
             Self::UNet(config) => config.kind(),
-            Self::Flux2(_) | Self::ZImage(_) => Ok(ModelKind::TextToImage),
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => {
+                Ok(ModelKind::TextToImage)
+            }
         }
     }
 
@@ -145,6 +153,8 @@ impl BackboneConfig {
     pub fn sample_size(&self) -> Result<(usize, usize)> {
         match self {
             Self::UNet(config) => config.sample_size(),
+            Self::Sd3(config) => Ok(config.sample_size()),
+            Self::Flux(config) => Ok(config.sample_size()),
             Self::Flux2(config) => Ok(config.sample_size()),
             Self::ZImage(config) => Ok(config.sample_size()),
         }
@@ -154,6 +164,8 @@ impl BackboneConfig {
     pub fn in_channels(&self) -> usize {
         match self {
             Self::UNet(config) => config.in_channels,
+            Self::Sd3(config) => config.in_channels,
+            Self::Flux(config) => config.latent_channels(),
             Self::Flux2(config) => config.in_channels,
             Self::ZImage(config) => config.in_channels,
         }
@@ -163,6 +175,8 @@ impl BackboneConfig {
     pub fn latent_channels(&self) -> usize {
         match self {
             Self::UNet(config) => config.out_channels,
+            Self::Sd3(config) => config.in_channels,
+            Self::Flux(config) => config.latent_channels(),
             Self::Flux2(config) => config.in_channels,
             Self::ZImage(config) => config.in_channels,
         }
@@ -173,6 +187,8 @@ impl BackboneConfig {
     pub fn patch(&self) -> usize {
         match self {
             Self::UNet(_) | Self::Flux2(_) => 1,
+            Self::Sd3(_) => sd3::PATCH,
+            Self::Flux(_) => flux::PATCH,
             Self::ZImage(_) => z_image::PATCH,
         }
     }
@@ -182,7 +198,7 @@ impl BackboneConfig {
     pub fn repeats_prompts(&self) -> bool {
         match self {
             Self::UNet(_) => true,
-            Self::Flux2(_) | Self::ZImage(_) => false,
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => false,
         }
     }
 
@@ -192,7 +208,7 @@ impl BackboneConfig {
     pub fn time_ids(&self, pooled: Option<usize>) -> Result<usize> {
         match self {
             Self::UNet(config) => config.time_ids(pooled),
-            Self::Flux2(_) | Self::ZImage(_) => Ok(0),
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => Ok(0),
         }
     }
 
@@ -200,7 +216,8 @@ impl BackboneConfig {
     pub fn embeds_guidance(&self) -> bool {
         match self {
             Self::UNet(config) => config.time_cond_proj_dim.is_some(),
-            Self::Flux2(_) | Self::ZImage(_) => false,
+            Self::Flux(config) => config.guidance_embeds,
+            Self::Sd3(_) | Self::Flux2(_) | Self::ZImage(_) => false,
         }
     }
 
@@ -208,14 +225,22 @@ impl BackboneConfig {
     pub fn is_stack(&self) -> bool {
         match self {
             Self::UNet(_) => false,
-            Self::Flux2(_) | Self::ZImage(_) => true,
+            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => true,
+        }
+    }
+
+    /// The latents of the largest picture that the network can draw, in each direction.
+    pub fn largest_side(&self) -> Option<usize> {
+        match self {
+            Self::Sd3(config) => Some(config.largest_side()),
+            Self::UNet(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => None,
         }
     }
 
     /// Whether the network looks at reference pictures.
     pub fn takes_references(&self) -> bool {
         match self {
-            Self::UNet(_) | Self::ZImage(_) => false,
+            Self::UNet(_) | Self::Sd3(_) | Self::Flux(_) | Self::ZImage(_) => false,
             Self::Flux2(_) => true,
         }
     }
@@ -225,6 +250,8 @@ impl BackboneConfig {
     pub fn activation_bytes(&self, batch: usize, h: usize, w: usize, references: usize) -> u64 {
         match self {
             Self::UNet(config) => config.activation_bytes(batch, h, w),
+            Self::Sd3(config) => config.activation_bytes(batch, h, w),
+            Self::Flux(config) => config.activation_bytes(batch, h, w),
             Self::Flux2(config) => config.activation_bytes(batch, h * w + references),
             Self::ZImage(config) => config.activation_bytes(batch, h, w),
         }
@@ -234,6 +261,8 @@ impl BackboneConfig {
     pub fn build(&self, w: &Weights) -> Result<Backbone> {
         Ok(match self {
             Self::UNet(config) => Backbone::UNet(Box::new(UNet::new(w, config)?)),
+            Self::Sd3(config) => Backbone::Sd3(Box::new(Sd3::new(w, config)?)),
+            Self::Flux(config) => Backbone::Flux(Box::new(Flux::new(w, config)?)),
             Self::Flux2(config) => Backbone::Flux2(Box::new(Flux2::new(w, config)?)),
             Self::ZImage(config) => Backbone::ZImage(Box::new(ZImage::new(w, config)?)),
         })
@@ -243,6 +272,8 @@ impl BackboneConfig {
 /// The network that denoises latents.
 pub enum Backbone {
     UNet(Box<UNet>),
+    Sd3(Box<Sd3>),
+    Flux(Box<Flux>),
     Flux2(Box<Flux2>),
     ZImage(Box<ZImage>),
 }
@@ -265,6 +296,8 @@ impl Backbone {
                 let bound = unet.with_conditioning(cx, conditioning, concat)?;
                 Ok(Denoiser::UNet(bound))
             }
+            Self::Sd3(network) => Ok(Denoiser::Sd3(network.with_conditioning(cx, conditioning)?)),
+            Self::Flux(network) => Ok(Denoiser::Flux(network.with_conditioning(cx, conditioning)?)),
             Self::Flux2(network) => Ok(Denoiser::Flux2(network.with_conditioning(
                 cx,
                 conditioning,
@@ -280,6 +313,8 @@ impl Backbone {
 /// A backbone with all inputs of a batch but latents and timestep.
 pub enum Denoiser<'a> {
     UNet(ConditionedUNet<'a>),
+    Sd3(ConditionedSd3<'a>),
+    Flux(ConditionedFlux<'a>),
     Flux2(ConditionedFlux2<'a>),
     ZImage(ConditionedZImage<'a>),
 }
@@ -318,6 +353,8 @@ impl Denoiser<'_> {
                     None => unet.forward(inputs),
                 }
             }
+            Self::Sd3(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
+            Self::Flux(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
             Self::Flux2(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
             Self::ZImage(network) => network.forward(&latents.to_dtype(network.dtype())?, timestep),
         };

@@ -3,6 +3,7 @@
 //! timestep scales and shifts what enters each layer, by the same numbers in all blocks. Reference
 //! pictures follow the drawn one in the sequence, and nothing of them is drawn.
 
+use super::joint::{ContinuousNorm, Modulation};
 use super::{Conditioning, require_neutral};
 use crate::nn::Forward;
 use crate::nn::attention::{QkNorm, attention};
@@ -169,42 +170,10 @@ pub struct Flux2 {
     single_stream_modulation: Linear,
     transformer_blocks: Stack<DoubleBlock>,
     single_transformer_blocks: Stack<SingleBlock>,
-    norm: LayerNorm,
-    norm_out: Linear,
+    norm_out: ContinuousNorm,
     proj_out: Linear,
     config: Flux2Config,
     dtype: DType,
-}
-
-/// What the timestep makes of a layer's input and output: norm(x) * (1 + scale) + shift, and
-/// x + gate * output; each [1, 1, width].
-struct Modulation {
-    shift: Tensor,
-    scale: Tensor,
-    gate: Tensor,
-}
-
-impl Modulation {
-    /// Those of n layers, in the order of the rows of one product [1, 3*n*width].
-    fn of(numbers: &Tensor, n: usize) -> TensorResult<Vec<Self>> {
-        let parts = numbers.unsqueeze(1)?.chunk(3 * n, 2)?;
-        let each = parts.chunks_exact(3).map(|part| Self {
-            shift: part[0].clone(),
-            scale: part[1].clone(),
-            gate: part[2].clone(),
-        });
-        Ok(each.collect())
-    }
-
-    fn enter(&self, cx: Forward, norm: &LayerNorm, x: &Tensor) -> TensorResult<Tensor> {
-        let x = norm.forward(cx, x)?;
-        x.broadcast_mul(&(&self.scale + 1.0)?)?
-            .broadcast_add(&self.shift)
-    }
-
-    fn leave(&self, x: &Tensor, output: &Tensor) -> TensorResult<Tensor> {
-        x + output.broadcast_mul(&self.gate)?
-    }
 }
 
 impl Flux2 {
@@ -242,8 +211,10 @@ impl Flux2 {
                     move |w| SingleBlock::new(&w.at("attn"), &config)
                 },
             )?,
-            norm: LayerNorm::without_weights(w, width, config.eps)?,
-            norm_out: linear("norm_out.linear", width, 2 * width)?,
+            norm_out: ContinuousNorm::new(
+                LayerNorm::without_weights(w, width, config.eps)?,
+                linear("norm_out.linear", width, 2 * width)?,
+            ),
             proj_out: linear("proj_out", width, channels)?,
             config: config.clone(),
             dtype: w.arithmetic(),
@@ -366,18 +337,7 @@ impl ConditionedFlux2<'_> {
             Ok(())
         })?;
         let picture = x.narrow(1, tokens, h * w)?.contiguous()?;
-        let numbers = network
-            .norm_out
-            .forward(cx, &time)?
-            .unsqueeze(1)?
-            .chunk(2, 2)?;
-        let [scale, shift] = numbers.as_slice() else {
-            candle_core::bail!("an odd width cannot be halved")
-        };
-        let picture = network.norm.forward(cx, &picture)?;
-        let picture = picture
-            .broadcast_mul(&(scale + 1.0)?)?
-            .broadcast_add(shift)?;
+        let picture = network.norm_out.forward(cx, &picture, &time)?;
         network
             .proj_out
             .forward(cx, &picture)?

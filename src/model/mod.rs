@@ -1,11 +1,14 @@
-//! The networks, one file each, read top-down: [`unet`], [`flux2`] and [`z_image`] denoise latents, [`vae`] encodes
+//! The networks, one file each, read top-down: [`unet`], [`sd3`], [`flux`], [`flux2`] and [`z_image`] denoise latents, [`vae`] encodes
 //! images to latents and decodes them, [`taesd`] does so with less work, [`tiles`] lets both do it
 //! in parts; [`upscaler`] enlarges images. [`backbone`] is what the pipeline knows of the network
 //! that denoises. Here: which of the two autoencoders a checkpoint has.
 
 pub mod backbone;
+pub mod flux;
 pub mod flux2;
+mod joint;
 pub mod latent_format;
+pub mod sd3;
 pub mod taesd;
 pub mod tiles;
 pub mod unet;

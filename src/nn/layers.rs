@@ -527,6 +527,8 @@ pub enum Activation {
     Silu,
     /// exact, by the error function
     Gelu,
+    /// by the tangent's formula
+    GeluTanh,
     /// x sigmoid(1.702 x), of OpenAI's CLIP
     QuickGelu,
     Relu,
@@ -553,6 +555,7 @@ impl Activation {
         match self {
             Self::Silu => candle_nn::ops::silu(x),
             Self::Gelu => x.gelu_erf(),
+            Self::GeluTanh => x.gelu(),
             Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
             Self::Relu => x.relu(),
             Self::Mish => candle_nn::ops::mish(x),

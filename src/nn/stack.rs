@@ -7,7 +7,7 @@ use candle_core::Result as TensorResult;
 use std::thread::{Builder, ScopedJoinHandle, scope};
 
 /// Makes a block of the weights at its place.
-type Build<T> = Box<dyn Fn(&Weights) -> Result<T> + Send + Sync>;
+type Build<T> = Box<dyn Fn(&Weights, usize) -> Result<T> + Send + Sync>;
 
 /// Blocks of one kind.
 pub struct Stack<T>(Blocks<T>);
@@ -29,12 +29,21 @@ impl<T: Send> Stack<T> {
         n: usize,
         build: impl Fn(&Weights) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Self> {
+        Self::numbered(w, n, move |w, _| build(w))
+    }
+
+    /// The same of blocks that are made otherwise by their number.
+    pub fn numbered(
+        w: &Weights,
+        n: usize,
+        build: impl Fn(&Weights, usize) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<Self> {
         let Some(weights) = w.to_read_again() else {
-            let blocks = (0..n).map(|i| build(&w.at(i)));
+            let blocks = (0..n).map(|i| build(&w.at(i), i));
             return Ok(Self(Blocks::Kept(blocks.collect::<Result<_>>()?)));
         };
         for i in 0..n {
-            build(&w.at(i))?;
+            build(&w.at(i), i)?;
         }
         let build = Box::new(build);
         Ok(Self(Blocks::Read { weights, n, build }))
@@ -46,7 +55,7 @@ impl<T: Send> Stack<T> {
             Blocks::Kept(blocks) => return blocks.iter().try_for_each(run),
             Blocks::Read { weights, n, build } => (weights, *n, build),
         };
-        let read = &|i: usize| build(&weights.at(i)).map_err(candle_core::Error::wrap);
+        let read = &|i: usize| build(&weights.at(i), i).map_err(candle_core::Error::wrap);
         scope(|scope| {
             let mut next: Option<ScopedJoinHandle<TensorResult<T>>> = None;
             for i in 0..n {

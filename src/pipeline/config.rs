@@ -121,6 +121,10 @@ impl ModelConfig {
             ),
         };
         let scheduler = SchedulerConfig::from_json(checkpoint.config("scheduler")?)?.for_pipeline();
+        let scheduler = match backbone {
+            BackboneConfig::Sd3(_) => scheduler.ending_at_lowest(),
+            _ => scheduler,
+        };
         if scheduler.is_flow() != backbone.is_flow() {
             let class = checkpoint.config("scheduler")?.get("_class_name");
             bail!(
@@ -146,7 +150,10 @@ impl ModelConfig {
     pub fn mu(&self) -> Option<Mu> {
         match self.backbone {
             BackboneConfig::Flux2(_) => Some(Mu::Empirical),
-            BackboneConfig::UNet(_) | BackboneConfig::ZImage(_) => None,
+            BackboneConfig::UNet(_)
+            | BackboneConfig::Sd3(_)
+            | BackboneConfig::Flux(_)
+            | BackboneConfig::ZImage(_) => None,
         }
     }
 

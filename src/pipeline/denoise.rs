@@ -114,7 +114,7 @@ impl Denoising {
             model: backbone.bind(cx, &prompts.of(batch, &texts)?, extra.clone())?,
             guidance: *guidance,
             weights: first.prompt_weights().collect(),
-            scale: settings.guidance,
+            scale: settings.true_guidance.unwrap_or(settings.guidance),
             rescale: settings.guidance_rescale,
             deep_cache: DeepCache::every(settings.deep_cache),
         };

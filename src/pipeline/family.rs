@@ -3,7 +3,7 @@
 use crate::model::BackboneConfig;
 use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
-use crate::weights::{Checkpoint, UNET, family_name};
+use crate::weights::{Checkpoint, TRANSFORMER, UNET, family_name};
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
@@ -18,6 +18,10 @@ pub enum Family {
     Sdxl,
     /// finishes what SDXL began: the second encoder alone, and an aesthetic score
     SdxlRefiner,
+    /// Stable Diffusion 3 and 3.5: both of CLIP's encoders and T5, attended to together with the picture
+    Sd3,
+    /// FLUX.1: T5's states and CLIP's pooled text, in one sequence with the picture
+    Flux1,
     /// FLUX.2 klein: a language model's states, and a transformer on packed latents
     Flux2Klein,
     /// Z-Image: the same language model's states, in one sequence with the picture
@@ -46,6 +50,22 @@ const STABLE_DIFFUSION: Defaults = Defaults {
 const SDXL: Defaults = Defaults {
     steps: 50,
     guidance: 5.0,
+    eta: None,
+    distilled: None,
+};
+
+/// diffusers' own.
+const SD3: Defaults = Defaults {
+    steps: 28,
+    guidance: 7.0,
+    eta: None,
+    distilled: None,
+};
+
+/// diffusers' own, of dev, whose guidance is an input.
+const FLUX1: Defaults = Defaults {
+    steps: 28,
+    guidance: 3.5,
     eta: None,
     distilled: None,
 };
@@ -79,7 +99,7 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 17] = [
+pub const SHORT_NAMES: [(&str, &str); 23] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
@@ -99,6 +119,12 @@ pub const SHORT_NAMES: [(&str, &str); 17] = [
         "sdxl-refiner",
         "stabilityai/stable-diffusion-xl-refiner-1.0",
     ),
+    ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers"),
+    ("sd35-medium", "stabilityai/stable-diffusion-3.5-medium"),
+    ("sd35-large", "stabilityai/stable-diffusion-3.5-large"),
+    ("sd35-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"),
+    ("flux-dev", "black-forest-labs/FLUX.1-dev"),
+    ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
     ("klein", "black-forest-labs/FLUX.2-klein-4B"),
     ("klein-base", "black-forest-labs/FLUX.2-klein-base-4B"),
     ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
@@ -121,20 +147,30 @@ impl Family {
         let backbone = BackboneConfig::of(checkpoint)?;
         let transformer = match &backbone {
             BackboneConfig::UNet(_) => None,
-            BackboneConfig::Flux2(config) => Some((Self::Flux2Klein, config.joint_attention_dim)),
-            BackboneConfig::ZImage(config) => Some((Self::ZImage, config.cap_feat_dim)),
+            BackboneConfig::Sd3(config) => {
+                let pooled = Some(config.pooled_projection_dim);
+                Some((Self::Sd3, config.joint_attention_dim, pooled))
+            }
+            BackboneConfig::Flux(config) => {
+                let pooled = Some(config.pooled_projection_dim);
+                Some((Self::Flux1, config.joint_attention_dim, pooled))
+            }
+            BackboneConfig::Flux2(config) => {
+                Some((Self::Flux2Klein, config.joint_attention_dim, None))
+            }
+            BackboneConfig::ZImage(config) => Some((Self::ZImage, config.cap_feat_dim, None)),
         };
-        if let Some((family, wanted)) = transformer {
-            let own = encoders.context_dim();
-            ensure!(
-                encoders.is_chat() && own == wanted,
-                "the text encoder of `{}` gives embeddings of width {own}, its transformer takes {wanted}\n\nhint: the parts of the model do not belong together; fetch it again",
-                checkpoint.name
-            );
+        if let Some((family, context, pooled)) = transformer {
+            if let Err(cause) = encoders.require(context, pooled) {
+                bail!(
+                    "the parts of `{}` do not belong together: {cause}\n\nhint: fetch the model again",
+                    checkpoint.name
+                );
+            }
             return Ok(family);
         }
         ensure!(
-            !encoders.is_chat(),
+            !encoders.reads_sentences(),
             "the text encoder of `{}` is a language model, which no U-Net reads\n\nhint: the parts of the model do not belong together; fetch it again",
             checkpoint.name
         );
@@ -168,6 +204,8 @@ impl Family {
             Self::Sd2 => family_name::SD2,
             Self::Sdxl => family_name::SDXL,
             Self::SdxlRefiner => family_name::SDXL_REFINER,
+            Self::Sd3 => family_name::SD3,
+            Self::Flux1 => family_name::FLUX1,
             Self::Flux2Klein => family_name::FLUX2_KLEIN,
             Self::ZImage => family_name::Z_IMAGE,
         }
@@ -181,10 +219,14 @@ impl Family {
         let family = match self {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
             Self::Sdxl | Self::SdxlRefiner => SDXL,
+            Self::Sd3 => SD3,
+            Self::Flux1 => FLUX1,
             Self::Flux2Klein => FLUX2_KLEIN,
             Self::ZImage => Z_IMAGE,
         };
         let distilled = match self {
+            Self::Sd3 => sd3_distilled(checkpoint),
+            Self::Flux1 => flux1_distilled(checkpoint),
             Self::Flux2Klein => klein_distilled(checkpoint),
             Self::ZImage => z_image_distilled(checkpoint),
             _ => distilled(checkpoint),
@@ -196,6 +238,30 @@ impl Family {
             ..defaults
         }
     }
+}
+
+/// What Stable Diffusion 3.5 Large Turbo draws with. It has nothing of its own but its name.
+fn sd3_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let is_turbo = checkpoint.name.to_lowercase().contains("turbo");
+    is_turbo.then_some(Defaults {
+        steps: 4,
+        guidance: 1.0,
+        eta: None,
+        distilled: Some("to four steps without guidance, by its name"),
+    })
+}
+
+/// What FLUX.1 schnell draws with, which dev is not: it takes no guidance scale.
+fn flux1_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let takes_scale = checkpoint
+        .optional_config(TRANSFORMER)?
+        .get("guidance_embeds");
+    (takes_scale != Some(&Value::Bool(true))).then_some(Defaults {
+        steps: 4,
+        guidance: 1.0,
+        eta: None,
+        distilled: Some("to four steps without guidance"),
+    })
 }
 
 /// What a FLUX.2 klein that says it was distilled draws with.

@@ -86,11 +86,13 @@ impl Job {
             && (
                 a.guidance,
                 a.guidance_rescale,
+                a.true_guidance,
                 a.image_guidance,
                 a.deep_cache,
             ) == (
                 b.guidance,
                 b.guidance_rescale,
+                b.true_guidance,
                 b.image_guidance,
                 b.deep_cache,
             )

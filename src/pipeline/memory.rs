@@ -17,12 +17,12 @@ const AUTO_BATCH: usize = 4;
 
 impl Pipeline {
     /// Estimates the peak memory of generating these jobs in batches of this size, in bytes: a
-    /// language model, the denoising network with its activations, or the VAE with its own, whichever
+    /// language model or T5, the denoising network with its activations, or the VAE with its own, whichever
     /// is the largest.
     pub fn memory_bytes(&self, jobs: &[&Job], batch_size: usize) -> u64 {
         let checkpoint = &self.checkpoint;
         let base = self.weight_bytes();
-        let encoder = self.config.base.encoder.chat_bytes(checkpoint);
+        let encoder = self.config.base.encoder.sentence_bytes(checkpoint);
         let encoder = encoder.map_or(0, |bytes| held(bytes, self.reads_again));
         let refiner = checkpoint
             .refiner()
@@ -83,6 +83,8 @@ impl Pipeline {
                 let area = (h / factor * (w / factor)) as f64;
                 let unet = match &self.config.base.backbone {
                     BackboneConfig::UNet(_) => unet_operations(&self.checkpoint, area),
+                    BackboneConfig::Sd3(config) => config.operations(area),
+                    BackboneConfig::Flux(config) => config.operations(area),
                     BackboneConfig::Flux2(config) => config.operations(area + references as f64),
                     BackboneConfig::ZImage(config) => config.operations(area),
                 };
@@ -151,7 +153,7 @@ pub(super) fn is_short(checkpoint: &Checkpoint, config: &PipelineConfig) -> Resu
     let (h, w) = backbone.sample_size()?;
     let denoising =
         checkpoint.stored_bytes(checkpoint.denoiser()) + backbone.activation_bytes(1, h, w, 0);
-    let encoder = config.base.encoder.chat_bytes(checkpoint)?.all;
+    let encoder = config.base.encoder.sentence_bytes(checkpoint)?.all;
     Ok(require_memory(denoising.max(encoder), 0).is_err())
 }
 

@@ -109,6 +109,21 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = fraction))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub guidance_rescale: Option<f64>,
+    /// Guidance by a negative prompt too, of models that take --guidance as an input (FLUX.1 dev); it
+    /// doubles the work
+    #[serde(
+        alias = "true-guidance",
+        alias = "true_cfg_scale",
+        alias = "true-cfg-scale"
+    )]
+    #[serde(deserialize_with = "by_parser::guidance")]
+    #[cfg_attr(
+        feature = "cli",
+        arg(long, hide_short_help = true, alias = "true-cfg-scale")
+    )]
+    #[cfg_attr(feature = "cli", arg(value_parser = guidance))]
+    #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
+    pub true_guidance: Option<f64>,
     /// The sampler by name
     #[serde(alias = "sampling_method", alias = "sampling-method")]
     #[cfg_attr(feature = "cli", arg(help = names_help(Sampler::names())))]
@@ -316,6 +331,7 @@ impl JobOptions {
             steps: self.steps.or(base.steps),
             guidance: self.guidance.or(base.guidance),
             guidance_rescale: self.guidance_rescale.or(base.guidance_rescale),
+            true_guidance: self.true_guidance.or(base.true_guidance),
             sampler: self.sampler.or(base.sampler),
             schedule,
             eta: self.eta.or(base.eta),

@@ -251,12 +251,12 @@ impl<'a> Resolver<'a> {
             Some(named) => named.sampler,
             None => base.scheduler.sampler().context(ModelError)?,
         };
-        let is_chat = base.encoder.is_chat();
-        let prompt_syntax = options.prompt_syntax.unwrap_or(match is_chat {
+        let reads_sentences = base.encoder.reads_sentences();
+        let prompt_syntax = options.prompt_syntax.unwrap_or(match reads_sentences {
             true => Syntax::Plain,
             false => Syntax::A1111,
         });
-        if is_chat && prompt_syntax == Syntax::A1111 {
+        if reads_sentences && prompt_syntax == Syntax::A1111 {
             bail!(
                 "`--prompt-syntax a1111` means nothing to `{}`, which reads prompts as sentences\n\nhint: leave it out",
                 self.model
@@ -283,6 +283,7 @@ impl<'a> Resolver<'a> {
             steps: options.steps.unwrap_or(defaults.steps),
             guidance: options.guidance.unwrap_or(defaults.guidance),
             guidance_rescale: options.guidance_rescale.unwrap_or(0.0),
+            true_guidance: options.true_guidance,
             sampler,
             schedule: options.schedule().map(|schedule| match schedule {
                 Schedule::Ays if base.added_ids > 0 => Schedule::AysSdxl,
@@ -398,8 +399,11 @@ impl<'a> Resolver<'a> {
             hires: hires_plan,
         } = self.plans(&settings)?;
         // as in diffusers, guidance at or below 1 is off, and a network that takes its scale as an
-        // input runs once
-        let is_on = settings.guidance > 1.0 && !base.backbone.embeds_guidance();
+        // input runs once, unless it is guided by the negative prompt too
+        let is_on = match settings.true_guidance {
+            Some(scale) => scale > 1.0,
+            None => settings.guidance > 1.0 && !base.backbone.embeds_guidance(),
+        };
         let (prompts, hires_prompts) = self.prompts(&settings)?;
         settings.embeddings = self.learned_words(&prompts, settings.prompt_syntax)?;
         if prompts.parts.len() > 1 && (!is_on || settings.image_guidance.is_some()) {
@@ -444,7 +448,24 @@ impl<'a> Resolver<'a> {
         let step = config.step();
         check_size("width", settings.width, step)?;
         check_size("height", settings.height, step)?;
-        for scale in [Some(settings.guidance), settings.image_guidance] {
+        let (width, height) = settings.final_size();
+        if let Some(most) = config.base.backbone.largest_side()
+            && width.max(height) > most * config.vae.factor()
+        {
+            let most = most * config.vae.factor();
+            bail!(
+                "`{}` has positions for pictures of {most}x{most} at most, not for \
+                 {width}x{height}\n\nhint: draw a smaller one, and `--upscale` it",
+                settings.model
+            );
+        }
+        let Settings {
+            guidance,
+            image_guidance,
+            true_guidance,
+            ..
+        } = settings;
+        for scale in [Some(*guidance), *image_guidance, *true_guidance] {
             ensure!(
                 scale.is_none_or(|scale| GUIDANCES.contains(&scale)),
                 "a guidance of {} is not possible: it must be a number from 0 to {}",
@@ -467,6 +488,15 @@ impl<'a> Resolver<'a> {
         if let (true, Some(name)) = (config.base.scheduler.is_flow(), of_unets) {
             bail!(
                 "`--{name}` means nothing to `{}`\n\nhint: leave it out; only U-Nets take it",
+                settings.model
+            );
+        }
+        let takes_scale = config.base.backbone.embeds_guidance();
+        if true_guidance.is_some() && !(takes_scale && config.base.scheduler.is_flow()) {
+            bail!(
+                "`--true-guidance` means nothing to `{}`\n\nhint: `--guidance` is its guidance by \
+                 the negative prompt; the other is for models that take that as an input, such as \
+                 FLUX.1 dev",
                 settings.model
             );
         }
@@ -563,9 +593,10 @@ impl<'a> Resolver<'a> {
         } = *key;
         let mut scheduler = config.base.scheduler.clone();
         scheduler.prediction = key.prediction;
-        // latent consistency models, which are known by their guidance input, take all steps
+        // latent consistency models, U-Nets which are known by their guidance input, take all steps
         // whatever the strength
-        let takes_all_steps = config.base.backbone.embeds_guidance();
+        let takes_all_steps =
+            config.base.backbone.embeds_guidance() && !config.base.scheduler.is_flow();
         let [own, larger] = key
             .tokens
             .map(|tokens| scheduler.clone().for_picture(tokens, config.base.mu()));

@@ -44,6 +44,9 @@ pub struct Settings {
     /// 0: not at all; pictures of older versions do not say it
     #[serde(default)]
     pub guidance_rescale: f64,
+    /// of a model that takes `guidance` as an input: guidance by the negative prompt; none: off
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub true_guidance: Option<f64>,
     pub sampler: Sampler,
     /// none: the checkpoint's own
     pub schedule: Option<Schedule>,
@@ -435,6 +438,10 @@ impl Settings {
         extra.extend(
             (self.guidance_rescale > 0.0)
                 .then(|| ("CFG Rescale", self.guidance_rescale.to_string())),
+        );
+        extra.extend(
+            self.true_guidance
+                .map(|scale| ("True CFG scale", scale.to_string())),
         );
         extra.extend(
             self.strength

@@ -54,15 +54,26 @@ pub(super) struct FlowConfig {
     pub(super) mu: Mu,
     /// the level that the last step begins at, if it is given
     pub(super) shift_terminal: Option<f64>,
+    /// the even levels end at the lowest that a step of training has, and not a step above 0
+    pub(super) ends_at_lowest: bool,
     /// tokens of the picture that is drawn
     pub(super) tokens: usize,
 }
+
+/// The lowest level of training.
+const LOWEST: f64 = 0.001;
 
 impl FlowConfig {
     /// The levels of n steps, falling, and 0: as diffusers' pipelines of FLUX and Z-Image have them.
     /// Errors if they do not fall.
     pub(super) fn sigmas(&self, n: usize) -> Result<Vec<f64>> {
-        let last = 1.0 / n as f64;
+        let shifted = |sigma: f64| self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma);
+        let last = match (self.ends_at_lowest, self.dynamic) {
+            (false, _) => 1.0 / n as f64,
+            (true, Some(_)) => LOWEST,
+            // diffusers counts from levels that are shifted already, and shifts them again
+            (true, None) => shifted(LOWEST),
+        };
         let even = |i: usize| match n {
             1 => 1.0,
             n => 1.0 + (last - 1.0) * i as f64 / (n - 1) as f64,
@@ -73,7 +84,7 @@ impl FlowConfig {
             .map(|sigma| match self.dynamic {
                 Some(TimeShift::Exponential) => mu.exp() / (mu.exp() + (1.0 / sigma - 1.0)),
                 Some(TimeShift::Linear) => mu / (mu + (1.0 / sigma - 1.0)),
-                None => self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma),
+                None => shifted(sigma),
             })
             .collect();
         if let (Some(terminal), Some(end)) = (self.shift_terminal, sigmas.last().copied()) {
@@ -106,6 +117,7 @@ mod tests {
             dynamic,
             mu,
             shift_terminal,
+            ends_at_lowest: false,
             tokens,
         };
         let line = Mu::Linear([(256.0, 0.5), (4096.0, 1.15)]);
@@ -147,6 +159,21 @@ mod tests {
             for (sigma, expected) in sigmas.iter().zip(expected) {
                 assert!((sigma - expected).abs() < 2e-5, "{sigmas:?} {expected:?}");
             }
+        }
+        // Stable Diffusion 3
+        let twice = FlowConfig {
+            ends_at_lowest: true,
+            ..flow(3.0, None, line, None, 0)
+        };
+        let sigmas = twice.sigmas(28).unwrap();
+        for (i, expected) in [
+            (0, 1.0),
+            (1, 0.98738),
+            (25, 0.19983),
+            (27, 0.0089286),
+            (28, 0.0),
+        ] {
+            assert!((sigmas[i] - expected).abs() < 1e-5, "{sigmas:?}");
         }
         assert!((Mu::Empirical.at(4096, 50) - 2.0234).abs() < 1e-4);
         assert!((Mu::Empirical.at(16384, 4) - 3.23).abs() < 1e-2);

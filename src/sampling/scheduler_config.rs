@@ -258,6 +258,15 @@ impl SchedulerConfig {
         self
     }
 
+    /// The same for a family whose levels of flow matching end at the lowest of training: Stable
+    /// Diffusion 3.
+    pub fn ending_at_lowest(mut self) -> Self {
+        if let Some(flow) = &mut self.flow {
+            flow.ends_at_lowest = true;
+        }
+        self
+    }
+
     /// Whether it is of a model of flow matching.
     pub fn is_flow(&self) -> bool {
         self.flow.is_some()
@@ -412,6 +421,7 @@ impl FlowConfig {
             shift_terminal: keys
                 .get::<f64>("shift_terminal")?
                 .filter(|level| *level != 0.0),
+            ends_at_lowest: false,
             tokens: 0,
         })
     }

@@ -181,6 +181,14 @@ impl Clip {
         Ok((hidden, Some(projection.forward(cx, &end)?)))
     }
 
+    /// Encodes ids `[n]` to the hidden state that stands for the whole text, [1, hidden], after the
+    /// final norm and not projected.
+    pub fn pooled(&self, cx: Forward, ids: &[u32]) -> TensorResult<Tensor> {
+        let last = self.run(cx, self.embed(ids)?, 0..self.layers.len())?;
+        let end = last.narrow(1, self.end(ids), 1)?;
+        self.final_layer_norm.forward(cx, &end)?.squeeze(1)
+    }
+
     /// The position of the end token, whose hidden state stands for the whole text: the first one,
     /// as padding may be the same token; ids of added tokens are larger than it.
     fn end(&self, ids: &[u32]) -> usize {

@@ -1,4 +1,4 @@
-//! All text encoders of a checkpoint: from a prompt to the embeddings that its U-Net attends to.
+//! All text encoders of a checkpoint: from a prompt to the embeddings that its network attends to.
 //!
 //! Hides of which architecture an encoder is (`TextEncoder`), and that SDXL has two, of which other
 //! hidden states are taken than of a single one. Start at [`PromptEncoder::encode`].
@@ -6,11 +6,14 @@
 use super::clip::{Clip, ClipConfig};
 use super::prompt::{Segment, Syntax, segments};
 use super::qwen3::{ChatTokenizer, OF_FLUX2_KLEIN, OF_Z_IMAGE, Qwen3, Qwen3Config, Reading};
+use super::t5::{T5, T5Config, T5Tokenizer};
 use super::tokenizer::{Chunk, Tokenizer};
 use crate::nn::Forward;
 use crate::nn::device::Compute;
 use crate::nn::weights::SharedSource;
-use crate::weights::{BlockBytes, Checkpoint, ENCODERS, TRANSFORMER, Z_IMAGE_CLASS};
+use crate::weights::{
+    BlockBytes, Checkpoint, ENCODERS, FLUX_CLASS, SD3_CLASS, TRANSFORMER, Z_IMAGE_CLASS,
+};
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -60,10 +63,11 @@ impl PromptEmbeds {
 enum TextEncoderConfig {
     Clip(ClipConfig),
     Qwen3(Qwen3Config, &'static Reading),
+    T5(T5Config),
 }
 
 impl TextEncoderConfig {
-    /// Parses the configuration of either architecture; `class` is that of the transformer that the
+    /// Parses the configuration of any architecture; `class` is that of the transformer that the
     /// checkpoint has.
     fn from_json(config: &Value, class: Option<&str>) -> Result<Self> {
         if Qwen3Config::is_of(config) {
@@ -73,20 +77,66 @@ impl TextEncoderConfig {
             };
             return Ok(Self::Qwen3(Qwen3Config::from_json(config)?, reading));
         }
+        if T5Config::is_of(config) {
+            return T5Config::from_json(config).map(Self::T5);
+        }
         ClipConfig::from_json(config).map(Self::Clip)
     }
 
     fn clip(&self) -> Option<&ClipConfig> {
         match self {
             Self::Clip(config) => Some(config),
-            Self::Qwen3(..) => None,
+            Self::Qwen3(..) | Self::T5(_) => None,
+        }
+    }
+}
+
+/// What a network takes of its text encoders.
+#[derive(Debug, Clone, Copy)]
+enum Output {
+    /// the states of all, side by side
+    States,
+    /// FLUX.1: T5's states of so many tokens, and CLIP's last state of the whole text
+    T5AndPooled { tokens: usize },
+    /// Stable Diffusion 3: the states of both of CLIP's encoders, side by side, then those of T5 of so
+    /// many tokens, all widened to `width` by zeros; and the projections of the whole text
+    AllStates { tokens: usize, width: usize },
+}
+
+/// Tokens of T5 in Stable Diffusion 3, and in FLUX.1 schnell.
+const T5_TOKENS: usize = 256;
+/// In FLUX.1 dev.
+const T5_TOKENS_OF_DEV: usize = 512;
+
+impl Output {
+    /// That of a checkpoint with this transformer, or none.
+    fn of(transformer: Option<&Value>) -> Self {
+        let value = |key: &str| transformer.and_then(|config| config.get(key));
+        match value("_class_name").and_then(Value::as_str) {
+            Some(FLUX_CLASS) => Self::T5AndPooled {
+                tokens: match value("guidance_embeds") {
+                    Some(Value::Bool(true)) => T5_TOKENS_OF_DEV,
+                    _ => T5_TOKENS,
+                },
+            },
+            Some(SD3_CLASS) => Self::AllStates {
+                tokens: T5_TOKENS,
+                width: value("joint_attention_dim")
+                    .and_then(Value::as_u64)
+                    .and_then(|width| width.try_into().ok())
+                    .unwrap_or(4096),
+            },
+            _ => Self::States,
         }
     }
 }
 
 /// The configurations of all text encoders that a checkpoint has, by their component.
 #[derive(Debug, Clone)]
-pub struct TextEncoderConfigs(Vec<(&'static str, TextEncoderConfig)>);
+pub struct TextEncoderConfigs {
+    encoders: Vec<(&'static str, TextEncoderConfig)>,
+    output: Output,
+}
 
 impl TextEncoderConfigs {
     /// Parses the configuration of every text encoder.
@@ -99,26 +149,106 @@ impl TextEncoderConfigs {
                 configs.push((name, TextEncoderConfig::from_json(config, class)?));
             }
         }
-        Ok(Self(configs))
+        Ok(Self {
+            encoders: configs,
+            output: Output::of(transformer),
+        })
     }
 
-    /// The width of the pooled embedding, if there is one: only the second encoder projects the
-    /// whole text.
-    pub fn pooled_dim(&self) -> Option<usize> {
-        self.0
+    fn clips(&self) -> impl Iterator<Item = (&'static str, &ClipConfig)> {
+        self.encoders
             .iter()
-            .find(|(name, _)| *name == ENCODERS[1])
-            .and_then(|(_, config)| Some(config.clip()?.projection_dim))
+            .filter_map(|(name, config)| Some((*name, config.clip()?)))
     }
 
-    /// Whether prompts are read as a conversation, by a language model.
-    pub fn is_chat(&self) -> bool {
-        self.0.iter().any(|(_, config)| config.clip().is_none())
+    fn t5(&self) -> Option<(&'static str, &T5Config)> {
+        self.encoders
+            .iter()
+            .find_map(|(name, config)| match config {
+                TextEncoderConfig::T5(config) => Some((*name, config)),
+                _ => None,
+            })
     }
 
-    /// The bytes of the tensors of a language model that are read; 0 where there is none.
-    pub fn chat_bytes(&self, checkpoint: &Checkpoint) -> Result<BlockBytes> {
-        let Some((name, TextEncoderConfig::Qwen3(config, reading))) = self.0.first() else {
+    /// Errors if a network that takes embeddings of width `context`, and pooled ones of width
+    /// `pooled`, does not go with these encoders.
+    pub fn require(&self, context: usize, pooled: Option<usize>) -> Result<()> {
+        let clips: Vec<usize> = self.clips().map(|(_, config)| config.hidden_size).collect();
+        let t5 = self.t5().map(|(_, config)| config.d_model);
+        let (wanted, fits) = match self.output {
+            Output::States => ("a language model", self.reads_sentences()),
+            Output::T5AndPooled { .. } => (
+                "CLIP-L and T5",
+                clips.len() == 1 && self.encoders.len() == 2 && t5.is_some(),
+            ),
+            Output::AllStates { width, .. } => (
+                "CLIP-L, CLIP-G and perhaps T5",
+                clips.len() == 2
+                    && self.encoders.len() == 2 + usize::from(t5.is_some())
+                    && clips.iter().sum::<usize>() <= width
+                    && t5.is_none_or(|own| own == width),
+            ),
+        };
+        ensure!(
+            fits,
+            "its transformer reads the states of {wanted}, and its text encoders are {}",
+            self.names()
+        );
+        let own = self.context_dim();
+        ensure!(
+            own == context,
+            "its text encoder gives embeddings of width {own}, its transformer takes {context}"
+        );
+        let own = pooled.and(self.pooled_dim());
+        ensure!(
+            own == pooled,
+            "its text encoders give pooled embeddings of width {}, its transformer takes {}",
+            own.unwrap_or(0),
+            pooled.unwrap_or(0)
+        );
+        Ok(())
+    }
+
+    /// The kinds of all encoders, for people.
+    fn names(&self) -> String {
+        let name = |(_, config): &(_, TextEncoderConfig)| match config {
+            TextEncoderConfig::Clip(_) => "CLIP",
+            TextEncoderConfig::Qwen3(..) => "Qwen3",
+            TextEncoderConfig::T5(_) => "T5",
+        };
+        let names: Vec<&str> = self.encoders.iter().map(name).collect();
+        match names.is_empty() {
+            true => "none".into(),
+            false => names.join(", "),
+        }
+    }
+
+    /// The width of the pooled embedding, if there is one: of a U-Net's encoders, only the second
+    /// projects the whole text.
+    pub fn pooled_dim(&self) -> Option<usize> {
+        match self.output {
+            Output::States => self
+                .clips()
+                .find(|(name, _)| *name == ENCODERS[1])
+                .map(|(_, config)| config.projection_dim),
+            Output::T5AndPooled { .. } => self.clips().map(|(_, it)| it.hidden_size).next(),
+            Output::AllStates { .. } => Some(self.clips().map(|(_, it)| it.projection_dim).sum()),
+        }
+    }
+
+    /// Whether prompts are read as sentences, by a language model or T5.
+    pub fn reads_sentences(&self) -> bool {
+        let is_clip = |(_, config): &(_, TextEncoderConfig)| config.clip().is_some();
+        !matches!(self.output, Output::States) || !self.encoders.iter().all(is_clip)
+    }
+
+    /// The bytes of the tensors of a language model or of T5 that are read; 0 where there is none.
+    pub fn sentence_bytes(&self, checkpoint: &Checkpoint) -> Result<BlockBytes> {
+        if let Some((name, _)) = self.t5() {
+            let has_shared = checkpoint.shape(&format!("{name}.shared.weight")).is_some();
+            return Ok(checkpoint.block_bytes(name, |tensor| T5::reads(has_shared, tensor)));
+        }
+        let Some((name, TextEncoderConfig::Qwen3(config, reading))) = self.encoders.first() else {
             return Ok(BlockBytes::default());
         };
         let depth = reading.depth(config)?;
@@ -135,23 +265,30 @@ impl TextEncoderConfigs {
 
     /// The width of the embeddings that a network attends to.
     pub fn context_dim(&self) -> usize {
-        let width = |(_, config): &(_, TextEncoderConfig)| match config {
-            TextEncoderConfig::Clip(config) => config.hidden_size,
-            TextEncoderConfig::Qwen3(config, reading) => reading.width(config.hidden_size),
-        };
-        self.0.iter().map(width).sum()
+        match self.output {
+            Output::States => self
+                .encoders
+                .iter()
+                .map(|(_, config)| match config {
+                    TextEncoderConfig::Clip(config) => config.hidden_size,
+                    TextEncoderConfig::Qwen3(config, reading) => reading.width(config.hidden_size),
+                    TextEncoderConfig::T5(config) => config.d_model,
+                })
+                .sum(),
+            Output::T5AndPooled { .. } => self.t5().map_or(0, |(_, config)| config.d_model),
+            Output::AllStates { width, .. } => width,
+        }
     }
 
     /// The largest `clip_skip`: one more would leave an encoder without layers, or take others than
     /// those that a language model is read at.
     pub fn layers(&self) -> usize {
-        if self.is_chat() {
+        if self.reads_sentences() {
             return 1;
         }
         let unused = usize::from(self.pooled_dim().is_some());
-        self.0
-            .iter()
-            .filter_map(|(_, config)| Some(config.clip()?.num_hidden_layers.saturating_sub(unused)))
+        self.clips()
+            .map(|(_, config)| config.num_hidden_layers.saturating_sub(unused))
             .min()
             .unwrap_or(0)
     }
@@ -160,7 +297,7 @@ impl TextEncoderConfigs {
     /// inversions too: their ids follow the vocabulary's. Errors if one of them was not made for
     /// these encoders.
     fn tokenizers(&self, checkpoint: &Checkpoint) -> Result<Vec<Tokenizer>> {
-        if let (true, Some(embedding)) = (self.is_chat(), checkpoint.embeddings().first()) {
+        if let (true, Some(embedding)) = (self.reads_sentences(), checkpoint.embeddings().first()) {
             bail!(
                 "{}",
                 embedding.mismatch("the text encoder of this model learns no words so")
@@ -185,11 +322,7 @@ impl TextEncoderConfigs {
             }
             Ok(tokenizer)
         };
-        let clips = self
-            .0
-            .iter()
-            .filter_map(|(name, config)| Some((*name, config.clip()?)));
-        clips.map(tokenizer).collect()
+        self.clips().map(tokenizer).collect()
     }
 
     /// The words of texts that are not in the first encoder's vocabulary, neither as they stand nor,
@@ -292,10 +425,15 @@ pub struct PromptEncoder {
 enum Parts {
     Clip(Vec<ClipPart>),
     Chat(Box<(ChatTokenizer, Qwen3)>),
+    Joined {
+        clips: Vec<ClipPart>,
+        t5: Option<Box<(T5Tokenizer, T5)>>,
+        output: Output,
+    },
 }
 
 impl PromptEncoder {
-    /// Reads the encoders. The layers of a language model are not kept where a source is given to
+    /// Reads the encoders. The layers of a language model, or of T5, are not kept where a source is given to
     /// read them from `again`.
     pub fn new(
         checkpoint: &Checkpoint,
@@ -303,15 +441,14 @@ impl PromptEncoder {
         compute: &Compute,
         again: Option<SharedSource>,
     ) -> Result<Self> {
-        let output = if configs.pooled_dim().is_some() {
-            HiddenStates::Penultimate
-        } else {
-            HiddenStates::Last
+        let output = match configs.pooled_dim() {
+            Some(_) => HiddenStates::Penultimate,
+            None => HiddenStates::Last,
         };
         let to = (&compute.device, compute.dtype);
         let device = compute.device.clone();
         let tokenizers = configs.tokenizers(checkpoint)?;
-        if let Some((name, TextEncoderConfig::Qwen3(config, reading))) = configs.0.first() {
+        if let Some((name, TextEncoderConfig::Qwen3(config, reading))) = configs.encoders.first() {
             let source = checkpoint.tokenizer(name)?;
             let tokenizer = ChatTokenizer::new(source, config.vocab_size, reading)?;
             let network = Qwen3::read(checkpoint, name, config, reading, to, again)?;
@@ -319,11 +456,16 @@ impl PromptEncoder {
             return Ok(Self { parts, device });
         }
         let mut parts = vec![];
-        for ((name, config), tokenizer) in configs.0.iter().zip(tokenizers) {
-            let Some(config) = config.clip() else {
-                continue;
+        for ((name, config), tokenizer) in configs.clips().zip(tokenizers) {
+            // the first one's is an identity where it is not there
+            let has_projection = match configs.output {
+                Output::States => name == ENCODERS[1],
+                Output::T5AndPooled { .. } => false,
+                Output::AllStates { .. } => {
+                    let projection = format!("{name}.text_projection.weight");
+                    name == ENCODERS[1] || checkpoint.shape(&projection).is_some()
+                }
             };
-            let has_projection = *name == ENCODERS[1];
             let mut clip =
                 checkpoint.read_network(name, &[], to, |weights| match has_projection {
                     true => Clip::with_projection(weights, config),
@@ -342,8 +484,25 @@ impl PromptEncoder {
                 config: config.clone(),
             });
         }
+        let tokens = match configs.output {
+            Output::States => {
+                let parts = Parts::Clip(parts);
+                return Ok(Self { parts, device });
+            }
+            Output::T5AndPooled { tokens } | Output::AllStates { tokens, .. } => tokens,
+        };
+        let t5 = configs.t5().map(|(name, config)| {
+            let source = checkpoint.tokenizer(name)?;
+            let tokenizer = T5Tokenizer::new(source, config.vocab_size, tokens)?;
+            let network = T5::read(checkpoint, name, config, to, again)?;
+            Ok::<_, anyhow::Error>(Box::new((tokenizer, network)))
+        });
         Ok(Self {
-            parts: Parts::Clip(parts),
+            parts: Parts::Joined {
+                clips: parts,
+                t5: t5.transpose()?,
+                output: configs.output,
+            },
             device,
         })
     }
@@ -369,6 +528,9 @@ impl PromptEncoder {
                     pooled_prompt_embeds: None,
                 };
                 return Ok((embeds, tokens.cut));
+            }
+            Parts::Joined { clips, t5, output } => {
+                return joined(cx, clips, t5.as_deref(), *output, text);
             }
         };
         let segments = match syntax {
@@ -410,6 +572,67 @@ impl PromptEncoder {
             cut,
         ))
     }
+}
+
+/// Encodes a text with CLIP's encoders and T5, as far as there is one. The second value is the text
+/// that the one with the most tokens did not take.
+fn joined(
+    cx: Forward,
+    clips: &[ClipPart],
+    t5: Option<&(T5Tokenizer, T5)>,
+    output: Output,
+    text: &str,
+) -> Result<(PromptEmbeds, Option<String>)> {
+    let (mut token_ids, mut states, mut pooled, mut cut) = (vec![], vec![], vec![], None);
+    for part in clips {
+        let tokens = part
+            .tokenizer
+            .encode(text, part.config.max_position_embeddings)?;
+        if let Output::AllStates { .. } = output {
+            let (hidden, projected) = part.encode(cx, &tokens.ids, 0)?;
+            states.push(hidden);
+            pooled.push(match projected {
+                Some(projected) => projected,
+                None => part.clip.pooled(cx, &tokens.ids)?,
+            });
+        } else {
+            pooled.push(part.clip.pooled(cx, &tokens.ids)?);
+        }
+        cut = cut.or(tokens.cut);
+        token_ids.extend(tokens.ids);
+    }
+    let pooled_prompt_embeds = Tensor::cat(&pooled, 1)?;
+    let of_t5 = match t5 {
+        Some((tokenizer, network)) => {
+            let tokens = tokenizer.encode(text)?;
+            let states = network.forward(cx, &tokens.ids)?;
+            cut = tokens.cut;
+            token_ids.extend(tokens.ids);
+            Some(states)
+        }
+        None => None,
+    };
+    let (dtype, device) = (pooled_prompt_embeds.dtype(), pooled_prompt_embeds.device());
+    let prompt_embeds = match (output, of_t5) {
+        (Output::AllStates { tokens, width }, of_t5) => {
+            let of_clip = Tensor::cat(&states, 2)?; // [1, 77, d]
+            let missing = width.saturating_sub(of_clip.dim(2)?);
+            let of_clip = of_clip.pad_with_zeros(2, 0, missing)?;
+            let of_t5 = match of_t5 {
+                Some(states) => states.to_dtype(dtype)?,
+                None => Tensor::zeros((1, tokens, width), dtype, device)?,
+            };
+            Tensor::cat(&[of_clip, of_t5], 1)? // [1, 77 + tokens, width]
+        }
+        (_, Some(states)) => states,
+        (_, None) => bail!("the model reads its prompts with T5"),
+    };
+    let embeds = PromptEmbeds {
+        token_ids,
+        prompt_embeds,
+        pooled_prompt_embeds: Some(pooled_prompt_embeds),
+    };
+    Ok((embeds, cut))
 }
 
 /// Multiplies each token's hidden state [1, n, d] by its weight [n], and then all of them by one

@@ -216,7 +216,7 @@ impl Checkpoint {
         let is_missing = |part: &&str| {
             !found.contains(part)
                 && *part != TRANSFORMER
-                && (*part != ENCODERS[1])
+                && !ENCODERS[1..].contains(part)
                 && (*part != ENCODERS[0] || !self.has(ENCODERS[1]))
         };
         let missing: Vec<&str> = PARTS.into_iter().filter(is_missing).collect();

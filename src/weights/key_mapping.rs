@@ -181,6 +181,14 @@ pub fn layout<'a>(keys: impl Iterator<Item = &'a str>) -> Layout {
 /// Beginnings of the keys of language models, with and without the part that makes words.
 const LANGUAGE: [&str; 4] = ["model.", "embed_tokens.", "layers.", "norm."];
 
+/// Beginnings of T5's.
+const T5: [&str; 4] = [
+    "shared.",
+    "encoder.block.",
+    "encoder.final_layer_norm.",
+    "encoder.embed_tokens.",
+];
+
 /// Maps a key of one component of a diffusers folder: today's names, and the older ones that files on
 /// the hub still have.
 pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
@@ -193,6 +201,9 @@ pub fn from_diffusers(component: &str, key: &str) -> Vec<Named> {
             && LANGUAGE.iter().any(|it| key.starts_with(it)) =>
         {
             format!("model.{}", key.strip_prefix("model.").unwrap_or(key))
+        }
+        _ if component.starts_with("text_encoder") && T5.iter().any(|it| key.starts_with(it)) => {
+            key.into()
         }
         _ if component.starts_with("text_encoder")
             && key != "lm_head.weight"

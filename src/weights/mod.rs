@@ -36,6 +36,8 @@ pub mod family_name {
     pub const SD2: &str = "Stable Diffusion 2.x";
     pub const SDXL: &str = "Stable Diffusion XL";
     pub const SDXL_REFINER: &str = "Stable Diffusion XL refiner";
+    pub const SD3: &str = "Stable Diffusion 3";
+    pub const FLUX1: &str = "FLUX.1";
     pub const FLUX2_KLEIN: &str = "FLUX.2 klein";
     pub const Z_IMAGE: &str = "Z-Image";
 }
@@ -57,14 +59,25 @@ pub struct TokenizerSource {
     pub config: Value,
 }
 
-/// The components that have weights. The first or the second text encoder may be missing, and a
-/// refiner does not need a VAE.
-pub const PARTS: [&str; 5] = ["text_encoder", "text_encoder_2", UNET, TRANSFORMER, "vae"];
+/// The components that have weights. Text encoders may be missing, and a refiner does not need a
+/// VAE.
+pub const PARTS: [&str; 6] = [
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    UNET,
+    TRANSFORMER,
+    "vae",
+];
 /// The networks that denoise: a model has one of them.
 pub const UNET: &str = "unet";
 pub const TRANSFORMER: &str = "transformer";
 /// diffusers' classes of the transformers that are drawn.
+pub const SD3_CLASS: &str = "SD3Transformer2DModel";
+pub const FLUX_CLASS: &str = "FluxTransformer2DModel";
 pub const FLUX2_CLASS: &str = "Flux2Transformer2DModel";
 pub const Z_IMAGE_CLASS: &str = "ZImageTransformer2DModel";
-/// The text encoders; the second also projects the whole text.
-pub const ENCODERS: [&str; 2] = ["text_encoder", "text_encoder_2"];
+/// The classes of all of them.
+pub const TRANSFORMER_CLASSES: [&str; 4] = [SD3_CLASS, FLUX_CLASS, FLUX2_CLASS, Z_IMAGE_CLASS];
+/// The text encoders. A U-Net's second also projects the whole text.
+pub const ENCODERS: [&str; 3] = ["text_encoder", "text_encoder_2", "text_encoder_3"];

@@ -13,7 +13,8 @@ use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_pa
 use super::safetensors::SafetensorsFile;
 use super::transformers::OTHER_ENCODERS;
 use super::{
-    Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
+    Checkpoint, ENCODERS, FLUX_CLASS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET,
+    transformers,
 };
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -29,14 +30,15 @@ pub enum Origin<'a> {
 /// The upscalers that can be used, for error messages.
 pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networks (RRDBNet, SRVGGNetCompact), SPAN and RealPLKSR can be used, from .safetensors files";
 
-/// `model_type` of a language model that encodes text.
-const QWEN3: &str = "qwen3";
+/// `model_type` of text encoders whose tokenizer is in tokenizer.json.
+const WITH_JSON: [&str; 2] = ["qwen3", "t5"];
 
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
-const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_2"];
+const TOKENIZERS: [&str; 3] = ["tokenizer", "tokenizer_2", "tokenizer_3"];
 
 /// What errors about other models say.
-pub(super) const TODAY: &str = "Stable Diffusion 1.x, 2.x, XL, FLUX.2 klein and Z-Image work today";
+pub(super) const TODAY: &str =
+    "Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX.1, FLUX.2 klein and Z-Image work today";
 
 /// Parts of the names of diffusers' pipelines that draw otherwise with the same parts, or with others.
 const OTHER_PIPELINES: [&str; 16] = [
@@ -59,7 +61,13 @@ const OTHER_PIPELINES: [&str; 16] = [
 ];
 
 /// Those of these that are drawn.
-const DRAWN_PIPELINES: [&str; 4] = [
+const DRAWN_PIPELINES: [&str; 10] = [
+    "StableDiffusion3Pipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
     "Flux2KleinPipeline",
     "ZImagePipeline",
     "ZImageImg2ImgPipeline",
@@ -147,7 +155,7 @@ impl Checkpoint {
         let index = read_json(&index_path)?;
         if let Some(class) = index.get("_class_name").and_then(Value::as_str)
             && OTHER_PIPELINES.iter().any(|part| class.contains(part))
-            && !DRAWN_PIPELINES.contains(&class)
+            && !(DRAWN_PIPELINES.contains(&class) && index.get(TRANSFORMER).is_some())
         {
             bail!(
                 "`{}` is for diffusers' `{class}`, which sdgen does not draw\n\nhint: {TODAY}",
@@ -181,7 +189,8 @@ impl Checkpoint {
         for (encoder, folder) in ENCODERS.into_iter().zip(TOKENIZERS) {
             if is_needed(&folder) {
                 let config = checkpoint.configs.get(encoder);
-                let is_chat = config.is_some_and(|config| config["model_type"] == QWEN3);
+                let kind = config.and_then(|config| config["model_type"].as_str());
+                let is_chat = kind.is_some_and(|kind| WITH_JSON.contains(&kind));
                 checkpoint
                     .tokenizers
                     .insert(encoder, tokenizer(&path.join(folder), is_chat)?);
@@ -336,7 +345,12 @@ impl Checkpoint {
         let each = if is_packed { 4 } else { 1 };
         let decoded = each * channels(config, "latent_channels");
         let drawn = match self.denoiser() {
-            TRANSFORMER => channels(self.config(TRANSFORMER)?, "in_channels"),
+            TRANSFORMER => {
+                let config = self.config(TRANSFORMER)?;
+                // FLUX.1's takes 2x2 latents as one token, whose channels it counts
+                let is_flux = config.get("_class_name").is_some_and(|it| it == FLUX_CLASS);
+                channels(config, "in_channels") / if is_flux { 4 } else { 1 }
+            }
             unet => channels(self.config(unet)?, "out_channels"),
         };
         if decoded != drawn {
@@ -442,6 +456,7 @@ fn needed_folders(path: &Path, index: &Value) -> Result<Vec<&'static str>> {
     let is_needed = |part: &&str| match *part {
         "text_encoder" | "tokenizer" | "vae" => is_listed(part) || !has_second,
         "text_encoder_2" | "tokenizer_2" => has_second,
+        "text_encoder_3" | "tokenizer_3" => is_listed(part),
         UNET | TRANSFORMER => is_listed(part) || *part == UNET && !is_listed(TRANSFORMER),
         _ => true,
     };

@@ -4,19 +4,19 @@
 use crate::common::*;
 use candle_core::{DType, Device, Tensor};
 use sdgen::image::Image;
-use sdgen::model::{Autoencoder, Backbone, BackboneConfig, Conditioning, ExtraInputs};
+use sdgen::model::{AddedCond, Autoencoder, Backbone, BackboneConfig, Conditioning, ExtraInputs};
 use sdgen::nn::Forward;
 use sdgen::nn::device::Compute;
 use sdgen::nn::weights::SharedSource;
 use sdgen::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
 use sdgen::sampling::noise::Generator;
 use sdgen::sampling::{self, Mu, Sampler, SchedulerConfig, plan, plan_img2img};
-use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
+use sdgen::text::encoder::{PromptEmbeds, PromptEncoder, TextEncoderConfigs};
 use sdgen::text::prompt::Syntax;
 use sdgen::weights::{Checkpoint, Origin};
 use serde_json::Value;
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -31,8 +31,13 @@ struct Tiny {
 }
 
 fn tiny(name: &str) -> Tiny {
+    tiny_at(&fixture(name), name)
+}
+
+/// The model in a folder, which was made of this fixture.
+fn tiny_at(folder: &Path, name: &str) -> Tiny {
     Tiny {
-        checkpoint: Checkpoint::open(Origin::Path(&fixture(name))).unwrap(),
+        checkpoint: Checkpoint::open(Origin::Path(folder)).unwrap(),
         goldens: load(&fixture(&format!("{name}/goldens.safetensors"))),
         facts: goldens(name),
     }
@@ -139,16 +144,60 @@ fn the_autoencoder_normalises_packed_latents_both_ways() {
 
 #[test]
 fn latents_after_every_step_are_the_same_with_guidance_and_without() {
-    for (name, rule, side, channels) in [
-        ("klein", Some(Mu::Empirical), 16, 16),
-        ("z_image", None, 8, 4),
+    for (name, rule, side, patch, channels, runs) in [
+        ("klein", Some(Mu::Empirical), 16, 1, 16, 3),
+        ("z_image", None, 8, 2, 4, 3),
+        ("flux", None, 8, 2, 4, 3),
+        ("sd3", None, 8, 2, 4, 2),
     ] {
-        latents_after_every_step(&tiny(name), rule, side, channels);
+        let compared = latents_after_every_step(&tiny(name), "run", rule, (side, patch, channels));
+        assert_eq!(compared, runs, "{name}");
     }
+    let dir = tempfile::tempdir().unwrap();
+    let schnell = tiny_at(&flux_schnell(dir.path()), "flux");
+    let compared = latents_after_every_step(&schnell, "schnell_run", None, (8, 2, 4));
+    assert_eq!(compared, 2);
+    let without = tiny_at(&sd3_without_t5(dir.path()), "sd3");
+    let compared = latents_after_every_step(&without, "without_run", None, (8, 2, 4));
+    assert_eq!(compared, 1);
+}
+
+/// Makes FLUX.1 dev schnell: without guidance as an input, and with levels of its own.
+fn flux_schnell(folder: &Path) -> PathBuf {
+    let model = folder.join("flux-schnell");
+    copy_folder(&fixture("flux"), &model);
+    edit_json(&model.join("transformer/config.json"), |config| {
+        config.insert("guidance_embeds".into(), false.into());
+    });
+    let scheduler = model.join("scheduler/scheduler_config.json");
+    std::fs::write(scheduler, goldens("flux")["schnell_scheduler"].to_string()).unwrap();
+    let file = model.join("transformer/diffusion_pytorch_model.safetensors");
+    let mut tensors = load(&file);
+    tensors.retain(|name, _| !name.contains("guidance_embedder"));
+    save(&tensors, &file);
+    model
+}
+
+/// Stable Diffusion 3 without T5, as its folder may be.
+fn sd3_without_t5(folder: &Path) -> PathBuf {
+    let model = folder.join("sd3-without");
+    copy_folder(&fixture("sd3"), &model);
+    edit_json(&model.join("model_index.json"), |index| {
+        for part in ["text_encoder_3", "tokenizer_3"] {
+            std::fs::remove_dir_all(model.join(part)).unwrap();
+            index.insert(part.into(), serde_json::json!([null, null]));
+        }
+    });
+    model
 }
 
 /// Prompts of any lengths, in a batch.
-fn told(contexts: &[Tensor]) -> Conditioning {
+fn told(prompts: &[PromptEmbeds], guidance: f64) -> Conditioning {
+    let contexts: Vec<&Tensor> = prompts.iter().map(|it| &it.prompt_embeds).collect();
+    let pooled: Vec<Tensor> = prompts
+        .iter()
+        .filter_map(|it| it.pooled_prompt_embeds.clone())
+        .collect();
     let lengths: Vec<usize> = contexts.iter().map(|x| x.dim(1).unwrap()).collect();
     let longest = *lengths.iter().max().unwrap();
     let padded: Vec<Tensor> = contexts
@@ -157,35 +206,56 @@ fn told(contexts: &[Tensor]) -> Conditioning {
         .collect();
     Conditioning {
         lengths,
+        added_cond: (!pooled.is_empty()).then(|| AddedCond {
+            text_embeds: Tensor::cat(&pooled, 0).unwrap(),
+            time_ids: vec![vec![]; pooled.len()],
+        }),
+        guidance: Some(guidance),
         ..Conditioning::from(Tensor::cat(&padded, 0).unwrap())
     }
 }
 
-/// Compares the runs from noise of a model, whose latents have so many channels and are squares of
-/// so many pixels.
-fn latents_after_every_step(tiny: &Tiny, rule: Option<Mu>, side: usize, channels: usize) {
+/// Compares the runs from noise of a model, whose latents are squares of so many pixels, of which so
+/// many in each direction are a token, and have so many channels. Returns how many runs there were.
+fn latents_after_every_step(
+    tiny: &Tiny,
+    name: &str,
+    rule: Option<Mu>,
+    (side, patch, channels): (usize, usize, usize),
+) -> usize {
     let (encoder, backbone) = (tiny.encoder(), tiny.backbone());
     let scheduler = SchedulerConfig::from_json(tiny.checkpoint.config("scheduler").unwrap());
-    let scheduler = scheduler.unwrap();
-    let runs = tiny.facts["runs"].as_array().unwrap().iter().enumerate();
+    let scheduler = match BackboneConfig::of(&tiny.checkpoint).unwrap() {
+        BackboneConfig::Sd3(_) => scheduler.unwrap().ending_at_lowest(),
+        _ => scheduler.unwrap(),
+    };
+    let runs = tiny.facts[format!("{name}s")].as_array().unwrap();
+    let mut done = 0;
+    let runs = runs.iter().enumerate();
     for (i, run) in runs.filter(|(_, run)| run["strength"].is_null()) {
         let number = |key: &str| run[key].as_u64().unwrap() as usize;
         let (h, w) = (number("height") / side, number("width") / side);
-        let scheduler = scheduler.clone().for_picture(h * w, rule);
+        let scheduler = scheduler.clone().for_picture(h * w / patch / patch, rule);
         let plan = plan(&scheduler, Sampler::Euler, None, number("steps"), None).unwrap();
         let sigmas: Vec<f64> = serde_json::from_value(run["sigmas"].clone()).unwrap();
         for (own, golden) in plan.sigmas.iter().zip(&sigmas) {
             assert!((own - golden).abs() < 1e-6, "{:?} {sigmas:?}", plan.sigmas);
         }
-        let encode = |text: &str| {
-            let embeds = encoder.encode(text, 0, Syntax::Plain).unwrap().0;
-            embeds.prompt_embeds
-        };
+        let encode = |text: &str| encoder.encode(text, 0, Syntax::Plain).unwrap().0;
         let prompt = encode(run["prompt"].as_str().unwrap());
-        let scale = run["guidance"].as_f64().unwrap();
+        let given = run["guidance"].as_f64().unwrap();
+        let embeds = BackboneConfig::of(&tiny.checkpoint)
+            .unwrap()
+            .embeds_guidance();
+        let scale = run["true_guidance"]
+            .as_f64()
+            .unwrap_or(if embeds { 1.0 } else { given });
         let conditioning = match scale > 1.0 {
-            true => told(&[encode(run["negative"].as_str().unwrap_or("")), prompt]),
-            false => told(&[prompt]),
+            true => {
+                let negative = encode(run["negative"].as_str().unwrap_or(""));
+                told(&[negative, prompt], given)
+            }
+            false => told(&[prompt], given),
         };
         let mut guided = CfgDenoiser {
             model: backbone
@@ -210,14 +280,16 @@ fn latents_after_every_step(tiny: &Tiny, rule: Option<Mu>, side: usize, channels
             &mut |x, sigma, timestep| guided.denoise(x, plan.scalings(sigma), timestep),
             &mut || candle_core::bail!("no noise is drawn"),
             &mut |step| {
-                tiny.compare(&format!("run.{i}.{}", step.index), step.latents, LATENTS);
+                tiny.compare(&format!("{name}.{i}.{}", step.index), step.latents, LATENTS);
                 compared += 1;
                 Ok(None)
             },
         )
         .unwrap();
         assert_eq!(compared, number("steps"));
+        done += 1;
     }
+    done
 }
 
 #[test]
@@ -567,7 +639,7 @@ fn what_means_nothing_to_a_transformer_is_an_error() {
         (
             "transformer",
             "_class_name",
-            "SD3Transformer2DModel".into(),
+            "AuraFlowTransformer2DModel".into(),
             "does not draw",
         ),
         ("text_encoder", "num_hidden_layers", 20.into(), "27"),
@@ -727,6 +799,159 @@ fn z_images_pictures_are_diffusers_own_with_guidance_and_from_a_picture() {
 }
 
 #[test]
+fn t5_reads_prompts_with_their_padding_and_clip_the_whole_text() {
+    for (name, tokens, before, width) in [("flux", 512, 0, 24), ("sd3", 256, 77, 40)] {
+        let tiny = tiny(name);
+        let encoder = tiny.encoder();
+        for (i, case) in tiny.facts["text"].as_array().unwrap().iter().enumerate() {
+            let prompt = case["prompt"].as_str().unwrap();
+            let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+            assert_eq!(cut, None);
+            let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let of_t5 = &embeds.token_ids[embeds.token_ids.len() - tokens..];
+            assert_eq!(of_t5[..ids.len()], ids, "{prompt}");
+            assert!(of_t5[ids.len()..].iter().all(|id| *id == 0));
+            if name == "flux" {
+                let ids: Vec<u32> = serde_json::from_value(case["clip_ids"].clone()).unwrap();
+                assert_eq!(embeds.token_ids[..77], ids, "{prompt}");
+            }
+            assert_eq!(embeds.prompt_embeds.dims(), [1, before + tokens, width]);
+            let rows: Vec<u32> = serde_json::from_value(case["rows"].clone()).unwrap();
+            let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+            let got = embeds.prompt_embeds.index_select(&rows, 1).unwrap();
+            tiny.compare(&format!("text.{i}"), &got, NETWORK);
+            let pooled = embeds.pooled_prompt_embeds.unwrap();
+            tiny.compare(&format!("pooled.{i}"), &pooled, NETWORK);
+        }
+        // what is too long ends with the end token
+        let (embeds, cut) = encoder
+            .encode(&"frog ".repeat(600), 0, Syntax::Plain)
+            .unwrap();
+        assert!(cut.unwrap().ends_with("frog "));
+        assert_eq!(embeds.token_ids.last(), Some(&1));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let without = tiny_at(&sd3_without_t5(dir.path()), "sd3");
+    let (embeds, _) = without
+        .encoder()
+        .encode("a frog in a top hat", 0, Syntax::Plain)
+        .unwrap();
+    let shape: Vec<usize> = serde_json::from_value(without.facts["without"].clone()).unwrap();
+    assert_eq!(embeds.prompt_embeds.dims(), shape);
+    let [of_clip, zeros] = [(0, 100), (100, 233)]
+        .map(|(from, len)| embeds.prompt_embeds.narrow(1, from, len).unwrap());
+    without.compare("without.text", &of_clip, NETWORK);
+    assert_eq!(largest(&zeros), 0.0);
+    let pooled = embeds.pooled_prompt_embeds.unwrap();
+    without.compare("without.pooled", &pooled, NETWORK);
+}
+
+#[test]
+fn transformers_of_text_and_picture_predict_the_same_velocities() {
+    let dir = tempfile::tempdir().unwrap();
+    let variant = |part: &str| {
+        let model = dir.path().join(part);
+        copy_folder(&fixture("sd3"), &model);
+        std::fs::remove_dir_all(model.join("transformer")).unwrap();
+        std::fs::rename(model.join(part), model.join("transformer")).unwrap();
+        tiny_at(&model, "sd3")
+    };
+    for (tiny, name, timestep) in [
+        (tiny("flux"), "transformer", 700.0),
+        (tiny("sd3"), "transformer", 712.5),
+        (variant("transformer_plain"), "transformer_plain", 712.5),
+        (variant("transformer_large"), "transformer_large", 712.5),
+    ] {
+        let backbone = tiny.backbone();
+        let golden = |name: &str| tiny.goldens[&format!("transformer.{name}")].clone();
+        let latents = golden("latents");
+        let (context, pooled) = (golden("context"), golden("pooled"));
+        let velocities = |rows: std::ops::Range<usize>| {
+            let part = |x: &Tensor| x.narrow(0, rows.start, rows.len()).unwrap();
+            let prompt = PromptEmbeds {
+                token_ids: vec![],
+                prompt_embeds: part(&context),
+                pooled_prompt_embeds: Some(part(&pooled)),
+            };
+            let conditioning = Conditioning {
+                lengths: vec![],
+                ..told(&[prompt], 3.5)
+            };
+            let bound = backbone
+                .bind(cx(), &conditioning, ExtraInputs::default())
+                .unwrap();
+            bound.forward(&part(&latents), timestep).unwrap()
+        };
+        let all = velocities(0..2);
+        tiny.compare(&format!("{name}.output"), &all, NETWORK);
+        // each picture of a batch as alone
+        let alone = velocities(1..2);
+        assert_eq!(values(&alone), values(&all.narrow(0, 1, 1).unwrap()));
+    }
+}
+
+#[test]
+fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["flux", "sd3"] {
+        copy_folder(&fixture(name), &dir.path().join(name));
+    }
+    flux_schnell(dir.path());
+    sd3_without_t5(dir.path());
+    for (model, name, runs) in [
+        ("flux", "run", 4),
+        ("flux-schnell", "schnell_run", 2),
+        ("sd3", "run", 3),
+        ("sd3-without", "without_run", 1),
+    ] {
+        let tiny = tiny(model.split('-').next().unwrap());
+        let init = &tiny.goldens["init"];
+        let (_, height, width, _) = init.dims4().unwrap();
+        let rgb = init.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        let init = Image { width, height, rgb };
+        std::fs::write(
+            dir.path().join("init.png"),
+            init.encode(sdgen::image::Format::Png, None).unwrap(),
+        )
+        .unwrap();
+        let all = tiny.facts[format!("{name}s")].as_array().unwrap();
+        assert_eq!(all.len(), runs);
+        for (i, run) in all.iter().enumerate() {
+            let mut command = sdgen(dir.path());
+            command.args(["-m", model, "-o", "x.png", "--force"]);
+            command.arg(run["prompt"].as_str().unwrap());
+            for (option, key) in [
+                ("-s", "seed"),
+                ("-W", "width"),
+                ("-H", "height"),
+                ("--steps", "steps"),
+                ("-g", "guidance"),
+                ("--true-guidance", "true_guidance"),
+                ("--strength", "strength"),
+                ("--negative", "negative"),
+            ] {
+                match &run[key] {
+                    Value::Null => continue,
+                    Value::String(text) => command.args([option, text]),
+                    number => command.args([option, &number.to_string()]),
+                };
+            }
+            if !run["strength"].is_null() {
+                command.args(["-i", "init.png"]);
+            }
+            succeed(&mut command);
+            let golden = levels(&tiny.goldens[&format!("{name}.{i}.picture")]);
+            assert_same_levels(
+                &format!("{model} {i}"),
+                &pixels(&dir.path().join("x.png")),
+                &golden,
+            );
+            succeed(sdgen(dir.path()).args(["check", "x.png", "-m", model]));
+        }
+    }
+}
+
+#[test]
 fn a_large_transformer_in_f32_is_kept_in_bf16() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("z");
@@ -768,7 +993,7 @@ fn a_large_transformer_in_f32_is_kept_in_bf16() {
 
 #[test]
 fn blocks_that_are_read_again_in_every_step_draw_the_same() {
-    for name in ["klein", "z_image"] {
+    for name in ["klein", "z_image", "flux", "sd3"] {
         let tiny = tiny(name);
         let shared = Arc::new(Checkpoint::open(Origin::Path(&fixture(name))).unwrap());
         let again = || -> SharedSource { shared.clone() };
@@ -778,18 +1003,17 @@ fn blocks_that_are_read_again_in_every_step_draw_the_same() {
         };
         let configs = TextEncoderConfigs::of(&shared).unwrap();
         let encoder = PromptEncoder::new(&shared, &configs, &compute, Some(again())).unwrap();
-        let embeds = |encoder: &PromptEncoder| {
-            let embeds = encoder.encode("a frog", 0, Syntax::Plain).unwrap().0;
-            embeds.prompt_embeds
-        };
-        let context = embeds(&encoder);
-        assert_eq!(values(&context), values(&embeds(&tiny.encoder())), "{name}");
+        let embeds =
+            |encoder: &PromptEncoder| encoder.encode("a frog", 0, Syntax::Plain).unwrap().0;
+        let prompt = embeds(&encoder);
+        let kept = embeds(&tiny.encoder()).prompt_embeds;
+        assert_eq!(values(&prompt.prompt_embeds), values(&kept), "{name}");
         let weights = shared.weights("transformer", &Device::Cpu, DType::F32);
         let config = BackboneConfig::of(&shared).unwrap();
         let backbone = config.build(&weights.reading_again(Some(again()))).unwrap();
         let latents = &tiny.goldens["transformer.latents"].narrow(0, 0, 1).unwrap();
         let [read, kept] = [&backbone, &tiny.backbone()].map(|backbone| {
-            let conditioning = Conditioning::from(context.clone());
+            let conditioning = told(std::slice::from_ref(&prompt), 3.5);
             let bound = backbone
                 .bind(cx(), &conditioning, ExtraInputs::default())
                 .unwrap();

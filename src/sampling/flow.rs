@@ -4,8 +4,11 @@
 //!
 //! [`FlowConfig`] is what diffusers' `FlowMatchEulerDiscreteScheduler` reads of a checkpoint.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde::Deserialize;
+
+use crate::sampling::kinds::Schedule;
+use crate::sampling::sigmas::SigmaSchedule;
 
 /// How sigmas are shifted by a number mu that depends on the picture, `time_shift_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -56,6 +59,8 @@ pub(super) struct FlowConfig {
     pub(super) shift_terminal: Option<f64>,
     /// the even levels end at the lowest that a step of training has, and not a step above 0
     pub(super) ends_at_lowest: bool,
+    /// between the highest and the lowest of the shifted levels, in their place
+    pub(super) sigma_schedule: Option<SigmaSchedule>,
     /// tokens of the picture that is drawn
     pub(super) tokens: usize,
 }
@@ -65,8 +70,18 @@ const LOWEST: f64 = 0.001;
 
 impl FlowConfig {
     /// The levels of n steps, falling, and 0: as diffusers' pipelines of FLUX and Z-Image have them.
-    /// Errors if they do not fall.
-    pub(super) fn sigmas(&self, n: usize) -> Result<Vec<f64>> {
+    /// `schedule` replaces the file's. Errors if they do not fall, or if the schedule is for models
+    /// of another kind.
+    pub(super) fn sigmas(&self, n: usize, schedule: Option<Schedule>) -> Result<Vec<f64>> {
+        let between_ends = match schedule {
+            None => self.sigma_schedule,
+            Some(schedule) => match schedule.spec().sigmas {
+                Some(SigmaSchedule::Table(_)) | None => bail!(
+                    "models of flow matching do not follow the schedule `{schedule}`\n\nhint: `karras`, `exponential` and `beta` replace the levels of their own"
+                ),
+                between_ends => between_ends,
+            },
+        };
         let shifted = |sigma: f64| self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma);
         let last = match (self.ends_at_lowest, self.dynamic) {
             (false, _) => 1.0 / n as f64,
@@ -93,6 +108,9 @@ impl FlowConfig {
                 *sigma = 1.0 - (1.0 - *sigma) / scale;
             }
         }
+        if let (Some(rule), Some(low)) = (between_ends, sigmas.last().copied()) {
+            sigmas = rule.sigmas(sigmas[0], low, n);
+        }
         sigmas.push(0.0);
         ensure!(
             sigmas.windows(2).all(|pair| pair[0] > pair[1]),
@@ -118,6 +136,7 @@ mod tests {
             mu,
             shift_terminal,
             ends_at_lowest: false,
+            sigma_schedule: None,
             tokens,
         };
         let line = Mu::Linear([(256.0, 0.5), (4096.0, 1.15)]);
@@ -153,7 +172,7 @@ mod tests {
                 ],
             ),
         ] {
-            let sigmas = config.sigmas(expected.len()).unwrap();
+            let sigmas = config.sigmas(expected.len(), None).unwrap();
             assert_eq!(sigmas.len(), expected.len() + 1);
             assert_eq!(sigmas.last(), Some(&0.0));
             for (sigma, expected) in sigmas.iter().zip(expected) {
@@ -178,9 +197,9 @@ mod tests {
         assert!((Mu::Empirical.at(4096, 50) - 2.0234).abs() < 1e-4);
         assert!((Mu::Empirical.at(16384, 4) - 3.23).abs() < 1e-2);
         assert_eq!(
-            flow(1.0, None, line, None, 0).sigmas(1).unwrap(),
+            flow(1.0, None, line, None, 0).sigmas(1, None).unwrap(),
             [1.0, 0.0]
         );
-        assert!(flow(1.0, None, line, Some(1.5), 0).sigmas(4).is_err());
+        assert!(flow(1.0, None, line, Some(1.5), 0).sigmas(4, None).is_err());
     }
 }

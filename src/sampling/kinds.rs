@@ -112,8 +112,33 @@ pub struct SamplerSpec {
     pub(super) eta: Option<f64>,
     /// Where the network runs a second time in every step but the last.
     pub(super) second_stage: Option<SecondStage>,
+    /// How it draws with models of flow matching, if it does.
+    pub(super) flow: Option<FlowForm>,
     /// The defaults of the class, and which keys of a config it knows.
     pub(super) traits: ClassTraits,
+}
+
+/// What a sampler works on where the model is one of flow matching.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FlowForm {
+    /// The latents themselves, on a line from picture to noise.
+    Line,
+    /// The latents divided by 1 - sigma, as solvers in log(sigma / (1 - sigma)) have it.
+    Ratio,
+}
+
+impl Sampler {
+    /// How it draws with models of flow matching. Errors if it does not, naming those that do.
+    pub(super) fn flow_form(self) -> anyhow::Result<FlowForm> {
+        self.spec().flow.ok_or_else(|| {
+            let others = Self::ALL.into_iter().filter(|s| s.spec().flow.is_some());
+            let names: Vec<String> = others.map(|other| format!("`{other}`")).collect();
+            anyhow::anyhow!(
+                "`{self}` does not draw with models of flow matching\n\nhint: {} do",
+                names.join(", ")
+            )
+        })
+    }
 }
 
 impl SamplerSpec {
@@ -232,6 +257,8 @@ pub(super) struct ClassTraits {
     pub(super) continuous: bool,
     /// The names of `solver_type` that it knows; the first replaces all others. Any, if empty.
     pub(super) solver_types: &'static [SolverType],
+    /// Whether the middle of a step lies halfway in log(sigma / (1 - sigma)) of flow matching.
+    pub(super) halves_flow_ratio: bool,
     /// The order and algorithm that tell the samplers of DPMSolverMultistepScheduler apart.
     pub(super) dpm_solver: Option<(usize, Algorithm)>,
 }
@@ -257,6 +284,7 @@ const DISCRETE: ClassTraits = ClassTraits {
     clip_sample: Some(true),
     continuous: false,
     solver_types: &[],
+    halves_flow_ratio: false,
     dpm_solver: None,
 };
 const FRACTIONAL: ClassTraits = ClassTraits {
@@ -296,6 +324,7 @@ table! {
         run: sampler::ddim,
         eta: Some(0.0),
         second_stage: None,
+        flow: None,
         traits: ClassTraits { fixed_stride: true, ..DISCRETE },
     };
     /// Liu et al. 2022 (arXiv 2202.09778), also known as PLMS.
@@ -307,6 +336,7 @@ table! {
         run: sampler::pndm,
         eta: None,
         second_stage: None,
+        flow: None,
         traits: ClassTraits { grid: Grid::Pndm, zero_snr: false, clip_sample: None, ..DISCRETE },
     };
     /// Karras et al. 2022 (arXiv 2206.00364), algorithm 2 with Euler steps alone, without churn.
@@ -318,6 +348,7 @@ table! {
         run: sampler::euler,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Line),
         traits: ClassTraits {
             zero_snr: true,
             final_level: FinalLevel::Configured,
@@ -334,6 +365,7 @@ table! {
         run: sampler::euler_ancestral,
         eta: Some(1.0),
         second_stage: None,
+        flow: Some(FlowForm::Line),
         traits: ClassTraits { zero_snr: true, sigma_schedules: false, ..FRACTIONAL },
     };
     /// DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095).
@@ -345,6 +377,7 @@ table! {
         run: sampler::dpm_multistep,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits { dpm_solver: Some((2, Algorithm::PlusPlus)), ..DPM_SOLVER },
     };
     /// SDE-DPM-Solver++(2M), same paper.
@@ -356,6 +389,7 @@ table! {
         run: sampler::dpm_multistep,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits { dpm_solver: Some((2, Algorithm::SdePlusPlus)), ..DPM_SOLVER },
     };
     /// DPM-Solver++ for the stochastic equation, single step (k-diffusion).
@@ -367,6 +401,7 @@ table! {
         run: sampler::dpmpp_sde,
         eta: None,
         second_stage: Some(SecondStage::Middle),
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits { betas: STABLE_ENDS, limits_karras: false, ..FRACTIONAL },
     };
     /// SDE-DPM-Solver++ of third order.
@@ -378,6 +413,7 @@ table! {
         run: sampler::dpm_multistep,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits { dpm_solver: Some((3, Algorithm::SdePlusPlus)), ..DPM_SOLVER },
     };
     /// DPM-Solver++(2S) with noise added back after each step (k-diffusion).
@@ -389,7 +425,8 @@ table! {
         run: sampler::dpmpp_2s_ancestral,
         eta: Some(1.0),
         second_stage: Some(SecondStage::Middle),
-        traits: ClassTraits { zero_snr: true, ..FRACTIONAL },
+        flow: Some(FlowForm::Line),
+        traits: ClassTraits { zero_snr: true, halves_flow_ratio: true, ..FRACTIONAL },
     };
     /// Karras et al. 2022, algorithm 1.
     Heun = SamplerSpec {
@@ -400,6 +437,7 @@ table! {
         run: sampler::heun,
         eta: None,
         second_stage: Some(SecondStage::End),
+        flow: Some(FlowForm::Line),
         traits: ClassTraits { betas: STABLE_ENDS, clip_sample: Some(false), ..FRACTIONAL },
     };
     /// DPM-Solver-2, Lu et al. 2022 (arXiv 2206.00927), as Karras et al. write it.
@@ -411,6 +449,7 @@ table! {
         run: sampler::dpm2,
         eta: None,
         second_stage: Some(SecondStage::Middle),
+        flow: Some(FlowForm::Line),
         traits: ClassTraits { betas: STABLE_ENDS, rounds_karras: true, ..FRACTIONAL },
     };
     /// DPM-Solver-2 with noise added back after each step.
@@ -422,6 +461,7 @@ table! {
         run: sampler::dpm2,
         eta: Some(1.0),
         second_stage: Some(SecondStage::Middle),
+        flow: Some(FlowForm::Line),
         traits: ClassTraits { betas: STABLE_ENDS, rounds_karras: true, ..FRACTIONAL },
     };
     /// Linear multistep, of order four (k-diffusion).
@@ -433,7 +473,20 @@ table! {
         run: sampler::lms,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Line),
         traits: ClassTraits { limits_karras: false, ..FRACTIONAL },
+    };
+    /// The refined exponential solver, Zhang et al. 2023 (arXiv 2308.02157), multistep (ComfyUI).
+    ResMultistep = SamplerSpec {
+        name: "res-multistep",
+        aliases: &["res"],
+        class: None,
+        a1111: "Res Multistep",
+        run: sampler::res_multistep,
+        eta: None,
+        second_stage: None,
+        flow: Some(FlowForm::Line),
+        traits: ClassTraits { zero_snr: true, ..FRACTIONAL },
     };
     /// Zhao et al. 2023 (arXiv 2302.04867).
     UniPc = SamplerSpec {
@@ -444,6 +497,7 @@ table! {
         run: sampler::unipc,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits {
             final_level: FinalLevel::Configured,
             repeats_last_sigma: true,
@@ -460,6 +514,7 @@ table! {
         run: sampler::deis,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits {
             zero_snr: false,
             final_level: FinalLevel::SigmaMin,
@@ -477,6 +532,7 @@ table! {
         run: sampler::ddpm,
         eta: None,
         second_stage: None,
+        flow: None,
         traits: DISCRETE,
     };
     /// Luo et al. 2023 (arXiv 2310.04378).
@@ -488,6 +544,7 @@ table! {
         run: sampler::lcm,
         eta: None,
         second_stage: None,
+        flow: Some(FlowForm::Ratio),
         traits: ClassTraits { fits_strength: true, clip_sample: Some(false), ..DISTILLED },
     };
     /// Zheng et al. 2024 (arXiv 2402.19159).
@@ -499,6 +556,7 @@ table! {
         run: sampler::tcd,
         eta: Some(0.0),
         second_stage: None,
+        flow: None,
         traits: ClassTraits { final_level: FinalLevel::SigmaMin, ..DISTILLED },
     };
 }

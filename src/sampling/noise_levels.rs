@@ -28,13 +28,19 @@ pub enum NoiseLevels {
     /// Those of flow matching, x = (1 - sigma) x0 + sigma * noise, from 1 to 0; the network sees x,
     /// is told a thousand times sigma and predicts noise - x0.
     Flow,
+    /// The same divided by 1 - sigma: x = x0 + r * noise with r = sigma / (1 - sigma), which
+    /// takes the place of sigma. Solvers that step in log(r) work on it as on the others.
+    FlowRatio,
 }
+
+/// What diffusers takes off a sigma of 1 (UniPCMultistepScheduler), where r would be infinite.
+const LARGEST_RATIO: f64 = 1e6 - 1.0;
 
 impl NoiseLevels {
     /// Adds unit noise to clean latents, both [b, h, w, c], up to the level `sigma`.
     pub fn add_noise(&self, x0: &Tensor, noise: &Tensor, sigma: f64) -> Result<Tensor> {
         match self {
-            Self::Discrete(_) => x0 + (noise * sigma)?,
+            Self::Discrete(_) | Self::FlowRatio => x0 + (noise * sigma)?,
             Self::Flow => (x0 * (1.0 - sigma))? + (noise * sigma)?,
         }
     }
@@ -48,6 +54,11 @@ impl NoiseLevels {
                 c_out: -sigma,
                 c_in: 1.0,
             },
+            Self::FlowRatio => Scalings {
+                c_skip: (1.0 + sigma).recip(),
+                c_out: -sigma / (1.0 + sigma),
+                c_in: (1.0 + sigma).recip(),
+            },
         }
     }
 
@@ -56,16 +67,24 @@ impl NoiseLevels {
         match self {
             Self::Discrete(levels) => levels.timestep(sigma),
             Self::Flow => FLOW_TIMESTEPS * sigma,
+            Self::FlowRatio => FLOW_TIMESTEPS * sigma / (1.0 + sigma),
         }
     }
 
-    /// What x = x0 + sigma * noise is divided by to have the variance of its data and noise alike.
-    pub fn variance_preserving_scale(&self, sigma: f64) -> f64 {
+    /// What x is divided by to give latents as the network was trained on them: between data and
+    /// noise of about the same variance.
+    pub fn trained_scale(&self, sigma: f64) -> f64 {
         match self {
             Self::Discrete(_) => sigma.hypot(1.0),
             Self::Flow => 1.0,
+            Self::FlowRatio => 1.0 + sigma,
         }
     }
+}
+
+/// The level r of [`NoiseLevels::FlowRatio`] for a sigma of flow matching, 0 to 1.
+pub(super) fn flow_ratio(sigma: f64) -> f64 {
+    (sigma / (1.0 - sigma)).min(LARGEST_RATIO)
 }
 
 /// The noise levels of a discrete diffusion, by timestep. There are at least two.

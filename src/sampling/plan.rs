@@ -11,8 +11,8 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
-use crate::sampling::kinds::{Grid, Sampler, Schedule, SecondStage};
-use crate::sampling::noise_levels::{DiscreteLevels, NoiseLevels};
+use crate::sampling::kinds::{FlowForm, Grid, Sampler, Schedule, SecondStage};
+use crate::sampling::noise_levels::{DiscreteLevels, NoiseLevels, flow_ratio};
 use crate::sampling::prediction::{Prediction, Scalings};
 use crate::sampling::scheduler_config::{SamplerConfig, SchedulerConfig, Solver, TimestepSpacing};
 use crate::sampling::sigmas::exponential;
@@ -56,24 +56,36 @@ impl SamplingPlan {
     /// A run of a model of flow matching over these levels, without its first `skipped` steps.
     fn of_flow(
         config: &SchedulerConfig,
-        sampler: Sampler,
-        sigmas: Vec<f64>,
+        (sampler, form): (Sampler, FlowForm),
+        mut sigmas: Vec<f64>,
         solver: Solver,
+        eta: f64,
         skipped: usize,
     ) -> Self {
-        let noise_levels = NoiseLevels::Flow;
+        let (noise_levels, init_noise_sigma) = match form {
+            FlowForm::Line => (NoiseLevels::Flow, 1.0),
+            FlowForm::Ratio => {
+                for sigma in &mut sigmas {
+                    *sigma = flow_ratio(*sigma);
+                }
+                let top = sigmas.first().copied().unwrap_or(0.0);
+                (NoiseLevels::FlowRatio, 1.0 + top)
+            }
+        };
         let steps = sigmas.len().saturating_sub(1);
-        let timesteps = sigmas.iter().take(steps);
+        let middle_sigmas = middle_sigmas(sampler, &noise_levels, &sigmas, eta);
+        let told = |sigmas: &[f64]| -> Vec<f64> {
+            let timesteps = sigmas.iter().map(|sigma| noise_levels.timestep(*sigma));
+            timesteps.collect()
+        };
         let mut plan = Self {
             sampler,
-            timesteps: timesteps
-                .map(|sigma| noise_levels.timestep(*sigma))
-                .collect(),
+            timesteps: told(&sigmas[..steps]),
+            middle_timesteps: told(&middle_sigmas),
+            middle_sigmas,
             sigmas,
-            middle_timesteps: vec![],
-            middle_sigmas: vec![],
             transfers: vec![],
-            eta: 0.0,
+            eta,
             clip: None,
             solver,
             large_variance: false,
@@ -84,7 +96,7 @@ impl SamplingPlan {
             noise_levels: Arc::new(noise_levels),
             prediction: config.prediction,
             train_timesteps: config.train_timesteps,
-            init_noise_sigma: 1.0,
+            init_noise_sigma,
         };
         plan.drop_first(skipped);
         plan
@@ -117,11 +129,21 @@ impl SamplingPlan {
 
     /// What x = x0 + sigma * noise is divided by to give diffusers' latents of this sampler.
     pub fn latents_scale(&self, sigma: f64) -> f64 {
-        if self.sampler.spec().is_variance_preserving() {
-            self.noise_levels.variance_preserving_scale(sigma)
+        if self.is_flow() || self.sampler.spec().is_variance_preserving() {
+            self.noise_levels.trained_scale(sigma)
         } else {
             1.0
         }
+    }
+
+    /// Whether the model is one of flow matching.
+    pub(super) fn is_flow(&self) -> bool {
+        !matches!(*self.noise_levels, NoiseLevels::Discrete(_))
+    }
+
+    /// A step from sigma to next with the plan's fraction of fresh noise.
+    pub(super) fn ancestral(&self, sigma: f64, next: f64) -> Ancestral {
+        Ancestral::new(&self.noise_levels, sigma, next, self.eta)
     }
 
     /// The number of steps of the whole run before this part of it.
@@ -235,6 +257,7 @@ pub fn plan_img2img(
         taken > 0,
         "`--strength {strength}` leaves none of {steps} steps\n\nhint: use at least {least}, or more `--steps`"
     );
+    let in_all_steps = in_all_steps && !config.is_flow();
     let part = if in_all_steps && sampler.spec().traits.fits_strength {
         (0, strength)
     } else {
@@ -262,9 +285,15 @@ fn plan_part(
     let eta = resolve_eta(sampler, eta)?;
     let solver = settings.solver()?;
     if let Some(flow) = &config.flow {
-        let sigmas = config.flow_sigmas(flow, sampler, schedule, steps)?;
+        let form = sampler.flow_form()?;
+        let sigmas = flow.sigmas(steps, schedule)?;
         return Ok(SamplingPlan::of_flow(
-            config, sampler, sigmas, solver, skipped,
+            config,
+            (sampler, form),
+            sigmas,
+            solver,
+            eta,
+            skipped,
         ));
     }
     let training = settings.noise_levels();
@@ -282,7 +311,7 @@ fn plan_part(
         "{steps} steps of `{sampler}` do not give decreasing noise levels here\n\nhint: use fewer steps, or another `--schedule`"
     );
     let noise_levels = NoiseLevels::Discrete(training);
-    let middle_sigmas = middle_sigmas(sampler, &levels.sigmas, eta);
+    let middle_sigmas = middle_sigmas(sampler, &noise_levels, &levels.sigmas, eta);
     let mut plan = SamplingPlan {
         sampler,
         timesteps: levels.timesteps,
@@ -340,7 +369,12 @@ fn resolve_eta(sampler: Sampler, eta: Option<f64>) -> Result<f64> {
 
 /// The middles of the steps, geometric in sigma, for the samplers that evaluate there: halfway to
 /// where the step goes before fresh noise is added.
-fn middle_sigmas(sampler: Sampler, sigmas: &[f64], eta: f64) -> Vec<f64> {
+fn middle_sigmas(
+    sampler: Sampler,
+    noise_levels: &NoiseLevels,
+    sigmas: &[f64],
+    eta: f64,
+) -> Vec<f64> {
     let spec = sampler.spec();
     if spec.second_stage != Some(SecondStage::Middle) {
         return Vec::new();
@@ -349,13 +383,50 @@ fn middle_sigmas(sampler: Sampler, sigmas: &[f64], eta: f64) -> Vec<f64> {
     let middles = steps.map(|pair| {
         let (sigma, next) = (pair[0], pair[1]);
         let target = if spec.takes_eta() {
-            ancestral_step(sigma, next, eta).0
+            Ancestral::new(noise_levels, sigma, next, eta).down
         } else {
             next
         };
+        if spec.traits.halves_flow_ratio && matches!(noise_levels, NoiseLevels::Flow) {
+            // ComfyUI's, as the ratio of pure noise is infinite
+            const AFTER_PURE_NOISE: f64 = 0.9999;
+            let ratio = (flow_ratio(sigma) * flow_ratio(target)).sqrt();
+            return match sigma < 1.0 {
+                true => ratio / (1.0 + ratio),
+                false => AFTER_PURE_NOISE,
+            };
+        }
         (sigma * target).sqrt()
     });
     middles.collect()
+}
+
+/// A step down to less noise than the next level has, and fresh noise up to it.
+pub(super) struct Ancestral {
+    /// The level that the deterministic part goes down to.
+    pub(super) down: f64,
+    /// The factor of x there before fresh noise is added.
+    pub(super) keep: f64,
+    /// The factor of that noise.
+    pub(super) up: f64,
+}
+
+impl Ancestral {
+    fn new(noise_levels: &NoiseLevels, sigma: f64, next: f64, eta: f64) -> Self {
+        if !matches!(noise_levels, NoiseLevels::Flow) {
+            let (down, up) = ancestral_step(sigma, next, eta);
+            return Self {
+                down,
+                keep: 1.0,
+                up,
+            };
+        }
+        // on the line from x0 to noise x0 loses its part too, as ComfyUI has it
+        let down = next * (1.0 + (next / sigma - 1.0) * eta);
+        let keep = (1.0 - next) / (1.0 - down);
+        let up = (next * next - (down * keep).powi(2)).max(0.0).sqrt();
+        Self { down, keep, up }
+    }
 }
 
 /// The levels of a run, as [`SamplingPlan`] has them.

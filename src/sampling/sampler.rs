@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use candle_core::{Result, Tensor};
 
-use crate::sampling::plan::{SamplingPlan, ancestral_step};
+use crate::sampling::plan::{Ancestral, SamplingPlan, ancestral_step};
 use crate::sampling::scheduler_config::{Algorithm, SolverType};
 
 /// What a caller sees after each evaluation of the network.
@@ -53,11 +53,9 @@ pub fn sample(
         done: 0,
     };
     let x = (plan.sampler.spec().run)(&mut run, x)?;
-    let end = plan.sigmas.last().copied().unwrap_or(0.0);
-    if plan.sampler.spec().is_variance_preserving() && end > 0.0 {
-        x / end.hypot(1.0)
-    } else {
-        Ok(x)
+    match plan.latents_scale(plan.sigmas.last().copied().unwrap_or(0.0)) {
+        1.0 => Ok(x),
+        scale => x / scale,
     }
 }
 
@@ -126,6 +124,15 @@ impl Run<'_> {
         }
     }
 
+    /// Brings x from the level `down` of an ancestral step up to the next.
+    fn renew(&mut self, x: Tensor, step: &Ancestral) -> Result<Tensor> {
+        let x = match step.keep {
+            1.0 => x,
+            keep => (x * keep)?,
+        };
+        self.add_noise(x, step.up)
+    }
+
     /// Clips estimated latents to the plan's range, if it has one.
     fn clip(&self, denoised: &Tensor) -> Result<Tensor> {
         match self.plan.clip {
@@ -176,10 +183,10 @@ pub(super) fn euler_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     for (i, pair) in plan.sigmas.windows(2).enumerate() {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
-        let (down, up) = ancestral_step(sigma, next, plan.eta);
+        let step = plan.ancestral(sigma, next);
         let slope = derivative(&x, &denoised, sigma)?;
-        x = sum(&[(1.0, &x), (down - sigma, &slope)])?;
-        x = run.add_noise(x, up)?;
+        x = sum(&[(1.0, &x), (step.down - sigma, &slope)])?;
+        x = run.renew(x, &step)?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
@@ -466,9 +473,9 @@ pub(super) fn dpm2(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         }
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
         let slope = derivative(&halfway, &denoised, middle)?;
-        let (down, up) = ancestral_step(sigma, next, plan.eta);
-        x = sum(&[(1.0, &x), (down - sigma, &slope)])?;
-        x = run.add_noise(x, up)?;
+        let step = plan.ancestral(sigma, next);
+        x = sum(&[(1.0, &x), (step.down - sigma, &slope)])?;
+        x = run.renew(x, &step)?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
@@ -483,13 +490,13 @@ pub(super) fn dpmpp_2s_ancestral(run: &mut Run, mut x: Tensor) -> Result<Tensor>
         if next == 0.0 {
             return run.report(denoised.clone(), next, &denoised);
         }
-        let (down, up) = ancestral_step(sigma, next, plan.eta);
+        let step = plan.ancestral(sigma, next);
         let middle = plan.middle_sigmas[i];
         let halfway = exponential_step(&x, &denoised, middle / sigma)?;
         let halfway = run.report(halfway, middle, &denoised)?;
         let denoised = run.denoised(&halfway, middle, plan.middle_timesteps[i])?;
-        x = exponential_step(&x, &denoised, down / sigma)?;
-        x = run.add_noise(x, up)?;
+        x = exponential_step(&x, &denoised, step.down / sigma)?;
+        x = run.renew(x, &step)?;
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
@@ -588,14 +595,17 @@ pub(super) fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         };
         let order = plan.solver.order.min(i + 1).min(left);
         let nodes: Vec<f64> = (0..order).map(|k| plan.sigmas[i - k].ln()).collect();
-        let mut terms = vec![(1.0, &x)];
-        for (k, slope) in slopes.iter().enumerate().take(order) {
-            terms.push((
-                deis_weight(&nodes, k, next) - deis_weight(&nodes, k, sigma),
-                slope,
-            ));
-        }
-        x = sum(&terms)?;
+        x = if order == 1 && plan.is_flow() {
+            // the same, where x0 would be lost beside a million times as much noise
+            exponential_step(&x, &denoised, next / sigma)?
+        } else {
+            let mut terms = vec![(1.0, &x)];
+            for (k, slope) in slopes.iter().enumerate().take(order) {
+                let weight = deis_weight(&nodes, k, next) - deis_weight(&nodes, k, sigma);
+                terms.push((weight, slope));
+            }
+            sum(&terms)?
+        };
         x = run.report(x, next, &denoised)?;
     }
     Ok(x)
@@ -603,6 +613,9 @@ pub(super) fn deis(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
 
 /// An antiderivative in rho of the k-th Lagrange polynomial in log(rho) through `nodes`.
 fn deis_weight(nodes: &[f64], k: usize, rho: f64) -> f64 {
+    if rho == 0.0 {
+        return 0.0;
+    }
     let log_rho = rho.ln();
     let others: Vec<f64> = nodes
         .iter()
@@ -775,6 +788,29 @@ fn vandermonde(nodes: &[f64], values: &[f64]) -> Vec<f64> {
     weights
 }
 
+/// The refined exponential solver of order two, Zhang et al. 2023 (arXiv 2308.02157), multistep,
+/// after ComfyUI's `sample_res_multistep`: x0 on a line through its last two estimates.
+pub(super) fn res_multistep(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
+    let plan = run.plan;
+    let mut before: Option<(Tensor, f64)> = None; // the last estimate, and its step in -log(sigma)
+    for (i, pair) in plan.sigmas.windows(2).enumerate() {
+        let (sigma, next) = (pair[0], pair[1]);
+        let denoised = run.denoised_at(&x, i)?;
+        let (h, shrink) = ((sigma / next).ln(), next / sigma);
+        x = match before.take().filter(|_| next > 0.0) {
+            Some((older, last)) => {
+                let bend = (1.0 - (1.0 - shrink) / h) * h / last;
+                let of_newest = 1.0 - shrink + bend;
+                sum(&[(shrink, &x), (of_newest, &denoised), (-bend, &older)])?
+            }
+            None => exponential_step(&x, &denoised, shrink)?,
+        };
+        x = run.report(x, next, &denoised)?;
+        before = Some((denoised, h));
+    }
+    Ok(x)
+}
+
 /// Luo et al. 2023, algorithm 3: jump to the end, then add noise again.
 pub(super) fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
     /// The standard deviation of the data that the boundary condition assumes.
@@ -784,10 +820,14 @@ pub(super) fn lcm(run: &mut Run, mut x: Tensor) -> Result<Tensor> {
         let (sigma, next) = (pair[0], pair[1]);
         let denoised = run.denoised_at(&x, i)?;
         let denoised = run.clip(&denoised)?;
-        let scaled = plan.timesteps[i] * plan.timestep_scaling;
-        let norm = scaled.hypot(SIGMA_DATA);
-        let c_skip = (SIGMA_DATA / norm).powi(2);
-        let boundary = sum(&[(scaled / norm, &denoised), (c_skip / sigma.hypot(1.0), &x)])?;
+        let boundary = if plan.is_flow() {
+            denoised.clone()
+        } else {
+            let scaled = plan.timesteps[i] * plan.timestep_scaling;
+            let norm = scaled.hypot(SIGMA_DATA);
+            let c_skip = (SIGMA_DATA / norm).powi(2);
+            sum(&[(scaled / norm, &denoised), (c_skip / sigma.hypot(1.0), &x)])?
+        };
         x = run.add_noise(boundary, next)?;
         x = run.report(x, next, &denoised)?;
     }

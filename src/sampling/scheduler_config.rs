@@ -179,8 +179,8 @@ impl SchedulerConfig {
             .as_object()
             .context("the scheduler's config is not a JSON object")?;
         let keys = Keys(map);
-        let flow = (keys.or("_class_name", String::new())? == FLOW_CLASS)
-            .then(|| FlowConfig::read(&keys))
+        let flow = flow_sampler(&keys.or("_class_name", String::new())?)
+            .map(|_| FlowConfig::read(&keys))
             .transpose()?;
         let refused = ["thresholding", "use_flow_sigmas", "solver_p"];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
@@ -283,26 +283,6 @@ impl SchedulerConfig {
         })
     }
 
-    /// The levels of n steps of flow matching. Errors if the sampler or the schedule is not for it.
-    pub(super) fn flow_sigmas(
-        &self,
-        flow: &FlowConfig,
-        sampler: Sampler,
-        schedule: Option<Schedule>,
-        n: usize,
-    ) -> Result<Vec<f64>> {
-        ensure!(
-            sampler == Sampler::Euler,
-            "`{sampler}` does not draw with models of flow matching\n\nhint: `--sampler euler` does"
-        );
-        if let Some(schedule) = schedule {
-            bail!(
-                "models of flow matching do not follow the schedule `{schedule}`\n\nhint: leave `--schedule` out; they have levels of their own"
-            );
-        }
-        flow.sigmas(n)
-    }
-
     /// The settings of a sampler's class, with `schedule` in place of the file's. Errors if the
     /// sampler cannot follow that schedule.
     pub(super) fn for_sampler(
@@ -384,18 +364,18 @@ impl SolverConfig {
     }
 }
 
-/// The class of flow matching.
-const FLOW_CLASS: &str = "FlowMatchEulerDiscreteScheduler";
+/// The sampler of a class of flow matching.
+fn flow_sampler(class: &str) -> Option<Sampler> {
+    match class {
+        "FlowMatchEulerDiscreteScheduler" => Some(Sampler::Euler),
+        "FlowMatchLCMScheduler" => Some(Sampler::Lcm),
+        _ => None,
+    }
+}
 
 impl FlowConfig {
     fn read(keys: &Keys) -> Result<Self> {
-        let refused = [
-            "invert_sigmas",
-            "stochastic_sampling",
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-        ];
+        let refused = ["invert_sigmas", "stochastic_sampling", "scale_factors"];
         refused.iter().try_for_each(|key| keys.refuse(key))?;
         let number = |key: &str, default: f64| keys.or(key, default);
         let is_dynamic = keys.or("use_dynamic_shifting", false)?;
@@ -422,6 +402,7 @@ impl FlowConfig {
                 .get::<f64>("shift_terminal")?
                 .filter(|level| *level != 0.0),
             ends_at_lowest: false,
+            sigma_schedule: read_sigma_schedule(keys)?,
             tokens: 0,
         })
     }
@@ -443,8 +424,8 @@ const OTHER_KINDS: [(&str, &str); 8] = [
 /// The sampler of the file's class, if there is one: where several share it, that of the file's
 /// algorithm and, if there is one, of its order. Errors if the class is for models of another kind.
 fn read_class(class: &str, solver: &SolverConfig) -> Result<Option<Sampler>> {
-    if class == FLOW_CLASS {
-        return Ok(Some(Sampler::Euler));
+    if let Some(sampler) = flow_sampler(class) {
+        return Ok(Some(sampler));
     }
     if let Some((_, kind)) = OTHER_KINDS.iter().find(|(part, _)| class.contains(part)) {
         bail!("the scheduler's `_class_name` is \"{class}\", of {kind}, which sdgen does not draw");

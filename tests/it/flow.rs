@@ -472,7 +472,7 @@ fn z_image_draws_in_every_way_and_a_batch_is_as_each_alone() {
     succeed(sdgen(dir.path()).args(["check", "-m", "z", "x.png", "h.png", "v.png", "alone.png"]));
     for (args, says) in [
         (["-W", "72"], "multiple of 16"),
-        (["--sampler", "dpmpp-2m"], "models of flow matching"),
+        (["--sampler", "ddim"], "models of flow matching"),
         (["--clip-skip", "2"], "means nothing to `z`"),
     ] {
         fail(
@@ -584,16 +584,65 @@ fn a_lora_in_diffusers_layout_changes_the_picture_as_in_diffusers() {
 }
 
 #[test]
+fn samplers_of_flow_matching_draw_from_noise_from_a_picture_and_inside_a_mask() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("klein"), &dir.path().join("klein"));
+    let given = image::RgbImage::from_fn(64, 64, |x, y| image::Rgb([x as u8 * 3, y as u8 * 3, 90]));
+    given.save(dir.path().join("in.png")).unwrap();
+    let mask = image::GrayImage::from_fn(64, 64, |x, _| image::Luma([u8::from(x >= 32) * 255]));
+    mask.save(dir.path().join("mask.png")).unwrap();
+    let samplers = "sampler=euler,Heun,dpm2,lms,DPM++ 2M Karras,unipc,deis,res_multistep,euler-a,\
+                    dpm2-a,dpmpp-2s-a,dpmpp-sde,dpmpp-2m-sde,dpmpp-3m-sde,lcm";
+    let ways: [(&str, &[&str]); 3] = [
+        ("noise", &[]),
+        ("picture", &["-i", "in.png", "--strength", "0.8"]),
+        (
+            "mask",
+            &["-i", "in.png", "--mask", "mask.png", "--strength", "0.8"],
+        ),
+    ];
+    for (way, args) in ways {
+        succeed(
+            draw(
+                dir.path(),
+                &["a frog", "--steps", "6", "--sweep", samplers, "-o"],
+            )
+            .arg(format!("{way}/{{sampler}}.png"))
+            .args(args),
+        );
+        let folder = std::fs::read_dir(dir.path().join(way)).unwrap();
+        let pictures: Vec<Vec<u8>> = folder.map(|file| pixels(&file.unwrap().path())).collect();
+        assert_eq!(pictures.len(), 15);
+        for (i, picture) in pictures.iter().enumerate() {
+            assert!(!pictures[..i].contains(picture), "{way} {i}");
+            if way == "mask" {
+                for (at, (own, given)) in picture.iter().zip(given.as_raw()).enumerate() {
+                    assert!(
+                        at / 3 % 64 >= 24 || own.abs_diff(*given) == 0,
+                        "{i} at {at}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn what_means_nothing_to_a_transformer_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("klein");
     copy_folder(&fixture("klein"), &model);
     for (args, says) in [
         (
-            ["--sampler", "dpmpp-2m"],
+            ["--sampler", "ddim"],
             "does not draw with models of flow matching",
         ),
-        (["--schedule", "karras"], "levels of their own"),
+        (["--sampler", "tcd"], "`unipc`, `deis`, `lcm` do"),
+        (["--schedule", "ays"], "levels of their own"),
+        (
+            ["--schedule", "trailing"],
+            "`karras`, `exponential` and `beta`",
+        ),
         (["--tile", "xy"], "means nothing to `klein`"),
         (["--deep-cache", "2"], "means nothing to `klein`"),
         (["--clip-skip", "2"], "means nothing to `klein`"),
@@ -647,9 +696,9 @@ fn what_means_nothing_to_a_transformer_is_an_error() {
         ("vae", "patch_size", serde_json::json!([1, 1]), "patch_size"),
         (
             "scheduler",
-            "use_karras_sigmas",
+            "stochastic_sampling",
             true.into(),
-            "use_karras_sigmas",
+            "stochastic_sampling",
         ),
         (
             "scheduler",

@@ -20,7 +20,7 @@ struct Goldens {
 }
 
 /// How many runs `samplers.py` stores.
-const RUNS: usize = 496;
+const RUNS: usize = 581;
 
 fn goldens() -> Goldens {
     let text = std::fs::read_to_string(format!("{FIXTURES}runs.json")).unwrap();
@@ -141,7 +141,7 @@ fn sigmas_and_timesteps_equal_diffusers() {
     let goldens = goldens();
     let mut with_sigmas = 0;
     for case in &goldens.runs {
-        let plan = plan_of(case, &goldens.configs);
+        let mut plan = plan_of(case, &goldens.configs);
         let n = plan.timesteps.len();
         let golden = |key: &str| {
             goldens
@@ -151,13 +151,20 @@ fn sigmas_and_timesteps_equal_diffusers() {
         };
         // where diffusers lacks a sampler, the goldens are k-diffusion's
         let spec = plan.sampler.spec();
-        let two_stage = spec.is_two_stage() && spec.class.is_some();
+        let of_flow = case["config"].as_str().unwrap().starts_with("flow");
+        let two_stage = spec.is_two_stage() && spec.class.is_some() && !of_flow;
         let mut timesteps = golden("timesteps").unwrap();
         if two_stage {
             // level 0, then pairs: a repeat or a middle, and the level
             timesteps = timesteps.into_iter().step_by(2).collect();
         }
         // f32 keeps 6e-5 of a timestep near 1000; numpy's f32 logarithm may be off in its last bit
+        if of_flow && plan.init_noise_sigma() > 1.0 {
+            // pure noise is told to solvers in log(sigma / (1 - sigma)) as almost pure
+            timesteps[0] = timesteps[0].min(1000.0 * (1.0 - 1e-6));
+            let sigmas = plan.sigmas.iter().map(|ratio| ratio / (1.0 + ratio));
+            plan.sigmas = sigmas.collect();
+        }
         let worst = difference(&plan.timesteps, &timesteps, 1.0);
         assert!(
             worst < 3e-6,
@@ -180,7 +187,7 @@ fn sigmas_and_timesteps_equal_diffusers() {
         }
     }
     // the others' schedulers have timesteps alone
-    assert_eq!(with_sigmas, 384);
+    assert_eq!(with_sigmas, 469);
 }
 
 fn sd1() -> SchedulerConfig {
@@ -258,6 +265,7 @@ fn ode_samplers_converge_to_the_closed_form_on_gaussian_data_with_their_order() 
         (Sampler::Lms, 2.0),
         (Sampler::UniPc, 2.0),
         (Sampler::Deis, 2.0),
+        (Sampler::ResMultistep, 2.0),
         (Sampler::Pndm, 1.0),
     ];
     for (sampler, order) in orders {
@@ -317,6 +325,114 @@ fn random_samplers_give_the_mean_and_spread_of_gaussian_data() {
             "{sampler}: deviation {deviation}"
         );
     }
+}
+
+/// The same data on the line of flow matching.
+fn gaussian_on_the_line(x: &Tensor, sigma: f64, _timestep: f64) -> candle_core::Result<Tensor> {
+    let (signal, data) = (1.0 - sigma, DEVIATION.powi(2));
+    let gain = signal * data / (signal * signal * data + sigma * sigma);
+    x.affine(gain, MEAN * (1.0 - gain * signal))
+}
+
+#[test]
+fn samplers_of_flow_matching_give_gaussian_data_and_the_rest_name_them() {
+    let config = json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0});
+    let config = SchedulerConfig::from_json(&config).unwrap();
+    let mut refused = vec![];
+    for sampler in Sampler::ALL {
+        let plan = match plan(&config, sampler, None, 60, None) {
+            Ok(plan) => plan,
+            Err(error) => {
+                assert!(
+                    error
+                        .to_string()
+                        .contains("hint: `euler`, `euler-a`, `dpmpp-2m`,")
+                );
+                refused.push(sampler);
+                continue;
+            }
+        };
+        if sampler == Sampler::Lcm {
+            continue; // ends on an estimate of x0, which is the mean of all data that it may be
+        }
+        let mut generator = Generator::new(7);
+        let mut latents = || generator.latents(64, 64, 4);
+        let x = latents().unwrap();
+        let start = (&x * plan.init_noise_sigma()).unwrap();
+        let mut draws = 0;
+        let mut noise = || {
+            draws += 1;
+            latents()
+        };
+        let by_ratio = plan.init_noise_sigma() > 1.0;
+        let mut denoise = if by_ratio {
+            gaussian_denoised
+        } else {
+            gaussian_on_the_line
+        };
+        let result = sample(&plan, start, &mut denoise, &mut noise, &mut |_| Ok(None)).unwrap();
+        let (x, result) = (values(&x), values(&result));
+        let count = result.len() as f64;
+        let mean = result.iter().sum::<f64>() / count;
+        let spread = result
+            .iter()
+            .map(|value| (value - mean).powi(2))
+            .sum::<f64>()
+            / count;
+        let deviation = spread.sqrt();
+        println!("{sampler}: mean {mean:.4}, deviation {deviation:.4}");
+        assert!((mean - MEAN).abs() < 0.03, "{sampler}: mean {mean}");
+        let tolerance = if sampler == Sampler::Dpmpp3mSde {
+            0.12
+        } else {
+            0.06
+        };
+        assert!(
+            (deviation - DEVIATION).abs() < tolerance,
+            "{sampler}: deviation {deviation}"
+        );
+        if draws == 0 {
+            // the ODE maps each noise to one picture
+            let expected: Vec<f64> = x.iter().map(|x| MEAN + DEVIATION * x).collect();
+            let worst = difference(&result, &expected, 1.0);
+            println!("{sampler}: {worst:.1e}");
+            let allowed = if sampler == Sampler::Euler {
+                0.06
+            } else {
+                0.01
+            };
+            assert!(worst < allowed, "{sampler} is {worst} off");
+        }
+    }
+    let [ddim, pndm, ddpm, tcd] = [Sampler::Ddim, Sampler::Pndm, Sampler::Ddpm, Sampler::Tcd];
+    assert_eq!(refused, [ddim, pndm, ddpm, tcd]);
+}
+
+#[test]
+fn schedulers_of_flow_matching_say_which_sampler_and_which_levels() {
+    let read = |value: Value| SchedulerConfig::from_json(&value);
+    let class = "FlowMatchEulerDiscreteScheduler";
+    let config = read(json!({"_class_name": "FlowMatchLCMScheduler", "shift": 3.0})).unwrap();
+    assert_eq!(config.sampler().unwrap(), Sampler::Lcm);
+    let own = read(json!({"_class_name": class, "shift": 3.0})).unwrap();
+    assert_eq!(own.sampler().unwrap(), Sampler::Euler);
+    let karras = json!({"_class_name": class, "shift": 3.0, "use_karras_sigmas": true});
+    let karras = plan(&read(karras).unwrap(), Sampler::Heun, None, 7, None).unwrap();
+    let chosen = plan(&own, Sampler::Heun, Some(Schedule::Karras), 7, None).unwrap();
+    assert_eq!(karras.sigmas, chosen.sigmas);
+    assert!(karras.sigmas[3] < plan(&own, Sampler::Heun, None, 7, None).unwrap().sigmas[3]);
+    for (key, value) in [
+        ("stochastic_sampling", json!(true)),
+        ("invert_sigmas", json!(true)),
+        ("scale_factors", json!([0.5, 1.0])),
+    ] {
+        let error = read(json!({"_class_name": class, key: value}))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(key), "{error}");
+    }
+    let error = read(json!({"_class_name": "FlowMatchHeunDiscreteScheduler"})).unwrap_err();
+    assert!(error.to_string().contains("FlowMatchHeun"), "{error}");
 }
 
 #[test]

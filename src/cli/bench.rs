@@ -1,8 +1,10 @@
 //! `sdgen bench`: seconds of one denoising step and one decode at the sizes of real models, with
 //! random weights.
 
+use crate::model::flux2::Flux2Config;
 use crate::model::unet_config::UNetConfig;
 use crate::model::vae::{Decoder, VaeConfig};
+use crate::model::z_image::ZImageConfig;
 use crate::model::{AddedCond, BackboneConfig, Conditioning, ExtraInputs};
 use crate::nn::cpu::instructions::{self, Instructions};
 use crate::nn::device::{Compute, DTypeChoice, DeviceChoice, peak_gpu_memory, peak_memory};
@@ -10,7 +12,7 @@ use crate::nn::profile::{self, Profile};
 use crate::nn::weights::Weights;
 use crate::nn::{Forward, cpu};
 use crate::pipeline::guidance::{CfgDenoiser, DeepCache, Guidance};
-use crate::sampling::Prediction;
+use crate::sampling::{Prediction, Scalings};
 use crate::text::clip::ClipConfig;
 use crate::weights::{Checkpoint, Origin};
 use anyhow::{Result, bail};
@@ -26,11 +28,16 @@ pub enum Size {
     Mini,
     Sd15,
     Sdxl,
+    /// FLUX.2 klein 4B
+    Klein,
+    ZImage,
 }
 
 /// A part that can be timed alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
+    /// the network that denoises
+    #[value(alias = "transformer")]
     Unet,
     Vae,
 }
@@ -50,7 +57,7 @@ pub struct BenchArgs {
     /// Height in pixels [default: the model's]
     #[arg(short = 'H', long, value_name = "PX")]
     height: Option<usize>,
-    /// Pictures a step; guidance doubles it inside
+    /// Pictures a step; guidance, which U-Nets are timed with, doubles it inside
     #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u64).range(1..=64))]
     batch: u64,
     /// Timed repetitions after one that is not counted
@@ -76,42 +83,55 @@ pub struct BenchArgs {
 
 /// The layer sizes of one model.
 struct Sizes {
-    unet: UNetConfig,
+    network: BackboneConfig,
     vae: VaeConfig,
-    /// width of the prompt's embedding
-    context: usize,
+    /// tokens of a prompt, and the width of their embeddings
+    context: [usize; 2],
     /// default width and height in pixels
     side: usize,
 }
 
+/// Tokens of a prompt, padding too: of CLIP, of FLUX.2 klein, and of a common one of Z-Image's,
+/// which are not padded.
+const CLIP_TOKENS: usize = 77;
+const KLEIN_TOKENS: usize = 512;
+const Z_IMAGE_TOKENS: usize = 40;
+
 impl Size {
     fn sizes(self) -> Result<Sizes> {
-        let vae = VaeConfig {
-            block_out_channels: vec![128, 256, 512, 512],
-            layers_per_block: 2,
-            ..VaeConfig::default()
+        let vae = |others: Value| {
+            let mut config =
+                json!({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2});
+            if let (Some(config), Some(others)) = (config.as_object_mut(), others.as_object()) {
+                config.extend(others.clone());
+            }
+            VaeConfig::from_json(&config)
+        };
+        let of_unet = |config: &Value| -> Result<BackboneConfig> {
+            Ok(BackboneConfig::UNet(Box::new(UNetConfig::from_json(
+                config,
+            )?)))
         };
         Ok(match self {
             Self::Mini => {
                 let checkpoint = Checkpoint::open(Origin::Embedded)?;
-                let (unet, vae) = (
-                    UNetConfig::from_json(checkpoint.config("unet")?)?,
+                let (network, vae) = (
+                    of_unet(checkpoint.config("unet")?)?,
                     VaeConfig::from_json(checkpoint.config("vae")?)?,
                 );
-                let context =
-                    ClipConfig::from_json(checkpoint.config("text_encoder")?)?.hidden_size;
-                let side = unet.sample_size()?.0 * vae.factor();
+                let width = ClipConfig::from_json(checkpoint.config("text_encoder")?)?.hidden_size;
+                let side = network.sample_size()?.0 * vae.factor();
                 Sizes {
-                    unet,
+                    network,
                     vae,
-                    context,
+                    context: [CLIP_TOKENS, width],
                     side,
                 }
             }
             Self::Sd15 => Sizes {
-                unet: UNetConfig::from_json(&json!({ "cross_attention_dim": 768 }))?,
-                vae,
-                context: 768,
+                network: of_unet(&json!({ "cross_attention_dim": 768 }))?,
+                vae: vae(json!({}))?,
+                context: [CLIP_TOKENS, 768],
                 side: 512,
             },
             Self::Sdxl => {
@@ -122,12 +142,34 @@ impl Size {
                     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
                 });
                 Sizes {
-                    unet: UNetConfig::from_json(&config)?,
-                    vae,
-                    context: 2048,
+                    network: of_unet(&config)?,
+                    vae: vae(json!({}))?,
+                    context: [CLIP_TOKENS, 2048],
                     side: 1024,
                 }
             }
+            Self::Klein => {
+                let config = json!({
+                    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+                    "joint_attention_dim": 7680, "guidance_embeds": false,
+                });
+                let of_vae = json!({
+                    "_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "patch_size": [2, 2],
+                    "batch_norm_eps": 1e-4,
+                });
+                Sizes {
+                    network: BackboneConfig::Flux2(Flux2Config::from_json(&config)?),
+                    vae: vae(of_vae)?,
+                    context: [KLEIN_TOKENS, 7680],
+                    side: 512,
+                }
+            }
+            Self::ZImage => Sizes {
+                network: BackboneConfig::ZImage(ZImageConfig::from_json(&json!({}))?),
+                vae: vae(json!({"latent_channels": 16, "use_post_quant_conv": false}))?,
+                context: [Z_IMAGE_TOKENS, 2560],
+                side: 512,
+            },
         })
     }
 }
@@ -139,20 +181,22 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         instructions::force(set);
     }
     let sizes = args.size.sizes()?;
-    let factor = sizes.vae.factor();
-    let (width, height) = (
-        args.width.unwrap_or(sizes.side) / factor,
-        args.height.unwrap_or(sizes.side) / factor,
-    );
+    let (factor, patch) = (sizes.vae.factor(), sizes.network.patch());
+    let latents = |pixels: Option<usize>| {
+        let step = factor * patch;
+        pixels.unwrap_or(sizes.side) / step * patch
+    };
+    let (width, height) = (latents(args.width), latents(args.height));
     if width == 0 || height == 0 || width > 512 || height > 512 {
         bail!(
-            "width and height of a benchmark go from {factor} to {} pixels",
+            "width and height of a benchmark go from {} to {} pixels",
+            factor * patch,
             512 * factor
         );
     }
     let runs = |part: Part| args.only.is_none_or(|only| only == part);
-    let unet = runs(Part::Unet)
-        .then(|| time_unet(args, &compute, &sizes, (height, width)))
+    let network = runs(Part::Unet)
+        .then(|| time_network(args, &compute, &sizes, (height, width)))
         .transpose()?;
     let vae = runs(Part::Vae)
         .then(|| time_vae(args, &compute, &sizes.vae, (height, width)))
@@ -162,10 +206,14 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         .filter(|_| on_cpu)
         .map(|flops| flops / 1e9);
     let instructions = on_cpu.then(|| cpu::instructions_of(compute.precision()));
+    let (network_key, network_title) = match sizes.network {
+        BackboneConfig::UNet(_) => ("unet_step", "U-Net step, guided"),
+        _ => ("transformer_pass", "transformer, one pass"),
+    };
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
         "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
-        "unet_step": unet, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
+        network_key: network, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": peak_gpu_memory(&compute.device).map(mb),
         "instructions": instructions, "ceiling_gflops": ceiling,
     });
@@ -196,7 +244,7 @@ pub fn run(args: &BenchArgs) -> Result<String> {
             )
         })
         .unwrap_or_default();
-    let tables: String = [("U-Net step, guided", unet), ("VAE decode", vae)]
+    let tables: String = [(network_title, network), ("VAE decode", vae)]
         .iter()
         .filter_map(|(name, value)| Some(table(name, value.as_ref()?, ceiling)))
         .collect();
@@ -266,46 +314,73 @@ fn table(name: &str, value: &Value, ceiling: Option<f64>) -> String {
     text
 }
 
-fn time_unet(
+/// The type that random weights of a network are kept in: the published files of transformers are
+/// in bf16.
+fn kept(network: &BackboneConfig, compute: &Compute) -> DType {
+    match (network, compute.dtype) {
+        (BackboneConfig::UNet(_), dtype) => dtype,
+        (_, DType::F32) => DType::BF16,
+        (_, dtype) => dtype,
+    }
+}
+
+fn time_network(
     args: &BenchArgs,
     compute: &Compute,
     sizes: &Sizes,
     (h, w): (usize, usize),
 ) -> Result<Value> {
-    let (b, device, config) = (args.batch as usize, &compute.device, &sizes.unet);
+    let (b, device) = (args.batch as usize, &compute.device);
     let start = Instant::now();
-    let weights = Weights::random(device, compute.dtype);
-    let unet = BackboneConfig::UNet(Box::new(config.clone())).build(&weights)?;
+    let weights = Weights::random(device, kept(&sizes.network, compute));
+    let network = sizes.network.build(&weights)?;
     let load_s = start.elapsed().as_secs_f64();
     let random =
         |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(compute.arithmetic());
-    let added = config.addition_embed_type.is_some().then(|| {
+    let (added, unet) = match &sizes.network {
+        BackboneConfig::UNet(config) => (config.addition_embed_type.is_some(), true),
+        _ => (false, false),
+    };
+    let added = added.then(|| {
         Ok::<_, anyhow::Error>(AddedCond {
             text_embeds: random(&[b, 1280])?,
             time_ids: vec![vec![0.0; 6]; b],
         })
     });
-    let conditioning = Conditioning {
-        context: random(&[b, 77, sizes.context])?,
+    let [tokens, width] = sizes.context;
+    let mut conditioning = Conditioning {
+        context: random(&[b, tokens, width])?,
         lengths: vec![],
         added_cond: added.transpose()?,
         guidance: None,
     };
-    let conditioning = Conditioning::cat(&conditioning, &conditioning)?;
+    // guidance makes two runs of a step; the transformers were distilled to do without
+    let (guidance, scale, scalings) = if unet {
+        conditioning = Conditioning::cat(&conditioning, &conditioning)?;
+        (Guidance::Text(1), 7.5, Prediction::Epsilon.scalings(1.0))
+    } else {
+        let velocity = Scalings {
+            c_skip: 1.0,
+            c_out: -0.5,
+            c_in: 1.0,
+        };
+        (Guidance::Off, 1.0, velocity)
+    };
     let guided = |cx| -> Result<_> {
         Ok(CfgDenoiser {
-            model: unet.bind(cx, &conditioning, ExtraInputs::default())?,
-            guidance: Guidance::Text(1),
+            model: network.bind(cx, &conditioning, ExtraInputs::default())?,
+            guidance,
             weights: vec![1.0],
-            scale: 7.5,
+            scale,
             rescale: 0.0,
             deep_cache: DeepCache::every(1),
         })
     };
-    let latents = Tensor::randn(0f32, 1.0, (b, h, w, config.in_channels), device)?;
+    let channels = sizes.network.in_channels();
+    let latents = Tensor::randn(0f32, 1.0, (b, h, w, channels), device)?;
     let step = |guided: &mut CfgDenoiser| -> Result<f32> {
         Ok(guided
-            .denoise(&latents, Prediction::Epsilon.scalings(1.0), 500.0)?
+            .denoise(&latents, scalings, 500.0)?
             .sum_all()?
             .to_scalar::<f32>()?)
     };
@@ -334,7 +409,7 @@ fn time_vae(
     let latents = Tensor::randn(
         0f32,
         1.0,
-        (1, h, w, config.latent_channels),
+        (1, h, w, config.latent_format().channels),
         &compute.device,
     )?;
     let decode = |cx| -> Result<f32> {
@@ -428,4 +503,30 @@ fn peak_memory_mb() -> Option<f64> {
 
 fn mb(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_and_autoencoders_of_a_size_belong_together() {
+        for (size, channels, factor) in [
+            (Size::Mini, 32, 16),
+            (Size::Sd15, 4, 8),
+            (Size::Sdxl, 4, 8),
+            (Size::Klein, 128, 16),
+            (Size::ZImage, 16, 8),
+        ] {
+            let sizes = size.sizes().unwrap();
+            let format = sizes.vae.latent_format();
+            let found = [sizes.network.in_channels(), format.channels];
+            assert_eq!(
+                (found, sizes.vae.factor()),
+                ([channels; 2], factor),
+                "{size:?}"
+            );
+        }
+    }
 }

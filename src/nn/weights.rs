@@ -34,7 +34,11 @@ impl TensorSource for RandomTensors {
     fn tensor(&self, _name: &str, shape: &[usize]) -> Result<Tensor> {
         let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
         let bound = 1.0 / fan_in.sqrt();
-        Ok(Tensor::rand(-bound, bound, shape, &Device::Cpu)?)
+        let (count, most) = (shape.iter().product::<usize>(), 1 << 22);
+        let block = Tensor::rand(-bound, bound, count.min(most), &Device::Cpu)?;
+        // billions of numbers repeat some millions
+        let all = block.repeat(count.div_ceil(most).max(1))?;
+        Ok(all.narrow(0, 0, count)?.reshape(shape)?)
     }
 }
 

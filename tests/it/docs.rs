@@ -303,7 +303,7 @@ fn the_examples_on_scripting_work() {
 
 #[test]
 fn the_examples_on_benchmarks_are_read() {
-    check("assets/docs/benchmarks.md", 0, 2);
+    check("assets/docs/benchmarks.md", 0, 3);
 }
 
 #[test]

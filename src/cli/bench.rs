@@ -176,11 +176,14 @@ impl Size {
 
 /// Runs the benchmark and returns its report.
 pub fn run(args: &BenchArgs) -> Result<String> {
-    let compute = Compute::choose(args.device, args.dtype)?;
+    let mut compute = Compute::choose(args.device, args.dtype)?;
     if let Some(set) = args.instructions {
         instructions::force(set);
     }
     let sizes = args.size.sizes()?;
+    if sizes.network.is_flow() {
+        compute = compute.for_transformer();
+    }
     let (factor, patch) = (sizes.vae.factor(), sizes.network.patch());
     let latents = |pixels: Option<usize>| {
         let step = factor * patch;

@@ -47,7 +47,7 @@ impl FromStr for DeviceChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum DTypeChoice {
-    /// f16 on an NVIDIA GPU, f32 elsewhere
+    /// f16 on an NVIDIA GPU, for transformers bf16; f32 elsewhere
     #[default]
     Auto,
     /// 32 bits; weights of narrower files stay as narrow as they are
@@ -79,6 +79,8 @@ pub struct Compute {
     /// file; bf16, that products are of numbers rounded to bf16 where there are instructions for
     /// it.
     pub dtype: DType,
+    /// Whether somebody asked for that type.
+    pub is_asked: bool,
 }
 
 impl Compute {
@@ -114,8 +116,31 @@ impl Compute {
         if let Some(set) = instructions::of_environment()? {
             instructions::force(set);
         }
-        let dtype = dtype.on(Backend::of(&device));
-        Ok(Self { device, dtype })
+        Ok(Self {
+            dtype: dtype.on(Backend::of(&device)),
+            is_asked: dtype != DTypeChoice::Auto,
+            device,
+        })
+    }
+
+    /// The CPU, with weights as they are stored.
+    pub fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+            is_asked: true,
+        }
+    }
+
+    /// The same for transformers, whose activations leave the range of f16.
+    pub fn for_transformer(self) -> Self {
+        match (self.dtype, self.is_asked) {
+            (DType::F16, false) => Self {
+                dtype: DType::BF16,
+                ..self
+            },
+            _ => self,
+        }
     }
 
     /// How exactly a CPU computes products.
@@ -446,5 +471,17 @@ mod tests {
             [DType::F32; 2]
         );
         assert_eq!(DTypeChoice::Bf16.on(Backend::Gpu), DType::BF16);
+        let of_transformers = |choice: DTypeChoice, on| {
+            let compute = Compute {
+                dtype: choice.on(on),
+                is_asked: choice != DTypeChoice::Auto,
+                ..Compute::cpu()
+            };
+            compute.for_transformer().dtype
+        };
+        let auto = [Backend::Cpu, Backend::Gpu].map(|on| of_transformers(DTypeChoice::Auto, on));
+        assert_eq!(auto, [DType::F32, DType::BF16]);
+        let asked = of_transformers(DTypeChoice::F16, Backend::Gpu);
+        assert_eq!(asked, DType::F16);
     }
 }

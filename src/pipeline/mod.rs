@@ -129,6 +129,10 @@ impl Pipeline {
     /// it.
     pub fn new(checkpoint: Checkpoint, compute: Compute, options: PipelineOptions) -> Result<Self> {
         let config = PipelineConfig::new(&checkpoint)?;
+        let compute = match config.base.backbone.is_flow() {
+            true => compute.for_transformer(),
+            false => compute,
+        };
         let networks = Networks::default();
         let reads_again = compute.device.is_cpu()
             && config.base.backbone.is_stack()

@@ -184,7 +184,7 @@ mod tests {
             ends_at_lowest: true,
             ..flow(3.0, None, line, None, 0)
         };
-        let sigmas = twice.sigmas(28).unwrap();
+        let sigmas = twice.sigmas(28, None).unwrap();
         for (i, expected) in [
             (0, 1.0),
             (1, 0.98738),

@@ -53,10 +53,7 @@ fn cx() -> Forward<'static> {
 
 impl Tiny {
     fn encoder(&self) -> PromptEncoder {
-        let compute = Compute {
-            device: Device::Cpu,
-            dtype: DType::F32,
-        };
+        let compute = Compute::cpu();
         let configs = TextEncoderConfigs::of(&self.checkpoint).unwrap();
         PromptEncoder::new(&self.checkpoint, &configs, &compute, None).unwrap()
     }
@@ -1046,10 +1043,7 @@ fn blocks_that_are_read_again_in_every_step_draw_the_same() {
         let tiny = tiny(name);
         let shared = Arc::new(Checkpoint::open(Origin::Path(&fixture(name))).unwrap());
         let again = || -> SharedSource { shared.clone() };
-        let compute = Compute {
-            device: Device::Cpu,
-            dtype: DType::F32,
-        };
+        let compute = Compute::cpu();
         let configs = TextEncoderConfigs::of(&shared).unwrap();
         let encoder = PromptEncoder::new(&shared, &configs, &compute, Some(again())).unwrap();
         let embeds =

@@ -75,7 +75,7 @@ impl Fixture {
     fn encoder(&self) -> PromptEncoder {
         let compute = Compute {
             device: device(),
-            dtype: DType::F32,
+            ..Compute::cpu()
         };
         PromptEncoder::new(
             &self.checkpoint,

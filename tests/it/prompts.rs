@@ -2,7 +2,6 @@
 //! (fixtures/prompts.py), and pictures.
 
 use crate::common::*;
-use candle_core::{DType, Device};
 use sdgen::image::Image;
 use sdgen::nn::device::Compute;
 use sdgen::text::encoder::{PromptEncoder, TextEncoderConfigs};
@@ -109,10 +108,7 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
         load(&fixture("prompts/goldens.safetensors")),
     );
     let mut compared = 0;
-    let compute = Compute {
-        device: Device::Cpu,
-        dtype: DType::F32,
-    };
+    let compute = Compute::cpu();
     for model in ["sd1", "sd2", "sdxl"] {
         let checkpoint = checkpoint(model);
         let encoder = PromptEncoder::new(

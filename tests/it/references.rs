@@ -71,10 +71,7 @@ fn latents_after_every_step_are_diffusers_own_with_one_reference_and_with_two_an
     let goldens = load(&fixture("klein/goldens.safetensors"));
     let weights = |part: &'static str| checkpoint.weights(part, &Device::Cpu, DType::F32);
     let cx = Forward::on(&Device::Cpu);
-    let compute = Compute {
-        device: Device::Cpu,
-        dtype: DType::F32,
-    };
+    let compute = Compute::cpu();
     let configs = TextEncoderConfigs::of(&checkpoint).unwrap();
     let text = PromptEncoder::new(&checkpoint, &configs, &compute, None).unwrap();
     let backbone = BackboneConfig::of(&checkpoint).unwrap();

@@ -18,8 +18,8 @@ pub struct ModelArgs {
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,
-    /// The network that denoises, alone in a file (with --text-encoder and --vae), in place of
-    /// --model
+    /// The transformer, in a file of its own, in place of that of --model, or with --text-encoder and
+    /// --vae
     #[arg(long, hide_short_help = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub diffusion_model: Option<OsString>,

@@ -33,7 +33,8 @@ use std::path::{Path, PathBuf};
 pub struct ModelSpec {
     /// the model; none for the embedded one
     pub model: Option<OsString>,
-    /// the network that denoises, in a file of its own, in place of a whole model
+    /// the network that denoises, in a file of its own, in place of that of the model, if one is
+    /// named, which gives the other parts
     pub diffusion_model: Option<OsString>,
     /// a text encoder in place of its own, or for a model that has none
     pub text_encoder: Option<OsString>,
@@ -156,14 +157,14 @@ impl ModelSpec {
             offline: self.offline,
             shows_progress,
         };
-        if self.model.is_some() && self.diffusion_model.is_some() {
-            bail!(WrongArgument(
-                "`--model` and `--diffusion-model` both name what draws\n\nhint: leave one out; $SDGEN_MODEL counts as `--model`"
-                    .into()
-            ));
-        }
-        let model = self.diffusion_model.as_deref().or(self.model.as_deref());
-        let mut checkpoint = finder.open(model)?;
+        let mut checkpoint = match (&self.model, &self.diffusion_model) {
+            (Some(model), Some(transformer)) => {
+                let mut checkpoint = finder.open(Some(model))?;
+                checkpoint.use_transformer(finder.open(Some(transformer))?)?;
+                checkpoint
+            }
+            (model, transformer) => finder.open(transformer.as_deref().or(model.as_deref()))?,
+        };
         if let Some(encoder) = &self.text_encoder {
             checkpoint.use_text_encoder(&finder.text_encoder(encoder)?)?;
         }

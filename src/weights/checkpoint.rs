@@ -295,6 +295,15 @@ impl Checkpoint {
 
     /// Takes a component of another checkpoint in place of its own, with its configuration, and its
     /// tokenizer if it has one.
+    /// One component, with its configuration.
+    pub(super) fn alone(mut self, component: &str) -> Self {
+        let prefix = format!("{component}.");
+        self.entries.retain(|name, _| name.starts_with(&prefix));
+        self.configs.retain(|name, _| name == component);
+        self.tokenizers.clear();
+        self
+    }
+
     pub(super) fn take_component(&mut self, mut other: Self, component: &'static str) {
         let prefix = format!("{component}.");
         self.entries.retain(|name, _| !name.starts_with(&prefix));

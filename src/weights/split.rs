@@ -279,6 +279,40 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Draws with the transformer of another checkpoint, from which nothing else is taken. Errors if
+    /// one of the two has none, or if they are not of one family.
+    pub fn use_transformer(&mut self, other: Self) -> Result<()> {
+        for checkpoint in [&*self, &other] {
+            if checkpoint.denoiser() != TRANSFORMER {
+                bail!(
+                    "`{}` is drawn by a U-Net, where `--diffusion-model` stands for a transformer\n\nhint: name one of the two models; $SDGEN_MODEL counts as `--model`",
+                    checkpoint.name
+                );
+            }
+        }
+        let class = |checkpoint: &Self| {
+            let class = checkpoint.configs.get(TRANSFORMER)?.get("_class_name")?;
+            class.as_str().map(String::from)
+        };
+        let widths = [&*self, &other].map(Self::wanted_encoder_width);
+        if class(self) != class(&other) || widths[0] != widths[1] {
+            let name = |checkpoint: &Self| {
+                let release = checkpoint.release().map(|release| release.name);
+                release.map_or(class(checkpoint).unwrap_or_default(), String::from)
+            };
+            bail!(
+                "`{}` is a transformer of {}, and `{}` of {}\n\nhint: `--model` names the model that the transformer was made from",
+                other.name,
+                name(&other),
+                self.name,
+                name(self)
+            );
+        }
+        self.name.clone_from(&other.name);
+        self.take_component(other.alone(TRANSFORMER), TRANSFORMER);
+        Ok(())
+    }
+
     /// Reads text with another encoder: a file, the folder of one, or that of a whole model. Errors
     /// if there is none at `path`, or one that the transformer does not take.
     pub fn use_text_encoder(&mut self, path: &Path) -> Result<()> {

@@ -655,16 +655,11 @@ fn what_is_missing_is_named_with_the_place_to_get_it() {
             ["there is no text encoder `nothing`", "hub id"],
         ),
         (
-            ["--diffusion-model", "x.safetensors"],
-            ["both name what draws", "$SDGEN_MODEL"],
-        ),
-        (
             ["--lora", "klein-x.safetensors"],
             ["not a LoRA", "`--diffusion-model` takes it"],
         ),
     ] {
-        let code = if args[0] == "--diffusion-model" { 2 } else { 3 };
-        fail(parts.draw(&model).args(args), code, &says);
+        fail(parts.draw(&model).args(args), 3, &says);
     }
     let sd = fixture("sd1");
     fail(
@@ -753,6 +748,38 @@ fn real_qwen3(hidden: usize, inner: usize) -> Value {
         }
     }
     shapes
+}
+
+#[test]
+fn a_transformer_takes_the_place_of_that_of_a_model() {
+    let parts = Parts::new();
+    let original = original_flux2(&parts.transformer);
+    parts.write("tuned.safetensors", &original);
+    let tuned = ["-m", "klein", "--diffusion-model", "tuned.safetensors"];
+    let own = parts.picture(&["-m", "klein"]);
+    assert!(own == parts.picture(&tuned));
+    let mut other = original.clone();
+    let last = other.get_mut("final_layer.linear.weight").unwrap();
+    *last = (&*last * 0.5).unwrap();
+    parts.write("tuned.safetensors", &other);
+    assert!(own != parts.picture(&tuned));
+    // its own settings name it, and are checked with the same options
+    let run = |args: &[&str]| {
+        let mut command = sdgen(parts.dir.path());
+        command.args(args).args(tuned);
+        command
+    };
+    succeed(&mut run(&[
+        "a frog", "-W", "64", "-H", "64", "-s", "7", "-o", "y.png",
+    ]));
+    succeed(&mut run(&["check", "y.png"]));
+    model_folder("z_image", &parts.path("z"));
+    for (model, says) in [
+        ("z", ["is a transformer of FLUX.2 klein", "`z` of Z-Image"]),
+        ("mini", ["`mini` is drawn by a U-Net", "$SDGEN_MODEL"]),
+    ] {
+        fail(parts.draw(&["-m", model]).args(&tuned[2..]), 3, &says);
+    }
 }
 
 #[test]

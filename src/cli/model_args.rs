@@ -23,10 +23,15 @@ pub struct ModelArgs {
     #[arg(long, hide_short_help = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub diffusion_model: Option<OsString>,
-    /// The text encoder of a model without one, or another one: .safetensors file, folder or hub id
+    /// The text encoder of a model without one, or another one: .safetensors file, folder or hub id;
+    /// once for each of several
     #[arg(long, hide_short_help = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
-    pub text_encoder: Option<OsString>,
+    pub text_encoder: Vec<OsString>,
+    /// Draw without T5, of models that can (Stable Diffusion 3): less memory, and it reads less of the
+    /// prompt
+    #[arg(long, help_heading = "Model", hide_short_help = true)]
+    pub no_t5: bool,
     /// Apply a LoRA, with strength X [default: 1]; may be given again
     #[arg(long, value_name = "FILE[:X]", help_heading = "Model")]
     #[arg(value_parser = OsStringValueParser::new().try_map(LoraSpec::parse))]
@@ -89,6 +94,7 @@ impl ModelArgs {
             model,
             diffusion_model,
             text_encoder,
+            no_t5,
             lora,
             embedding,
             vae,
@@ -100,7 +106,8 @@ impl ModelArgs {
         ModelSpec {
             model,
             diffusion_model,
-            text_encoder,
+            text_encoders: text_encoder,
+            no_t5,
             loras: lora,
             embeddings: embedding,
             vae,

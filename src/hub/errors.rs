@@ -33,8 +33,7 @@ pub fn offline(error: SelectionError, reference: &Reference, cache_dir: &Path) -
     if reference.wanted == Wanted::Tokenizer {
         return anyhow!(
             "the text encoder comes without its tokenizer; {cause}, and the network is off\n\n\
-             hint: put the tokenizer.json of `{repo}` (in its folder `tokenizer`, 11 MB) beside \
-             the text encoder's file, or draw once without `--offline` and with HF_HUB_OFFLINE \
+             hint: put the tokenizer.json of `{repo}` (11 MB at most) beside the text encoder's file, or draw once without `--offline` and with HF_HUB_OFFLINE \
              unset: it is fetched then, and no other file"
         );
     }

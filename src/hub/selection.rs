@@ -217,12 +217,50 @@ fn text_encoder(
     read: &mut dyn FnMut(&str) -> Result<Value>,
 ) -> Result<Selection, SelectionError> {
     let is_alone = !files.contains(MODEL_INDEX) && files.contains("config.json");
+    let all = ["text_encoder/", "text_encoder_2/", "text_encoder_3/"];
+    let of_model = all.map(|folder| files.contains(&format!("{folder}config.json")));
+    if let (false, [_, true, _]) = (is_alone, of_model) {
+        return text_encoders(files, read);
+    }
     let folder = if is_alone { "" } else { "text_encoder/" };
     let mut needed = vec![present(files, format!("{folder}config.json"))?];
     needed.extend(chat_tokenizer_files(files, tokenizer_folder(files))?);
     needed.extend(weight_files(files, folder, "model", read)?);
     Ok(Selection {
         files: needed,
+        checkpoint: None,
+    })
+}
+
+/// Selects all text encoders of a diffusers model with several, and their tokenizers.
+fn text_encoders(
+    files: &BTreeSet<String>,
+    read: &mut dyn FnMut(&str) -> Result<Value>,
+) -> Result<Selection, SelectionError> {
+    let index = read(MODEL_INDEX)?;
+    let (mut small, mut large) = (vec![], vec![]);
+    for (name, component) in COMPONENTS {
+        let is_listed = index
+            .get(name)
+            .and_then(|v| v.get(0))
+            .is_some_and(|v| !v.is_null());
+        match component {
+            Component::Tokenizer if is_listed && is_clip(&index, name) => {
+                small.extend(tokenizer_files(files, name)?);
+            }
+            Component::Tokenizer if is_listed => {
+                small.extend(chat_tokenizer_files(files, &format!("{name}/"))?);
+            }
+            Component::Network { stem } if is_listed && name.starts_with("text_encoder") => {
+                small.push(present(files, format!("{name}/config.json"))?);
+                large.extend(weight_files(files, &format!("{name}/"), stem, read)?);
+            }
+            _ => (),
+        }
+    }
+    small.extend(large);
+    Ok(Selection {
+        files: small,
         checkpoint: None,
     })
 }

@@ -9,7 +9,7 @@ use super::{Conditioning, require_neutral};
 use crate::nn::Forward;
 use crate::nn::attention::{QkNorm, attention};
 use crate::nn::embed::sinusoids;
-use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::layers::{Activation, LayerNorm, Linear, gelu_tanh};
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::stack::Stack;
 use crate::nn::weights::Weights;
@@ -373,7 +373,7 @@ impl SingleBlock {
         let (q, k) = (rotary.turn(cx, &q, heads)?, rotary.turn(cx, &k, heads)?);
         let attended = attention(cx, &q, &k, &v, heads)?;
         let inner = projected.narrow(2, 3 * width, FEED_FORWARD * width)?;
-        let inner = Activation::GeluTanh.forward(&inner.contiguous()?)?;
+        let inner = gelu_tanh(cx, &inner.contiguous()?)?;
         let both = Tensor::cat(&[&attended, &inner], 2)?;
         modulation.leave(x, &self.proj_out.forward(cx, &both)?)
     }

@@ -4,7 +4,7 @@
 
 use crate::nn::Forward;
 use crate::nn::attention::{QkNorm, attention};
-use crate::nn::layers::{Activation, LayerNorm, Linear};
+use crate::nn::layers::{Activation, LayerNorm, Linear, gelu_tanh};
 use crate::nn::rotary::Rotary;
 use crate::nn::weights::Weights;
 use anyhow::Result;
@@ -106,7 +106,7 @@ impl FeedForward {
     }
 
     fn forward(&self, cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
-        let x = Activation::GeluTanh.forward(&self.inner.forward(cx, x)?)?;
+        let x = gelu_tanh(cx, &self.inner.forward(cx, x)?)?;
         self.outer.forward(cx, &x)
     }
 }

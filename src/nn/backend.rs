@@ -55,6 +55,14 @@ impl Backend {
         }
     }
 
+    /// GELU of every element, by the tangent's formula.
+    pub(super) fn gelu_tanh(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Cpu => x.contiguous()?.apply_op1_no_bwd(&cpu::GeluTanh),
+            Self::Gpu | Self::Plain => x.gelu(),
+        }
+    }
+
     /// Layer normalisation over the last dimension.
     pub(super) fn layer_norm(
         self,

@@ -521,14 +521,17 @@ pub fn swiglu(cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
     })
 }
 
+/// GELU of every element, by the tangent's formula.
+pub fn gelu_tanh(cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
+    cx.timed("gelu", [x.elem_count(), 0, 0], || cx.backend.gelu_tanh(x))
+}
+
 /// The nonlinearities that configurations name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     Silu,
     /// exact, by the error function
     Gelu,
-    /// by the tangent's formula
-    GeluTanh,
     /// x sigmoid(1.702 x), of OpenAI's CLIP
     QuickGelu,
     Relu,
@@ -555,7 +558,6 @@ impl Activation {
         match self {
             Self::Silu => candle_nn::ops::silu(x),
             Self::Gelu => x.gelu_erf(),
-            Self::GeluTanh => x.gelu(),
             Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
             Self::Relu => x.relu(),
             Self::Mish => candle_nn::ops::mish(x),

@@ -36,8 +36,10 @@ pub struct ModelSpec {
     /// the network that denoises, in a file of its own, in place of that of the model, if one is
     /// named, which gives the other parts
     pub diffusion_model: Option<OsString>,
-    /// a text encoder in place of its own, or for a model that has none
-    pub text_encoder: Option<OsString>,
+    /// text encoders in place of its own, or for a model that has none
+    pub text_encoders: Vec<OsString>,
+    /// whether T5 is left out of a model that draws without it too
+    pub no_t5: bool,
     /// LoRAs that change its weights as they are read
     pub loras: Vec<LoraSpec>,
     /// words learned by textual inversion, as `FILE[:TOKEN]`
@@ -165,8 +167,14 @@ impl ModelSpec {
             }
             (model, transformer) => finder.open(transformer.as_deref().or(model.as_deref()))?,
         };
-        if let Some(encoder) = &self.text_encoder {
-            checkpoint.use_text_encoder(&finder.text_encoder(encoder)?)?;
+        let encoders = self.text_encoders.iter();
+        let encoders = encoders.map(|encoder| finder.text_encoder(encoder));
+        let encoders: Vec<PathBuf> = encoders.collect::<Result<_>>()?;
+        if !encoders.is_empty() {
+            checkpoint.use_text_encoders(&encoders)?;
+        }
+        if self.no_t5 {
+            checkpoint.leave_out_t5()?;
         }
         if let Some(refiner) = &self.refiner {
             checkpoint.use_refiner(finder.open(Some(refiner))?);

@@ -2,7 +2,7 @@
 //! which read a whole sentence where CLIP reads a caption.
 
 use crate::nn::Forward;
-use crate::nn::layers::{Activation, Linear, RmsNorm};
+use crate::nn::layers::{Linear, RmsNorm, gelu_tanh};
 use crate::nn::stack::Stack;
 use crate::nn::weights::{SharedSource, Weights};
 use crate::weights::config::{parse, require_sizes};
@@ -337,7 +337,7 @@ impl Layer {
         let [gate, inner] = inner.as_slice() else {
             candle_core::bail!("an odd width cannot be halved")
         };
-        let inner = (Activation::GeluTanh.forward(&gate.contiguous()?)? * inner)?;
+        let inner = (gelu_tanh(cx, &gate.contiguous()?)? * inner)?;
         self.wo.forward_add(cx, &inner, &x)?.reshape(x.shape())
     }
 }

@@ -755,7 +755,7 @@ fn update_with(hash: &mut Sha256, config: &Value) {
 fn part_shape(shape: &[usize], part: &Part) -> Vec<usize> {
     let mut shape = shape.to_vec();
     match (part, shape.first_mut()) {
-        (Part::Rows { of, .. }, Some(rows)) => *rows /= of,
+        (Part::Rows { count, of, .. }, Some(rows)) => *rows = *rows / of * count,
         (Part::Transposed, _) => shape.reverse(),
         _ => (),
     }

@@ -4,8 +4,10 @@
 
 use super::distillation::{Bearer, Distillation};
 use super::safetensors::SafetensorsFile;
+use super::transformers::EncoderKind;
 use super::{
-    Checkpoint, ENCODERS, FLUX2_CLASS, TRANSFORMER, TokenizerFiles, TokenizerSource, Z_IMAGE_CLASS,
+    Checkpoint, ENCODERS, FLUX_CLASS, FLUX2_CLASS, SD3_CLASS, TRANSFORMER, TokenizerFiles,
+    TokenizerSource, Z_IMAGE_CLASS,
 };
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -199,23 +201,22 @@ fn configure_encoder(
     encoder: &'static str,
     is_open_clip: bool,
 ) -> Result<()> {
-    let (activation, pad) = if is_open_clip {
-        ("gelu", "!")
-    } else {
-        ("quick_gelu", "<|endoftext|>")
-    };
+    let activation = if is_open_clip { "gelu" } else { "quick_gelu" };
     let config = text(checkpoint, encoder, activation)?;
-    let tokenizer =
-        json!({ "pad_token": pad, "model_max_length": config["max_position_embeddings"] });
-    checkpoint.tokenizers.insert(
-        encoder,
-        TokenizerSource {
-            files: TokenizerFiles::Clip,
-            config: tokenizer,
-        },
-    );
+    let mut tokenizer = clip_tokenizer(is_open_clip);
+    tokenizer.config["model_max_length"] = config["max_position_embeddings"].clone();
+    checkpoint.tokenizers.insert(encoder, tokenizer);
     checkpoint.configs.insert(encoder.into(), config);
     Ok(())
+}
+
+/// CLIP's tokenizer as it pads for either kind of encoder.
+pub fn clip_tokenizer(is_open_clip: bool) -> TokenizerSource {
+    let pad = if is_open_clip { "!" } else { "<|endoftext|>" };
+    TokenizerSource {
+        files: TokenizerFiles::Clip,
+        config: json!({ "pad_token": pad }),
+    }
 }
 
 /// Fills in how SDXL's U-Net takes the pooled prompt embeddings and the time ids: six of these for a
@@ -410,6 +411,118 @@ pub fn z_image(checkpoint: &mut Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Fills in the configurations of a FLUX.1 from its transformer: dev takes the guidance scale as an
+/// input, schnell does not.
+pub fn flux1(checkpoint: &mut Checkpoint) -> Result<()> {
+    let c = &*checkpoint;
+    let width = size(c, "transformer.x_embedder.weight", 0)?;
+    let head = size(c, "transformer.transformer_blocks.0.attn.norm_q.weight", 0)?;
+    let pooled = "transformer.time_text_embed.text_embedder.linear_1.weight";
+    let guidance = "transformer.time_text_embed.guidance_embedder.linear_1.weight";
+    let is_dev = c.shape(guidance).is_some();
+    // 16, 56 and 56 of 128
+    let side = head * 7 / 32 * 2;
+    let config = json!({
+        "_class_name": FLUX_CLASS,
+        "in_channels": size(c, "transformer.x_embedder.weight", 1)?,
+        "out_channels": size(c, "transformer.proj_out.weight", 0)?,
+        "num_layers": c.count("transformer.transformer_blocks."),
+        "num_single_layers": c.count("transformer.single_transformer_blocks."),
+        "attention_head_dim": head, "num_attention_heads": width / head.max(1),
+        "joint_attention_dim": size(c, "transformer.context_embedder.weight", 1)?,
+        "pooled_projection_dim": size(c, pooled, 1)?,
+        "guidance_embeds": is_dev,
+        "axes_dims_rope": [head - 2 * side, side, side],
+    });
+    let scheduler = json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+        "shift": if is_dev { 3.0 } else { 1.0 }, "use_dynamic_shifting": is_dev,
+        "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096,
+    });
+    checkpoint.assumptions.push(match is_dev {
+        true => "levels of dev (dynamic shift), as guidance is an input".into(),
+        false => "levels of schnell (no shift), as guidance is no input".into(),
+    });
+    checkpoint.assumptions.push(
+        "rotary positions in parts of an eighth and twice seven sixteenths; a VAE in a file has FLUX.1's scale and shift".into(),
+    );
+    checkpoint.configs.extend([
+        (TRANSFORMER.into(), config),
+        ("scheduler".into(), scheduler),
+        ("pipeline".into(), json!({ "_class_name": "FluxPipeline" })),
+    ]);
+    Ok(())
+}
+
+/// Fills in the configurations of a Stable Diffusion 3 from its transformer.
+pub fn sd3(checkpoint: &mut Checkpoint) -> Result<()> {
+    /// The width of a head where no norm tells it.
+    const HEAD: usize = 64;
+    let c = &*checkpoint;
+    let width = size(c, "transformer.pos_embed.proj.weight", 0)?;
+    let channels = size(c, "transformer.pos_embed.proj.weight", 1)?;
+    let positions = size(c, "transformer.pos_embed.pos_embed", 1)?;
+    let blocks = c.count("transformer.transformer_blocks.");
+    let has = |i: usize, name: &str| {
+        let name = format!("transformer.transformer_blocks.{i}.{name}.weight");
+        c.shape(&name).is_some()
+    };
+    let norm = "transformer.transformer_blocks.0.attn.norm_q.weight";
+    let head = c.shape(norm).and_then(|shape| shape.first().copied());
+    let dual: Vec<usize> = (0..blocks).filter(|i| has(*i, "attn2.to_q")).collect();
+    let pooled = "transformer.time_text_embed.text_embedder.linear_1.weight";
+    let config = json!({
+        "_class_name": SD3_CLASS, "sample_size": 128, "patch_size": 2,
+        "in_channels": channels, "out_channels": channels, "num_layers": blocks,
+        "attention_head_dim": head.unwrap_or(HEAD),
+        "num_attention_heads": width / head.unwrap_or(HEAD).max(1),
+        "joint_attention_dim": size(c, "transformer.context_embedder.weight", 1)?,
+        "caption_projection_dim": width, "pooled_projection_dim": size(c, pooled, 1)?,
+        "pos_embed_max_size": positions.isqrt(), "dual_attention_layers": dual,
+        "qk_norm": head.map(|_| "rms_norm"),
+    });
+    let scheduler = json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+    });
+    checkpoint
+        .assumptions
+        .push("shift 3 of noise levels; the scale and shift of latents of its family".into());
+    checkpoint.configs.extend([
+        (TRANSFORMER.into(), config),
+        ("scheduler".into(), scheduler),
+        (
+            "pipeline".into(),
+            json!({ "_class_name": "StableDiffusion3Pipeline" }),
+        ),
+    ]);
+    Ok(())
+}
+
+/// Fills in the configuration of a T5 that encodes text.
+fn t5(checkpoint: &mut Checkpoint, component: &str) -> Result<()> {
+    let c = &*checkpoint;
+    let attention = format!("{component}.encoder.block.0.layer.0.SelfAttention");
+    let ff = format!("{component}.encoder.block.0.layer.1.DenseReluDense");
+    let bias = format!("{attention}.relative_attention_bias.weight");
+    let own = format!("{component}.shared.weight");
+    let embeddings = match c.shape(&own) {
+        Some(_) => own,
+        None => format!("{component}.encoder.embed_tokens.weight"),
+    };
+    let heads = size(c, &bias, 1)?;
+    let config = json!({
+        "model_type": "t5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6,
+        "vocab_size": size(c, &embeddings, 0)?, "d_model": size(c, &embeddings, 1)?,
+        "num_layers": c.count(&format!("{component}.encoder.block.")), "num_heads": heads,
+        "d_kv": size(c, &format!("{attention}.q.weight"), 0)? / heads.max(1),
+        "d_ff": size(c, &format!("{ff}.wi_0.weight"), 0)?,
+        "relative_attention_num_buckets": size(c, &bias, 0)?,
+        "relative_attention_max_distance": 128,
+    });
+    checkpoint.configs.insert(component.into(), config);
+    Ok(())
+}
+
 /// Whether a file's name has a word, whatever stands between its words.
 fn has_word(name: &str, word: &str) -> bool {
     name.to_lowercase()
@@ -417,8 +530,21 @@ fn has_word(name: &str, word: &str) -> bool {
         .any(|own| own == word)
 }
 
+/// Fills in the configuration of a text encoder, and CLIP's tokenizer.
+pub fn text_encoder(
+    checkpoint: &mut Checkpoint,
+    component: &'static str,
+    kind: EncoderKind,
+) -> Result<()> {
+    match kind {
+        EncoderKind::Clip => configure_encoder(checkpoint, component, component == ENCODERS[1]),
+        EncoderKind::T5 => t5(checkpoint, component),
+        EncoderKind::Qwen3 => qwen3(checkpoint),
+    }
+}
+
 /// Fills in the configuration of a Qwen3 that encodes text.
-pub fn qwen3(checkpoint: &mut Checkpoint) -> Result<()> {
+fn qwen3(checkpoint: &mut Checkpoint) -> Result<()> {
     let c = &*checkpoint;
     let layer = "text_encoder.model.layers.0";
     let rows = |name: &str| size(c, &format!("{layer}.{name}.weight"), 0);
@@ -474,9 +600,14 @@ pub struct VaeScale {
     pub shift_factor: Option<f64>,
 }
 
-/// The scale of the latents of a model's family; of transformers, FLUX.1's.
+/// The scale of the latents of a model's family; of other transformers than Stable Diffusion 3's,
+/// FLUX.1's.
 pub fn vae_scale(model: &Checkpoint) -> VaeScale {
-    let (scaling_factor, shift_factor) = if model.has(TRANSFORMER) {
+    let transformer = model.optional_config(TRANSFORMER);
+    let class = transformer.and_then(|config| config.get("_class_name")?.as_str());
+    let (scaling_factor, shift_factor) = if class == Some(SD3_CLASS) {
+        (1.5305, Some(0.0609))
+    } else if model.has(TRANSFORMER) {
         (0.3611, Some(0.1159))
     } else if model.has(ENCODERS[1]) {
         (0.13025, None)

@@ -13,12 +13,28 @@ use std::collections::{BTreeMap, BTreeSet};
 pub enum Part {
     /// all of it, in its stored order
     Whole,
-    /// block `index` of `of` equal blocks of rows: one of several matrices stored as one
-    Rows { index: usize, of: usize },
+    /// `count` of `of` equal blocks of rows, from block `index` on: one of several matrices stored as
+    /// one
+    Rows {
+        index: usize,
+        count: usize,
+        of: usize,
+    },
     /// all of it, transposed
     Transposed,
     /// all of it, the second half of its rows before the first
     SwappedHalves,
+}
+
+impl Part {
+    /// One of three matrices stored as one.
+    pub(super) const fn third(index: usize) -> Self {
+        Self::Rows {
+            index,
+            count: 1,
+            of: 3,
+        }
+    }
 }
 
 /// A tensor under its canonical name.
@@ -188,6 +204,27 @@ const T5: [&str; 4] = [
     "encoder.final_layer_norm.",
     "encoder.embed_tokens.",
 ];
+
+/// What stands before T5's names in files that hold several parts.
+const T5_PREFIXES: [&str; 3] = [
+    "text_encoders.t5xxl.transformer.",
+    "conditioner.embedders.t5xxl.transformer.",
+    "t5xxl.transformer.",
+];
+
+/// Maps a key of CLIP's encoders, or of T5 as the component `t5`, in a file that holds several parts;
+/// none if it is of something else.
+pub fn from_text_encoders(t5: Option<&str>, key: &str) -> Option<Vec<Named>> {
+    let of_t5 = T5_PREFIXES.iter().find_map(|it| key.strip_prefix(it));
+    if let (Some(component), Some(rest)) = (t5, of_t5) {
+        return Some(from_diffusers(component, rest));
+    }
+    match named(key)? {
+        (Names::Transformers(encoder), rest) => Some(from_diffusers(encoder, rest)),
+        (Names::OpenClip(encoder), rest) => open_clip_key(encoder, rest),
+        _ => None,
+    }
+}
 
 /// Maps a key of one component of a diffusers folder: today's names, and the older ones that files on
 /// the hub still have.
@@ -799,7 +836,7 @@ fn open_clip_key(component: &str, key: &str) -> Option<Vec<Named>> {
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
         let part = |(index, name)| Named {
             name: format!("{layer}.self_attn.{name}_proj.{kind}"),
-            part: Part::Rows { index, of: 3 },
+            part: Part::third(index),
         };
         return Some(["q", "k", "v"].into_iter().enumerate().map(part).collect());
     }

@@ -25,7 +25,7 @@ use super::file;
 use super::key_mapping::Part;
 use super::model_files::{file_name, folder_name};
 use super::safetensors::SafetensorsFile;
-use super::{Checkpoint, TRANSFORMER, family_name, role};
+use super::{Checkpoint, TRANSFORMER, family_name, role, transformers};
 use anyhow::{Context, Result, bail};
 use delta::Method;
 use layer_names::{
@@ -51,9 +51,6 @@ const COMMON_NAMES: [&str; 3] = [
     "adapter_model",
     "diffusion_pytorch_model",
 ];
-
-/// For people: of models that are known and not read.
-const NOT_DRAWN: &str = "a family that sdgen does not draw";
 
 /// The name that PEFT gives to every file, and to the configuration beside it.
 const ADAPTER_MODEL: &str = "adapter_model";
@@ -275,13 +272,21 @@ impl Lora {
         }
         let (own, models) = (self.text_width(), model.text_width());
         // some of FLUX.1's layers have the names and sizes of FLUX.2's
-        let is_of_other = self.family() == Some(NOT_DRAWN);
+        let of_model = transformers::find(model.names()).map(|(family, _)| family.name);
+        let is_of_other = match self.family() {
+            // nor do names tell all of Stable Diffusion 3's from FLUX.1's
+            Some(family_name::FLUX1) => {
+                ![Some(family_name::FLUX1), Some(family_name::SD3)].contains(&of_model)
+            }
+            Some(family_name::SD3) => of_model != Some(family_name::SD3),
+            _ => false,
+        };
         let fits = own.is_none() || models.is_none() || own == models;
         if !self.matched.is_empty() && fits && !is_of_other {
             return Ok(());
         }
         let why = match (self.family(), own.zip(models)) {
-            (family, _) if family != Some(NOT_DRAWN) && other_size.is_some() => {
+            _ if !is_of_other && other_size.is_some() => {
                 let ((rows, columns), expected) = other_size.unwrap_or_default();
                 format!(
                     "it is for a model of another size: it changes weights of {rows}x{columns} where that has {}",
@@ -523,13 +528,13 @@ impl Lora {
             Some(1280) => Some(family_name::SDXL_REFINER),
             Some(2048) => Some(family_name::SDXL),
             Some(_) => None,
-            None if has(&["joint_blocks", "lora_te3_"]) => Some(NOT_DRAWN),
+            None if has(&["joint_blocks", "lora_te3_"]) => Some(family_name::SD3),
             None if self.layers.keys().any(|name| is_of_z_image(name)) => {
                 Some(family_name::Z_IMAGE)
             }
             None => match self.is_of_flux2() {
                 Some(true) => Some(family_name::FLUX2_KLEIN),
-                Some(false) => Some(NOT_DRAWN),
+                Some(false) => Some(family_name::FLUX1),
                 None => has(&["lora_te2_", "text_encoder_2."]).then_some(family_name::SDXL),
             },
         }

@@ -11,7 +11,7 @@ use super::infer_config::{self, VaeScale};
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
 use super::safetensors::SafetensorsFile;
-use super::transformers::OTHER_ENCODERS;
+use super::transformers::{EncoderFile, EncoderKind, OTHER_ENCODERS};
 use super::{
     Checkpoint, ENCODERS, FLUX_CLASS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET,
     transformers,
@@ -347,9 +347,13 @@ impl Checkpoint {
         let drawn = match self.denoiser() {
             TRANSFORMER => {
                 let config = self.config(TRANSFORMER)?;
-                // FLUX.1's takes 2x2 latents as one token, whose channels it counts
                 let is_flux = config.get("_class_name").is_some_and(|it| it == FLUX_CLASS);
-                channels(config, "in_channels") / if is_flux { 4 } else { 1 }
+                let gives = config.get("out_channels").and_then(Value::as_u64);
+                match gives {
+                    // FLUX.1's takes 2x2 latents as one token, whose channels it counts
+                    _ if is_flux => gives.unwrap_or(channels(config, "in_channels")) / 4,
+                    _ => channels(config, "in_channels"),
+                }
             }
             unet => channels(self.config(unet)?, "out_channels"),
         };
@@ -488,6 +492,8 @@ pub fn role(path: &Path, keys: &[String]) -> Option<(&'static str, &'static str)
         keys.iter().any(starts)
     };
     let has_unet = || starts_any(&["unet.", "model.diffusion_model."]);
+    let encoder = EncoderFile::find(keys.iter().map(String::as_str));
+    let is_encoder = |kind: EncoderKind| encoder.as_ref().is_some_and(|it| it.kind == kind);
     Some(match layout {
         Layout::Adapter => ("is a LoRA", "`--lora` takes it"),
         _ if transformers::find(keys.iter().map(String::as_str))
@@ -501,10 +507,13 @@ pub fn role(path: &Path, keys: &[String]) -> Option<(&'static str, &'static str)
         _ if transformers::find(keys.iter().map(String::as_str)).is_some() => {
             ("is a model of a family that sdgen does not draw yet", TODAY)
         }
-        _ if transformers::qwen3_prefix(keys.iter().map(String::as_str)).is_some() => (
+        _ if is_encoder(EncoderKind::Qwen3) => (
             "is only a text encoder (Qwen3)",
             "`--text-encoder` takes it",
         ),
+        _ if is_encoder(EncoderKind::T5) => {
+            ("is only a text encoder (T5)", "`--text-encoder` takes it")
+        }
         Layout::Original | Layout::Canonical if has_unet() => {
             ("is a checkpoint", "`--model` takes it")
         }

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -233,9 +234,9 @@ impl SafetensorsFile {
             .info(key)
             .with_context(|| format!("no tensor `{key}`"))?;
         let (mut from, mut to) = info.data_offsets;
-        if let Part::Rows { index, of } = part {
+        if let Part::Rows { index, count, of } = part {
             let bytes = (to - from) / of;
-            (from, to) = (from + index * bytes, from + (index + 1) * bytes);
+            (from, to) = (from + index * bytes, from + (index + count) * bytes);
         }
         let read_from = |from, to| {
             self.bytes_of(from, to)
@@ -293,15 +294,15 @@ impl SafetensorsFile {
         let tensor = || self.read(key);
         Ok(match *part {
             Part::Whole => tensor()?,
-            Part::Rows { index, of } => {
+            Part::Rows { index, count, of } => {
                 let dtype = self.header.info(key).map(|info| info.dtype);
                 // the scales of 8 bits belong to all rows
                 if dtype.is_some_and(|dtype| dtype != Dtype::I8 && !is_fp8(dtype)) {
-                    return self.read_rows(key, index, of);
+                    return self.read_rows(key, index..index + count, of);
                 }
                 let tensor = tensor()?;
                 let rows = tensor.dim(0)? / of;
-                tensor.narrow(0, index * rows, rows)?
+                tensor.narrow(0, index * rows, count * rows)?
             }
             Part::Transposed => tensor()?.t()?.contiguous()?,
             Part::SwappedHalves => {
@@ -315,11 +316,11 @@ impl SafetensorsFile {
 
     /// Reads a whole tensor in its stored shape, as [`Self::read_part`] does.
     pub fn read(&self, key: &str) -> Result<Tensor> {
-        self.read_rows(key, 0, 1)
+        self.read_rows(key, 0..1, 1)
     }
 
-    /// Reads block `index` of `of` equal blocks of a tensor's rows.
-    fn read_rows(&self, key: &str, index: usize, of: usize) -> Result<Tensor> {
+    /// Reads some of `of` equal blocks of a tensor's rows.
+    fn read_rows(&self, key: &str, blocks: Range<usize>, of: usize) -> Result<Tensor> {
         let shown = self.path.display();
         let info = self
             .header
@@ -327,13 +328,14 @@ impl SafetensorsFile {
             .with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
         let mut shape = info.shape.clone();
         let (start, end) = info.data_offsets;
-        let mut bytes = end - start;
+        let (mut from, mut bytes) = (start, end - start);
         if let (2.., Some(rows)) = (of, shape.first_mut()) {
-            let all = (*rows).max(1);
-            *rows /= of;
-            bytes = bytes / all * *rows;
+            let of_row = bytes / (*rows).max(1);
+            let block = *rows / of;
+            *rows = blocks.len() * block;
+            from += blocks.start * block * of_row;
+            bytes = of_row * *rows;
         }
-        let from = start + index * bytes;
         let raw = self
             .bytes_of(from, from + bytes)
             .with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;

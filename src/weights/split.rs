@@ -5,8 +5,10 @@ use super::key_mapping::{self, Layout};
 use super::model_files::{self, file_name, read_json};
 use super::open::{TODAY, only_file};
 use super::safetensors::SafetensorsFile;
-use super::transformers::{self, Drawn, OTHER_ENCODERS, Release, Transformer};
-use super::{Checkpoint, ENCODERS, TRANSFORMER, infer_config};
+use super::transformers::{
+    self, Drawn, Encoder, EncoderFile, EncoderKind, OTHER_ENCODERS, Release, Transformer,
+};
+use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, infer_config};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -22,6 +24,9 @@ const FOLDERS: [&str; 6] = [
 ];
 /// Where repositories for ComfyUI have these folders.
 const SPLIT_FILES: &str = "split_files";
+
+/// The repository of T5's tokenizer, which all its versions share.
+const T5_TOKENIZER: &str = "google-t5/t5-base";
 
 /// The ending of what ComfyUI writes beside 8-bit tensors, for itself.
 const COMFY_NOTE: &str = "comfy_quant";
@@ -58,7 +63,7 @@ impl PartFile {
         if layout == Layout::Adapter {
             return Ok(None);
         }
-        let encoder = transformers::qwen3_prefix(all());
+        let encoder = EncoderFile::find(all());
         match transformers::find(all()) {
             Some((family, _)) if family.drawn.is_some() && encoder.is_none() => {
                 let checkpoint = Checkpoint::open(super::Origin::Path(path))?;
@@ -67,10 +72,9 @@ impl PartFile {
             Some(_) => return Ok(None),
             None => (),
         }
-        if encoder.is_some() {
-            let mut checkpoint = Checkpoint::empty(file_name(path));
-            let has_tokenizer = checkpoint.add_qwen3(path, source)?.is_some();
-            return Ok(Some(Self::encoder(checkpoint, has_tokenizer)));
+        if let Some(file) = encoder.filter(|_| layout == Layout::Unknown) {
+            let encoder = Found::file(path, source, file)?;
+            return Ok(Some(Self::encoder(&encoder, encoder.open(ENCODERS[0])?)));
         }
         // what is left of a whole checkpoint is told by what it lacks
         let is_vae = layout == Layout::Unknown
@@ -109,13 +113,14 @@ impl PartFile {
         }
     }
 
-    fn encoder(checkpoint: Checkpoint, has_tokenizer: bool) -> Self {
-        let name = checkpoint.encoder_name();
+    fn encoder(found: &Found, checkpoint: Checkpoint) -> Self {
+        let has_tokenizer = checkpoint.tokenizers.contains_key(ENCODERS[0]);
         let needs = if has_tokenizer {
             vec![]
         } else {
             vec!["its tokenizer.json beside it, else it is fetched from the hub (11 MB)".into()]
         };
+        let name = found.kind.name(found.width);
         Self {
             option: "--text-encoder",
             needs,
@@ -149,19 +154,24 @@ impl Checkpoint {
         };
         let keys = source.keys();
         let all = || keys.iter().map(String::as_str);
-        let encoder = transformers::qwen3_prefix(all());
+        let qwen3 = transformers::qwen3_prefix(all());
+        let reads_qwen3 = drawn.of_kind(EncoderKind::Qwen3).next().is_some();
         let vae = key_mapping::from_vae(all());
+        let blocks = transformers::blocks(all(), prefix);
+        let of_transformer = |key: &str| drawn.names(key.strip_prefix(prefix)?, blocks);
         let names = |key: &str| {
-            let of_transformer = key.strip_prefix(prefix).and_then(|key| drawn.names(key));
-            of_transformer
-                .or_else(|| transformers::qwen3(encoder.as_deref()?, key))
+            of_transformer(key)
+                .or_else(|| match reads_qwen3 {
+                    true => transformers::qwen3(qwen3.as_deref()?, key),
+                    false => key_mapping::from_text_encoders(drawn.t5(), key),
+                })
                 .or_else(|| vae.get(key).cloned())
                 .unwrap_or_default()
         };
         let is_unknown = |key: &&String| {
             let ends = [".weight", ".bias", ".scale"];
-            let inner = key.strip_prefix(prefix);
-            inner.is_some_and(|key| drawn.names(key).is_none())
+            key.starts_with(prefix)
+                && of_transformer(key).is_none()
                 && ends.iter().any(|end| key.ends_with(end))
                 && names(key).is_empty()
                 && (!prefix.is_empty() || !key.contains("encoder"))
@@ -186,9 +196,11 @@ impl Checkpoint {
                 family.name
             )
         })?;
-        if encoder.is_some() {
-            infer_config::qwen3(&mut checkpoint)?;
-            checkpoint.tokenizer_beside(path)?;
+        for encoder in drawn.encoders {
+            if checkpoint.has(encoder.component) {
+                infer_config::text_encoder(&mut checkpoint, encoder.component, encoder.kind)?;
+                checkpoint.tokenizer_beside(path, encoder)?;
+            }
         }
         if checkpoint.has("vae") {
             let scale = infer_config::vae_scale(&checkpoint);
@@ -234,19 +246,22 @@ impl Checkpoint {
         };
         let mut checkpoint = Self::open(super::Origin::Path(path))?;
         let others = || headers.iter().filter(|(other, _)| other != path);
-        if checkpoint.optional_config(ENCODERS[0]).is_none() {
+        for encoder in checkpoint.lacking_encoders() {
             let mut fitting = vec![];
             for (path, keys) in others() {
-                if transformers::qwen3_prefix(keys.iter().map(String::as_str)).is_some() {
-                    let mut encoder = Self::empty(file_name(path));
-                    encoder.add_qwen3(path, SafetensorsFile::open(path)?)?;
-                    if encoder.encoder_width() == checkpoint.wanted_encoder_width() {
+                let file = EncoderFile::find(keys.iter().map(String::as_str));
+                let layout = key_mapping::layout(keys.iter().map(String::as_str));
+                if let Some(file) = file.filter(|_| layout == Layout::Unknown)
+                    && file.kind == encoder.kind
+                {
+                    let found = Found::file(path, SafetensorsFile::open(path)?, file)?;
+                    if encoder.fits(found.width, &checkpoint) {
                         fitting.push(path);
                     }
                 }
             }
             if let Some(path) = the_only(&fitting, folder, "text encoders", "--text-encoder")? {
-                checkpoint.use_text_encoder(path)?;
+                checkpoint.use_text_encoders(std::slice::from_ref(path))?;
             }
         }
         if checkpoint.optional_config("vae").is_none() {
@@ -294,7 +309,10 @@ impl Checkpoint {
             let class = checkpoint.configs.get(TRANSFORMER)?.get("_class_name")?;
             class.as_str().map(String::from)
         };
-        let widths = [&*self, &other].map(Self::wanted_encoder_width);
+        let widths = [&*self, &other].map(|checkpoint| -> Vec<Option<usize>> {
+            let encoders = checkpoint.drawn().map_or(&[][..], |drawn| drawn.encoders);
+            encoders.iter().map(|it| it.width(checkpoint)).collect()
+        });
         if class(self) != class(&other) || widths[0] != widths[1] {
             let name = |checkpoint: &Self| {
                 let release = checkpoint.release().map(|release| release.name);
@@ -313,147 +331,178 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads text with another encoder: a file, the folder of one, or that of a whole model. Errors
-    /// if there is none at `path`, or one that the transformer does not take.
-    pub fn use_text_encoder(&mut self, path: &Path) -> Result<()> {
-        if self.denoiser() != TRANSFORMER {
+    /// Reads text with other encoders: files, folders of one, or those of whole models. Errors if there
+    /// is none at a path, or one that the transformer does not take.
+    pub fn use_text_encoders(&mut self, paths: &[PathBuf]) -> Result<()> {
+        let Some(drawn) = self.drawn().filter(|_| self.denoiser() == TRANSFORMER) else {
             bail!(
-                "`--text-encoder` means nothing to `{}`: a U-Net's text encoders are part of its file\n\nhint: it is for models with a transformer, FLUX.2 klein and Z-Image",
+                "`--text-encoder` means nothing to `{}`: a U-Net's text encoders are part of its file\n\nhint: it is for models with a transformer, such as FLUX.1, FLUX.2 klein and Z-Image",
                 self.name
             );
+        };
+        let mut found = vec![];
+        for path in paths {
+            found.extend(Found::at(path)?);
         }
-        let shown = path.display();
-        let mut encoder = Self::empty(file_name(path));
-        if path.is_dir() {
-            let nested = path.join(ENCODERS[0]);
-            let folder = if nested.join("config.json").exists() {
-                &nested
-            } else {
-                path
-            };
-            if folder.join("config.json").exists() {
-                encoder.name = model_files::folder_name(path);
-                let config = read_json(&folder.join("config.json"))?;
-                encoder.configs.insert(ENCODERS[0].into(), config);
-                encoder.add_folder(folder, ENCODERS[0])?;
-                encoder.tokenizer_of_folder(folder)?;
-            } else {
-                let file = only_file(path)?;
-                encoder.name = file_name(&file);
-                encoder.add_encoder_file(&file)?;
-            }
-        } else {
-            encoder.add_encoder_file(path)?;
-        }
-        let (own, wanted) = (encoder.encoder_width(), self.wanted_encoder_width());
-        if let (Some(own), Some(wanted)) = (own, wanted)
-            && own != wanted
-        {
-            let release = self.release();
-            bail!(
-                "`{shown}` is {}, {own} wide, `{}` reads {}, {wanted} wide\n\nhint: pass that with `--text-encoder`{}",
-                encoder.encoder_name(),
-                self.name,
-                release.map_or(transformers::qwen3_name(wanted), |release| release.encoder),
-                release
-                    .map(|release| format!(", for example `--text-encoder {}`", release.repo))
-                    .unwrap_or_default()
-            );
-        }
-        self.take_component(encoder, ENCODERS[0]);
-        Ok(())
-    }
-
-    /// Adds a file that must hold Qwen3.
-    fn add_encoder_file(&mut self, path: &Path) -> Result<()> {
-        let source = SafetensorsFile::open(path)?;
-        let keys = source.keys();
-        if transformers::qwen3_prefix(keys.iter().map(String::as_str)).is_none() {
-            let shown = path.display();
-            let other = OTHER_ENCODERS
-                .iter()
-                .find(|(start, _)| keys.iter().any(|key| key.starts_with(start)));
-            match (other, super::role(path, &keys)) {
-                (Some((_, what)), _) => bail!(
-                    "`{shown}` is {what}, a text encoder that no model here reads\n\nhint: FLUX.2 klein 4B and Z-Image read Qwen3 4B, FLUX.2 klein 9B reads Qwen3 8B"
+        // of two of a kind, the narrower is the first
+        found.sort_by_key(|it| it.width);
+        let mut taken: Vec<&str> = vec![];
+        for encoder in &found {
+            let shown = encoder.path.display();
+            let own = encoder.kind.name(encoder.width);
+            let alike = found.iter().filter(|it| it.kind == encoder.kind).count();
+            let places: Vec<&Encoder> = drawn.of_kind(encoder.kind).collect();
+            let place = match places.as_slice() {
+                [] => bail!(
+                    "`{shown}` is {own}, a text encoder that `{}` does not read\n\nhint: it needs the text {}",
+                    self.name,
+                    self.release()
+                        .map_or("encoder of its family", |it| it.encoders)
                 ),
-                (None, Some((what, place))) => {
-                    bail!("`{shown}` {what}, not a text encoder\n\nhint: {place}")
+                places if places.len() == alike => {
+                    places.iter().find(|it| !taken.contains(&it.component))
                 }
-                (None, None) => bail!(
-                    "`{shown}` is not a text encoder that sdgen knows\n\nhint: `--text-encoder` takes Qwen3"
-                ),
+                places => {
+                    let of_width = places.iter().find(|it| it.fits(encoder.width, self));
+                    of_width.or(places.first())
+                }
+            };
+            let Some(place) = place.filter(|it| !taken.contains(&it.component)) else {
+                bail!(
+                    "`{shown}` is {own}, of which there is another\n\nhint: give `--text-encoder` once for each encoder"
+                );
+            };
+            if let Some(wanted) = place.width(self).filter(|wanted| *wanted != encoder.width) {
+                let release = self.release();
+                bail!(
+                    "`{shown}` is {own}, {} wide, `{}` reads {}, {wanted} wide\n\nhint: pass that with `--text-encoder`{}",
+                    encoder.width,
+                    self.name,
+                    match encoder.kind {
+                        EncoderKind::Qwen3 => release.map_or(place.name(self), |it| it
+                            .encoders
+                            .trim_start_matches("encoder ")),
+                        _ => place.name(self),
+                    },
+                    release
+                        .map(|release| format!(", for example `--text-encoder {}`", release.repo))
+                        .unwrap_or_default()
+                );
             }
-        }
-        if let Some(path) = self.add_qwen3(path, source)? {
-            self.tokenizer_of_folder(&path)?;
+            taken.push(place.component);
+            let encoder = encoder.open(place.component)?;
+            self.take_component(encoder, place.component);
         }
         Ok(())
     }
 
-    /// Adds a file of Qwen3 and its configuration. Returns the folder of its tokenizer, if that is
-    /// beside it.
-    fn add_qwen3(&mut self, path: &Path, source: SafetensorsFile) -> Result<Option<PathBuf>> {
-        let keys = source.keys();
-        let prefix =
-            transformers::qwen3_prefix(keys.iter().map(String::as_str)).unwrap_or_default();
-        self.add_source(source, |key| {
-            transformers::qwen3(&prefix, key).unwrap_or_default()
-        })?;
-        infer_config::qwen3(self)
-            .with_context(|| format!("`{}` is not a whole text encoder", path.display()))?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        Ok(folder
-            .join("tokenizer.json")
-            .exists()
-            .then(|| folder.to_path_buf()))
+    /// Leaves T5 out of a model that draws without it too. Errors if this does not.
+    pub fn leave_out_t5(&mut self) -> Result<()> {
+        let optional = |it: &&Encoder| it.kind == EncoderKind::T5 && it.is_optional;
+        let t5 = self
+            .drawn()
+            .and_then(|it| it.encoders.iter().find(optional));
+        let Some(t5) = t5 else {
+            bail!(
+                "`--no-t5` means nothing to `{}`\n\nhint: leave it out; only Stable Diffusion 3 draws without T5 as with it",
+                self.name
+            );
+        };
+        let empty = Self::empty(self.name.clone());
+        self.take_component(empty, t5.component);
+        self.configs.remove(t5.component);
+        self.tokenizers.remove(t5.component);
+        Ok(())
+    }
+
+    /// The text encoders that its transformer reads and that it has not.
+    fn lacking_encoders(&self) -> Vec<&'static Encoder> {
+        let encoders = self.drawn().map_or(&[][..], |drawn| drawn.encoders);
+        let lacks = |it: &&Encoder| self.optional_config(it.component).is_none();
+        encoders.iter().filter(lacks).collect()
     }
 
     /// Reads the tokenizer that lies beside a file, if there is one.
-    fn tokenizer_beside(&mut self, path: &Path) -> Result<()> {
+    fn tokenizer_beside(&mut self, path: &Path, encoder: &Encoder) -> Result<()> {
         let folder = path.parent().unwrap_or(Path::new("."));
-        if folder.join("tokenizer.json").exists() {
-            self.tokenizer_of_folder(folder)?;
+        if encoder.kind != EncoderKind::Clip && folder.join("tokenizer.json").exists() {
+            self.tokenizer_of_folder(folder, encoder.component, encoder.kind)?;
         }
         Ok(())
     }
 
     /// Reads the tokenizer of a text encoder's folder: in it, or in one beside it.
-    fn tokenizer_of_folder(&mut self, folder: &Path) -> Result<()> {
-        let beside = folder.parent().map(|parent| parent.join("tokenizer"));
-        let inside = folder.join("tokenizer");
-        let places = [Some(folder.to_path_buf()), Some(inside), beside];
-        let found = places
+    fn tokenizer_of_folder(
+        &mut self,
+        folder: &Path,
+        component: &'static str,
+        kind: EncoderKind,
+    ) -> Result<()> {
+        let beside = |name: &str| folder.parent().map(|parent| parent.join(name));
+        let inside = |name: &str| Some(folder.join(name));
+        let names = ["tokenizer", "tokenizer_2", "tokenizer_3"];
+        let places = [Some(folder.to_path_buf())]
             .into_iter()
-            .flatten()
-            .find(|place| place.join("tokenizer.json").exists());
-        if let Some(folder) = found {
+            .chain(names.iter().map(|name| inside(name)))
+            .chain(names.iter().map(|name| beside(name)));
+        for folder in places.flatten() {
+            if !folder.join("tokenizer.json").exists() {
+                continue;
+            }
             let tokenizer = model_files::tokenizer(&folder, true)?;
-            self.tokenizers.insert(ENCODERS[0], tokenizer);
+            // T5's makes pieces, and a language model's merges bytes
+            let is_pieces = match &tokenizer.files {
+                TokenizerFiles::Json(json) => json.contains("\"Unigram\""),
+                _ => false,
+            };
+            if is_pieces == (kind == EncoderKind::T5) {
+                self.tokenizers.insert(component, tokenizer);
+                break;
+            }
         }
         Ok(())
     }
 
+    /// The text encoder that is there without its tokenizer.
+    fn without_tokenizer(&self) -> Option<&'static Encoder> {
+        let lacks = |it: &&Encoder| {
+            self.optional_config(it.component).is_some()
+                && !self.tokenizers.contains_key(it.component)
+        };
+        self.drawn()?.encoders.iter().find(lacks)
+    }
+
     /// The repository whose tokenizer this model needs and does not have.
     pub fn wants_tokenizer_of(&self) -> Option<&'static str> {
-        let has_encoder = self.optional_config(ENCODERS[0]).is_some();
-        let lacks = has_encoder && !self.tokenizers.contains_key(ENCODERS[0]);
-        self.release().filter(|_| lacks).map(|release| release.repo)
+        match self.without_tokenizer()?.kind {
+            EncoderKind::T5 => Some(T5_TOKENIZER),
+            EncoderKind::Clip | EncoderKind::Qwen3 => Some(self.release()?.repo),
+        }
     }
 
     /// Takes the tokenizer of a model's folder. Errors if it cannot be read.
     pub fn use_tokenizer(&mut self, folder: &Path) -> Result<()> {
-        self.tokenizer_of_folder(folder)
+        match self.without_tokenizer() {
+            Some(encoder) => self.tokenizer_of_folder(folder, encoder.component, encoder.kind),
+            None => Ok(()),
+        }
     }
 
     /// What is said of a transformer without a text encoder: which it needs, and where that is.
     pub(super) fn missing_text_encoder(&self) -> Option<String> {
-        let is_there =
-            self.denoiser() != TRANSFORMER || self.optional_config(ENCODERS[0]).is_some();
-        let release = self.release().filter(|_| !is_there)?;
+        let release = self.release()?;
+        let missing: Vec<&Encoder> = self.lacking_encoders();
+        let missing: Vec<&Encoder> = missing.into_iter().filter(|it| !it.is_optional).collect();
+        let needed = self.drawn()?.encoders.iter().filter(|it| !it.is_optional);
+        let what = match missing.as_slice() {
+            [] => return None,
+            all if all.len() == needed.count() => release.encoders.to_string(),
+            [one, ..] => format!("encoder {}", one.name(self)),
+        };
         Some(format!(
-            "text encoder {}: `--text-encoder FILE`, or `--text-encoder {}` from the hub",
-            release.encoder, release.repo
+            "text {what}: `--text-encoder FILE`{}, or `--text-encoder {}` from the hub",
+            if missing.len() > 1 { " for each" } else { "" },
+            release.repo
         ))
     }
 
@@ -477,8 +526,10 @@ impl Checkpoint {
             Some(vae) => (" and no VAE", format!("; {vae}")),
             None => ("", String::new()),
         };
+        let has_some = ENCODERS.iter().any(|it| self.configs.contains_key(*it));
+        let lacks = if has_some { "lacks a" } else { "has no" };
         bail!(
-            "`{}` has no text encoder{and}: it is the transformer of {} alone\n\nhint: it needs the {encoder}{vae}",
+            "`{}` {lacks} text encoder{and}: it is the transformer of {} alone\n\nhint: it needs the {encoder}{vae}",
             self.name,
             self.release().map_or("a model", |release| release.name)
         );
@@ -496,22 +547,142 @@ impl Checkpoint {
     pub(super) fn release(&self) -> Option<&'static Release> {
         self.drawn()?.release(self)
     }
+}
 
-    fn wanted_encoder_width(&self) -> Option<usize> {
-        self.drawn()?.encoder_width(self)
+/// A text encoder that was found, before it is known what it is for.
+struct Found {
+    path: PathBuf,
+    kind: EncoderKind,
+    width: usize,
+    place: Place,
+}
+
+enum Place {
+    File {
+        prefix: String,
+    },
+    /// of diffusers or transformers
+    Folder {
+        config: Value,
+    },
+}
+
+impl Found {
+    /// The encoders of a file or a folder. Errors if there is none.
+    fn at(path: &Path) -> Result<Vec<Self>> {
+        if !path.is_dir() {
+            return Ok(vec![Self::in_file(path)?]);
+        }
+        let nested = ENCODERS.map(|component| path.join(component));
+        let has_config = |folder: &&PathBuf| folder.join("config.json").exists();
+        let folders: Vec<&PathBuf> = nested.iter().filter(has_config).collect();
+        match (folders.as_slice(), path.join("config.json").exists()) {
+            ([], true) => Ok(vec![Self::in_folder(path)?]),
+            ([], false) => Ok(vec![Self::in_file(&only_file(path)?)?]),
+            (folders, _) => folders
+                .iter()
+                .map(|folder| Self::in_folder(folder))
+                .collect(),
+        }
     }
 
-    fn encoder_width(&self) -> Option<usize> {
-        let config = self.optional_config(ENCODERS[0])?;
-        config
-            .get("hidden_size")
-            .and_then(Value::as_u64)?
-            .try_into()
-            .ok()
+    fn in_folder(folder: &Path) -> Result<Self> {
+        let config = read_json(&folder.join("config.json"))?;
+        let kind = EncoderKind::of(&config);
+        let width = config.get(kind.width_key()).and_then(Value::as_u64);
+        Ok(Self {
+            path: folder.into(),
+            kind,
+            width: width.and_then(|it| it.try_into().ok()).unwrap_or(0),
+            place: Place::Folder { config },
+        })
     }
 
-    fn encoder_name(&self) -> &'static str {
-        transformers::qwen3_name(self.encoder_width().unwrap_or(0))
+    fn in_file(path: &Path) -> Result<Self> {
+        let source = SafetensorsFile::open(path)?;
+        let keys = source.keys();
+        if let Some(file) = EncoderFile::find(keys.iter().map(String::as_str)) {
+            return Self::file(path, source, file);
+        }
+        let shown = path.display();
+        let other = OTHER_ENCODERS
+            .iter()
+            .find(|(start, _)| keys.iter().any(|key| key.starts_with(start)));
+        match (other, super::role(path, &keys)) {
+            (Some((_, what)), _) => bail!(
+                "`{shown}` is {what}, a text encoder that no model here reads\n\nhint: FLUX.2 klein 4B and Z-Image read Qwen3 4B, FLUX.2 klein 9B reads Qwen3 8B, FLUX.1 and Stable Diffusion 3 read CLIP and T5"
+            ),
+            (None, Some((what, place))) => {
+                bail!("`{shown}` {what}, not a text encoder\n\nhint: {place}")
+            }
+            (None, None) => bail!(
+                "`{shown}` is not a text encoder that sdgen knows\n\nhint: `--text-encoder` takes Qwen3, CLIP and T5"
+            ),
+        }
+    }
+
+    fn file(path: &Path, source: SafetensorsFile, file: EncoderFile) -> Result<Self> {
+        let mut tensors = source.tensors();
+        let embeddings = tensors.find(|(key, ..)| *key == file.embeddings);
+        let width = embeddings.and_then(|(_, shape, _)| shape.get(1).copied());
+        Ok(Self {
+            path: path.into(),
+            kind: file.kind,
+            width: width.unwrap_or(0),
+            place: Place::File {
+                prefix: file.prefix,
+            },
+        })
+    }
+
+    /// The encoder as this component, with its configuration, and its tokenizer where that is beside
+    /// it. Errors if it is not whole.
+    fn open(&self, component: &'static str) -> Result<Checkpoint> {
+        match &self.place {
+            Place::Folder { config } => {
+                let mut encoder = Checkpoint::empty(model_files::folder_name(&self.path));
+                encoder.configs.insert(component.into(), config.clone());
+                encoder.add_folder(&self.path, component)?;
+                match self.kind {
+                    EncoderKind::Clip => encoder.clip_tokenizer(&self.path, component)?,
+                    kind => encoder.tokenizer_of_folder(&self.path, component, kind)?,
+                }
+                Ok(encoder)
+            }
+            Place::File { prefix } => {
+                let mut encoder = Checkpoint::empty(file_name(&self.path));
+                let source = SafetensorsFile::open(&self.path)?;
+                encoder.add_source(source, |key| match self.kind {
+                    EncoderKind::Qwen3 => transformers::qwen3(prefix, key).unwrap_or_default(),
+                    _ => key
+                        .strip_prefix(prefix)
+                        .map(|key| key_mapping::from_diffusers(component, key))
+                        .unwrap_or_default(),
+                })?;
+                infer_config::text_encoder(&mut encoder, component, self.kind).with_context(
+                    || format!("`{}` is not a whole text encoder", self.path.display()),
+                )?;
+                let folder = self.path.parent().unwrap_or(Path::new("."));
+                if self.kind != EncoderKind::Clip && folder.join("tokenizer.json").exists() {
+                    encoder.tokenizer_of_folder(folder, component, self.kind)?;
+                }
+                Ok(encoder)
+            }
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Takes the tokenizer that a folder of CLIP's has beside it, or CLIP's own.
+    fn clip_tokenizer(&mut self, folder: &Path, component: &'static str) -> Result<()> {
+        let name = component.replacen("text_encoder", "tokenizer", 1);
+        let beside = folder.parent().map(|parent| parent.join(name));
+        let tokenizer = match beside.filter(|folder| folder.is_dir()) {
+            Some(folder) => model_files::tokenizer(&folder, false)?,
+            None => infer_config::clip_tokenizer(component == ENCODERS[1]),
+        };
+        self.tokenizers.insert(component, tokenizer);
+        Ok(())
     }
 }
 

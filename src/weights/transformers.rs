@@ -6,8 +6,9 @@
 
 use super::infer_config;
 use super::key_mapping::{Named, Part, is_block_number};
-use super::{Checkpoint, family_name};
+use super::{Checkpoint, ENCODERS, family_name};
 use anyhow::Result;
+use serde_json::Value;
 
 /// A family of transformers.
 pub struct Transformer {
@@ -26,11 +27,11 @@ type CountBlocks<'a> = dyn Fn(&str) -> usize + 'a;
 pub struct Drawn {
     /// the layer that takes latents in, under diffusers' name: its rows are the network's width
     embedder: &'static str,
-    /// the layer that takes the text encoder's states in, and how many states side by side
-    context: (&'static str, usize),
+    /// what reads its prompts
+    pub encoders: &'static [Encoder],
     /// diffusers' names of a tensor under either name, none of what is not used; `None` where no
-    /// layer has it
-    map: fn(&str) -> Option<Vec<Named>>,
+    /// layer has it. It is told how many blocks of two streams there are
+    map: fn(&str, usize) -> Option<Vec<Named>>,
     /// the original names of its layers, without what their tensors are called; it is told how to
     /// count blocks by the beginning of diffusers' names
     layers: fn(&CountBlocks) -> Vec<String>,
@@ -40,13 +41,112 @@ pub struct Drawn {
     releases: &'static [Release],
 }
 
+/// A text encoder of a family.
+#[derive(Debug)]
+pub struct Encoder {
+    pub component: &'static str,
+    pub kind: EncoderKind,
+    /// the layer that takes its states in, and how many states side by side; none where its width
+    /// does not tell whether it fits
+    layer: Option<(&'static str, usize)>,
+    /// the family draws without it too
+    pub is_optional: bool,
+}
+
+/// The architectures of text encoders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EncoderKind {
+    Clip,
+    T5,
+    Qwen3,
+}
+
+/// CLIP's encoders are this wide, or less, or are the larger one.
+const WIDEST_CLIP_L: usize = 1023;
+
+impl EncoderKind {
+    /// The name of an encoder of this width.
+    pub fn name(self, width: usize) -> &'static str {
+        match (self, width) {
+            (Self::Clip, ..=WIDEST_CLIP_L) => "CLIP-L",
+            (Self::Clip, _) => "CLIP-G",
+            (Self::T5, 4096) => "T5-XXL",
+            (Self::T5, _) => "T5",
+            (Self::Qwen3, 1024) => "Qwen3 0.6B",
+            (Self::Qwen3, 2048) => "Qwen3 1.7B",
+            (Self::Qwen3, 2560) => "Qwen3 4B",
+            (Self::Qwen3, 4096) => "Qwen3 8B",
+            (Self::Qwen3, _) => "Qwen3",
+        }
+    }
+
+    /// The key of its width in its configuration.
+    pub fn width_key(self) -> &'static str {
+        match self {
+            Self::Clip | Self::Qwen3 => "hidden_size",
+            Self::T5 => "d_model",
+        }
+    }
+
+    /// That of an encoder with this configuration.
+    pub fn of(config: &Value) -> Self {
+        match config.get("model_type").and_then(Value::as_str) {
+            Some("t5") => Self::T5,
+            Some("qwen3") => Self::Qwen3,
+            _ => Self::Clip,
+        }
+    }
+}
+
+/// A text encoder in a file.
+pub struct EncoderFile {
+    pub kind: EncoderKind,
+    /// what stands before its names
+    pub prefix: String,
+    /// the tensor of its tokens' embeddings, whose rows are as wide as it is
+    pub embeddings: String,
+}
+
+impl EncoderFile {
+    /// Tells which encoder a file is by its keys; none if it is none.
+    pub fn find<'a>(keys: impl Iterator<Item = &'a str>) -> Option<Self> {
+        const T5: &str = "encoder.block.0.layer.0.SelfAttention.q.weight";
+        const CLIP: &str = "text_model.embeddings.token_embedding.weight";
+        let keys: Vec<&str> = keys.collect();
+        let has = |key: &str| keys.contains(&key);
+        let file = |kind, prefix: &str, embeddings: String| Self {
+            kind,
+            prefix: prefix.into(),
+            embeddings,
+        };
+        if let Some(prefix) = qwen3_prefix(keys.iter().copied()) {
+            let embeddings = format!("{prefix}embed_tokens.weight");
+            return Some(file(EncoderKind::Qwen3, &prefix, embeddings));
+        }
+        let prefix_of = |mark: &str| keys.iter().find_map(|key| key.strip_suffix(mark));
+        if let Some(prefix) = prefix_of(T5) {
+            let shared = format!("{prefix}shared.weight");
+            let own = format!("{prefix}encoder.embed_tokens.weight");
+            let embeddings = if has(&shared) { shared } else { own };
+            return Some(file(EncoderKind::T5, prefix, embeddings));
+        }
+        // what is a part of a model that reads pictures too is another one
+        let prefix = prefix_of(CLIP)?;
+        let is_alone = !keys.iter().any(|key| key.starts_with("vision_model."));
+        is_alone.then(|| file(EncoderKind::Clip, prefix, format!("{prefix}{CLIP}")))
+    }
+}
+
 /// A published model, and where the parts are that go with its transformer.
 pub struct Release {
     width: usize,
+    /// a tensor that others of this width do not have
+    mark: Option<&'static str>,
     pub name: &'static str,
     /// the repository of the hub that has all parts
     pub repo: &'static str,
-    pub encoder: &'static str,
+    /// the text encoders that it needs
+    pub encoders: &'static str,
     pub vae: &'static str,
 }
 
@@ -70,18 +170,20 @@ const FAMILIES: [Transformer; 18] = [
         drawn: Some(&KLEIN),
     },
     other("HunyuanVideo", &[&["txt_in.individual_token_refiner."]]),
-    other(
-        "FLUX.1",
-        &[&[
+    Transformer {
+        name: family_name::FLUX1,
+        marks: &[&[
             "double_blocks.",
             "single_transformer_blocks.0.proj_mlp.",
             "time_text_embed.guidance_embedder.",
         ]],
-    ),
-    other(
-        "Stable Diffusion 3",
-        &[&["joint_blocks.", "transformer_blocks.0.norm1_context."]],
-    ),
+        drawn: Some(&FLUX1),
+    },
+    Transformer {
+        name: family_name::SD3,
+        marks: &[&["joint_blocks.", "transformer_blocks.0.norm1_context."]],
+        drawn: Some(&SD3),
+    },
     Transformer {
         name: family_name::Z_IMAGE,
         marks: &[&["layers.0.adaLN_modulation.0."]],
@@ -110,9 +212,107 @@ const FLUX2: &[&str] = &["single_stream_modulation.lin"];
 /// The guidance scale as an input.
 const FLUX2_GUIDANCE: &[&str] = &["guidance_in.", "time_guidance_embed.guidance_embedder."];
 
+const fn qwen3_encoder(layer: &'static str, states: usize) -> Encoder {
+    Encoder {
+        component: ENCODERS[0],
+        kind: EncoderKind::Qwen3,
+        layer: Some((layer, states)),
+        is_optional: false,
+    }
+}
+
+const fn clip_encoder(index: usize, layer: Option<(&'static str, usize)>) -> Encoder {
+    Encoder {
+        component: ENCODERS[index],
+        kind: EncoderKind::Clip,
+        layer,
+        is_optional: false,
+    }
+}
+
+const fn t5_encoder(index: usize, is_optional: bool) -> Encoder {
+    Encoder {
+        component: ENCODERS[index],
+        kind: EncoderKind::T5,
+        layer: Some(("context_embedder.weight", 1)),
+        is_optional,
+    }
+}
+
+const SD3: Drawn = Drawn {
+    embedder: "pos_embed.proj.weight",
+    encoders: &[
+        clip_encoder(0, None),
+        clip_encoder(1, None),
+        t5_encoder(2, true),
+    ],
+    map: sd3,
+    layers: sd3_layers,
+    configure: infer_config::sd3,
+    releases: &[
+        Release {
+            width: 1536,
+            mark: Some("transformer_blocks.0.attn2.to_q.weight"),
+            name: "Stable Diffusion 3.5 medium",
+            repo: "stabilityai/stable-diffusion-3.5-medium",
+            encoders: SD3_ENCODERS,
+            vae: "Stable Diffusion 3's",
+        },
+        Release {
+            width: 2432,
+            mark: None,
+            name: "Stable Diffusion 3.5 large",
+            repo: "stabilityai/stable-diffusion-3.5-large",
+            encoders: SD3_ENCODERS,
+            vae: "Stable Diffusion 3's",
+        },
+        Release {
+            width: 1536,
+            mark: None,
+            name: "Stable Diffusion 3 medium",
+            repo: "stabilityai/stable-diffusion-3-medium-diffusers",
+            encoders: SD3_ENCODERS,
+            vae: "Stable Diffusion 3's",
+        },
+    ],
+};
+const SD3_ENCODERS: &str = "encoders CLIP-L and CLIP-G, and perhaps T5-XXL";
+
+const FLUX1: Drawn = Drawn {
+    embedder: "x_embedder.weight",
+    encoders: &[
+        clip_encoder(
+            0,
+            Some(("time_text_embed.text_embedder.linear_1.weight", 1)),
+        ),
+        t5_encoder(1, false),
+    ],
+    map: flux1,
+    layers: flux1_layers,
+    configure: infer_config::flux1,
+    releases: &[
+        Release {
+            width: 3072,
+            mark: Some("time_text_embed.guidance_embedder.linear_1.weight"),
+            name: "FLUX.1 dev",
+            repo: "black-forest-labs/FLUX.1-dev",
+            encoders: "encoders CLIP-L and T5-XXL",
+            vae: "FLUX.1's",
+        },
+        Release {
+            width: 3072,
+            mark: None,
+            name: "FLUX.1 schnell",
+            repo: "black-forest-labs/FLUX.1-schnell",
+            encoders: "encoders CLIP-L and T5-XXL",
+            vae: "FLUX.1's",
+        },
+    ],
+};
+
 const KLEIN: Drawn = Drawn {
     embedder: "x_embedder.weight",
-    context: ("context_embedder.weight", 3),
+    encoders: &[qwen3_encoder("context_embedder.weight", 3)],
     map: flux2,
     layers: flux2_layers,
     configure: infer_config::flux2,
@@ -121,14 +321,16 @@ const KLEIN: Drawn = Drawn {
             width: 3072,
             name: "FLUX.2 klein 4B",
             repo: "black-forest-labs/FLUX.2-klein-4B",
-            encoder: "Qwen3 4B",
+            mark: None,
+            encoders: "encoder Qwen3 4B",
             vae: "FLUX.2's",
         },
         Release {
             width: 4096,
             name: "FLUX.2 klein 9B",
             repo: "black-forest-labs/FLUX.2-klein-9B",
-            encoder: "Qwen3 8B",
+            mark: None,
+            encoders: "encoder Qwen3 8B",
             vae: "FLUX.2's",
         },
     ],
@@ -136,7 +338,7 @@ const KLEIN: Drawn = Drawn {
 
 const Z_IMAGE: Drawn = Drawn {
     embedder: "all_x_embedder.2-1.weight",
-    context: ("cap_embedder.1.weight", 1),
+    encoders: &[qwen3_encoder("cap_embedder.1.weight", 1)],
     map: z_image,
     layers: z_image_layers,
     configure: infer_config::z_image,
@@ -144,7 +346,8 @@ const Z_IMAGE: Drawn = Drawn {
         width: 3840,
         name: family_name::Z_IMAGE,
         repo: "Tongyi-MAI/Z-Image-Turbo",
-        encoder: "Qwen3 4B",
+        mark: None,
+        encoders: "encoder Qwen3 4B",
         vae: "FLUX.1's",
     }],
 };
@@ -189,8 +392,10 @@ pub fn original_layers(checkpoint: &Checkpoint) -> Vec<(String, Vec<Named>)> {
         return vec![];
     };
     let count = |blocks: &str| checkpoint.count(&format!("transformer.{blocks}"));
+    let blocks = count("transformer_blocks.");
     let layers = (drawn.layers)(&count).into_iter();
-    let with_tensors = |layer: String| Some((drawn.names(&format!("{layer}.weight"))?, layer));
+    let with_tensors =
+        |layer: String| Some((drawn.names(&format!("{layer}.weight"), blocks)?, layer));
     layers
         .filter_map(with_tensors)
         .map(|(tensors, layer)| (layer, tensors))
@@ -198,9 +403,10 @@ pub fn original_layers(checkpoint: &Checkpoint) -> Vec<(String, Vec<Named>)> {
 }
 
 impl Drawn {
-    /// The names of a tensor, given by its key without prefix; none if no layer has it.
-    pub fn names(&self, key: &str) -> Option<Vec<Named>> {
-        let mut names = (self.map)(key)?;
+    /// The names of a tensor, given by its key without prefix, in a transformer of so many blocks with
+    /// two streams; none if no layer has it.
+    pub fn names(&self, key: &str, blocks: usize) -> Option<Vec<Named>> {
+        let mut names = (self.map)(key, blocks)?;
         for named in &mut names {
             named.name.insert_str(0, "transformer.");
         }
@@ -211,18 +417,52 @@ impl Drawn {
     pub fn release(&self, checkpoint: &Checkpoint) -> Option<&'static Release> {
         let width = checkpoint.shape(&format!("transformer.{}", self.embedder));
         let width = width.and_then(|shape| shape.first());
-        let of_width = self
-            .releases
-            .iter()
-            .find(|release| Some(&release.width) == width);
-        of_width.or(self.releases.first())
+        let has_mark = |release: &&Release| {
+            let has = |mark| checkpoint.shape(&format!("transformer.{mark}")).is_some();
+            release.mark.is_none_or(has)
+        };
+        let mut marked = self.releases.iter().filter(has_mark);
+        let of_width = marked.clone().find(|release| Some(&release.width) == width);
+        of_width.or(marked.next())
     }
 
-    /// The width of the text encoder whose states a transformer takes.
-    pub fn encoder_width(&self, checkpoint: &Checkpoint) -> Option<usize> {
-        let (layer, states) = self.context;
+    /// What a kind of encoder is for here, in order.
+    pub fn of_kind(&self, kind: EncoderKind) -> impl Iterator<Item = &'static Encoder> {
+        self.encoders.iter().filter(move |it| it.kind == kind)
+    }
+
+    /// The component of T5, if the family has it.
+    pub fn t5(&self) -> Option<&'static str> {
+        self.of_kind(EncoderKind::T5).map(|it| it.component).next()
+    }
+}
+
+impl Encoder {
+    /// The width of the encoder whose states a transformer takes; none if that is not told.
+    pub fn width(&self, checkpoint: &Checkpoint) -> Option<usize> {
+        let (layer, states) = self.layer?;
         let shape = checkpoint.shape(&format!("transformer.{layer}"))?;
         Some(shape.last()? / states)
+    }
+
+    /// Whether an encoder of this width may be it.
+    pub fn fits(&self, width: usize, checkpoint: &Checkpoint) -> bool {
+        match (self.width(checkpoint), self.kind) {
+            (Some(wanted), _) => wanted == width,
+            (None, EncoderKind::Clip) => {
+                (self.component == ENCODERS[0]) == (width <= WIDEST_CLIP_L)
+            }
+            (None, _) => true,
+        }
+    }
+
+    /// What it is called.
+    pub fn name(&self, checkpoint: &Checkpoint) -> &'static str {
+        let first = self.component == ENCODERS[0];
+        match self.width(checkpoint) {
+            None if self.kind == EncoderKind::Clip && !first => "CLIP-G",
+            width => self.kind.name(width.unwrap_or(0)),
+        }
     }
 }
 
@@ -304,7 +544,7 @@ fn flux2_layers(count: &CountBlocks) -> Vec<String> {
 }
 
 /// Maps a key of FLUX.2, under Black Forest Labs' name or diffusers'.
-fn flux2(key: &str) -> Option<Vec<Named>> {
+fn flux2(key: &str, _: usize) -> Option<Vec<Named>> {
     const BLOCKS: [&str; 2] = ["transformer_blocks.", "single_transformer_blocks."];
     // a norm's numbers are called its scale
     let weight = |name: &str| match name.strip_suffix(".scale") {
@@ -360,6 +600,279 @@ fn flux2(key: &str) -> Option<Vec<Named>> {
     }
 }
 
+/// The layers of FLUX.1 outside of its blocks: original and diffusers' names.
+const FLUX1_FIXED: [(&str, &str); 10] = [
+    ("img_in.", "x_embedder."),
+    ("txt_in.", "context_embedder."),
+    (
+        "time_in.in_layer.",
+        "time_text_embed.timestep_embedder.linear_1.",
+    ),
+    (
+        "time_in.out_layer.",
+        "time_text_embed.timestep_embedder.linear_2.",
+    ),
+    (
+        "vector_in.in_layer.",
+        "time_text_embed.text_embedder.linear_1.",
+    ),
+    (
+        "vector_in.out_layer.",
+        "time_text_embed.text_embedder.linear_2.",
+    ),
+    (
+        "guidance_in.in_layer.",
+        "time_text_embed.guidance_embedder.linear_1.",
+    ),
+    (
+        "guidance_in.out_layer.",
+        "time_text_embed.guidance_embedder.linear_2.",
+    ),
+    ("final_layer.linear.", "proj_out."),
+    (CONTINUOUS, "norm_out.linear."),
+];
+
+/// A layer whose rows shift and scale in original code, and scale and shift in diffusers'.
+const CONTINUOUS: &str = "final_layer.adaLN_modulation.1.";
+
+/// Those of a block with a stream each for text and picture, but for the fused ones.
+const FLUX1_DOUBLE: [(&str, &str); 12] = [
+    ("img_mod.lin.", "norm1.linear."),
+    ("img_attn.norm.query_norm.", "attn.norm_q."),
+    ("img_attn.norm.key_norm.", "attn.norm_k."),
+    ("img_attn.proj.", "attn.to_out.0."),
+    ("img_mlp.0.", "ff.net.0.proj."),
+    ("img_mlp.2.", "ff.net.2."),
+    ("txt_mod.lin.", "norm1_context.linear."),
+    ("txt_attn.norm.query_norm.", "attn.norm_added_q."),
+    ("txt_attn.norm.key_norm.", "attn.norm_added_k."),
+    ("txt_attn.proj.", "attn.to_add_out."),
+    ("txt_mlp.0.", "ff_context.net.0.proj."),
+    ("txt_mlp.2.", "ff_context.net.2."),
+];
+
+/// Those of a block with one stream, but for the fused one.
+const FLUX1_SINGLE: [(&str, &str); 4] = [
+    ("modulation.lin.", "norm.linear."),
+    ("linear2.", "proj_out."),
+    ("norm.query_norm.", "attn.norm_q."),
+    ("norm.key_norm.", "attn.norm_k."),
+];
+
+/// Queries, keys, values of a width each and a hidden layer of four.
+const SINGLE_PARTS: [(&str, usize, usize); 4] = [
+    ("attn.to_q", 0, 1),
+    ("attn.to_k", 1, 1),
+    ("attn.to_v", 2, 1),
+    ("proj_mlp", 3, 4),
+];
+
+const OF_PICTURE: [&str; 3] = ["to_q", "to_k", "to_v"];
+const OF_TEXT: [&str; 3] = ["add_q_proj", "add_k_proj", "add_v_proj"];
+
+/// The layers of FLUX.1 in Black Forest Labs' code.
+fn flux1_layers(count: &CountBlocks) -> Vec<String> {
+    let old = |names: &'static [(&str, &str)]| names.iter().map(|(old, _)| *old);
+    let double = old(&FLUX1_DOUBLE).chain(["img_attn.qkv.", "txt_attn.qkv."]);
+    let single = old(&FLUX1_SINGLE).chain(["linear1."]);
+    let mut all: Vec<String> = old(&FLUX1_FIXED).map(String::from).collect();
+    for i in 0..count("transformer_blocks.") {
+        let names = double.clone();
+        all.extend(names.map(|name| format!("double_blocks.{i}.{name}")));
+    }
+    for i in 0..count("single_transformer_blocks.") {
+        let names = single.clone();
+        all.extend(names.map(|name| format!("single_blocks.{i}.{name}")));
+    }
+    trimmed(all)
+}
+
+/// Names of layers without the dot that their tensors' names go on with.
+fn trimmed(layers: Vec<String>) -> Vec<String> {
+    let trimmed = layers.iter().map(|name| name.trim_end_matches('.').into());
+    trimmed.collect()
+}
+
+/// A key with the beginning that a table renames; a norm's numbers are called its scale in some.
+fn renamed(names: &[(&str, &str)], key: &str) -> Option<String> {
+    names.iter().find_map(|(old, new)| {
+        let rest = key.strip_prefix(old)?;
+        let rest = if rest == "scale" { "weight" } else { rest };
+        Some(format!("{new}{rest}"))
+    })
+}
+
+/// The tensor of a layer that shifts and scales, under diffusers' name.
+fn continuous(name: String, is_it: bool) -> Vec<Named> {
+    let part = if is_it {
+        Part::SwappedHalves
+    } else {
+        Part::Whole
+    };
+    vec![Named { name, part }]
+}
+
+/// Whether a key is diffusers' own, by the names outside of blocks and the beginnings of blocks.
+fn is_diffusers(key: &str, fixed: &[(&str, &str)], blocks: &[&str]) -> bool {
+    let of_blocks = |start: &&str| {
+        let rest = key.strip_prefix(*start);
+        let number = rest.and_then(|rest| rest.split('.').next());
+        number.is_some_and(is_block_number)
+    };
+    blocks.iter().any(of_blocks) || fixed.iter().any(|(_, new)| key.starts_with(new))
+}
+
+/// Maps a key of FLUX.1, under Black Forest Labs' name or diffusers'.
+fn flux1(key: &str, _: usize) -> Option<Vec<Named>> {
+    let blocks = ["transformer_blocks.", "single_transformer_blocks."];
+    if is_diffusers(key, &FLUX1_FIXED, &blocks) {
+        return Some(Named::whole(key.into()));
+    }
+    if let Some(name) = renamed(&FLUX1_FIXED, key) {
+        return Some(continuous(name, key.starts_with(CONTINUOUS)));
+    }
+    let (kind, rest) = key.split_once('.')?;
+    let (number, layer) = rest.split_once('.')?;
+    if !is_block_number(number) {
+        return None;
+    }
+    match kind {
+        "single_blocks" => {
+            let block = format!("single_transformer_blocks.{number}");
+            if let Some(end) = layer.strip_prefix("linear1.") {
+                let part = |(name, index, count)| Named {
+                    name: format!("{block}.{name}.{end}"),
+                    part: Part::Rows {
+                        index,
+                        count,
+                        of: 7,
+                    },
+                };
+                return Some(SINGLE_PARTS.map(part).into());
+            }
+            let name = renamed(&FLUX1_SINGLE, layer)?;
+            Some(Named::whole(format!("{block}.{name}")))
+        }
+        "double_blocks" => {
+            let block = format!("transformer_blocks.{number}");
+            let attention = format!("{block}.attn");
+            if let Some(end) = layer.strip_prefix("img_attn.qkv.") {
+                return Some(fused(&attention, OF_PICTURE, end));
+            }
+            if let Some(end) = layer.strip_prefix("txt_attn.qkv.") {
+                return Some(fused(&attention, OF_TEXT, end));
+            }
+            let name = renamed(&FLUX1_DOUBLE, layer)?;
+            Some(Named::whole(format!("{block}.{name}")))
+        }
+        _ => None,
+    }
+}
+
+/// The layers of Stable Diffusion 3 outside of its blocks: original and diffusers' names.
+const SD3_FIXED: [(&str, &str); 8] = [
+    ("x_embedder.proj.", "pos_embed.proj."),
+    (
+        "t_embedder.mlp.0.",
+        "time_text_embed.timestep_embedder.linear_1.",
+    ),
+    (
+        "t_embedder.mlp.2.",
+        "time_text_embed.timestep_embedder.linear_2.",
+    ),
+    (
+        "y_embedder.mlp.0.",
+        "time_text_embed.text_embedder.linear_1.",
+    ),
+    (
+        "y_embedder.mlp.2.",
+        "time_text_embed.text_embedder.linear_2.",
+    ),
+    ("context_embedder.", "context_embedder."),
+    ("final_layer.linear.", "proj_out."),
+    (CONTINUOUS, "norm_out.linear."),
+];
+
+/// Those of a block, but for the fused ones.
+const SD3_BLOCK: [(&str, &str); 15] = [
+    ("x_block.adaLN_modulation.1.", "norm1.linear."),
+    ("x_block.attn.ln_q.", "attn.norm_q."),
+    ("x_block.attn.ln_k.", "attn.norm_k."),
+    ("x_block.attn.proj.", "attn.to_out.0."),
+    ("x_block.attn2.ln_q.", "attn2.norm_q."),
+    ("x_block.attn2.ln_k.", "attn2.norm_k."),
+    ("x_block.attn2.proj.", "attn2.to_out.0."),
+    ("x_block.mlp.fc1.", "ff.net.0.proj."),
+    ("x_block.mlp.fc2.", "ff.net.2."),
+    (OF_CONTEXT, "norm1_context.linear."),
+    ("context_block.attn.ln_q.", "attn.norm_added_q."),
+    ("context_block.attn.ln_k.", "attn.norm_added_k."),
+    ("context_block.attn.proj.", "attn.to_add_out."),
+    ("context_block.mlp.fc1.", "ff_context.net.0.proj."),
+    ("context_block.mlp.fc2.", "ff_context.net.2."),
+];
+
+/// The modulation of the text, which of the last block only shifts and scales.
+const OF_CONTEXT: &str = "context_block.adaLN_modulation.1.";
+
+/// The layers of Stable Diffusion 3 in Stability's code.
+fn sd3_layers(count: &CountBlocks) -> Vec<String> {
+    let old = |names: &'static [(&str, &str)]| names.iter().map(|(old, _)| *old);
+    let fused = [
+        "x_block.attn.qkv.",
+        "x_block.attn2.qkv.",
+        "context_block.attn.qkv.",
+    ];
+    let block = old(&SD3_BLOCK).chain(fused);
+    let mut all: Vec<String> = old(&SD3_FIXED).map(String::from).collect();
+    for i in 0..count("transformer_blocks.") {
+        let names = block.clone();
+        all.extend(names.map(|name| format!("joint_blocks.{i}.{name}")));
+    }
+    trimmed(all)
+}
+
+/// Maps a key of Stable Diffusion 3 in so many blocks, under Stability's name or diffusers'.
+fn sd3(key: &str, blocks: usize) -> Option<Vec<Named>> {
+    if key == "pos_embed" {
+        return Some(Named::whole("pos_embed.pos_embed".into()));
+    }
+    if key == "pos_embed.pos_embed" || is_diffusers(key, &SD3_FIXED, &["transformer_blocks."]) {
+        return Some(Named::whole(key.into()));
+    }
+    if let Some(name) = renamed(&SD3_FIXED, key) {
+        return Some(continuous(name, key.starts_with(CONTINUOUS)));
+    }
+    let rest = key.strip_prefix("joint_blocks.")?;
+    let (number, layer) = rest.split_once('.')?;
+    if !is_block_number(number) {
+        return None;
+    }
+    let block = format!("transformer_blocks.{number}");
+    for (start, parent, names) in [
+        ("x_block.attn.qkv.", "attn", OF_PICTURE),
+        ("x_block.attn2.qkv.", "attn2", OF_PICTURE),
+        ("context_block.attn.qkv.", "attn", OF_TEXT),
+    ] {
+        if let Some(end) = layer.strip_prefix(start) {
+            return Some(fused(&format!("{block}.{parent}"), names, end));
+        }
+    }
+    let name = format!("{block}.{}", renamed(&SD3_BLOCK, layer)?);
+    let is_last = number.parse() == Ok(blocks.saturating_sub(1));
+    Some(continuous(name, is_last && layer.starts_with(OF_CONTEXT)))
+}
+
+/// How many blocks of two streams a file of these keys has, behind a prefix.
+pub fn blocks<'a>(keys: impl Iterator<Item = &'a str>, prefix: &str) -> usize {
+    let number = |key: &str| {
+        let rest = key.strip_prefix(prefix)?.strip_prefix("joint_blocks.")?;
+        let number = rest.split('.').next().filter(|it| is_block_number(it))?;
+        number.parse::<usize>().ok()
+    };
+    keys.filter_map(number).max().map_or(0, |last| last + 1)
+}
+
 /// The layers of Z-Image that ComfyUI calls otherwise: its names and diffusers'.
 const Z_IMAGE_FIXED: [(&str, &str); 2] = [
     ("x_embedder.", "all_x_embedder.2-1."),
@@ -387,7 +900,7 @@ fn z_image_layers(count: &CountBlocks) -> Vec<String> {
 }
 
 /// Maps a key of Z-Image, under ComfyUI's name or diffusers'.
-fn z_image(key: &str) -> Option<Vec<Named>> {
+fn z_image(key: &str, _: usize) -> Option<Vec<Named>> {
     const OUTSIDE: [&str; 4] = [
         "t_embedder.",
         "cap_embedder.",
@@ -445,20 +958,13 @@ fn fused(parent: &str, names: [&str; 3], end: &str) -> Vec<Named> {
     let of = names.len();
     let part = |(index, name): (usize, &str)| Named {
         name: format!("{parent}.{name}.{end}"),
-        part: Part::Rows { index, of },
+        part: Part::Rows {
+            index,
+            count: 1,
+            of,
+        },
     };
     names.into_iter().enumerate().map(part).collect()
-}
-
-/// The language models that encode text, by their width.
-pub fn qwen3_name(width: usize) -> &'static str {
-    match width {
-        1024 => "Qwen3 0.6B",
-        2048 => "Qwen3 1.7B",
-        2560 => "Qwen3 4B",
-        4096 => "Qwen3 8B",
-        _ => "Qwen3",
-    }
 }
 
 /// A layer that a language model's file has if it is Qwen3, behind the prefix of its names.
@@ -493,8 +999,7 @@ pub fn qwen3(prefix: &str, key: &str) -> Option<Vec<Named>> {
 }
 
 /// Other text encoders, by the beginning of a key that only their files have.
-pub const OTHER_ENCODERS: [(&str, &str); 6] = [
-    ("encoder.block.0.layer.0.SelfAttention.", "T5"),
+pub const OTHER_ENCODERS: [(&str, &str); 5] = [
     ("model.layers.0.post_feedforward_layernorm.", "Gemma"),
     ("visual.", "a model of language and pictures (Qwen-VL)"),
     (

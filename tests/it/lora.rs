@@ -608,7 +608,7 @@ fn a_lora_for_another_model_is_an_error_that_says_for_which() {
             "x.png",
         ),
         3,
-        &["a family that sdgen does not draw"],
+        &["it seems to be for FLUX.1"],
     );
     let nowhere = [
         ("unet.nowhere.lora_A.weight".to_string(), zeros(2, 8)),

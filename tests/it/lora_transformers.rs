@@ -425,13 +425,13 @@ fn what_is_for_another_model_says_for_which() {
         ("diffusion_model.double_blocks.0.img_mlp.0", 128, 32),
     ];
     write(&path, &flux1);
-    refused("klein", "a family that sdgen does not draw");
+    refused("klein", "it seems to be for FLUX.1");
     let flux1 = [
         ("transformer.transformer_blocks.0.attn.to_q", 32, 32),
         ("transformer.single_transformer_blocks.0.attn.to_q", 32, 32),
     ];
     write(&path, &flux1);
-    refused("klein", "a family that sdgen does not draw");
+    refused("klein", "it seems to be for FLUX.1");
     // klein 9B's layers are wider
     write(
         &path,

@@ -29,6 +29,7 @@ mod lora_transformers;
 mod memory;
 mod merge;
 mod mini;
+mod mmdit;
 mod models;
 mod noise;
 mod output;

@@ -2,6 +2,7 @@
 //! number of threads: work is cut by shape alone and partial sums are added in order. Each has its
 //! plain composition in [`super::plain`]; the tests of [`super::layers`] compare them.
 
+mod activation;
 mod attention;
 mod concat;
 mod conv;
@@ -16,6 +17,7 @@ mod vector;
 mod vector_math;
 mod winograd;
 
+pub use activation::GeluTanh;
 pub use attention::Attention;
 pub use concat::Concat;
 pub use conv::Conv2d;

@@ -128,6 +128,16 @@ pub trait Vector: Copy {
         )
     }
 
+    /// x / (1 + e^-2u), where u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by the tangent's formula.
+    #[inline(always)]
+    fn gelu_tanh(self) -> Self {
+        const LINEAR: f32 = -2.302_208_2; // -2 sqrt(2 / pi) / ln 2
+        let (one, square) = (Self::splat(1.0), self.mul(self));
+        let power = self.mul(Self::splat(LINEAR).plus(Self::splat(0.044_715 * LINEAR), square));
+        // as with SiLU
+        self.div(one.add(Self::splat(126.0).min(power).exp2()))
+    }
+
     /// Leaky ReLU or PReLU: negative values times a slope.
     #[inline(always)]
     fn leaky(self, slope: Self) -> Self {
@@ -791,7 +801,16 @@ mod tests {
                     "silu({x}) is {}",
                     of(x, V::silu)
                 );
+                let x = f64::from(x);
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                let real = 0.5 * x * (1.0 + inner.tanh());
+                let own = of(x as f32, V::gelu_tanh);
+                assert!(
+                    (own - real).abs() < 1e-6 * x.abs().max(1.0),
+                    "gelu({x}) is {own} by the tangent"
+                );
             }
+            assert!(of(f32::NAN, V::gelu_tanh).is_nan() && of(-1e20, V::gelu_tanh).abs() < 1e-6);
             assert!(
                 (of(f32::INFINITY, V::erf) - 1.0).abs() < 7e-7
                     && of(f32::NAN, V::erf).is_nan()

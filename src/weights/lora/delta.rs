@@ -413,7 +413,7 @@ impl Lora {
 /// How many rows a file's layer has that changes a weight with so many by a part of its own.
 fn rows_in_file(part: &Part, rows: usize) -> usize {
     match part {
-        Part::Rows { of, .. } => rows * of,
+        Part::Rows { count, of, .. } => rows / count * of,
         Part::Whole | Part::Transposed | Part::SwappedHalves => rows,
     }
 }
@@ -421,10 +421,10 @@ fn rows_in_file(part: &Part, rows: usize) -> usize {
 /// A part of the values [rows, columns] of a file's layer.
 fn part_of(part: &Part, mut values: Vec<f32>, columns: usize) -> Vec<f32> {
     match part {
-        Part::Rows { index, of } => {
+        Part::Rows { index, count, of } => {
             let block = values.len() / columns.max(1) / (*of).max(1) * columns;
             values.drain(..(index * block).min(values.len()));
-            values.truncate(block);
+            values.truncate(count * block);
         }
         Part::SwappedHalves => {
             let half = values.len() / 2;

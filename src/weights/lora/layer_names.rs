@@ -114,15 +114,11 @@ const OLD_NAMES: [(&str, &str); 5] = [
 /// The ends of Z-Image's layers by diffusers' names and by its own, flattened, and which rows of the
 /// latter the former are; all others have the same names.
 const Z_IMAGE_LAYERS: [(&str, &str, Part); 4] = [
-    ("_attention_to_q", "_attention_qkv", third(0)),
-    ("_attention_to_k", "_attention_qkv", third(1)),
-    ("_attention_to_v", "_attention_qkv", third(2)),
+    ("_attention_to_q", "_attention_qkv", Part::third(0)),
+    ("_attention_to_k", "_attention_qkv", Part::third(1)),
+    ("_attention_to_v", "_attention_qkv", Part::third(2)),
     ("_attention_to_out_0", "_attention_out", Part::Whole),
 ];
-
-const fn third(index: usize) -> Part {
-    Part::Rows { index, of: 3 }
-}
 
 /// The beginnings of the flattened names of layers that only transformers have.
 const OF_TRANSFORMERS: [&str; 10] = [

@@ -1,0 +1,42 @@
+//! Functions of each element, as vectors on all threads, where candle computes them one by one on one.
+
+use super::concat::uninit;
+use super::gemm::slice;
+use super::vector::{Kernel, LANES, Vector, dispatch};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape};
+use rayon::prelude::*;
+
+/// Elements that one task computes.
+const CHUNK: usize = 1 << 14;
+
+/// GELU by the tangent's formula (Hendrycks & Gimpel 2016, arXiv 1606.08415) of a contiguous tensor.
+pub struct GeluTanh;
+
+impl CustomOp1 for GeluTanh {
+    fn name(&self) -> &'static str {
+        "gelu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(x, layout)?;
+        let mut y = uninit(x.len());
+        let tasks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+        tasks.for_each(|(y, x)| dispatch(Chunk { y, x }));
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+}
+
+struct Chunk<'a> {
+    y: &'a mut [f32],
+    x: &'a [f32],
+}
+
+impl Kernel for Chunk<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { y, x } = self;
+        for (y, x) in y.chunks_mut(LANES).zip(x.chunks(LANES)) {
+            V::load_some(x).gelu_tanh().store_some(y);
+        }
+    }
+}

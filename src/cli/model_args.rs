@@ -13,8 +13,8 @@ use std::ffi::OsString;
 /// Which model draws, and what is added to it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Folder, .safetensors file, hub id (owner/name) or short name (mini, sd15, sdxl, turbo, lcm,
-    /// ...)
+    /// Folder, .safetensors or .gguf file, hub id (owner/name) or short name (mini, sd15, sdxl,
+    /// turbo, ...)
     #[arg(short, long, env = "SDGEN_MODEL", hide_env_values = true)]
     #[arg(value_name = "REF", help_heading = "Model")]
     pub model: Option<OsString>,

@@ -36,9 +36,13 @@ impl Reference {
             return Err(anyhow!("`{id}` is not a model of the hub\n\n{hint}"));
         }
         let file = (!file.is_empty()).then(|| file.join("/"));
-        if let Some(file) = file.as_ref().filter(|file| !file.ends_with(".safetensors")) {
+        let is_other = |file: &&String| {
+            let ends = [".safetensors", ".gguf"];
+            !ends.iter().any(|end| file.ends_with(end))
+        };
+        if let Some(file) = file.as_ref().filter(is_other) {
             return Err(anyhow!(
-                "`{file}` of `{owner}/{name}` is not a `.safetensors` file\n\n{hint}"
+                "`{file}` of `{owner}/{name}` is not a `.safetensors` or `.gguf` file\n\n{hint}"
             ));
         }
         Ok(Reference {

@@ -372,6 +372,9 @@ fn hub_id(text: &str) -> Option<String> {
             && s.chars()
                 .all(|c| c.is_ascii_alphanumeric() || "-_.@".contains(c))
     };
-    let is_file = parts.len() == 2 && [".safetensors", ".ckpt"].iter().any(|e| text.ends_with(e));
+    let is_file = parts.len() == 2
+        && [".safetensors", ".gguf", ".ckpt"]
+            .iter()
+            .any(|e| text.ends_with(e));
     (parts.len() >= 2 && parts.iter().all(|part| is_word(part)) && !is_file).then(|| text.into())
 }

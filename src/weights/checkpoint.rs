@@ -278,7 +278,7 @@ impl Checkpoint {
                     key: key.clone(),
                     part,
                     shape,
-                    dtype: format!("{dtype:?}").to_lowercase(),
+                    dtype: dtype.clone(),
                 };
                 if let Some(before) = self.entries.insert(name, entry) {
                     bail!(
@@ -350,13 +350,15 @@ impl Checkpoint {
             .take_while(move |(k, _)| k.starts_with(&prefix))
     }
 
-    /// Whether the matrices of a component are kept in bf16 though its files have them in f32: those
-    /// of a large transformer, as no machine that draws with it holds twice as much.
+    /// Whether the matrices of a component are kept in bf16 though its files have them in f32, or in
+    /// blocks that are read as that: those of a large transformer, and of any large network in
+    /// blocks, as no machine that draws with it holds twice as much.
     fn is_narrowed(&self, component: &str) -> bool {
-        if component != TRANSFORMER {
-            return false;
-        }
-        let wide = self.entries_of(component).filter(|(_, e)| e.dtype == "f32");
+        let is_wide = |entry: &Entry| match entry.dtype.as_str() {
+            "f32" => component == TRANSFORMER,
+            dtype => dtype.starts_with('q') || dtype.starts_with("iq"),
+        };
+        let wide = self.entries_of(component).filter(|(_, e)| is_wide(e));
         let bytes: u64 = wide
             .map(|(_, e)| 4 * e.shape.iter().product::<usize>() as u64)
             .sum();

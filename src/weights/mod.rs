@@ -9,12 +9,14 @@
 //! the choice of files in [`model_files`], what LoRAs change in [`lora`], learned words in
 //! [`embedding`].
 
+mod blocks;
 mod checkpoint;
 pub mod config;
 pub mod distillation;
 pub mod embedding;
 pub mod file;
 pub mod file_hash;
+mod gguf;
 mod infer_config;
 mod key_mapping;
 pub mod lora;

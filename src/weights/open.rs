@@ -427,21 +427,27 @@ impl Checkpoint {
     }
 }
 
-/// The one .safetensors file of a folder.
+/// Whether a file has weights, by its name.
+pub(super) fn is_weights(path: &Path) -> bool {
+    let end = path.extension();
+    end.is_some_and(|end| end == "safetensors" || end.eq_ignore_ascii_case("gguf"))
+}
+
+/// The one file of weights of a folder.
 pub(super) fn only_file(folder: &Path) -> Result<PathBuf> {
     let files: Vec<PathBuf> = std::fs::read_dir(folder)
         .with_context(|| format!("cannot read folder `{}`", folder.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .filter(|path| is_weights(path))
         .collect();
     let shown = folder.display();
     match files.as_slice() {
         [one] => Ok(one.clone()),
         [] => bail!(
-            "`{shown}` has no model_index.json and no .safetensors file\n\nhint: pass the folder of a diffusers model, or one .safetensors file"
+            "`{shown}` has no model_index.json and no .safetensors or .gguf file\n\nhint: pass the folder of a diffusers model, or one .safetensors or .gguf file"
         ),
         [first, ..] => bail!(
-            "`{shown}` has {} .safetensors files and no model_index.json\n\nhint: name one, for example `--model {}`",
+            "`{shown}` has {} files of weights and no model_index.json\n\nhint: name one, for example `--model {}`",
             files.len(),
             first.display()
         ),

@@ -1,9 +1,12 @@
-//! One safetensors file: its header, checked, and its bytes on demand. Nothing is mapped: a tensor
+//! One file of weights, safetensors or GGUF: its header, checked, and its bytes on demand. Nothing is
+//! mapped: a tensor
 //! is read when asked for, so a file that shrinks meanwhile is an error rather than a crash, and
 //! memory holds only what was asked for.
 
+use super::blocks::BlockType;
 use super::file;
 use super::file_hash::FileHashes;
+use super::gguf::{self, GgufHeader};
 use super::key_mapping::Part;
 use crate::hex::hex;
 use anyhow::{Context, Result, bail};
@@ -12,9 +15,9 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -29,7 +32,7 @@ const SAMPLE_BYTES: usize = 4096;
 const MAX_TENSORS: usize = 200_000;
 
 /// The most elements that a tensor may have, dimensions of size 0 left out.
-const MAX_ELEMENTS: usize = 1 << 40;
+pub(super) const MAX_ELEMENTS: usize = 1 << 40;
 
 /// The key that every tensor has in a header.
 const OFFSETS: &[u8] = b"\"data_offsets\"";
@@ -56,7 +59,38 @@ enum Bytes {
     Embedded(&'static [u8]),
 }
 
-/// An open safetensors file.
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Plain(Dtype),
+    Blocks(BlockType),
+    /// in a type of this name, which is not read
+    Unread(&'static str),
+}
+
+impl Stored {
+    fn name(self) -> String {
+        match self {
+            Self::Plain(dtype) => format!("{dtype:?}").to_lowercase(),
+            Self::Blocks(blocks) => blocks.name().into(),
+            Self::Unread(name) => name.to_lowercase(),
+        }
+    }
+
+    fn is_8_bit(self) -> bool {
+        matches!(self, Self::Plain(dtype) if dtype == Dtype::I8 || is_fp8(dtype))
+    }
+}
+
+/// A tensor of the file.
+struct Info {
+    stored: Stored,
+    shape: Vec<usize>,
+    /// its first byte behind the header, and the one after its last
+    data_offsets: (usize, usize),
+}
+
+/// An open file of weights.
 pub struct SafetensorsFile {
     path: PathBuf,
     bytes: Bytes,
@@ -64,7 +98,10 @@ pub struct SafetensorsFile {
     data_start: u64,
     /// size of the whole file in bytes
     pub len: u64,
-    header: Metadata,
+    tensors: BTreeMap<String, Info>,
+    metadata: HashMap<String, String>,
+    /// tokenizer.json of a text encoder, where the file holds one
+    tokenizer: Option<String>,
 }
 
 impl SafetensorsFile {
@@ -81,6 +118,12 @@ impl SafetensorsFile {
                 .with_context(|| format!("cannot read `{shown}`"))
         };
         read(&mut start, RECOGNISED_BY)?;
+        if start.starts_with(gguf::MAGIC) {
+            file.rewind()?;
+            let header = GgufHeader::read(BufReader::new(&mut file), len)
+                .with_context(|| format!("`{shown}` is not a whole GGUF file"))?;
+            return Self::of_gguf(path, header, len, file);
+        }
         refuse_other_formats(&start, path)?;
         let header_len = header_len(&start, len)
             .with_context(|| format!("`{shown}` is not a safetensors file"))?;
@@ -107,6 +150,35 @@ impl SafetensorsFile {
             bytes.len() as u64,
             Bytes::Embedded(bytes),
         )
+    }
+
+    fn of_gguf(path: &Path, header: GgufHeader, len: u64, file: File) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in header.tensors {
+            let from = usize::try_from(tensor.from)?;
+            let info = Info {
+                stored: tensor
+                    .stored
+                    .map_or_else(Stored::Unread, |stored| match stored {
+                        BlockType::F32 => Stored::Plain(Dtype::F32),
+                        BlockType::F16 => Stored::Plain(Dtype::F16),
+                        BlockType::Bf16 => Stored::Plain(Dtype::BF16),
+                        blocks => Stored::Blocks(blocks),
+                    }),
+                shape: tensor.shape,
+                data_offsets: (from, from + usize::try_from(tensor.bytes)?),
+            };
+            tensors.insert(name, info);
+        }
+        Ok(Self {
+            path: path.into(),
+            bytes: Bytes::File(Mutex::new(file)),
+            data_start: header.data_start,
+            len,
+            tensors,
+            metadata: HashMap::new(),
+            tokenizer: header.tokenizer,
+        })
     }
 
     fn checked(path: PathBuf, start: &[u8], len: u64, bytes: Bytes) -> Result<Self> {
@@ -155,7 +227,19 @@ impl SafetensorsFile {
             bytes,
             data_start,
             len,
-            header,
+            tensors: tensors
+                .into_iter()
+                .map(|(name, info)| {
+                    let info = Info {
+                        stored: Stored::Plain(info.dtype),
+                        shape: info.shape.clone(),
+                        data_offsets: info.data_offsets,
+                    };
+                    (name, info)
+                })
+                .collect(),
+            metadata: header.metadata().clone().unwrap_or_default(),
+            tokenizer: None,
         })
     }
 
@@ -166,21 +250,22 @@ impl SafetensorsFile {
 
     /// The value of a key in the header's metadata.
     pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.header
-            .metadata()
-            .as_ref()?
-            .get(key)
-            .map(String::as_str)
+        self.metadata.get(key).map(String::as_str)
+    }
+
+    /// tokenizer.json of the text encoder in a GGUF file, if that holds its tokenizer.
+    pub fn tokenizer(&self) -> Option<&str> {
+        self.tokenizer.as_deref()
+    }
+
+    fn info(&self, key: &str) -> Option<&Info> {
+        self.tensors.get(key)
     }
 
     /// Iterates over (name, shape, stored type) of every tensor, by name; the scales of 8-bit
     /// tensors belong to them and are not listed.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Dtype)> {
-        let is_8_bit = |name: &str| {
-            self.header
-                .info(name)
-                .is_some_and(|info| matches!(info.dtype, Dtype::I8) || is_fp8(info.dtype))
-        };
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, String)> {
+        let is_8_bit = |name: &str| self.info(name).is_some_and(|info| info.stored.is_8_bit());
         let scales = move |name: &str| {
             name.strip_suffix(SCALE).is_some_and(is_8_bit)
                 || COMPANIONS
@@ -188,11 +273,10 @@ impl SafetensorsFile {
                     .filter_map(|end| name.strip_suffix(end))
                     .any(|layer| is_8_bit(&format!("{layer}.weight")))
         };
-        let sorted: BTreeMap<_, _> = self.header.tensors().into_iter().collect();
-        sorted
-            .into_iter()
+        self.tensors
+            .iter()
             .filter(move |(name, _)| !scales(name))
-            .map(|(name, t)| (name, t.shape.clone(), t.dtype))
+            .map(|(name, t)| (name.clone(), t.shape.clone(), t.stored.name()))
     }
 
     /// The names of all tensors that [`Self::tensors`] lists.
@@ -202,7 +286,7 @@ impl SafetensorsFile {
 
     /// The shape of a tensor.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
-        Some(&self.header.info(key)?.shape)
+        Some(&self.info(key)?.shape)
     }
 
     /// SHA-256 of the data without the header, in hex.
@@ -230,7 +314,6 @@ impl SafetensorsFile {
     /// Returns the first bytes of a tensor's part, for fingerprints.
     pub fn sample(&self, key: &str, part: &Part) -> Result<Vec<u8>> {
         let info = self
-            .header
             .info(key)
             .with_context(|| format!("no tensor `{key}`"))?;
         let (mut from, mut to) = info.data_offsets;
@@ -250,7 +333,9 @@ impl SafetensorsFile {
             return Ok(bytes);
         }
         let read = |to| read_from(from, to);
-        let (Part::Transposed, [rows, columns]) = (part, &*info.shape) else {
+        let (Part::Transposed, [rows, columns], Stored::Plain(_)) =
+            (part, &*info.shape, info.stored)
+        else {
             return read(to.min(from + SAMPLE_BYTES));
         };
         let raw = read(to)?;
@@ -295,9 +380,7 @@ impl SafetensorsFile {
         Ok(match *part {
             Part::Whole => tensor()?,
             Part::Rows { index, count, of } => {
-                let dtype = self.header.info(key).map(|info| info.dtype);
-                // the scales of 8 bits belong to all rows
-                if dtype.is_some_and(|dtype| dtype != Dtype::I8 && !is_fp8(dtype)) {
+                if self.info(key).is_some_and(Info::has_separate_rows) {
                     return self.read_rows(key, index..index + count, of);
                 }
                 let tensor = tensor()?;
@@ -323,7 +406,6 @@ impl SafetensorsFile {
     fn read_rows(&self, key: &str, blocks: Range<usize>, of: usize) -> Result<Tensor> {
         let shown = self.path.display();
         let info = self
-            .header
             .info(key)
             .with_context(|| format!("`{shown}` has no tensor `{key}`"))?;
         let mut shape = info.shape.clone();
@@ -340,7 +422,20 @@ impl SafetensorsFile {
             .bytes_of(from, from + bytes)
             .with_context(|| format!("cannot read tensor `{key}` of `{shown}`"))?;
         let shape = shape.as_slice();
-        let values = match info.dtype {
+        let dtype = match info.stored {
+            Stored::Plain(dtype) => dtype,
+            Stored::Blocks(blocks) => {
+                return Ok(Tensor::from_vec(
+                    blocks.dequantize(&raw),
+                    shape,
+                    &Device::Cpu,
+                )?);
+            }
+            Stored::Unread(name) => bail!(
+                "tensor `{key}` of `{shown}` is stored as {name}, which sdgen does not read\n\nhint: fetch the model in another type, such as Q8_0 or Q4_K_M"
+            ),
+        };
+        let values = match dtype {
             Dtype::F16 => {
                 return Ok(Tensor::from_vec(
                     numbers(&raw, f16::from_le_bytes),
@@ -387,7 +482,7 @@ impl SafetensorsFile {
         let layer = key.strip_suffix(".weight");
         std::iter::once(format!("{key}{SCALE}"))
             .chain(layer.map(|layer| format!("{layer}.scale_weight")))
-            .find(|name| self.header.info(name).is_some())
+            .find(|name| self.info(name).is_some())
     }
 
     /// Multiplies the numbers of an 8-bit tensor by the scale of their row, or by the one that all
@@ -402,9 +497,11 @@ impl SafetensorsFile {
         let name = self
             .scale_of(key)
             .unwrap_or_else(|| format!("{key}{SCALE}"));
-        let is_float = self.header.info(key).is_some_and(|info| is_fp8(info.dtype));
-        let mut scales = match self.header.info(&name) {
-            Some(info) if info.dtype != Dtype::I8 => self
+        let is_float = self
+            .info(key)
+            .is_some_and(|info| info.stored != Stored::Plain(Dtype::I8));
+        let mut scales = match self.info(&name) {
+            Some(info) if info.stored != Stored::Plain(Dtype::I8) => self
                 .read(&name)?
                 .to_dtype(DType::F32)?
                 .flatten_all()?
@@ -431,6 +528,21 @@ impl SafetensorsFile {
                     .for_each(|(out, byte)| *out = number(*byte) * scale);
             });
         Ok(values)
+    }
+}
+
+impl Info {
+    /// Whether rows can be read one by one: the scales of 8 bits belong to all of them, and a block
+    /// may reach over the end of a row where it was reshaped.
+    fn has_separate_rows(&self) -> bool {
+        match self.stored {
+            Stored::Plain(_) => !self.stored.is_8_bit(),
+            Stored::Blocks(blocks) => {
+                let row: usize = self.shape.iter().skip(1).product();
+                row.is_multiple_of(blocks.block().0)
+            }
+            Stored::Unread(_) => true,
+        }
     }
 }
 
@@ -555,12 +667,6 @@ fn refuse_other_formats(start: &[u8], path: &Path) -> Result<()> {
     if pickled || matches!(extension.as_str(), "ckpt" | "pt" | "pth" | "bin") {
         bail!(
             "`{}` is a PyTorch pickle, which may run code when it is opened\n\nhint: convert it once with python -c \"import sys,torch;from safetensors.torch import save_file;d=torch.load(sys.argv[1],weights_only=True);d=next((d[k] for k in ('state_dict','params_ema','params','string_to_param') if k in d),d);save_file({{k:v.contiguous() for k,v in d.items() if hasattr(v,'contiguous')}},'model.safetensors')\" {0}",
-            path.display()
-        );
-    }
-    if start.starts_with(b"GGUF") {
-        bail!(
-            "`{}` is a GGUF file, which sdgen does not read\n\nhint: use the model's .safetensors file",
             path.display()
         );
     }

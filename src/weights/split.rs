@@ -3,12 +3,12 @@
 
 use super::key_mapping::{self, Layout};
 use super::model_files::{self, file_name, read_json};
-use super::open::{TODAY, only_file};
+use super::open::{TODAY, is_weights, only_file};
 use super::safetensors::SafetensorsFile;
 use super::transformers::{
     self, Drawn, Encoder, EncoderFile, EncoderKind, OTHER_ENCODERS, Release, Transformer,
 };
-use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, infer_config};
+use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, TokenizerSource, infer_config};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -652,6 +652,13 @@ impl Found {
             Place::File { prefix } => {
                 let mut encoder = Checkpoint::empty(file_name(&self.path));
                 let source = SafetensorsFile::open(&self.path)?;
+                if let Some(json) = source.tokenizer() {
+                    let tokenizer = TokenizerSource {
+                        files: TokenizerFiles::Json(json.into()),
+                        config: Value::Null,
+                    };
+                    encoder.tokenizers.insert(component, tokenizer);
+                }
                 encoder.add_source(source, |key| match self.kind {
                     EncoderKind::Qwen3 => transformers::qwen3(prefix, key).unwrap_or_default(),
                     _ => key
@@ -686,7 +693,7 @@ impl Checkpoint {
     }
 }
 
-/// The safetensors files of a folder and of those in it that hold parts of models.
+/// The files of weights of a folder and of those in it that hold parts of models.
 fn part_paths(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut folders = vec![folder.to_path_buf()];
     for root in [folder.to_path_buf(), folder.join(SPLIT_FILES)] {
@@ -697,7 +704,7 @@ fn part_paths(folder: &Path) -> Result<Vec<PathBuf>> {
         let entries = std::fs::read_dir(&folder)
             .with_context(|| format!("cannot read folder `{}`", folder.display()))?;
         let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        paths.extend(files.filter(|path| path.extension().is_some_and(|end| end == "safetensors")));
+        paths.extend(files.filter(|path| is_weights(path)));
     }
     paths.sort();
     if paths.is_empty() {

@@ -347,7 +347,7 @@ fn a_missing_model_says_what_to_pass() {
     fail(
         &mut run("empty"),
         3,
-        &["`empty` has no model_index.json and no .safetensors file"],
+        &["`empty` has no model_index.json and no .safetensors or .gguf file"],
     );
     fail(&mut run("some/model"), 3, &["some/model", "offline"]);
 }

@@ -18,6 +18,7 @@ mod flow;
 mod from_picture;
 #[cfg(unix)]
 mod fuzz;
+mod gguf;
 mod help;
 #[cfg(feature = "hub")]
 mod hub;

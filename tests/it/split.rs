@@ -62,7 +62,7 @@ pub fn part(folder: &Path, part: &str) -> Tensors {
 }
 
 /// A transformer of FLUX.2 under the names of Black Forest Labs' code.
-fn original_flux2(diffusers: &Tensors) -> Tensors {
+pub fn original_flux2(diffusers: &Tensors) -> Tensors {
     let fixed = [
         ("x_embedder", "img_in"),
         ("context_embedder", "txt_in"),
@@ -195,15 +195,15 @@ pub fn prefixed(prefix: &str, tensors: &Tensors) -> Tensors {
 }
 
 /// A folder with the fixture in `klein` and its parts as files.
-struct Parts {
-    dir: tempfile::TempDir,
-    transformer: Tensors,
-    encoder: Tensors,
+pub struct Parts {
+    pub dir: tempfile::TempDir,
+    pub transformer: Tensors,
+    pub encoder: Tensors,
     vae: Tensors,
 }
 
 impl Parts {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::of("klein")
     }
 
@@ -219,12 +219,12 @@ impl Parts {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Writes a file, in a folder that need not be there.
-    fn write(&self, name: &str, tensors: &Tensors) {
+    pub fn write(&self, name: &str, tensors: &Tensors) {
         let path = self.path(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         save(tensors, &path);
@@ -241,7 +241,7 @@ impl Parts {
     }
 
     /// Text encoder and VAE as ComfyUI has them.
-    fn write_others(&self) {
+    pub fn write_others(&self) {
         self.write("clips/qwen.safetensors", &self.encoder);
         self.add_tokenizer("clips");
         self.write("vaes/flux2_ae.safetensors", &original_vae(&self.vae));
@@ -256,7 +256,7 @@ impl Parts {
         command
     }
 
-    fn picture(&self, args: &[&str]) -> Vec<u8> {
+    pub fn picture(&self, args: &[&str]) -> Vec<u8> {
         succeed(&mut self.draw(args));
         std::fs::read(self.path("x.png")).unwrap()
     }

@@ -42,7 +42,7 @@ pub struct ModelArgs {
     #[arg(value_name = "FILE[:TOKEN]", help_heading = "Model")]
     pub embedding: Vec<OsString>,
     /// Another VAE: folder, .safetensors file, hub id or short name (taesd, taesdxl,
-    /// sdxl-vae-fp16-fix)
+    /// taesd3, taef1, sdxl-vae-fp16-fix)
     #[arg(long, value_name = "REF", help_heading = "Model")]
     pub vae: Option<OsString>,
     /// Add a share of another model's weights as they are read: (1 - X) of the model's own and X of

@@ -238,7 +238,7 @@ fn text_encoders(
     read: &mut dyn FnMut(&str) -> Result<Value>,
 ) -> Result<Selection, SelectionError> {
     let index = read(MODEL_INDEX)?;
-    let (mut small, mut large) = (vec![], vec![]);
+    let (mut small, mut large) = (vec![MODEL_INDEX.to_string()], vec![]);
     for (name, component) in COMPONENTS {
         let is_listed = index
             .get(name)

@@ -8,7 +8,9 @@ use super::unet_config::UNetConfig;
 use super::z_image::{self, ConditionedZImage, ZImage, ZImageConfig};
 use crate::nn::Forward;
 use crate::nn::weights::Weights;
-use crate::weights::{Checkpoint, FLUX_CLASS, FLUX2_CLASS, SD3_CLASS, UNET, Z_IMAGE_CLASS};
+use crate::weights::{
+    Checkpoint, FLUX_CLASS, FLUX2_CLASS, KONTEXT_PIPELINE, SD3_CLASS, UNET, Z_IMAGE_CLASS,
+};
 use anyhow::{Result, bail};
 use candle_core::{Result as TensorResult, Tensor};
 use serde_json::Value;
@@ -111,7 +113,14 @@ impl BackboneConfig {
         }
         match config.get("_class_name").and_then(Value::as_str) {
             Some(SD3_CLASS) => Sd3Config::from_json(config).map(Self::Sd3),
-            Some(FLUX_CLASS) => FluxConfig::from_json(config).map(Self::Flux),
+            Some(FLUX_CLASS) => {
+                let pipeline = checkpoint.optional_config("pipeline");
+                let class = pipeline.and_then(|it| it.get("_class_name")?.as_str());
+                Ok(Self::Flux(FluxConfig {
+                    takes_references: class == Some(KONTEXT_PIPELINE),
+                    ..FluxConfig::from_json(config)?
+                }))
+            }
             Some(FLUX2_CLASS) => Flux2Config::from_json(config).map(Self::Flux2),
             Some(Z_IMAGE_CLASS) => ZImageConfig::from_json(config).map(Self::ZImage),
             class => bail!(
@@ -240,7 +249,8 @@ impl BackboneConfig {
     /// Whether the network looks at reference pictures.
     pub fn takes_references(&self) -> bool {
         match self {
-            Self::UNet(_) | Self::Sd3(_) | Self::Flux(_) | Self::ZImage(_) => false,
+            Self::UNet(_) | Self::Sd3(_) | Self::ZImage(_) => false,
+            Self::Flux(config) => config.takes_references,
             Self::Flux2(_) => true,
         }
     }
@@ -251,7 +261,7 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.activation_bytes(batch, h, w),
             Self::Sd3(config) => config.activation_bytes(batch, h, w),
-            Self::Flux(config) => config.activation_bytes(batch, h, w),
+            Self::Flux(config) => config.activation_bytes(batch, h * w + references),
             Self::Flux2(config) => config.activation_bytes(batch, h * w + references),
             Self::ZImage(config) => config.activation_bytes(batch, h, w),
         }
@@ -297,7 +307,11 @@ impl Backbone {
                 Ok(Denoiser::UNet(bound))
             }
             Self::Sd3(network) => Ok(Denoiser::Sd3(network.with_conditioning(cx, conditioning)?)),
-            Self::Flux(network) => Ok(Denoiser::Flux(network.with_conditioning(cx, conditioning)?)),
+            Self::Flux(network) => Ok(Denoiser::Flux(network.with_conditioning(
+                cx,
+                conditioning,
+                &extra.references,
+            )?)),
             Self::Flux2(network) => Ok(Denoiser::Flux2(network.with_conditioning(
                 cx,
                 conditioning,

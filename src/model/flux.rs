@@ -44,6 +44,9 @@ pub struct FluxConfig {
     /// whether the guidance scale is an input: of dev, and not of schnell
     pub guidance_embeds: bool,
     pub axes_dims_rope: Vec<usize>,
+    /// whether it was trained to look at a picture (Kontext), of which this file says nothing
+    #[serde(skip)]
+    pub takes_references: bool,
 }
 
 impl Default for FluxConfig {
@@ -58,6 +61,7 @@ impl Default for FluxConfig {
             pooled_projection_dim: 768,
             guidance_embeds: false,
             axes_dims_rope: vec![16, 56, 56],
+            takes_references: false,
         }
     }
 }
@@ -138,14 +142,15 @@ impl FluxConfig {
         }
     }
 
-    /// A rough estimate of the memory of the activations of `batch` latents [h, w], in bytes.
-    pub fn activation_bytes(&self, batch: usize, h: usize, w: usize) -> u64 {
-        let tokens = h.div_ceil(PATCH) * w.div_ceil(PATCH) + self.text_tokens();
+    /// A rough estimate of the memory of the activations of a batch of so many latents each, those of
+    /// reference pictures too, in bytes.
+    pub fn activation_bytes(&self, batch: usize, latents: usize) -> u64 {
+        let tokens = latents.div_ceil(PATCH * PATCH) + self.text_tokens();
         4 * ACTIVATIONS * (batch * tokens * self.widths().all()) as u64
     }
 
-    /// The operations of one run for a picture of so many latents: of each weight of a block two at
-    /// every token, and those of attention.
+    /// The operations of one run for a picture of so many latents, those of reference pictures too: of
+    /// each weight of a block two at every token, and those of attention.
     pub fn operations(&self, latents: f64) -> f64 {
         let tokens = latents / (PATCH * PATCH) as f64 + self.text_tokens() as f64;
         let width = self.widths().all() as f64;
@@ -211,11 +216,13 @@ impl Flux {
         })
     }
 
-    /// Binds the prompts of a batch. Errors if what the network takes beside them is not given.
+    /// Binds the prompts of a batch, and the latents of its reference pictures, each [b, h, w, c].
+    /// Errors if what the network takes beside them is not given.
     pub fn with_conditioning<'a>(
         &'a self,
         cx: Forward<'a>,
         conditioning: &Conditioning,
+        references: &[Tensor],
     ) -> TensorResult<ConditionedFlux<'a>> {
         let Some(added) = &conditioning.added_cond else {
             candle_core::bail!("the transformer takes a pooled text")
@@ -232,11 +239,20 @@ impl Flux {
             told = told.broadcast_add(&scale)?;
         }
         let context = conditioning.context.to_dtype(self.dtype)?;
+        let (mut tokens, mut sizes) = (vec![], vec![]);
+        for reference in references {
+            let (_, h, w, _) = reference.dims4()?;
+            let reference = squares(&reference.to_dtype(self.dtype)?)?;
+            tokens.push(self.x_embedder.forward(cx, &reference)?);
+            sizes.push((h / PATCH, w / PATCH));
+        }
         Ok(ConditionedFlux {
             network: self,
             cx,
             context: self.context_embedder.forward(cx, &context)?,
             told,
+            references: tokens,
+            sizes,
         })
     }
 
@@ -252,21 +268,23 @@ impl Flux {
         embedder.forward(cx, &sines.to_dtype(self.dtype)?)
     }
 
-    /// The angles of text tokens, then of those of a picture [h, w].
+    /// The angles of text tokens, then of those of pictures [h, w]; the first is the drawn one.
     fn rotary(
         &self,
         tokens: usize,
-        (h, w): (usize, usize),
+        pictures: impl Iterator<Item = (usize, usize)>,
         device: &Device,
     ) -> TensorResult<Rotary> {
         let text = (0..tokens).map(|_| [0; 3]);
-        let picture = (0..h * w).map(|i| [0, i / w, i % w]);
+        let of_picture =
+            |(nth, (h, w)): (usize, (usize, usize))| (0..h * w).map(move |i| [nth, i / w, i % w]);
+        let pictures = pictures.enumerate().flat_map(of_picture);
         let angles = |position: [usize; 3]| {
             let axes = position.into_iter().zip(&self.config.axes_dims_rope);
             axes.flat_map(|(at, width)| frequencies(ROPE_THETA, *width).map(move |f| at as f64 * f))
                 .collect()
         };
-        let angles: Vec<Vec<f64>> = text.chain(picture).map(angles).collect();
+        let angles: Vec<Vec<f64>> = text.chain(pictures).map(angles).collect();
         Rotary::new(&angles, Pairs::Adjacent, device)
     }
 }
@@ -279,6 +297,9 @@ pub struct ConditionedFlux<'a> {
     context: Tensor,
     /// what is added to the embedding of the timestep, [b, width]
     told: Tensor,
+    /// the tokens of each reference picture, [b, h*w, width], and its height and width in tokens
+    references: Vec<Tensor>,
+    sizes: Vec<(usize, usize)>,
 }
 
 impl ConditionedFlux<'_> {
@@ -294,6 +315,8 @@ impl ConditionedFlux<'_> {
             cx,
             context,
             told,
+            references,
+            sizes,
         } = self;
         let (cx, (b, h, w, c)) = (*cx, latents.dims4()?);
         let time = network.embedded(cx, &network.time, timestep, latents.device())?;
@@ -301,12 +324,20 @@ impl ConditionedFlux<'_> {
         let mut text = context.clone();
         let mut picture = network.x_embedder.forward(cx, &squares(latents)?)?;
         let (tokens, of_picture) = (text.dim(1)?, picture.dim(1)?);
-        let rotary = network.rotary(tokens, (h / PATCH, w / PATCH), latents.device())?;
+        if !references.is_empty() {
+            let all: Vec<&Tensor> = [&picture].into_iter().chain(references).collect();
+            picture = Tensor::cat(&all, 1)?;
+        }
+        let sizes = [(h / PATCH, w / PATCH)]
+            .into_iter()
+            .chain(sizes.iter().copied());
+        let rotary = network.rotary(tokens, sizes, latents.device())?;
         network.transformer_blocks.each(|block| {
             (text, picture) = block.forward(cx, (&text, &picture), &time, Some(&rotary))?;
             Ok(())
         })?;
-        let mut x = Tensor::cat(&[&text, &picture], 1)?; // [b, n + h*w/4, width]
+        // [b, n + h*w/4 + those of the references, width]
+        let mut x = Tensor::cat(&[&text, &picture], 1)?;
         network.single_transformer_blocks.each(|block| {
             x = block.forward(cx, &x, &time, &rotary)?;
             Ok(())

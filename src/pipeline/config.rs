@@ -2,7 +2,7 @@
 
 use super::family::Family;
 use super::preview::PreviewMap;
-use super::references::MAX_REFERENCES;
+use super::references::{MAX_REFERENCES, ReferenceSizes};
 use super::settings::Settings;
 use crate::error::ModelError;
 use crate::model::{Autoencoder, BackboneConfig, ModelKind};
@@ -83,6 +83,14 @@ impl PipelineConfig {
     /// What the sides of pictures are multiples of, in pixels.
     pub fn step(&self) -> usize {
         self.vae.factor() * self.base.backbone.patch()
+    }
+
+    /// How reference pictures are brought to a size that the network takes.
+    pub fn reference_sizes(&self) -> ReferenceSizes {
+        match self.base.backbone {
+            BackboneConfig::Flux(_) => ReferenceSizes::Kontext,
+            _ => ReferenceSizes::Flux2(self.vae.factor()),
+        }
     }
 
     /// Returns the side of the tiles in which an image is decoded, in latents, if it is.
@@ -210,8 +218,14 @@ impl ModelConfig {
     pub fn check_references(&self, count: usize, model: &str) -> Result<()> {
         if count > 0 && !self.backbone.takes_references() {
             bail!(
-                "`--reference` means nothing to `{model}`\n\nhint: FLUX.2 klein looks at reference \
-                 pictures: `-m klein`; what a picture is drawn over is `--image FILE`"
+                "`--reference` means nothing to `{model}`\n\nhint: FLUX.2 klein and FLUX.1 Kontext \
+                 look at reference pictures: `-m klein`; what a picture is drawn over is `--image FILE`"
+            );
+        }
+        if matches!(self.backbone, BackboneConfig::Flux(_)) && count > 1 {
+            bail!(
+                "{count} reference pictures are too many\n\nhint: `{model}` takes one; FLUX.2 klein \
+                 takes several: `-m klein`"
             );
         }
         if count > MAX_REFERENCES {

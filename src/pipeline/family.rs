@@ -99,7 +99,7 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 23] = [
+pub const SHORT_NAMES: [(&str, &str); 24] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
@@ -125,6 +125,7 @@ pub const SHORT_NAMES: [(&str, &str); 23] = [
     ("sd35-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"),
     ("flux-dev", "black-forest-labs/FLUX.1-dev"),
     ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
+    ("kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
     ("klein", "black-forest-labs/FLUX.2-klein-4B"),
     ("klein-base", "black-forest-labs/FLUX.2-klein-base-4B"),
     ("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo"),
@@ -132,9 +133,11 @@ pub const SHORT_NAMES: [(&str, &str); 23] = [
 ];
 
 /// The same of VAEs.
-pub const VAE_SHORT_NAMES: [(&str, &str); 3] = [
+pub const VAE_SHORT_NAMES: [(&str, &str); 5] = [
     ("taesd", "madebyollin/taesd"),
     ("taesdxl", "madebyollin/taesdxl"),
+    ("taesd3", "madebyollin/taesd3"),
+    ("taef1", "madebyollin/taef1"),
     ("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix"),
 ];
 

@@ -84,7 +84,7 @@ impl Pipeline {
                 let unet = match &self.config.base.backbone {
                     BackboneConfig::UNet(_) => unet_operations(&self.checkpoint, area),
                     BackboneConfig::Sd3(config) => config.operations(area),
-                    BackboneConfig::Flux(config) => config.operations(area),
+                    BackboneConfig::Flux(config) => config.operations(area + references as f64),
                     BackboneConfig::Flux2(config) => config.operations(area + references as f64),
                     BackboneConfig::ZImage(config) => config.operations(area),
                 };

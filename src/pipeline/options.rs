@@ -217,7 +217,7 @@ pub struct JobOptions {
     )]
     pub image_guidance: Option<f64>,
 
-    /// A picture that an editing model (FLUX.2 klein) looks at; once for each of several
+    /// A picture that an editing model (FLUX.2 klein, FLUX.1 Kontext) looks at; once for each of several
     #[serde(deserialize_with = "one_or_more")]
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true))]
     #[cfg_attr(

@@ -25,6 +25,26 @@ const MIN_SIDE_PX: usize = 64;
 const MAX_ASPECT: usize = 8;
 /// The number of pixels above which `Flux2KleinPipeline` makes a picture smaller.
 const MAX_AREA_PX: usize = 1024 * 1024;
+/// The sizes that FLUX.1 Kontext was trained on, `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers.
+const KONTEXT_SIZES: [(usize, usize); 17] = [
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
+    (1024, 1024),
+    (1104, 944),
+    (1184, 880),
+    (1248, 832),
+    (1328, 800),
+    (1392, 752),
+    (1456, 720),
+    (1504, 688),
+    (1568, 672),
+];
 /// Pictures whose latents are kept for later images at most.
 const MAX_CACHED: usize = 64;
 
@@ -36,10 +56,9 @@ pub struct ReferenceFinder {
 }
 
 impl ReferenceFinder {
-    /// Returns the reference pictures that the options name, in their order, for a network with
-    /// latents of so many pixels a side. Errors if a file cannot be read, or has a shape that the
-    /// network was not trained on.
-    pub fn find(&mut self, options: &JobOptions, factor: usize) -> Result<Arc<[Reference]>> {
+    /// Returns the reference pictures that the options name, in their order, in sizes by this rule.
+    /// Errors if a file cannot be read, or has a shape that the network was not trained on.
+    pub fn find(&mut self, options: &JobOptions, rule: ReferenceSizes) -> Result<Arc<[Reference]>> {
         let Some(paths) = options.reference.as_ref().filter(|paths| !paths.is_empty()) else {
             return Ok(Arc::default());
         };
@@ -52,7 +71,8 @@ impl ReferenceFinder {
                 .with_context(|| format!("the name `{}` is not UTF-8 text", path.display()))?;
             let input = Input::read(path)?;
             let own = (input.picture.width, input.picture.height);
-            let [_, (width, height)] = sizes(own, factor)
+            let [_, (width, height)] = rule
+                .of(own)
                 .with_context(|| format!("`{image}` cannot be a reference picture"))?;
             Ok(Reference {
                 image: image.into(),
@@ -64,6 +84,33 @@ impl ReferenceFinder {
         let found: Arc<[Reference]> = paths.iter().map(read).collect::<Result<_>>()?;
         self.found.insert(paths.clone(), found.clone());
         Ok(found)
+    }
+}
+
+/// How a picture is brought to a size that the network takes.
+#[derive(Debug, Clone, Copy)]
+pub enum ReferenceSizes {
+    /// made smaller where it is large, then cropped to whole latents of so many pixels a side
+    Flux2(usize),
+    /// resized to the size of the nearest shape that it was trained on
+    Kontext,
+}
+
+impl ReferenceSizes {
+    /// The sizes that a picture is resized to, and then cropped to. Errors if its shape is out of
+    /// bounds.
+    fn of(self, own: (usize, usize)) -> Result<[(usize, usize); 2]> {
+        match self {
+            Self::Flux2(factor) => sizes(own, factor),
+            Self::Kontext => {
+                let aspect = own.0 as f64 / own.1.max(1) as f64;
+                let off = |(w, h): &(usize, usize)| (aspect - *w as f64 / *h as f64).abs();
+                let nearest = KONTEXT_SIZES
+                    .into_iter()
+                    .min_by(|a, b| off(a).total_cmp(&off(b)));
+                Ok([nearest.unwrap_or(own); 2])
+            }
+        }
     }
 }
 
@@ -91,9 +138,9 @@ fn sizes((width, height): (usize, usize), factor: usize) -> Result<[(usize, usiz
     Ok([resized, (whole(resized.0), whole(resized.1))])
 }
 
-/// A picture as the network looks at it: its middle, in whole latents of so many pixels a side.
-fn prepared(picture: &Image, factor: usize) -> Result<Image> {
-    let [(width, height), cropped] = sizes((picture.width, picture.height), factor)?;
+/// A picture as the network looks at it: its middle, in a size by this rule.
+fn prepared(picture: &Image, rule: ReferenceSizes) -> Result<Image> {
+    let [(width, height), cropped] = rule.of((picture.width, picture.height))?;
     Ok(middle(&picture.fit(width, height, Fit::Stretch), cropped))
 }
 
@@ -151,7 +198,8 @@ impl ReferenceLatents {
             input.sha256() == **image_hash,
             "`{image}` is another picture than it was\n\nhint: what is drawn after it would be another one too"
         );
-        let picture = prepared(&input.over_white(), run.vae_factor())?;
+        let rule = run.pipeline.config.reference_sizes();
+        let picture = prepared(&input.over_white(), rule)?;
         // as in diffusers, the middle of the distribution
         let latents = run
             .encode(&picture.to_tensor(run.device())?, settings)?
@@ -222,7 +270,7 @@ mod tests {
             height: 70,
             rgb,
         };
-        let cut = prepared(&picture, 16).unwrap();
+        let cut = prepared(&picture, ReferenceSizes::Flux2(16)).unwrap();
         assert_eq!((cut.width, cut.height), (96, 64));
         assert_eq!(cut.rgb[..3], [2, 3, 0]);
         assert_eq!(cut.rgb[96 * 64 * 3 - 3..], [97, 66, 0]);

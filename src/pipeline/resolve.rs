@@ -233,7 +233,7 @@ impl<'a> Resolver<'a> {
         base.check_references(count, &self.model)?;
         let references = self
             .references
-            .find(options, pipeline.config.vae.factor())?;
+            .find(options, pipeline.config.reference_sizes())?;
         // as in diffusers, a picture has the size of the first that it is drawn after
         let of = match (&source, references.first()) {
             (Some((source, of)), _) if source.only_masked.is_none() => Some(*of),
@@ -482,7 +482,10 @@ impl<'a> Resolver<'a> {
         let of_unets = given(&[
             ("tile", settings.tile.is_some()),
             ("deep-cache", settings.deep_cache > 1),
-            ("clip-skip", settings.clip_skip > 1),
+            (
+                "clip-skip",
+                settings.clip_skip > 1 && config.base.encoder.layers() == 1,
+            ),
             ("prediction", settings.prediction != Prediction::Flow),
         ]);
         if let (true, Some(name)) = (config.base.scheduler.is_flow(), of_unets) {

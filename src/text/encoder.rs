@@ -280,10 +280,10 @@ impl TextEncoderConfigs {
         }
     }
 
-    /// The largest `clip_skip`: one more would leave an encoder without layers, or take others than
-    /// those that a language model is read at.
+    /// The largest `clip_skip`: one more would leave one of CLIP's encoders without layers, or take
+    /// others than those that a language model is read at.
     pub fn layers(&self) -> usize {
-        if self.reads_sentences() {
+        if self.reads_sentences() && !matches!(self.output, Output::AllStates { .. }) {
             return 1;
         }
         let unused = usize::from(self.pooled_dim().is_some());
@@ -530,7 +530,7 @@ impl PromptEncoder {
                 return Ok((embeds, tokens.cut));
             }
             Parts::Joined { clips, t5, output } => {
-                return joined(cx, clips, t5.as_deref(), *output, text);
+                return joined(cx, clips, t5.as_deref(), *output, (text, skip));
             }
         };
         let segments = match syntax {
@@ -574,14 +574,14 @@ impl PromptEncoder {
     }
 }
 
-/// Encodes a text with CLIP's encoders and T5, as far as there is one. The second value is the text
-/// that the one with the most tokens did not take.
+/// Encodes a text with CLIP's encoders, from `skip` layers earlier, and T5, as far as there is one. The
+/// second value is the text that the one with the most tokens did not take.
 fn joined(
     cx: Forward,
     clips: &[ClipPart],
     t5: Option<&(T5Tokenizer, T5)>,
     output: Output,
-    text: &str,
+    (text, skip): (&str, usize),
 ) -> Result<(PromptEmbeds, Option<String>)> {
     let (mut token_ids, mut states, mut pooled, mut cut) = (vec![], vec![], vec![], None);
     for part in clips {
@@ -589,7 +589,7 @@ fn joined(
             .tokenizer
             .encode(text, part.config.max_position_embeddings)?;
         if let Output::AllStates { .. } = output {
-            let (hidden, projected) = part.encode(cx, &tokens.ids, 0)?;
+            let (hidden, projected) = part.encode(cx, &tokens.ids, skip)?;
             states.push(hidden);
             pooled.push(match projected {
                 Some(projected) => projected,

@@ -6,8 +6,8 @@ use super::distillation::{Bearer, Distillation};
 use super::safetensors::SafetensorsFile;
 use super::transformers::EncoderKind;
 use super::{
-    Checkpoint, ENCODERS, FLUX_CLASS, FLUX2_CLASS, SD3_CLASS, TRANSFORMER, TokenizerFiles,
-    TokenizerSource, Z_IMAGE_CLASS,
+    Checkpoint, ENCODERS, FLUX_CLASS, FLUX2_CLASS, KONTEXT_PIPELINE, SD3_CLASS, TRANSFORMER,
+    TokenizerFiles, TokenizerSource, Z_IMAGE_CLASS,
 };
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -439,6 +439,13 @@ pub fn flux1(checkpoint: &mut Checkpoint) -> Result<()> {
         "shift": if is_dev { 3.0 } else { 1.0 }, "use_dynamic_shifting": is_dev,
         "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096,
     });
+    let class = if has_word(&checkpoint.name, "kontext") {
+        let why = "looks at a picture, as its name says `kontext`";
+        checkpoint.assumptions.push(why.into());
+        KONTEXT_PIPELINE
+    } else {
+        "FluxPipeline"
+    };
     checkpoint.assumptions.push(match is_dev {
         true => "levels of dev (dynamic shift), as guidance is an input".into(),
         false => "levels of schnell (no shift), as guidance is no input".into(),
@@ -449,7 +456,7 @@ pub fn flux1(checkpoint: &mut Checkpoint) -> Result<()> {
     checkpoint.configs.extend([
         (TRANSFORMER.into(), config),
         ("scheduler".into(), scheduler),
-        ("pipeline".into(), json!({ "_class_name": "FluxPipeline" })),
+        ("pipeline".into(), json!({ "_class_name": class })),
     ]);
     Ok(())
 }

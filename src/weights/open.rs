@@ -13,8 +13,8 @@ use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_pa
 use super::safetensors::SafetensorsFile;
 use super::transformers::{EncoderFile, EncoderKind, OTHER_ENCODERS};
 use super::{
-    Checkpoint, ENCODERS, FLUX_CLASS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET,
-    transformers,
+    Checkpoint, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, PARTS, TRANSFORMER, TokenizerFiles,
+    TokenizerSource, UNET, transformers,
 };
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -61,7 +61,8 @@ const OTHER_PIPELINES: [&str; 16] = [
 ];
 
 /// Those of these that are drawn.
-const DRAWN_PIPELINES: [&str; 10] = [
+const DRAWN_PIPELINES: [&str; 11] = [
+    KONTEXT_PIPELINE,
     "StableDiffusion3Pipeline",
     "StableDiffusion3Img2ImgPipeline",
     "StableDiffusion3InpaintPipeline",

@@ -145,7 +145,7 @@ fn latents_after_every_step_are_the_same_with_guidance_and_without() {
         ("klein", Some(Mu::Empirical), 16, 1, 16, 3),
         ("z_image", None, 8, 2, 4, 3),
         ("flux", None, 8, 2, 4, 3),
-        ("sd3", None, 8, 2, 4, 2),
+        ("sd3", None, 8, 2, 4, 3),
     ] {
         let compared = latents_after_every_step(&tiny(name), "run", rule, (side, patch, channels));
         assert_eq!(compared, runs, "{name}");
@@ -239,7 +239,10 @@ fn latents_after_every_step(
             assert!((own - golden).abs() < 1e-6, "{:?} {sigmas:?}", plan.sigmas);
         }
         let encode = |text: &str| encoder.encode(text, 0, Syntax::Plain).unwrap().0;
-        let prompt = encode(run["prompt"].as_str().unwrap());
+        // of the prompt alone
+        let skip = run["clip_skip"].as_u64().unwrap_or(1) as usize - 1;
+        let prompt = run["prompt"].as_str().unwrap();
+        let prompt = encoder.encode(prompt, skip, Syntax::Plain).unwrap().0;
         let given = run["guidance"].as_f64().unwrap();
         let embeds = BackboneConfig::of(&tiny.checkpoint)
             .unwrap()
@@ -944,10 +947,21 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
     }
     flux_schnell(dir.path());
     sd3_without_t5(dir.path());
+    copy_folder(&fixture("flux"), &dir.path().join("flux-kontext"));
+    edit_json(&dir.path().join("flux-kontext/model_index.json"), |index| {
+        index.insert("_class_name".into(), "FluxKontextPipeline".into());
+    });
+    let look = crate::references::picture((100, 70));
+    std::fs::write(
+        dir.path().join("look.png"),
+        look.encode(sdgen::image::Format::Png, None).unwrap(),
+    )
+    .unwrap();
     for (model, name, runs) in [
         ("flux", "run", 4),
         ("flux-schnell", "schnell_run", 2),
-        ("sd3", "run", 3),
+        ("flux-kontext", "kontext_run", 2),
+        ("sd3", "run", 4),
         ("sd3-without", "without_run", 1),
     ] {
         let tiny = tiny(model.split('-').next().unwrap());
@@ -975,6 +989,7 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
                 ("--true-guidance", "true_guidance"),
                 ("--strength", "strength"),
                 ("--negative", "negative"),
+                ("--clip-skip", "clip_skip"),
             ] {
                 match &run[key] {
                     Value::Null => continue,
@@ -985,6 +1000,9 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
             if !run["strength"].is_null() {
                 command.args(["-i", "init.png"]);
             }
+            if !run["reference"].is_null() {
+                command.args(["--reference", "look.png"]);
+            }
             succeed(&mut command);
             let golden = levels(&tiny.goldens[&format!("{name}.{i}.picture")]);
             assert_same_levels(
@@ -994,6 +1012,26 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
             );
             succeed(sdgen(dir.path()).args(["check", "x.png", "-m", model]));
         }
+    }
+    // a picture is as large as what the model looks at, and only Kontext looks at one
+    let looking = ["x", "--reference", "look.png", "--dry-run", "--json"];
+    let told = succeed(sdgen(dir.path()).args(["-m", "flux-kontext"]).args(looking));
+    let told = stdout(&told);
+    assert!(told.contains("1248") && told.contains("832"), "{told}");
+    for (model, more, says) in [
+        ("flux", None, "`--reference` means nothing to `flux`"),
+        (
+            "flux-kontext",
+            Some(["--reference", "init.png"]),
+            "2 reference pictures are too many",
+        ),
+    ] {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["-m", model])
+            .args(looking)
+            .args(more.iter().flatten());
+        fail(&mut command, 2, &[says, "hint: "]);
     }
 }
 

@@ -1404,6 +1404,28 @@ fn of_a_model_the_text_encoder_or_its_tokenizer_comes_alone() {
         assert!(whole.join("model_index.json").exists());
         assert!(!whole.join("tokenizer/vocab.json").exists());
     }
+    // of a model with several all come, with their tokenizers
+    let server = Server::start(fixture_repo("flux"));
+    let dir = tempfile::tempdir().unwrap();
+    let fetch = |hub: Hub| hub.part("me/model", Wanted::TextEncoder, false).unwrap();
+    let folder = fetch(hub(&server, dir.path()));
+    let files = [
+        "model_index.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/config.json",
+        "text_encoder_2/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer_2/tokenizer.json",
+        "tokenizer_2/tokenizer_config.json",
+    ];
+    assert_eq!(tree(&folder), files);
+    server.forget();
+    assert_eq!(fetch(offline(&server, dir.path())), folder);
+    assert!(server.seen().is_empty(), "{:?}", server.seen());
     // a repository that is a language model
     let alone: BTreeMap<String, Vec<u8>> = klein()
         .into_iter()

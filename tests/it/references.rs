@@ -21,7 +21,7 @@ use std::process::Command;
 const LATENTS: f32 = 1e-3;
 
 /// The picture of this size that the goldens were drawn after.
-fn picture((width, height): (usize, usize)) -> Image {
+pub fn picture((width, height): (usize, usize)) -> Image {
     let level = |x: usize, y: usize, c: usize| (x * (3 + c) + y * (5 + 2 * c) + x * y / 16) as u8;
     let pixel = |i: usize| [0, 1, 2].map(|c| level(i % width, i / width, c));
     Image {

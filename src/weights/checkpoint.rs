@@ -5,7 +5,7 @@ use super::embedding::Embedding;
 use super::file_hash::FileHashes;
 use super::key_mapping::{Named, Part};
 use super::lora::{self, LayerNames, Lora};
-use super::safetensors::SafetensorsFile;
+use super::weights_file::WeightsFile;
 use super::{ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
 use crate::hex::hex;
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
@@ -47,7 +47,7 @@ pub struct Checkpoint {
     merges: Vec<Merge>,
     loras: Vec<Lora>,
     embeddings: Vec<Embedding>,
-    sources: Vec<SafetensorsFile>,
+    sources: Vec<WeightsFile>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -262,7 +262,7 @@ impl Checkpoint {
 
     pub(super) fn add_source(
         &mut self,
-        source: SafetensorsFile,
+        source: WeightsFile,
         map: impl Fn(&str) -> Vec<Named>,
     ) -> Result<()> {
         let index = self.sources.len();
@@ -478,7 +478,7 @@ impl Checkpoint {
     }
 
     /// The only file that it consists of, for people; none of folders.
-    pub fn only_file(&self) -> Option<&SafetensorsFile> {
+    pub fn only_file(&self) -> Option<&WeightsFile> {
         match self.sources.as_slice() {
             [file] => Some(file),
             _ => None,

@@ -8,7 +8,7 @@
 use super::file;
 use super::key_mapping::{self, Layout};
 use super::model_files::file_name;
-use super::safetensors::SafetensorsFile;
+use super::weights_file::WeightsFile;
 use super::{ENCODERS, family_name, role};
 use crate::hex::hex;
 use anyhow::{Context, Result, bail, ensure};
@@ -64,7 +64,7 @@ impl Embedding {
             !file::is_absent(path),
             "there is no file `{file}`\n\nhint: `--embedding` takes a .safetensors file, and perhaps its word in prompts: FILE:TOKEN"
         );
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = keys(&source).with_context(|| format!("`{file}` {}", other(&source)))?;
         let whole = std::fs::read(path).with_context(|| format!("cannot read `{file}`"))?;
         Ok(Self {
@@ -76,7 +76,7 @@ impl Embedding {
     /// Reads the vectors of a token from these tensors of a file. Errors if they are no vectors, or
     /// encoders have different numbers of them.
     pub fn read(
-        source: &SafetensorsFile,
+        source: &WeightsFile,
         token: &str,
         keys: &BTreeMap<&'static str, String>,
     ) -> Result<Self> {
@@ -131,7 +131,7 @@ impl Embedding {
 
     /// Whether a file holds an embedding, by its header.
     pub fn is_in(path: &Path) -> bool {
-        path.is_file() && SafetensorsFile::open(path).is_ok_and(|source| keys(&source).is_some())
+        path.is_file() && WeightsFile::open(path).is_ok_and(|source| keys(&source).is_some())
     }
 
     /// The widths of its vectors, one for each encoder.
@@ -199,7 +199,7 @@ fn file_and_token(text: &OsStr) -> (&Path, String) {
 }
 
 /// The keys of an embedding's tensors by their encoder; nothing if a file does not hold one.
-fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
+fn keys(source: &WeightsFile) -> Option<BTreeMap<&'static str, String>> {
     let tensors: Vec<_> = source.tensors().collect();
     let is_matrix = |shape: &[usize]| matches!(shape, [_] | [_, _]);
     let names = tensors.iter().map(|(key, ..)| key.as_str());
@@ -223,7 +223,7 @@ fn keys(source: &SafetensorsFile) -> Option<BTreeMap<&'static str, String>> {
 }
 
 /// The error for a file that is not an embedding: what it is instead.
-fn other(source: &SafetensorsFile) -> String {
+fn other(source: &WeightsFile) -> String {
     let keys = source.keys();
     let (what, hint) = match role(source.path(), &keys) {
         Some((what, place)) => (format!("{what}, not an embedding"), place),

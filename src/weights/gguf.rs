@@ -290,7 +290,7 @@ fn elements(shape: &[usize]) -> Option<usize> {
     let product = shape
         .iter()
         .try_fold(1_usize, |product, size| product.checked_mul(*size));
-    product.filter(|elements| *elements <= super::safetensors::MAX_ELEMENTS)
+    product.filter(|elements| *elements <= super::weights_file::MAX_ELEMENTS)
 }
 
 /// The parts of llama.cpp's names of the layers of a decoder, and transformers'.
@@ -413,7 +413,7 @@ fn tokenizer(metadata: &BTreeMap<String, Value>) -> Option<String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::super::key_mapping::Part;
-    use super::super::safetensors::SafetensorsFile;
+    use super::super::weights_file::WeightsFile;
     use super::*;
     use candle_core::{DType, Tensor};
     use std::path::PathBuf;
@@ -431,8 +431,8 @@ mod tests {
 
     #[test]
     fn blocks_of_every_type_are_the_numbers_of_the_gguf_package() {
-        let file = SafetensorsFile::open(&fixture("blocks.gguf")).unwrap();
-        let goldens = SafetensorsFile::open(&fixture("blocks.safetensors")).unwrap();
+        let file = WeightsFile::open(&fixture("blocks.gguf")).unwrap();
+        let goldens = WeightsFile::open(&fixture("blocks.safetensors")).unwrap();
         let mut compared = 0;
         for (name, shape, _) in goldens.tensors() {
             let (own, golden) = (file.read(&name).unwrap(), goldens.read(&name).unwrap());

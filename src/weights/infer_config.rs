@@ -3,8 +3,8 @@
 //! and is listed among the assumptions.
 
 use super::distillation::{Bearer, Distillation};
-use super::safetensors::SafetensorsFile;
 use super::transformers::EncoderKind;
+use super::weights_file::WeightsFile;
 use super::{
     Checkpoint, ENCODERS, FLUX_CLASS, FLUX2_CLASS, KONTEXT_PIPELINE, SD3_CLASS, TRANSFORMER,
     TokenizerFiles, TokenizerSource, Z_IMAGE_CLASS,
@@ -22,7 +22,7 @@ pub struct Extra {
 impl Extra {
     /// Looks for `v_pred` and `ztsnr` marker keys, ModelSpec's header text and CompVis' step
     /// counter.
-    pub fn of(source: &SafetensorsFile, keys: &[String]) -> Self {
+    pub fn of(source: &WeightsFile, keys: &[String]) -> Self {
         let marker = |name: &str| keys.iter().any(|k| k == name);
         let spec = source
             .metadata("modelspec.prediction_type")

@@ -24,7 +24,7 @@ use super::embedding::{Embedding, split_bundled};
 use super::file;
 use super::key_mapping::Part;
 use super::model_files::{file_name, folder_name};
-use super::safetensors::SafetensorsFile;
+use super::weights_file::WeightsFile;
 use super::{Checkpoint, TRANSFORMER, family_name, role, transformers};
 use anyhow::{Context, Result, bail};
 use delta::Method;
@@ -57,7 +57,7 @@ const ADAPTER_MODEL: &str = "adapter_model";
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// PEFT's configuration of a file: the one beside it, or that of its header. Errors if it is damaged.
-fn peft_config(path: &Path, source: &SafetensorsFile) -> Result<PeftConfig> {
+fn peft_config(path: &Path, source: &WeightsFile) -> Result<PeftConfig> {
     let beside = path.with_file_name(ADAPTER_CONFIG);
     if file_name(path) == ADAPTER_MODEL && beside.is_file() {
         return PeftConfig::of_file(&file::read_text(&beside)?)
@@ -88,7 +88,7 @@ pub struct Lora {
     pub strength: f64,
     /// the same for text encoders
     pub text_strength: f64,
-    source: SafetensorsFile,
+    source: WeightsFile,
     /// by their names in the file
     layers: BTreeMap<String, Layer>,
     /// words that it brings -> encoder -> the key of their vectors
@@ -113,13 +113,13 @@ impl Lora {
     /// Whether a file is a LoRA, by its header; false if it cannot be read.
     pub fn is_at(path: &Path) -> bool {
         path.is_file()
-            && SafetensorsFile::open(path)
+            && WeightsFile::open(path)
                 .is_ok_and(|source| source.keys().iter().any(|key| is_adapter_key(key)))
     }
 
     /// Reads a file's header. Errors if it is not a LoRA, or cannot be read.
     pub fn open(path: &Path, strength: f64) -> Result<Self> {
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         if !keys.iter().any(|key| is_adapter_key(key)) {
             let shown = path.display();

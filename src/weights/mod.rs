@@ -4,7 +4,7 @@
 //! [`Checkpoint::open`] (in `open.rs`) reads headers and JSON only and checks that all parts are
 //! there; [`Weights`](crate::nn::weights::Weights) then hands tensors to the networks, one at a time.
 //! This module hides where things lie: a diffusers folder, a single original file, the embedded
-//! model, the parts of one in files of their own (`split`). Foreign names are in `key_mapping` and
+//! model, the parts of one in files of their own (`split`), safetensors or GGUF (`weights_file`). Foreign names are in `key_mapping` and
 //! `transformers`, the configuration of single files in `infer_config`,
 //! the choice of files in [`model_files`], what LoRAs change in [`lora`], learned words in
 //! [`embedding`].
@@ -22,9 +22,9 @@ mod key_mapping;
 pub mod lora;
 pub mod model_files;
 mod open;
-mod safetensors;
 mod split;
 mod transformers;
+mod weights_file;
 
 pub use checkpoint::{BlockBytes, Checkpoint, Merge};
 pub use open::{Origin, UPSCALERS, role};

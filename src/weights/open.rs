@@ -10,8 +10,8 @@ use super::file;
 use super::infer_config::{self, VaeScale};
 use super::key_mapping::{self, Layout, Named, Part};
 use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_paths};
-use super::safetensors::SafetensorsFile;
 use super::transformers::{EncoderFile, EncoderKind, OTHER_ENCODERS};
+use super::weights_file::WeightsFile;
 use super::{
     Checkpoint, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, PARTS, TRANSFORMER, TokenizerFiles,
     TokenizerSource, UNET, transformers,
@@ -136,7 +136,7 @@ impl Checkpoint {
         static MINI: &[u8] = include_bytes!("../../assets/mini.safetensors");
         Self::canonical(
             "mini".into(),
-            SafetensorsFile::embedded("the embedded model", MINI)?,
+            WeightsFile::embedded("the embedded model", MINI)?,
         )
     }
 
@@ -204,7 +204,7 @@ impl Checkpoint {
     /// Adds the weights of one component from its folder.
     pub(super) fn add_folder(&mut self, folder: &Path, component: &str) -> Result<()> {
         for file in weight_paths(folder)? {
-            self.add_source(SafetensorsFile::open(&file)?, |key| {
+            self.add_source(WeightsFile::open(&file)?, |key| {
                 key_mapping::from_diffusers(component, key)
             })?;
         }
@@ -212,7 +212,7 @@ impl Checkpoint {
     }
 
     fn file(path: &Path) -> Result<Self> {
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         let wrapper = key_mapping::wrapper(keys.iter().map(String::as_str));
         let other_kind = keys.iter().find_map(|key| {
@@ -249,7 +249,7 @@ impl Checkpoint {
     }
 
     /// Opens a single file in CompVis' and Stability's layout, which brings no configuration.
-    fn original(path: &Path, source: SafetensorsFile, keys: &[String]) -> Result<Self> {
+    fn original(path: &Path, source: WeightsFile, keys: &[String]) -> Result<Self> {
         let mut checkpoint = Self::empty(file_name(path));
         let mapped = key_mapping::from_original(keys.iter().map(String::as_str));
         if let Some(key) = mapped.unknown.first() {
@@ -268,7 +268,7 @@ impl Checkpoint {
     }
 
     /// Opens a file that brings its configuration and tokenizer in its header.
-    fn canonical(name: String, source: SafetensorsFile) -> Result<Self> {
+    fn canonical(name: String, source: WeightsFile) -> Result<Self> {
         let path = source.path().to_path_buf();
         let mut checkpoint = Self::empty(name);
         checkpoint.is_configured = true;
@@ -391,7 +391,7 @@ impl Checkpoint {
             vae.add_folder(folder, "vae")?;
             return Ok(vae);
         }
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let mut vae = Self::empty(file_name(path));
         let keys = source.keys();
         let map = key_mapping::from_vae(keys.iter().map(String::as_str));
@@ -410,7 +410,7 @@ impl Checkpoint {
     /// Opens a network that enlarges images: one .safetensors file. Errors say what the file is
     /// instead.
     pub fn open_upscaler(path: &Path) -> Result<Self> {
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         let map = key_mapping::from_upscaler(keys.iter().map(String::as_str));
         let mut upscaler = Self::empty(file_name(path));

@@ -4,10 +4,10 @@
 use super::key_mapping::{self, Layout};
 use super::model_files::{self, file_name, read_json};
 use super::open::{TODAY, is_weights, only_file};
-use super::safetensors::SafetensorsFile;
 use super::transformers::{
     self, Drawn, Encoder, EncoderFile, EncoderKind, OTHER_ENCODERS, Release, Transformer,
 };
+use super::weights_file::WeightsFile;
 use super::{Checkpoint, ENCODERS, TRANSFORMER, TokenizerFiles, TokenizerSource, infer_config};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -56,7 +56,7 @@ impl PartFile {
         if !path.is_file() {
             return Ok(None);
         }
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         let all = || keys.iter().map(String::as_str);
         let layout = key_mapping::layout(all());
@@ -146,7 +146,7 @@ impl Checkpoint {
     /// Opens a file with the transformer of a family: alone, or with the other parts.
     pub(super) fn transformer_file(
         path: &Path,
-        source: SafetensorsFile,
+        source: WeightsFile,
         (family, prefix): (&'static Transformer, &str),
     ) -> Result<Self> {
         let Some(drawn) = family.drawn else {
@@ -218,7 +218,7 @@ impl Checkpoint {
         }
         let mut headers = vec![];
         for path in paths {
-            let keys = SafetensorsFile::open(&path)?.keys();
+            let keys = WeightsFile::open(&path)?.keys();
             headers.push((path, keys));
         }
         let mut found = vec![];
@@ -254,7 +254,7 @@ impl Checkpoint {
                 if let Some(file) = file.filter(|_| layout == Layout::Unknown)
                     && file.kind == encoder.kind
                 {
-                    let found = Found::file(path, SafetensorsFile::open(path)?, file)?;
+                    let found = Found::file(path, WeightsFile::open(path)?, file)?;
                     if encoder.fits(found.width, &checkpoint) {
                         fitting.push(path);
                     }
@@ -286,7 +286,7 @@ impl Checkpoint {
     fn add_vae(&mut self, path: &Path) -> Result<()> {
         let scale = infer_config::vae_scale(self);
         let config = Self::open_vae(path, scale)?.config("vae")?.clone();
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         let names = key_mapping::from_vae(keys.iter().map(String::as_str));
         self.add_source(source, |key| names.get(key).cloned().unwrap_or_default())?;
@@ -599,7 +599,7 @@ impl Found {
     }
 
     fn in_file(path: &Path) -> Result<Self> {
-        let source = SafetensorsFile::open(path)?;
+        let source = WeightsFile::open(path)?;
         let keys = source.keys();
         if let Some(file) = EncoderFile::find(keys.iter().map(String::as_str)) {
             return Self::file(path, source, file);
@@ -621,7 +621,7 @@ impl Found {
         }
     }
 
-    fn file(path: &Path, source: SafetensorsFile, file: EncoderFile) -> Result<Self> {
+    fn file(path: &Path, source: WeightsFile, file: EncoderFile) -> Result<Self> {
         let mut tensors = source.tensors();
         let embeddings = tensors.find(|(key, ..)| *key == file.embeddings);
         let width = embeddings.and_then(|(_, shape, _)| shape.get(1).copied());
@@ -651,7 +651,7 @@ impl Found {
             }
             Place::File { prefix } => {
                 let mut encoder = Checkpoint::empty(file_name(&self.path));
-                let source = SafetensorsFile::open(&self.path)?;
+                let source = WeightsFile::open(&self.path)?;
                 if let Some(json) = source.tokenizer() {
                     let tokenizer = TokenizerSource {
                         files: TokenizerFiles::Json(json.into()),

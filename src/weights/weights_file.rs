@@ -1,7 +1,6 @@
 //! One file of weights, safetensors or GGUF: its header, checked, and its bytes on demand. Nothing is
-//! mapped: a tensor
-//! is read when asked for, so a file that shrinks meanwhile is an error rather than a crash, and
-//! memory holds only what was asked for.
+//! mapped: a tensor is read when asked for, so a file that shrinks meanwhile is an error rather than a
+//! crash, and memory holds only what was asked for.
 
 use super::blocks::BlockType;
 use super::file;
@@ -91,7 +90,7 @@ struct Info {
 }
 
 /// An open file of weights.
-pub struct SafetensorsFile {
+pub struct WeightsFile {
     path: PathBuf,
     bytes: Bytes,
     /// offset of the data behind the header, in bytes
@@ -104,7 +103,7 @@ pub struct SafetensorsFile {
     tokenizer: Option<String>,
 }
 
-impl SafetensorsFile {
+impl WeightsFile {
     /// Opens a file and checks its header against its size. Errors name the file and what is wrong
     /// with it.
     pub fn open(path: &Path) -> Result<Self> {
@@ -707,7 +706,7 @@ mod tests {
             ("w", Dtype::I8, &[2, 3], &bytes),
             ("w_scale", Dtype::F32, &[2], &scales),
         ]);
-        let source = SafetensorsFile::open(file.path()).unwrap();
+        let source = WeightsFile::open(file.path()).unwrap();
         assert_eq!(
             source.tensors().map(|(name, ..)| name).collect::<Vec<_>>(),
             ["w"]
@@ -752,7 +751,7 @@ mod tests {
         ];
         for tensors in wrong {
             let file = file(tensors);
-            let error = SafetensorsFile::open(file.path())
+            let error = WeightsFile::open(file.path())
                 .unwrap()
                 .read("w")
                 .unwrap_err()

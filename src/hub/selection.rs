@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::Wanted;
 use super::reference::Reference;
-use crate::weights::TRANSFORMER_CLASSES;
 use crate::weights::model_files::{self, NoWeights, Precision};
+use crate::weights::{FLUX_CLASS, FLUX2_CLASS, SD3_CLASS, Z_IMAGE_CLASS};
 
 /// The list of a diffusers pipeline's components.
 pub const MODEL_INDEX: &str = "model_index.json";
@@ -151,7 +151,7 @@ fn is_drawn_transformer(index: &Value) -> bool {
     let class = index.get("transformer").and_then(|listed| listed.get(1));
     class
         .and_then(Value::as_str)
-        .is_some_and(|class| TRANSFORMER_CLASSES.contains(&class))
+        .is_some_and(|class| [SD3_CLASS, FLUX_CLASS, FLUX2_CLASS, Z_IMAGE_CLASS].contains(&class))
 }
 
 /// Whether a tokenizer that `model_index.json` lists is CLIP's, and not a language model's.

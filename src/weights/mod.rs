@@ -81,7 +81,5 @@ pub const FLUX2_CLASS: &str = "Flux2Transformer2DModel";
 pub const Z_IMAGE_CLASS: &str = "ZImageTransformer2DModel";
 /// diffusers' class of the pipeline of FLUX.1 Kontext, whose transformer is that of dev.
 pub const KONTEXT_PIPELINE: &str = "FluxKontextPipeline";
-/// The classes of all of them.
-pub const TRANSFORMER_CLASSES: [&str; 4] = [SD3_CLASS, FLUX_CLASS, FLUX2_CLASS, Z_IMAGE_CLASS];
 /// The text encoders. A U-Net's second also projects the whole text.
 pub const ENCODERS: [&str; 3] = ["text_encoder", "text_encoder_2", "text_encoder_3"];

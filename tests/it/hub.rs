@@ -1048,7 +1048,7 @@ fn names_that_lead_out_of_the_cache_are_refused() {
     let error = error_of(hub.snapshot("me/model/model.ckpt", false));
     assert_says(
         &error,
-        "not a `.safetensors` file",
+        "not a `.safetensors` or `.gguf` file",
         "owner/name/file.safetensors",
     );
     assert!(server.seen().is_empty());

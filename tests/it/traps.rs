@@ -1206,20 +1206,25 @@ fn a_single_file_of_another_family_is_named_as_such_and_not_as_half_a_model() {
     let dir = tempfile::tempdir().unwrap();
     let mut entries = real_header("real_sd1.json");
     entries.retain(|(key, _)| !key.starts_with("cond_stage_model."));
-    // a block of Stable Diffusion 3
+    // a block of AuraFlow
     entries.push((
-        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight".into(),
+        "model.diffusion_model.double_layers.0.attn.w1q.weight".into(),
         vec![4608, 1536],
     ));
-    write_header(&dir.path().join("sd3.safetensors"), &entries, None, None);
+    write_header(
+        &dir.path().join("auraflow.safetensors"),
+        &entries,
+        None,
+        None,
+    );
     for args in [
-        &["inspect", "sd3.safetensors"][..],
-        &["x", "-m", "sd3.safetensors"],
+        &["inspect", "auraflow.safetensors"][..],
+        &["x", "-m", "auraflow.safetensors"],
     ] {
         let said = fail(
             sdgen(dir.path()).args(args),
             3,
-            &["`sd3.safetensors` is a model of a family that sdgen does not draw yet"],
+            &["`auraflow.safetensors` is a model of a family that sdgen does not draw yet"],
         );
         assert!(!said.contains("only a part"), "{said}");
     }

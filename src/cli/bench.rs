@@ -320,10 +320,9 @@ fn table(name: &str, value: &Value, ceiling: Option<f64>) -> String {
 /// The type that random weights of a network are kept in: the published files of transformers are
 /// in bf16.
 fn kept(network: &BackboneConfig, compute: &Compute) -> DType {
-    match (network, compute.dtype) {
-        (BackboneConfig::UNet(_), dtype) => dtype,
-        (_, DType::F32) => DType::BF16,
-        (_, dtype) => dtype,
+    match compute.dtype {
+        DType::F32 if network.is_flow() => DType::BF16,
+        dtype => dtype,
     }
 }
 

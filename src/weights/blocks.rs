@@ -3,7 +3,7 @@
 //!
 //! Values are those of the `gguf` Python package's `dequantize`, bit for bit.
 
-use half::{bf16, f16};
+use half::f16;
 use rayon::prelude::*;
 
 /// Numbers of a block of the types that end in K.
@@ -15,12 +15,9 @@ const IQ4: [f32; 16] = [
     89.0, 113.0,
 ];
 
-/// How a GGUF file stores a tensor.
+/// How a GGUF file stores numbers in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockType {
-    F32,
-    F16,
-    Bf16,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -39,8 +36,6 @@ impl BlockType {
     /// The type of a number in a file, or its name if it is not read.
     pub fn of(number: u32) -> Result<Self, &'static str> {
         Ok(match number {
-            0 => Self::F32,
-            1 => Self::F16,
             2 => Self::Q4_0,
             3 => Self::Q4_1,
             6 => Self::Q5_0,
@@ -53,7 +48,6 @@ impl BlockType {
             14 => Self::Q6K,
             20 => Self::Iq4Nl,
             23 => Self::Iq4Xs,
-            30 => Self::Bf16,
             9 => return Err("Q8_1"),
             15 => return Err("Q8_K"),
             16 => return Err("IQ2_XXS"),
@@ -78,9 +72,6 @@ impl BlockType {
     /// Its name, in lower case.
     pub fn name(self) -> &'static str {
         match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
             Self::Q4_0 => "q4_0",
             Self::Q4_1 => "q4_1",
             Self::Q5_0 => "q5_0",
@@ -99,8 +90,6 @@ impl BlockType {
     /// The numbers of a block, and its bytes.
     pub fn block(self) -> (usize, usize) {
         match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::Bf16 => (1, 2),
             Self::Q4_0 | Self::Iq4Nl => (32, 18),
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
@@ -118,15 +107,6 @@ impl BlockType {
     /// The numbers of whole blocks.
     pub fn dequantize(self, raw: &[u8]) -> Vec<f32> {
         match self {
-            Self::F32 => each(raw, |bytes: &[u8; 4], out: &mut [f32; 1]| {
-                *out = [f32::from_le_bytes(*bytes)];
-            }),
-            Self::F16 => each(raw, |bytes: &[u8; 2], out: &mut [f32; 1]| {
-                *out = [f16::from_le_bytes(*bytes).to_f32()];
-            }),
-            Self::Bf16 => each(raw, |bytes: &[u8; 2], out: &mut [f32; 1]| {
-                *out = [bf16::from_le_bytes(*bytes).to_f32()];
-            }),
             Self::Q4_0 => each(raw, |block: &[u8; 18], out: &mut [f32; 32]| {
                 let d = half(block, 0);
                 nibbles(&block[2..], |i, q| out[i] = d * (f32::from(q) - 8.0));

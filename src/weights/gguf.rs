@@ -8,7 +8,7 @@
 //! Everything here comes from a file that may be damaged: counts and lengths are checked against
 //! what is left before memory is taken for them.
 
-use super::blocks::BlockType;
+use super::weights_file::{MAX_ELEMENTS, Stored};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -52,8 +52,7 @@ const QWEN_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+
 
 /// A tensor of the file.
 pub(super) struct GgufTensor {
-    /// its type, or the name of one that is not read
-    pub(super) stored: Result<BlockType, &'static str>,
+    pub(super) stored: Stored,
     pub(super) shape: Vec<usize>,
     /// its first byte behind the header, and its bytes, 0 where the type is not read
     pub(super) from: u64,
@@ -249,14 +248,13 @@ impl<R: Read> Reader<R> {
         shape.reverse();
         let elements = elements(&shape)
             .with_context(|| format!("the tensor `{name}` has the shape {shape:?}"))?;
-        let (stored, from) = (BlockType::of(self.u32()?), self.u64()?);
+        let (stored, from) = (Stored::of_ggml(self.u32()?), self.u64()?);
         ensure!(
             from.is_multiple_of(alignment),
             "the tensor `{name}` begins at {from}, which is no multiple of {alignment}"
         );
-        let bytes = match stored {
-            Ok(stored) => {
-                let (numbers, bytes) = stored.block();
+        let bytes = match stored.block() {
+            Some((numbers, bytes)) => {
                 let row = shape.last().copied().unwrap_or(1);
                 ensure!(
                     row.is_multiple_of(numbers),
@@ -264,7 +262,7 @@ impl<R: Read> Reader<R> {
                 );
                 (elements / numbers * bytes) as u64
             }
-            Err(_) => 0,
+            None => 0,
         };
         if let Some(original) = metadata.get(&format!("{ORIGINAL_SHAPE}{name}")) {
             let sizes = original.as_array().into_iter().flatten();
@@ -290,7 +288,7 @@ fn elements(shape: &[usize]) -> Option<usize> {
     let product = shape
         .iter()
         .try_fold(1_usize, |product, size| product.checked_mul(*size));
-    product.filter(|elements| *elements <= super::weights_file::MAX_ELEMENTS)
+    product.filter(|elements| *elements <= MAX_ELEMENTS)
 }
 
 /// The parts of llama.cpp's names of the layers of a decoder, and transformers'.

@@ -199,7 +199,7 @@ impl Checkpoint {
         for encoder in drawn.encoders {
             if checkpoint.has(encoder.component) {
                 infer_config::text_encoder(&mut checkpoint, encoder.component, encoder.kind)?;
-                checkpoint.tokenizer_beside(path, encoder)?;
+                checkpoint.tokenizer_beside(path, encoder.component, encoder.kind)?;
             }
         }
         if checkpoint.has("vae") {
@@ -423,10 +423,15 @@ impl Checkpoint {
     }
 
     /// Reads the tokenizer that lies beside a file, if there is one.
-    fn tokenizer_beside(&mut self, path: &Path, encoder: &Encoder) -> Result<()> {
+    fn tokenizer_beside(
+        &mut self,
+        path: &Path,
+        component: &'static str,
+        kind: EncoderKind,
+    ) -> Result<()> {
         let folder = path.parent().unwrap_or(Path::new("."));
-        if encoder.kind != EncoderKind::Clip && folder.join("tokenizer.json").exists() {
-            self.tokenizer_of_folder(folder, encoder.component, encoder.kind)?;
+        if kind != EncoderKind::Clip && folder.join("tokenizer.json").exists() {
+            self.tokenizer_of_folder(folder, component, kind)?;
         }
         Ok(())
     }
@@ -669,10 +674,7 @@ impl Found {
                 infer_config::text_encoder(&mut encoder, component, self.kind).with_context(
                     || format!("`{}` is not a whole text encoder", self.path.display()),
                 )?;
-                let folder = self.path.parent().unwrap_or(Path::new("."));
-                if self.kind != EncoderKind::Clip && folder.join("tokenizer.json").exists() {
-                    encoder.tokenizer_of_folder(folder, component, self.kind)?;
-                }
+                encoder.tokenizer_beside(&self.path, component, self.kind)?;
                 Ok(encoder)
             }
         }

@@ -60,7 +60,7 @@ enum Bytes {
 
 /// How a tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stored {
+pub(super) enum Stored {
     Plain(Dtype),
     Blocks(BlockType),
     /// in a type of this name, which is not read
@@ -68,6 +68,25 @@ enum Stored {
 }
 
 impl Stored {
+    /// The type of a number in a GGUF file.
+    pub(super) fn of_ggml(number: u32) -> Self {
+        match number {
+            0 => Self::Plain(Dtype::F32),
+            1 => Self::Plain(Dtype::F16),
+            30 => Self::Plain(Dtype::BF16),
+            _ => BlockType::of(number).map_or_else(Self::Unread, Self::Blocks),
+        }
+    }
+
+    /// The numbers that are stored together, and their bytes; none of a type that is not read.
+    pub(super) fn block(self) -> Option<(usize, usize)> {
+        match self {
+            Self::Plain(dtype) => Some((1, dtype.bitsize() / 8)),
+            Self::Blocks(blocks) => Some(blocks.block()),
+            Self::Unread(_) => None,
+        }
+    }
+
     fn name(self) -> String {
         match self {
             Self::Plain(dtype) => format!("{dtype:?}").to_lowercase(),
@@ -156,14 +175,7 @@ impl WeightsFile {
         for (name, tensor) in header.tensors {
             let from = usize::try_from(tensor.from)?;
             let info = Info {
-                stored: tensor
-                    .stored
-                    .map_or_else(Stored::Unread, |stored| match stored {
-                        BlockType::F32 => Stored::Plain(Dtype::F32),
-                        BlockType::F16 => Stored::Plain(Dtype::F16),
-                        BlockType::Bf16 => Stored::Plain(Dtype::BF16),
-                        blocks => Stored::Blocks(blocks),
-                    }),
+                stored: tensor.stored,
                 shape: tensor.shape,
                 data_offsets: (from, from + usize::try_from(tensor.bytes)?),
             };

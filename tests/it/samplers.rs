@@ -282,6 +282,27 @@ fn ode_samplers_converge_to_the_closed_form_on_gaussian_data_with_their_order() 
     }
 }
 
+/// Compares the mean and the spread of 16,384 values with those of the data.
+fn assert_gaussian(sampler: Sampler, result: &[f64]) {
+    let count = result.len() as f64;
+    let mean = result.iter().sum::<f64>() / count;
+    let squares = result.iter().map(|value| (value - mean).powi(2));
+    let deviation = (squares.sum::<f64>() / count).sqrt();
+    println!("{sampler}: mean {mean:.4}, deviation {deviation:.4}");
+    // the standard error of both is below 0.01; the rest is 60 steps' error
+    assert!((mean - MEAN).abs() < 0.03, "{sampler}: mean {mean}");
+    // diffusers' third order has the wrong sign on a term, see `dpm_weights`
+    let tolerance = if sampler == Sampler::Dpmpp3mSde {
+        0.12
+    } else {
+        0.06
+    };
+    assert!(
+        (deviation - DEVIATION).abs() < tolerance,
+        "{sampler}: deviation {deviation}"
+    );
+}
+
 #[test]
 fn random_samplers_give_the_mean_and_spread_of_gaussian_data() {
     let config = config("DPMSolverMultistepScheduler", json!({"clip_sample": false})).unwrap();
@@ -304,26 +325,7 @@ fn random_samplers_give_the_mean_and_spread_of_gaussian_data() {
         if draws == 0 {
             continue;
         }
-        let result = values(&result);
-        let mean = result.iter().sum::<f64>() / result.len() as f64;
-        let deviation = (result
-            .iter()
-            .map(|value| (value - mean).powi(2))
-            .sum::<f64>()
-            / result.len() as f64)
-            .sqrt();
-        // 16,384 values: the standard error of both is below 0.01; the rest is 60 steps' error
-        assert!((mean - MEAN).abs() < 0.03, "{sampler}: mean {mean}");
-        // diffusers' third order has the wrong sign on a term, see `dpm_weights`
-        let tolerance = if sampler == Sampler::Dpmpp3mSde {
-            0.12
-        } else {
-            0.06
-        };
-        assert!(
-            (deviation - DEVIATION).abs() < tolerance,
-            "{sampler}: deviation {deviation}"
-        );
+        assert_gaussian(sampler, &values(&result));
     }
 }
 
@@ -372,25 +374,7 @@ fn samplers_of_flow_matching_give_gaussian_data_and_the_rest_name_them() {
         };
         let result = sample(&plan, start, &mut denoise, &mut noise, &mut |_| Ok(None)).unwrap();
         let (x, result) = (values(&x), values(&result));
-        let count = result.len() as f64;
-        let mean = result.iter().sum::<f64>() / count;
-        let spread = result
-            .iter()
-            .map(|value| (value - mean).powi(2))
-            .sum::<f64>()
-            / count;
-        let deviation = spread.sqrt();
-        println!("{sampler}: mean {mean:.4}, deviation {deviation:.4}");
-        assert!((mean - MEAN).abs() < 0.03, "{sampler}: mean {mean}");
-        let tolerance = if sampler == Sampler::Dpmpp3mSde {
-            0.12
-        } else {
-            0.06
-        };
-        assert!(
-            (deviation - DEVIATION).abs() < tolerance,
-            "{sampler}: deviation {deviation}"
-        );
+        assert_gaussian(sampler, &result);
         if draws == 0 {
             // the ODE maps each noise to one picture
             let expected: Vec<f64> = x.iter().map(|x| MEAN + DEVIATION * x).collect();

@@ -28,9 +28,6 @@ const SPLIT_FILES: &str = "split_files";
 /// The repository of T5's tokenizer, which all its versions share.
 const T5_TOKENIZER: &str = "google-t5/t5-base";
 
-/// The ending of what ComfyUI writes beside 8-bit tensors, for itself.
-const COMFY_NOTE: &str = "comfy_quant";
-
 /// A file that is a part of a model.
 pub struct PartFile {
     /// the file's, without its ending
@@ -186,9 +183,6 @@ impl Checkpoint {
         }
         let mut checkpoint = Self::empty(file_name(path));
         checkpoint.add_source(source, names)?;
-        checkpoint
-            .unexpected_keys
-            .retain(|key| !key.ends_with(COMFY_NOTE));
         (drawn.configure)(&mut checkpoint).with_context(|| {
             format!(
                 "`{}` is not a whole transformer of {}",

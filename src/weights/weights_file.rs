@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -43,14 +44,60 @@ const RECOGNISED_BY: u64 = 1024;
 /// dimension.
 const SCALE: &str = "_scale";
 
+/// The ending of what says that a file's 8-bit floats have scales.
+const SCALED_FP8: &str = "scaled_fp8";
+
 /// Endings of what belongs to an 8-bit `.weight`: its scale, and that of what it is multiplied
 /// with in 8 bits.
-const COMPANIONS: [&str; 4] = [
+const COMPANIONS: [&str; 5] = [
+    NOTE,
     ".scale_weight",
     ".weight_scale",
     ".scale_input",
     ".input_scale",
 ];
+
+/// The ending of ComfyUI's note on a quantised layer, in JSON.
+const NOTE: &str = ".comfy_quant";
+
+/// The longest note that is read.
+const MAX_NOTE_BYTES: usize = 1 << 16;
+
+/// The key of the metadata under which these notes stand in newer files.
+const NOTES: &str = "_quantization_metadata";
+
+/// The formats of notes whose numbers are read.
+const FORMATS: [&str; 3] = ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise"];
+
+/// Endings of what only weights have that others quantised, and whose they are.
+const QUANTISED_BY_OTHERS: [(&str, &str); 3] = [
+    (".quant_state.bitsandbytes__nf4", "bitsandbytes' NF4"),
+    (".quant_state.bitsandbytes__fp4", "bitsandbytes' FP4"),
+    (".wscales", "Nunchaku's SVDQuant"),
+];
+
+/// What ComfyUI notes of a quantised layer.
+#[derive(Debug, Clone, Deserialize)]
+struct Note {
+    format: String,
+    /// whether each group of a row's numbers is rotated
+    #[serde(default)]
+    convrot: bool,
+    #[serde(default = "Note::group")]
+    convrot_groupsize: usize,
+}
+
+impl Note {
+    fn group() -> usize {
+        256
+    }
+}
+
+#[derive(Deserialize)]
+struct Notes {
+    #[serde(default)]
+    layers: HashMap<String, Note>,
+}
 
 enum Bytes {
     File(Mutex<File>),
@@ -118,6 +165,8 @@ pub struct WeightsFile {
     pub len: u64,
     tensors: BTreeMap<String, Info>,
     metadata: HashMap<String, String>,
+    /// of quantised layers
+    notes: HashMap<String, Note>,
     /// tokenizer.json of a text encoder, where the file holds one
     tokenizer: Option<String>,
 }
@@ -188,6 +237,7 @@ impl WeightsFile {
             len,
             tensors,
             metadata: HashMap::new(),
+            notes: HashMap::new(),
             tokenizer: header.tokenizer,
         })
     }
@@ -233,7 +283,7 @@ impl WeightsFile {
                 data_start + end
             );
         }
-        Ok(Self {
+        let mut checked = Self {
             path,
             bytes,
             data_start,
@@ -250,8 +300,53 @@ impl WeightsFile {
                 })
                 .collect(),
             metadata: header.metadata().clone().unwrap_or_default(),
+            notes: HashMap::new(),
             tokenizer: None,
-        })
+        };
+        checked.notes = checked.read_notes()?;
+        Ok(checked)
+    }
+
+    /// Reads the notes on quantised layers. Errors name a way of quantising that is not read.
+    fn read_notes(&self) -> Result<HashMap<String, Note>> {
+        let shown = self.path.display();
+        let mut notes = HashMap::new();
+        if let Some(text) = self.metadata(NOTES) {
+            let all: Notes = serde_json::from_str(text)
+                .with_context(|| format!("`{NOTES}` in the header of `{shown}` is damaged"))?;
+            notes.extend(all.layers);
+        }
+        for (name, info) in &self.tensors {
+            let by = QUANTISED_BY_OTHERS
+                .iter()
+                .find(|(end, _)| name.ends_with(end));
+            if let Some((_, by)) = by {
+                bail!(
+                    "`{shown}` is quantised as {by}, which sdgen does not read\n\nhint: fetch the model as fp8 or GGUF, such as Q4_K_M"
+                );
+            }
+            let (Some(layer), (from, to)) = (name.strip_suffix(NOTE), info.data_offsets) else {
+                continue;
+            };
+            let note = (to - from <= MAX_NOTE_BYTES).then(|| {
+                let bytes = self.bytes_of(from, to)?;
+                Ok::<_, anyhow::Error>(serde_json::from_slice(&bytes)?)
+            });
+            let note = note
+                .context("it is too long")
+                .flatten()
+                .with_context(|| format!("the note `{name}` of `{shown}` is damaged"))?;
+            notes.insert(layer.to_string(), note);
+        }
+        for (layer, note) in &notes {
+            if !FORMATS.contains(&&*note.format) {
+                bail!(
+                    "`{shown}` has its layer `{layer}` as {}, which sdgen does not read\n\nhint: fetch the model as fp8, int8 or GGUF, such as Q4_K_M",
+                    note.format
+                );
+            }
+        }
+        Ok(notes)
     }
 
     /// The file's path, or the name of the embedded model.
@@ -278,7 +373,8 @@ impl WeightsFile {
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, String)> {
         let is_8_bit = |name: &str| self.info(name).is_some_and(|info| info.stored.is_8_bit());
         let scales = move |name: &str| {
-            name.strip_suffix(SCALE).is_some_and(is_8_bit)
+            name.ends_with(SCALED_FP8)
+                || name.strip_suffix(SCALE).is_some_and(is_8_bit)
                 || COMPANIONS
                     .iter()
                     .filter_map(|end| name.strip_suffix(end))
@@ -466,7 +562,14 @@ impl WeightsFile {
             Dtype::I64 => numbers(&raw, |bytes| i64::from_le_bytes(bytes) as f32),
             Dtype::I8 => {
                 let rows = info.shape.first().copied().unwrap_or(1);
-                self.rescale(key, rows, &raw, |byte| f32::from(byte as i8))?
+                let mut values = self.rescale(key, rows, &raw, |byte| f32::from(byte as i8))?;
+                if let Some(note) = self.note(key).filter(|note| note.convrot) {
+                    let columns = values.len() / rows.max(1);
+                    rotate(&mut values, columns, note.convrot_groupsize).with_context(|| {
+                        format!("tensor `{key}` of `{shown}` cannot be rotated back")
+                    })?;
+                }
+                values
             }
             dtype if is_fp8(dtype) => {
                 let widen = if dtype == Dtype::F8_E5M2 {
@@ -486,6 +589,11 @@ impl WeightsFile {
             ),
         };
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// What is noted of a tensor's layer.
+    fn note(&self, key: &str) -> Option<&Note> {
+        self.notes.get(key.strip_suffix(".weight")?)
     }
 
     /// The name of the scale of an 8-bit tensor.
@@ -519,7 +627,7 @@ impl WeightsFile {
                 .to_vec1::<f32>()?,
             _ => vec![],
         };
-        if let ([scale], true) = (&*scales, is_float) {
+        if let ([scale], true) = (&*scales, is_float || self.note(key).is_some()) {
             scales = vec![*scale; rows];
         }
         if scales.len() != rows || raw.is_empty() {
@@ -555,6 +663,34 @@ impl Info {
             Stored::Unread(_) => true,
         }
     }
+}
+
+/// Multiplies each group of a row by a normalised Hadamard matrix, which is its own inverse: Kronecker
+/// powers of the one of four rows whose only negative number stands on the other diagonal. Errors if
+/// rows are not made of groups, or a group's length is no power of four.
+fn rotate(values: &mut [f32], columns: usize, group: usize) -> Result<()> {
+    if !(group.is_power_of_two() && group.trailing_zeros().is_multiple_of(2))
+        || group < 4
+        || !columns.is_multiple_of(group)
+    {
+        bail!("its rows of {columns} numbers are not made of groups of {group}");
+    }
+    values.par_chunks_exact_mut(group).for_each(|group| {
+        let mut step = 1;
+        while step < group.len() {
+            for square in group.chunks_exact_mut(4 * step) {
+                let (first, second) = square.split_at_mut(2 * step);
+                let ((a, b), (c, d)) = (first.split_at_mut(step), second.split_at_mut(step));
+                let rows = a.iter_mut().zip(b).zip(c.iter_mut().zip(d));
+                for ((a, b), (c, d)) in rows {
+                    let half = (*a + *b + *c + *d) / 2.0;
+                    (*a, *b, *c, *d) = (half - *d, half - *c, half - *b, half - *a);
+                }
+            }
+            step *= 4;
+        }
+    });
+    Ok(())
 }
 
 fn is_fp8(dtype: Dtype) -> bool {

@@ -535,6 +535,108 @@ fn fp8_is_read_as_the_numbers_that_it_holds() {
 }
 
 #[test]
+fn int8_with_comfyuis_notes_is_read_as_the_numbers_that_it_holds_rotated_back_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    copy_folder(&fixture("sd1"), &folder);
+    let unet = folder.join("unet/diffusion_pytorch_model.safetensors");
+    let (name, layer) = (
+        "mid_block.attentions.0.proj_in.weight",
+        "mid_block.attentions.0.proj_in",
+    );
+    let plain = load(&unet);
+    let (rows, columns) = (plain[name].dim(0).unwrap(), plain[name].dim(1).unwrap());
+    let codes: Vec<i8> = (0..rows * columns)
+        .map(|i| (i * 37 % 255) as u8 as i8)
+        .collect();
+    // H4 (x) H4, of numbers of 1/4
+    let sign = |i: usize, j: usize| if i + j == 3 { -1f32 } else { 1.0 };
+    let entry = |i: usize, j: usize| sign(i / 4, j / 4) * sign(i % 4, j % 4) / 4.0;
+    let rotated = |scale: &dyn Fn(usize) -> f32| -> Vec<f32> {
+        let number = |row: usize, column: usize| {
+            let group = column / 16 * 16;
+            (0..16)
+                .map(|i| {
+                    f32::from(codes[row * columns + group + i]) * scale(row) * entry(i, column % 16)
+                })
+                .sum::<f32>()
+        };
+        (0..rows)
+            .flat_map(|row| (0..columns).map(move |column| (row, column)))
+            .map(|(row, column)| number(row, column))
+            .collect()
+    };
+    let read = |scales: &[f32], shape: Vec<usize>, note: Option<&str>| {
+        let bytes = |x: &Tensor| -> Vec<u8> {
+            let values: Vec<f32> = values(&x.to_dtype(DType::F32).unwrap());
+            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        };
+        let mut all: Vec<_> = plain
+            .iter()
+            .filter(|(key, _)| *key != name)
+            .map(|(key, x)| (key.clone(), Dtype::F32, x.dims().to_vec(), bytes(x)))
+            .collect();
+        let shape_of = plain[name].dims().to_vec();
+        let raw = codes.iter().map(|code| *code as u8).collect();
+        all.push((name.into(), Dtype::I8, shape_of, raw));
+        let scales = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
+        all.push((format!("{layer}.weight_scale"), Dtype::F32, shape, scales));
+        if let Some(note) = note {
+            let bytes = note.as_bytes().to_vec();
+            all.push((
+                format!("{layer}.comfy_quant"),
+                Dtype::U8,
+                vec![bytes.len()],
+                bytes,
+            ));
+        }
+        write(&all, &unet);
+        let checkpoint = Checkpoint::open(Origin::Path(&folder))?;
+        let weights = checkpoint.weights("unet", &Device::Cpu, DType::F32);
+        let shape = [rows, columns];
+        weights.at(layer).get("weight", &shape).map(|x| values(&x))
+    };
+    let near = |got: Vec<f32>, expected: Vec<f32>| {
+        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs() / most);
+        assert!(off.fold(0f32, f32::max) < 1e-6);
+    };
+    let plainly = |scale: &dyn Fn(usize) -> f32| -> Vec<f32> {
+        let row = |i: usize| scale(i / columns);
+        codes
+            .iter()
+            .enumerate()
+            .map(|(i, code)| f32::from(*code) * row(i))
+            .collect()
+    };
+    let of_row = |row: usize| 0.01 + row as f32 * 0.001;
+    let of_rows: Vec<f32> = (0..rows).map(of_row).collect();
+    let tensorwise = r#"{"format": "int8_tensorwise"}"#;
+    let turned = r#"{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16}"#;
+    near(
+        read(&[0.02], vec![], Some(tensorwise)).unwrap(),
+        plainly(&|_| 0.02),
+    );
+    near(
+        read(&of_rows, vec![rows, 1], Some(tensorwise)).unwrap(),
+        plainly(&of_row),
+    );
+    near(read(&of_rows, vec![rows], None).unwrap(), plainly(&of_row));
+    near(
+        read(&of_rows, vec![rows, 1], Some(turned)).unwrap(),
+        rotated(&of_row),
+    );
+    for (note, says) in [
+        (r#"{"format": "nvfp4"}"#, "nvfp4, which sdgen does not read"),
+        (&turned.replace("16", "12"), "groups of 12"),
+        ("{", "the note `mid_block.attentions.0.proj_in.comfy_quant`"),
+    ] {
+        let error = read(&of_rows, vec![rows], Some(note)).unwrap_err();
+        assert!(format!("{error:#}").contains(says), "{error:#}");
+    }
+}
+
+#[test]
 fn a_safetensors_file_whose_header_is_as_long_as_a_pickle_begins_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let key = "lora_unet_mid_block_attentions_0_proj_in";

@@ -544,7 +544,9 @@ impl Lora {
     /// proportions of layers; none where these do not tell.
     fn is_of_flux2(&self) -> Option<bool> {
         const OWN: [&str; 3] = ["to_qkv_mlp_proj", "stream_modulation", "_linear_in"];
-        const OTHERS: [&str; 5] = [
+        const OTHERS: [&str; 7] = [
+            "_qkv_lora",
+            "_proj_lora",
             "_mod_lin",
             "_proj_mlp",
             "_ff_net_",

@@ -6,7 +6,7 @@ use crate::weights::{Checkpoint, transformers};
 use std::collections::BTreeMap;
 
 /// The endings of keys, and the slot of the tensor in its layer.
-const SLOTS: [(&str, &str); 54] = [
+const SLOTS: [(&str, &str); 56] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
@@ -61,6 +61,8 @@ const SLOTS: [(&str, &str); 54] = [
     (".boft_s", RESCALE),
     (".ia3_l", PEFT_IA3),
     // after all longer endings
+    (".up.weight", UP),
+    (".down.weight", DOWN),
     (".weight", FACTORS),
 ];
 pub const LOKR_CORE: &str = "lokr_t2";
@@ -120,6 +122,19 @@ const Z_IMAGE_LAYERS: [(&str, &str, Part); 4] = [
     ("_attention_to_out_0", "_attention_out", Part::Whole),
 ];
 
+/// The ends of FLUX.1's layers by its own names, flattened, and by those of XLabs' trainer, which of
+/// the first of a single block takes queries, keys and values alone.
+const XLABS_LAYERS: [(&str, &str); 6] = [
+    ("_img_attn_qkv", "_qkv_lora1"),
+    ("_txt_attn_qkv", "_qkv_lora2"),
+    ("_img_attn_proj", "_proj_lora1"),
+    ("_txt_attn_proj", "_proj_lora2"),
+    // whose endings `_lora.down.weight` are those of other files too
+    (SINGLE, "_qkv"),
+    ("_linear2", "_proj"),
+];
+const SINGLE: &str = "_linear1";
+
 /// The beginnings of the flattened names of layers that only transformers have.
 const OF_TRANSFORMERS: [&str; 10] = [
     "transformer_",
@@ -142,7 +157,9 @@ pub struct Target {
 
 /// Whether a key is a LoRA's (or a relative's) and no checkpoint has it.
 pub fn is_adapter_key(key: &str) -> bool {
-    const MARKS: [&str; 12] = [
+    const MARKS: [&str; 14] = [
+        "_lora1.",
+        "_lora2.",
         ".lora_",
         ".lora.",
         "_lora.",
@@ -281,6 +298,21 @@ impl LayerNames {
                     weight.strip_suffix(".weight"),
                     model.shape(&weight).is_some(),
                 ) {
+                    for (end, own) in XLABS_LAYERS {
+                        let part = match (end, &part) {
+                            (
+                                SINGLE,
+                                Part::Rows {
+                                    index, count: 1, ..
+                                },
+                            ) => Part::third(*index),
+                            (SINGLE, _) => continue,
+                            (_, part) => part.clone(),
+                        };
+                        if let Some(before) = name.strip_suffix(end) {
+                            add(format!("{before}{own}"), layer, part);
+                        }
+                    }
                     add(name.clone(), layer, part);
                 }
             }

@@ -376,6 +376,7 @@ fn time_network(
             scale,
             rescale: 0.0,
             deep_cache: DeepCache::every(1),
+            skip: None,
         })
     };
     let channels = sizes.network.in_channels();

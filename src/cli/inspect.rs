@@ -94,8 +94,9 @@ pub fn as_json(checkpoint: &Checkpoint) -> Result<Value> {
         "steps": defaults.steps, "guidance": defaults.guidance, "distilled": defaults.distilled, "bytes": checkpoint.bytes(), "model_hash": checkpoint.hash()?,
         "takes": match unet.kind()? {
             ModelKind::TextToImage => Value::Null,
-            ModelKind::Inpaint => "a picture and a mask: for inpainting".into(),
+            ModelKind::Inpaint | ModelKind::Fill => "a picture and a mask: for inpainting".into(),
             ModelKind::InstructPix2Pix => "a picture, which it edits".into(),
+            ModelKind::Control => "a picture of edges or depth, by which it draws".into(),
         },
         "parts": parts,
         "assumed": checkpoint.warnings().iter().chain(checkpoint.assumptions()).collect::<Vec<_>>(), "unused_tensors": checkpoint.unexpected_keys().len(),

@@ -24,6 +24,11 @@ pub enum ModelKind {
     /// InstructPix2Pix sees the latents of the image that it edits (Brooks et al. 2022, arXiv
     /// 2211.09800).
     InstructPix2Pix,
+    /// FLUX.1 Fill, for inpainting, sees the latents of the masked image and the mask pixel by pixel.
+    Fill,
+    /// FLUX.1 Canny and Depth see the latents of a picture of the edges or of the depth of what they
+    /// draw, which diffusers calls a control image.
+    Control,
 }
 
 /// The prompts of a batch as a network takes them.
@@ -62,6 +67,36 @@ impl From<Tensor> for Conditioning {
 }
 
 impl Conditioning {
+    /// The rows of so many from this one on.
+    pub fn rows(&self, from: usize, count: usize) -> TensorResult<Self> {
+        let narrow = |x: &Tensor| x.narrow(0, from, count);
+        let added_cond = match &self.added_cond {
+            Some(added) => Some(AddedCond {
+                text_embeds: narrow(&added.text_embeds)?,
+                time_ids: added
+                    .time_ids
+                    .iter()
+                    .skip(from)
+                    .take(count)
+                    .cloned()
+                    .collect(),
+            }),
+            None => None,
+        };
+        Ok(Self {
+            context: narrow(&self.context)?,
+            lengths: self
+                .lengths
+                .iter()
+                .skip(from)
+                .take(count)
+                .copied()
+                .collect(),
+            added_cond,
+            guidance: self.guidance,
+        })
+    }
+
     /// Concatenates two along the batch, of as many tokens each. The guidance scale is the first
     /// one's.
     pub fn cat(first: &Self, second: &Self) -> TensorResult<Self> {
@@ -152,9 +187,8 @@ impl BackboneConfig {
     pub fn kind(&self) -> Result<ModelKind> {
         match self {
             Self::UNet(config) => config.kind(),
-            Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => {
-                Ok(ModelKind::TextToImage)
-            }
+            Self::Flux(config) => config.kind(),
+            Self::Sd3(_) | Self::Flux2(_) | Self::ZImage(_) => Ok(ModelKind::TextToImage),
         }
     }
 
@@ -174,7 +208,7 @@ impl BackboneConfig {
         match self {
             Self::UNet(config) => config.in_channels,
             Self::Sd3(config) => config.in_channels,
-            Self::Flux(config) => config.latent_channels(),
+            Self::Flux(config) => config.in_channels / (flux::PATCH * flux::PATCH),
             Self::Flux2(config) => config.in_channels,
             Self::ZImage(config) => config.in_channels,
         }
@@ -235,6 +269,14 @@ impl BackboneConfig {
         match self {
             Self::UNet(_) => false,
             Self::Sd3(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => true,
+        }
+    }
+
+    /// The number of its blocks that skip-layer guidance may leave out.
+    pub fn blocks_to_skip(&self) -> usize {
+        match self {
+            Self::Sd3(config) => config.num_layers,
+            Self::UNet(_) | Self::Flux(_) | Self::Flux2(_) | Self::ZImage(_) => 0,
         }
     }
 
@@ -310,7 +352,7 @@ impl Backbone {
             Self::Flux(network) => Ok(Denoiser::Flux(network.with_conditioning(
                 cx,
                 conditioning,
-                &extra.references,
+                extra,
             )?)),
             Self::Flux2(network) => Ok(Denoiser::Flux2(network.with_conditioning(
                 cx,
@@ -350,6 +392,21 @@ impl Denoiser<'_> {
         cache: &mut Option<Tensor>,
     ) -> TensorResult<Tensor> {
         self.forward_cached_if(latents, timestep, Some(cache))
+    }
+
+    /// The same without these blocks. Errors for networks of which none can be left out.
+    pub fn forward_without(
+        &self,
+        blocks: &[usize],
+        latents: &Tensor,
+        timestep: f64,
+    ) -> TensorResult<Tensor> {
+        let Self::Sd3(network) = self else {
+            candle_core::bail!("no block of this network can be left out")
+        };
+        network
+            .forward_without(blocks, &latents.to_dtype(network.dtype())?, timestep)?
+            .to_dtype(latents.dtype())
     }
 
     fn forward_cached_if(

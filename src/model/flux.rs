@@ -5,7 +5,7 @@
 use super::joint::{
     ContinuousNorm, Embedder, FEED_FORWARD, JointBlock, Kind, Modulation, Widths, squares,
 };
-use super::{Conditioning, require_neutral};
+use super::{Conditioning, ExtraInputs, ModelKind, require_neutral};
 use crate::nn::Forward;
 use crate::nn::attention::{QkNorm, attention};
 use crate::nn::embed::sinusoids;
@@ -14,7 +14,7 @@ use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::stack::Stack;
 use crate::nn::weights::Weights;
 use crate::weights::config::{parse, require_sizes};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ use serde_json::{Value, json};
 const SAMPLE_SIZE: usize = 128;
 /// The side of the squares of latents that become a token.
 pub const PATCH: usize = 2;
+/// Pixels of a mask that belong to a latent.
+const MASK_PIXELS: usize = 8 * 8;
 /// The sines of a timestep, and of a guidance scale.
 const SINES: usize = 256;
 const ROPE_THETA: f64 = 10_000.0;
@@ -35,6 +37,8 @@ const ACTIVATIONS: u64 = 28;
 #[serde(default)]
 pub struct FluxConfig {
     pub in_channels: usize,
+    /// as many as it takes, but where it is told of a picture
+    pub out_channels: Option<usize>,
     pub num_layers: usize,
     pub num_single_layers: usize,
     pub attention_head_dim: usize,
@@ -53,6 +57,7 @@ impl Default for FluxConfig {
     fn default() -> Self {
         Self {
             in_channels: 64,
+            out_channels: None,
             num_layers: 19,
             num_single_layers: 38,
             attention_head_dim: 128,
@@ -71,18 +76,12 @@ impl FluxConfig {
     /// that names it.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = parse("transformer", value)?;
-        let given = value.get("out_channels").and_then(Value::as_u64);
-        ensure!(
-            given.is_none_or(|channels| channels == config.in_channels as u64),
-            "the transformer takes {} channels in and gives {}: it is one that is told of a picture (FLUX.1 Fill, Canny, Depth), which sdgen does not draw yet\n\nhint: FLUX.1 dev and schnell are drawn",
-            config.in_channels,
-            given.unwrap_or_default()
-        );
         require_neutral("transformer", value, &[("patch_size", json!(1))])?;
         require_sizes(
             "transformer",
             [
                 ("in_channels", config.in_channels, 4..=1 << 12),
+                ("out_channels", config.out_channels(), 4..=1 << 12),
                 ("num_layers", config.num_layers, 1..=256),
                 ("num_single_layers", config.num_single_layers, 0..=256),
                 ("attention_head_dim", config.attention_head_dim, 2..=1 << 12),
@@ -104,10 +103,11 @@ impl FluxConfig {
             ],
         )?;
         ensure!(
-            config.in_channels.is_multiple_of(PATCH * PATCH),
-            "`in_channels` of the transformer is {}, which does not fit: expected a multiple of 4",
-            config.in_channels
+            config.out_channels().is_multiple_of(PATCH * PATCH),
+            "the transformer gives {} channels, which does not fit: expected a multiple of 4",
+            config.out_channels()
         );
+        config.kind()?;
         ensure!(
             config.axes_dims_rope.len() == 3
                 && config.axes_dims_rope.iter().all(|width| width % 2 == 0)
@@ -124,9 +124,27 @@ impl FluxConfig {
         (SAMPLE_SIZE, SAMPLE_SIZE)
     }
 
+    fn out_channels(&self) -> usize {
+        self.out_channels.unwrap_or(self.in_channels)
+    }
+
     /// Channels of the latents.
     pub fn latent_channels(&self) -> usize {
-        self.in_channels / (PATCH * PATCH)
+        self.out_channels() / (PATCH * PATCH)
+    }
+
+    /// The task of the network, by what it takes beside the latents. Errors if no kind of model takes
+    /// that.
+    pub fn kind(&self) -> Result<ModelKind> {
+        let (takes, gives) = (self.in_channels, self.out_channels());
+        match takes.checked_sub(gives) {
+            Some(0) => Ok(ModelKind::TextToImage),
+            Some(more) if more == gives => Ok(ModelKind::Control),
+            Some(more) if more == gives + MASK_PIXELS * PATCH * PATCH => Ok(ModelKind::Fill),
+            _ => bail!(
+                "the transformer takes {takes} channels and gives {gives}: a kind of model that sdgen does not draw\n\nhint: of FLUX.1, dev, schnell, Kontext, Fill, Canny and Depth are drawn"
+            ),
+        }
     }
 
     /// Tokens of a prompt, as the model was trained.
@@ -210,19 +228,18 @@ impl Flux {
                 move |w| SingleBlock::new(w, widths),
             )?,
             norm_out: ContinuousNorm::new(LayerNorm::without_weights(w, width, EPS)?, norm_out),
-            proj_out: Linear::new(&w.at("proj_out"), width, channels)?,
+            proj_out: Linear::new(&w.at("proj_out"), width, config.out_channels())?,
             config: config.clone(),
             dtype: w.arithmetic(),
         })
     }
 
-    /// Binds the prompts of a batch, and the latents of its reference pictures, each [b, h, w, c].
-    /// Errors if what the network takes beside them is not given.
+    /// Binds the prompts of a batch, and what else it is told of. Errors if what the network takes beside them is not given.
     pub fn with_conditioning<'a>(
         &'a self,
         cx: Forward<'a>,
         conditioning: &Conditioning,
-        references: &[Tensor],
+        extra: ExtraInputs,
     ) -> TensorResult<ConditionedFlux<'a>> {
         let Some(added) = &conditioning.added_cond else {
             candle_core::bail!("the transformer takes a pooled text")
@@ -240,7 +257,7 @@ impl Flux {
         }
         let context = conditioning.context.to_dtype(self.dtype)?;
         let (mut tokens, mut sizes) = (vec![], vec![]);
-        for reference in references {
+        for reference in &extra.references {
             let (_, h, w, _) = reference.dims4()?;
             let reference = squares(&reference.to_dtype(self.dtype)?)?;
             tokens.push(self.x_embedder.forward(cx, &reference)?);
@@ -251,6 +268,7 @@ impl Flux {
             cx,
             context: self.context_embedder.forward(cx, &context)?,
             told,
+            concat: extra.concat.map(|it| it.to_dtype(self.dtype)).transpose()?,
             references: tokens,
             sizes,
         })
@@ -297,6 +315,8 @@ pub struct ConditionedFlux<'a> {
     context: Tensor,
     /// what is added to the embedding of the timestep, [b, width]
     told: Tensor,
+    /// what is concatenated to the channels of the latents, [b, h, w, k]
+    concat: Option<Tensor>,
     /// the tokens of each reference picture, [b, h*w, width], and its height and width in tokens
     references: Vec<Tensor>,
     sizes: Vec<(usize, usize)>,
@@ -315,10 +335,15 @@ impl ConditionedFlux<'_> {
             cx,
             context,
             told,
+            concat,
             references,
             sizes,
         } = self;
         let (cx, (b, h, w, c)) = (*cx, latents.dims4()?);
+        let latents = match concat {
+            Some(concat) => &Tensor::cat(&[latents, concat], 3)?,
+            None => latents,
+        };
         let time = network.embedded(cx, &network.time, timestep, latents.device())?;
         let time = Activation::Silu.forward(&told.broadcast_add(&time)?)?;
         let mut text = context.clone();

@@ -261,6 +261,16 @@ impl ConditionedSd3<'_> {
 
     /// Predicts the velocity: latents [b, h, w, c], timestep 0 to 1000 -> [b, h, w, c].
     pub fn forward(&self, latents: &Tensor, timestep: f64) -> TensorResult<Tensor> {
+        self.forward_without(&[], latents, timestep)
+    }
+
+    /// The same without these blocks, counted from 0.
+    pub fn forward_without(
+        &self,
+        blocks: &[usize],
+        latents: &Tensor,
+        timestep: f64,
+    ) -> TensorResult<Tensor> {
         let Self {
             network,
             cx,
@@ -276,8 +286,12 @@ impl ConditionedSd3<'_> {
         let time = Activation::Silu.forward(&told.broadcast_add(&time)?)?;
         let mut text = context.clone();
         let mut picture = network.tokens(cx, latents)?;
+        let mut numbers = 0..;
         network.transformer_blocks.each(|block| {
-            (text, picture) = block.forward(cx, (&text, &picture), &time, None)?;
+            let is_run = numbers.next().is_some_and(|nth| !blocks.contains(&nth));
+            if is_run {
+                (text, picture) = block.forward(cx, (&text, &picture), &time, None)?;
+            }
             Ok(())
         })?;
         let picture = network.norm_out.forward(cx, &picture, &time)?;

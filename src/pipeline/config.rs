@@ -62,7 +62,7 @@ impl PipelineConfig {
             );
         }
         Ok(Self {
-            preview: PreviewMap::of(&vae, base.added_ids > 0),
+            preview: PreviewMap::of(&vae, &base.backbone, base.added_ids > 0),
             learned_words: base.encoder.added_tokens(checkpoint)?,
             base,
             refiner,
@@ -88,6 +88,7 @@ impl PipelineConfig {
     /// How reference pictures are brought to a size that the network takes.
     pub fn reference_sizes(&self) -> ReferenceSizes {
         match self.base.backbone {
+            _ if self.base.kind == ModelKind::Control => ReferenceSizes::Drawing,
             BackboneConfig::Flux(_) => ReferenceSizes::Kontext,
             _ => ReferenceSizes::Flux2(self.vae.factor()),
         }
@@ -169,8 +170,8 @@ impl ModelConfig {
     /// starts from pure noise.
     pub fn strength(&self, asked: Option<f64>) -> Option<f64> {
         match self.kind {
-            ModelKind::TextToImage => Some(asked.unwrap_or(STRENGTH)),
-            ModelKind::Inpaint => Some(asked.unwrap_or(1.0)),
+            ModelKind::TextToImage | ModelKind::Control => Some(asked.unwrap_or(STRENGTH)),
+            ModelKind::Inpaint | ModelKind::Fill => Some(asked.unwrap_or(1.0)),
             ModelKind::InstructPix2Pix => asked,
         }
     }
@@ -191,10 +192,10 @@ impl ModelConfig {
             ..
         } = settings;
         match (self.kind, source) {
-            (ModelKind::Inpaint, None) => bail!(
+            (ModelKind::Inpaint | ModelKind::Fill, None) => bail!(
                 "`{model}` is for inpainting\n\nhint: it needs `--image FILE` and `--mask FILE`"
             ),
-            (ModelKind::Inpaint, Some(source)) if !source.repaints() => bail!(
+            (ModelKind::Inpaint | ModelKind::Fill, Some(source)) if !source.repaints() => bail!(
                 "`{model}` is for inpainting\n\nhint: tell it where with `--mask FILE`, white is \
                  repainted"
             ),
@@ -206,7 +207,8 @@ impl ModelConfig {
                 "`--strength` means nothing to `{model}`\n\nhint: `--image-guidance` is how \
                  closely it follows the picture"
             ),
-            (ModelKind::TextToImage | ModelKind::Inpaint, _) if image_guidance.is_some() => bail!(
+            (ModelKind::InstructPix2Pix, _) => Ok(()),
+            _ if image_guidance.is_some() => bail!(
                 "`--image-guidance` means nothing to `{model}`\n\nhint: leave it out; it is for \
                  models such as InstructPix2Pix"
             ),
@@ -216,7 +218,14 @@ impl ModelConfig {
 
     /// Errors if the network does not look at so many reference pictures.
     pub fn check_references(&self, count: usize, model: &str) -> Result<()> {
-        if count > 0 && !self.backbone.takes_references() {
+        let is_control = self.kind == ModelKind::Control;
+        if count == 0 && is_control {
+            bail!(
+                "`{model}` draws by the edges or the depth of a picture\n\nhint: it needs a picture of \
+                 these: `--reference FILE`"
+            );
+        }
+        if count > 0 && !is_control && !self.backbone.takes_references() {
             bail!(
                 "`--reference` means nothing to `{model}`\n\nhint: FLUX.2 klein and FLUX.1 Kontext \
                  look at reference pictures: `-m klein`; what a picture is drawn over is `--image FILE`"

@@ -7,14 +7,14 @@ use super::Run;
 use super::config::ModelConfig;
 use super::event::{Event, Preview};
 use super::fingerprint::Trace;
-use super::guidance::{CfgDenoiser, DeepCache, Guidance};
+use super::guidance::{CfgDenoiser, DeepCache, Guidance, SkippingPass};
 use super::init_latents::InitLatents;
 use super::job::Job;
 use super::prompt_cache::PromptCache;
 use super::references::for_passes;
 use super::settings::Settings;
 use crate::error::{Cancelled, NotFinite};
-use crate::model::{Backbone, ExtraInputs, LatentFormat, ModelKind, Posterior};
+use crate::model::{Backbone, Conditioning, ExtraInputs, LatentFormat, ModelKind, Posterior};
 use crate::nn::layers::is_finite;
 use crate::sampling::noise::Generator;
 use crate::sampling::{self, SamplingPlan, Step};
@@ -29,8 +29,8 @@ pub struct Denoising {
     pub traces: Vec<Trace>,
     /// height, width and channels of the latents of the present pass
     pub latent_shape: (usize, usize, usize),
-    /// latents of each reference picture, [b, h, w, c]
-    references: Vec<Tensor>,
+    /// latents of each reference picture in the size of the present pass, [b, h, w, c]
+    pub references: Vec<Posterior>,
     /// evaluations of networks so far
     done: usize,
     /// evaluations of networks in all passes
@@ -59,7 +59,7 @@ struct InitState {
 impl Denoising {
     /// The beginning of a batch with the latents of its reference pictures, [b, h, w, c] each. Errors
     /// if it is empty.
-    pub fn new(batch: &[&Job], references: Vec<Tensor>, run: &Run) -> Result<Self> {
+    pub fn new(batch: &[&Job], references: Vec<Posterior>, run: &Run) -> Result<Self> {
         let Some(first) = batch.first() else {
             anyhow::bail!("the batch is empty")
         };
@@ -106,12 +106,33 @@ impl Denoising {
         let cx = run.forward(settings);
         let mut texts = prompts.at(batch, first_call);
         let state = self.init(init, plan, batch, prompts, run)?;
+        let references = match prompts.config.kind {
+            ModelKind::Control => &[][..],
+            _ => &self.references,
+        };
         let extra = ExtraInputs {
             concat: state.concat,
-            references: for_passes(&self.references, guidance.passes())?,
+            references: for_passes(references, guidance.passes())?,
+        };
+        // the network that leaves blocks out sees the prompts, and no negative ones
+        let bind_skipping = |all: &Conditioning| {
+            let rows = all.context.dim(0)? / guidance.passes();
+            let prompts = all.rows(rows, rows * (guidance.passes() - 1))?;
+            backbone.bind(cx, &prompts, ExtraInputs::default())
+        };
+        let conditioning = prompts.of(batch, &texts)?;
+        let skip = match (&settings.skip_layer_guidance, guidance) {
+            (Some(options), Guidance::Text(_)) => Some(SkippingPass {
+                model: bind_skipping(&conditioning)?,
+                options: options.clone(),
+                calls: 0,
+                total: plan.evaluations(),
+            }),
+            _ => None,
         };
         let mut denoiser = CfgDenoiser {
-            model: backbone.bind(cx, &prompts.of(batch, &texts)?, extra.clone())?,
+            model: backbone.bind(cx, &conditioning, extra.clone())?,
+            skip,
             guidance: *guidance,
             weights: first.prompt_weights().collect(),
             scale: settings.true_guidance.unwrap_or(settings.guidance),
@@ -133,6 +154,9 @@ impl Denoising {
             if now != texts {
                 let conditioning = prompts.of(batch, &now).map_err(candle_core::Error::wrap)?;
                 denoiser.model = backbone.bind(cx, &conditioning, extra.clone())?;
+                if let Some(skip) = &mut denoiser.skip {
+                    skip.model = bind_skipping(&conditioning)?;
+                }
                 texts = now;
             }
             let denoised = denoiser.denoise(x, plan.scalings(sigma), timestep)?;
@@ -218,10 +242,16 @@ impl Denoising {
         let Self {
             generators,
             latent_shape,
+            references,
             ..
         } = self;
         let mut draw = || draw_noise(generators, *latent_shape, run);
         let config = prompts.config;
+        let control = match config.kind {
+            ModelKind::Control => references.first().map(|it| it.sample(&mut draw)),
+            _ => None,
+        };
+        let control = control.transpose()?;
         let image = init_image(images, config, settings.strength, &mut draw)?;
         let noise = with_variations(draw()?, batch)?;
         let mask = inpaint_mask(images)?;
@@ -231,6 +261,7 @@ impl Denoising {
             config,
             guidance: *guidance,
             latent_format,
+            control,
         };
         let concat = concat.make(mask.as_ref(), &mut draw)?;
         if self.done == 0 {
@@ -249,7 +280,7 @@ impl Denoising {
         };
         let inpaint = image
             .zip(mask)
-            .filter(|_| concat.is_none())
+            .filter(|_| matches!(config.kind, ModelKind::TextToImage | ModelKind::Control))
             .map(|(image, mask)| InpaintState { image, noise, mask });
         Ok(InitState {
             latents,
@@ -281,7 +312,7 @@ fn init_image(
     noise: &mut dyn FnMut() -> TensorResult<Tensor>,
 ) -> TensorResult<Option<Tensor>> {
     let is_needed = match config.kind {
-        ModelKind::TextToImage => true,
+        ModelKind::TextToImage | ModelKind::Fill | ModelKind::Control => true,
         ModelKind::Inpaint => strength < Some(1.0),
         ModelKind::InstructPix2Pix => false,
     };
@@ -307,12 +338,14 @@ fn inpaint_mask(images: &[Arc<InitLatents>]) -> TensorResult<Option<Tensor>> {
 }
 
 /// What some networks take beside the latents: inpainting models the mask and the masked image,
-/// InstructPix2Pix the image.
+/// InstructPix2Pix the image, FLUX.1 Canny and Depth the control image.
 struct Concat<'a> {
     images: &'a [Arc<InitLatents>],
     config: &'a ModelConfig,
     guidance: Guidance,
     latent_format: LatentFormat,
+    /// the latents of the control image, [b, h, w, c]
+    control: Option<Tensor>,
 }
 
 impl Concat<'_> {
@@ -323,17 +356,26 @@ impl Concat<'_> {
         noise: &mut dyn FnMut() -> TensorResult<Tensor>,
     ) -> TensorResult<Option<Tensor>> {
         let passes = self.guidance.passes();
+        let repeated = |concat: &Tensor| Tensor::cat(&vec![concat; passes], 0);
         if let Some(mask) = mask {
-            let masked = self
-                .images
-                .iter()
-                .filter_map(|init| Some(&init.inpaint.as_ref()?.masked_image));
+            let inpaint = || self.images.iter().filter_map(|init| init.inpaint.as_ref());
             // diffusers draws noise for it, whether the network takes it or not
-            let masked = Posterior::cat(masked)?.sample(noise)?;
-            if self.config.kind == ModelKind::Inpaint {
-                let concat = Tensor::cat(&[mask, &masked], 3)?;
-                return Tensor::cat(&vec![&concat; passes], 0).map(Some);
+            let masked = Posterior::cat(inpaint().map(|it| &it.masked_image))?.sample(noise)?;
+            let pixels = || {
+                let pixels: Vec<&Tensor> = inpaint().filter_map(|it| it.pixels.as_ref()).collect();
+                Tensor::cat(&pixels, 0)
+            };
+            let concat = match self.config.kind {
+                ModelKind::Inpaint => Some(Tensor::cat(&[mask, &masked], 3)?),
+                ModelKind::Fill => Some(Tensor::cat(&[masked, pixels()?], 3)?),
+                _ => None,
+            };
+            if let Some(concat) = concat {
+                return repeated(&concat).map(Some);
             }
+        }
+        if let Some(control) = &self.control {
+            return repeated(control).map(Some);
         }
         if self.config.kind != ModelKind::InstructPix2Pix {
             return Ok(None);

@@ -1,6 +1,7 @@
 //! The families of models, as data: how each is recognised and what it draws by default.
 
-use crate::model::BackboneConfig;
+use crate::model::flux::FluxConfig;
+use crate::model::{BackboneConfig, ModelKind};
 use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
 use crate::weights::{Checkpoint, TRANSFORMER, UNET, family_name};
@@ -86,6 +87,15 @@ const Z_IMAGE: Defaults = Defaults {
     distilled: None,
 };
 
+/// As in the examples of the model cards: FLUX.1 Fill, and Canny, whose edges are followed more closely
+/// than Depth's.
+const FLUX1_TOLD: Defaults = Defaults {
+    steps: 50,
+    guidance: 30.0,
+    ..FLUX1
+};
+const FLUX1_DEPTH: f64 = 10.0;
+
 /// The shift of its scheduler.
 const Z_IMAGE_SHIFT: f64 = 6.0;
 
@@ -99,7 +109,7 @@ pub const AESTHETIC_SCORES: [f64; 2] = [6.0, 2.5];
 pub const REFINE_AT: f64 = 0.8;
 
 /// (short name, hub id)
-pub const SHORT_NAMES: [(&str, &str); 24] = [
+pub const SHORT_NAMES: [(&str, &str); 27] = [
     ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd21", "stabilityai/stable-diffusion-2-1"),
     ("turbo", "stabilityai/sd-turbo"),
@@ -125,6 +135,9 @@ pub const SHORT_NAMES: [(&str, &str); 24] = [
     ("sd35-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"),
     ("flux-dev", "black-forest-labs/FLUX.1-dev"),
     ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
+    ("flux-fill", "black-forest-labs/FLUX.1-Fill-dev"),
+    ("flux-canny", "black-forest-labs/FLUX.1-Canny-dev"),
+    ("flux-depth", "black-forest-labs/FLUX.1-Depth-dev"),
     ("kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
     ("klein", "black-forest-labs/FLUX.2-klein-4B"),
     ("klein-base", "black-forest-labs/FLUX.2-klein-base-4B"),
@@ -229,7 +242,7 @@ impl Family {
         };
         let distilled = match self {
             Self::Sd3 => sd3_distilled(checkpoint),
-            Self::Flux1 => flux1_distilled(checkpoint),
+            Self::Flux1 => flux1_told(checkpoint).or_else(|| flux1_distilled(checkpoint)),
             Self::Flux2Klein => klein_distilled(checkpoint),
             Self::ZImage => z_image_distilled(checkpoint),
             _ => distilled(checkpoint),
@@ -252,6 +265,20 @@ fn sd3_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
         eta: None,
         distilled: Some("to four steps without guidance, by its name"),
     })
+}
+
+/// What a FLUX.1 that is told of a picture draws with. Only its name tells edges from depth.
+fn flux1_told(checkpoint: &Checkpoint) -> Option<Defaults> {
+    let config = FluxConfig::from_json(checkpoint.optional_config(TRANSFORMER)?).ok()?;
+    let is_canny = checkpoint.name.to_lowercase().contains("canny");
+    match config.kind().ok()? {
+        ModelKind::Control if !is_canny => Some(Defaults {
+            guidance: FLUX1_DEPTH,
+            ..FLUX1_TOLD
+        }),
+        ModelKind::Control | ModelKind::Fill => Some(FLUX1_TOLD),
+        _ => None,
+    }
 }
 
 /// What FLUX.1 schnell draws with, which dev is not: it takes no guidance scale.

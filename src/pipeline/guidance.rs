@@ -1,9 +1,16 @@
 //! Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) around the network: what a sampler
 //! calls `denoise`.
 
+use super::options::Scalar;
 use crate::model::Denoiser;
 use crate::sampling::Scalings;
 use candle_core::{D, Result, Tensor};
+use serde::{Deserialize, Serialize};
+use std::str::FromStr;
+
+/// As diffusers and Stability have them for Stable Diffusion 3.5 medium.
+const SKIPPED_BLOCKS: [usize; 3] = [7, 8, 9];
+const SKIPPING_STEPS: [f64; 2] = [0.01, 0.2];
 
 /// A network with its conditioning, seen as a denoiser.
 pub struct CfgDenoiser<'a> {
@@ -16,6 +23,8 @@ pub struct CfgDenoiser<'a> {
     /// how much of the guided output's spread is brought back to that of the prompt's alone, 0..=1
     pub rescale: f64,
     pub deep_cache: DeepCache,
+    /// for [`Guidance::Text`]
+    pub skip: Option<SkippingPass<'a>>,
 }
 
 /// What the network is told of in every step, and what is steered away from.
@@ -39,6 +48,98 @@ impl Guidance {
             Self::Text(prompts) => 1 + prompts,
             Self::TextAndImage(_) => 3,
         }
+    }
+}
+
+/// Skip-layer guidance: in some steps the prediction is also steered away from that of the prompts
+/// by the network without some of its blocks (Stability's for Stable Diffusion 3.5 medium; after Hong
+/// et al. 2023, arXiv 2210.00939).
+///
+/// As text `SCALE[:BLOCKS[:START:STOP]]`, such as `2.8:7,8,9:0.01:0.2`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "Scalar")]
+pub struct SkipLayers {
+    pub scale: f64,
+    /// the blocks that are left out, from 0
+    pub blocks: Vec<usize>,
+    /// the share of the steps after which it is on, and that from which on it is off again
+    pub steps: [f64; 2],
+}
+
+impl FromStr for SkipLayers {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parsed = || {
+            let mut parts = text.split(':');
+            let number = |text: &str| text.trim().parse::<f64>().ok();
+            let scale = number(parts.next()?).filter(|scale| (0.0..=1000.0).contains(scale))?;
+            let block = |text: &str| text.trim().parse::<usize>().ok();
+            let blocks = match parts.next() {
+                Some(blocks) => blocks.split(',').map(block).collect::<Option<_>>()?,
+                None => SKIPPED_BLOCKS.to_vec(),
+            };
+            let steps = match (parts.next(), parts.next(), parts.next()) {
+                (None, ..) => SKIPPING_STEPS,
+                (Some(start), Some(stop), None) => [number(start)?, number(stop)?],
+                _ => return None,
+            };
+            let [start, stop] = steps;
+            (0.0 <= start && start < stop && stop <= 1.0).then_some(Self {
+                scale,
+                blocks,
+                steps,
+            })
+        };
+        parsed().ok_or_else(|| {
+            "expected SCALE[:BLOCKS[:START:STOP]], a scale from 0 to 1000, numbers of blocks and shares \
+             of the steps, such as 2.8 or 2.8:7,8,9:0.01:0.2"
+                .into()
+        })
+    }
+}
+
+impl TryFrom<Scalar> for SkipLayers {
+    type Error = String;
+
+    fn try_from(Scalar(text): Scalar) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<SkipLayers> for String {
+    fn from(skip: SkipLayers) -> Self {
+        let SkipLayers {
+            scale,
+            blocks,
+            steps: [start, stop],
+        } = skip;
+        let blocks: Vec<String> = blocks.iter().map(usize::to_string).collect();
+        format!("{scale}:{}:{start}:{stop}", blocks.join(","))
+    }
+}
+
+/// The network without some of its blocks, in some of the steps.
+pub struct SkippingPass<'a> {
+    /// bound to the prompts alone
+    pub model: Denoiser<'a>,
+    pub options: SkipLayers,
+    /// runs of the network so far, and in all
+    pub calls: usize,
+    pub total: usize,
+}
+
+impl SkippingPass<'_> {
+    /// Its prediction where this step has one, strictly after the start and before the end.
+    fn forward(&mut self, input: &Tensor, timestep: f64) -> Result<Option<Tensor>> {
+        let [call, total] = [self.calls, self.total].map(|calls| calls as f64);
+        let [start, stop] = self.options.steps.map(|share| total * share);
+        self.calls += 1;
+        let output = || {
+            self.model
+                .forward_without(&self.options.blocks, input, timestep)
+        };
+        (call > start && call < stop).then(output).transpose()
     }
 }
 
@@ -91,6 +192,18 @@ impl CfgDenoiser<'_> {
                 let mut guided = unconditional.clone();
                 for (conditional, weight) in parts.iter().skip(1).zip(&self.weights) {
                     guided = (guided + ((conditional - unconditional)? * (self.scale * weight))?)?;
+                }
+                if let Some(skip) = &mut self.skip {
+                    let (b, prompts) = (x.dim(0)?, passes - 1);
+                    let input = input.narrow(0, b, prompts * b)?;
+                    if let Some(skipped) = skip.forward(&input, timestep)? {
+                        let skipped = skipped.chunk(prompts, 0)?;
+                        let pairs = parts.iter().skip(1).zip(&skipped);
+                        for ((conditional, skipped), weight) in pairs.zip(&self.weights) {
+                            let scale = skip.options.scale * weight;
+                            guided = (guided + ((conditional - skipped)? * scale)?)?;
+                        }
+                    }
                 }
                 if self.rescale > 0.0 {
                     rescaled(&guided, conditional, self.rescale)?

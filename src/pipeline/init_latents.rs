@@ -5,7 +5,7 @@ use super::inpaint::InitImage;
 use super::job::Job;
 use super::settings::{Settings, Source, Tile};
 use crate::image::Image;
-use crate::model::Posterior;
+use crate::model::{ModelKind, Posterior};
 use anyhow::Result;
 use candle_core::Tensor;
 use std::collections::HashMap;
@@ -29,6 +29,8 @@ pub struct InitLatents {
 pub struct InpaintLatents {
     /// [1, h, w, 1], 1 where it is repainted
     pub mask: Tensor,
+    /// the same of each pixel of a latent, [1, h, w, pixels], for networks that see it so
+    pub pixels: Option<Tensor>,
     /// of the image with grey where it is repainted
     pub masked_image: Posterior,
 }
@@ -130,9 +132,15 @@ impl InitLatents {
         let masked = init.masked_rgb(run.device())?;
         let masked = masked.map(|rgb| run.encode(&rgb, settings)).transpose()?;
         let mask = init.mask(run.vae_factor(), run.device())?;
-        let inpaint = mask
-            .zip(masked)
-            .map(|(mask, masked_image)| InpaintLatents { mask, masked_image });
+        let pixels = match run.pipeline.config.base.kind {
+            ModelKind::Fill => init.mask_of_pixels(run.vae_factor(), run.device())?,
+            _ => None,
+        };
+        let inpaint = mask.zip(masked).map(|(mask, masked_image)| InpaintLatents {
+            mask,
+            pixels,
+            masked_image,
+        });
         Ok(Self {
             image,
             composite: inpaint.is_some().then_some(init),

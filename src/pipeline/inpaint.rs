@@ -294,6 +294,20 @@ impl InitImage {
         Tensor::from_vec(values, (1, h, w, 1), device).map(Some)
     }
 
+    /// [1, h, w, factor*factor] for latents of so many pixels a side, each of these row by row: 1 where
+    /// it is repainted, 0 where not; none if all of them are.
+    pub fn mask_of_pixels(&self, factor: usize, device: &Device) -> TensorResult<Option<Tensor>> {
+        let Some(mask) = &self.mask else {
+            return Ok(None);
+        };
+        let (h, w) = (self.picture.height / factor, self.picture.width / factor);
+        let values: Vec<f32> = mask.iter().map(|is| f32::from(u8::from(*is))).collect();
+        Tensor::from_vec(values, (h, factor, w, factor), device)?
+            .permute((0, 2, 1, 3))?
+            .reshape((1, h, w, factor * factor))
+            .map(Some)
+    }
+
     /// Counts the pixels that are retained for compositing, 4 bytes each.
     pub fn composite_pixels(&self) -> usize {
         self.composite

@@ -87,12 +87,14 @@ impl Job {
                 a.guidance,
                 a.guidance_rescale,
                 a.true_guidance,
+                &a.skip_layer_guidance,
                 a.image_guidance,
                 a.deep_cache,
             ) == (
                 b.guidance,
                 b.guidance_rescale,
                 b.true_guidance,
+                &b.skip_layer_guidance,
                 b.image_guidance,
                 b.deep_cache,
             )

@@ -4,7 +4,7 @@ use super::Pipeline;
 use super::config::PipelineConfig;
 use super::job::Job;
 use super::settings::{Reference, Settings};
-use crate::model::BackboneConfig;
+use crate::model::{BackboneConfig, ModelKind};
 use crate::nn::cpu::peak_flops;
 use crate::nn::device::require_memory;
 use crate::weights::{BlockBytes, Checkpoint};
@@ -121,8 +121,11 @@ impl Pipeline {
         [self.final_latents(settings)].into_iter().chain(references)
     }
 
-    /// How many latents an image's reference pictures have.
+    /// How many latents an image's reference pictures add to those that the network sees.
     fn reference_latents(&self, settings: &Settings) -> usize {
+        if self.config.base.kind == ModelKind::Control {
+            return 0; // they are channels of the picture's own
+        }
         let latents = self.vae_latents(settings).skip(1);
         latents.map(|(h, w)| h * w).sum()
     }

@@ -28,7 +28,7 @@ use crate::error::ModelError;
 use crate::error::{Cancelled, Error, ErrorKind, NotFinite, OutOfMemory, mark_out_of_memory};
 use crate::image::Image;
 use crate::image::load::Fit;
-use crate::model::{Posterior, tiles};
+use crate::model::{ModelKind, Posterior, tiles};
 use crate::nn::Forward;
 use crate::nn::cpu::KeepAwake;
 use crate::nn::device::Compute;
@@ -396,12 +396,7 @@ impl<'a> Run<'a> {
         let start = Instant::now();
         let (compute, events) = (&self.pipeline.compute, self.events);
         let base = self.base();
-        let references = {
-            let mut cache = std::mem::take(&mut self.reference_latents);
-            let references = cache.get(batch, self);
-            self.reference_latents = cache;
-            references?
-        };
+        let references = self.references(batch)?;
         let mut denoising = Denoising::new(batch, references, self)?;
         let init = {
             let mut cache = std::mem::take(&mut self.init_latents);
@@ -429,6 +424,10 @@ impl<'a> Run<'a> {
             latents = self.refine(refiner, &mut denoising, batch, queue, &latents)?;
         } else if let Some(passes) = hires_passes(batch) {
             let init = self.enlarge(&latents, batch, &passes)?;
+            if self.pipeline.config.base.kind == ModelKind::Control {
+                // of the larger size
+                denoising.references = self.references(&passes.iter().collect::<Vec<_>>())?;
+            }
             denoising.latent_shape = self.pipeline.config.latent_shape(&passes[0].settings);
             events.stage("drawing it again, larger");
             let passes: Vec<&Job> = passes.iter().collect();
@@ -446,6 +445,14 @@ impl<'a> Run<'a> {
             denoising,
             sampling_s,
         })
+    }
+
+    /// The latents of a batch's reference pictures.
+    fn references(&mut self, batch: &[&Job]) -> Result<Vec<Posterior>> {
+        let mut cache = std::mem::take(&mut self.reference_latents);
+        let references = cache.get(batch, self);
+        self.reference_latents = cache;
+        references
     }
 
     /// Has the refiner finish the latents of a batch.
@@ -591,7 +598,9 @@ impl<'a> Run<'a> {
         self.options.keep_networks
             || batch.iter().any(|job| job.hires_plan.is_some())
             || self.init_latents.needs_encoder(queue.iter())
-            || self.reference_latents.needs_encoder(queue.iter())
+            || self
+                .reference_latents
+                .needs_encoder(queue.iter(), self.pipeline.config.reference_sizes())
     }
 
     /// Encodes RGB [1, h, w, 3] in 0..=1 to the latents of an image with these settings.

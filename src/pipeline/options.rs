@@ -6,6 +6,7 @@
 //! [`crate::pipeline::resolve`], which fills in what is left open.
 
 use crate::image::load::Fit;
+use crate::pipeline::guidance::SkipLayers;
 use crate::pipeline::settings::{Border, Point, Size, Tile};
 use crate::sampling::noise::Variation;
 use crate::sampling::{NamedSampler, Sampler, Schedule};
@@ -124,6 +125,15 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(value_parser = guidance))]
     #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub true_guidance: Option<f64>,
+    /// Steer away from what Stable Diffusion 3.5 medium draws without some blocks too, in early steps:
+    /// SCALE[:BLOCKS[:START:STOP]], such as 2.8 or 2.8:7,8,9:0.01:0.2
+    #[serde(alias = "skip-layer-guidance")]
+    #[cfg_attr(feature = "cli", arg(long, hide_short_help = true))]
+    #[cfg_attr(
+        feature = "cli",
+        arg(value_name = "X", help_heading = "Sampling")
+    )]
+    pub skip_layer_guidance: Option<SkipLayers>,
     /// The sampler by name
     #[serde(alias = "sampling_method", alias = "sampling-method")]
     #[cfg_attr(feature = "cli", arg(help = names_help(Sampler::names())))]
@@ -332,6 +342,9 @@ impl JobOptions {
             guidance: self.guidance.or(base.guidance),
             guidance_rescale: self.guidance_rescale.or(base.guidance_rescale),
             true_guidance: self.true_guidance.or(base.true_guidance),
+            skip_layer_guidance: self
+                .skip_layer_guidance
+                .or_else(|| base.skip_layer_guidance.clone()),
             sampler: self.sampler.or(base.sampler),
             schedule,
             eta: self.eta.or(base.eta),
@@ -605,7 +618,7 @@ fn one_or_more<'de, D: Deserializer<'de>>(
 }
 
 /// A number or a text, as the text that the command line would have for it.
-struct Scalar(String);
+pub(super) struct Scalar(pub(super) String);
 
 impl<'de> Deserialize<'de> for Scalar {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -1,7 +1,7 @@
 //! What pictures will be, while they are denoised: a linear map from latents to small pictures.
 
 use crate::image::Image;
-use crate::model::{Autoencoder, LatentFormat};
+use crate::model::{Autoencoder, BackboneConfig, LatentFormat};
 use candle_core::{DType, Result, Tensor};
 
 /// The latents of Stable Diffusion 1.x's and 2.x's VAEs.
@@ -56,6 +56,31 @@ const FLUX1_SHARES: [[f32; 3]; 17] = [
     [-0.028, -0.0881, -0.0499],
     [-0.1262, -0.0982, -0.0778],
     [-0.0329, -0.0718, -0.0851],
+];
+/// The latents of Stable Diffusion 3's VAE, and their shares, from the same place.
+const SD3: LatentFormat = LatentFormat {
+    channels: 16,
+    scaling_factor: 1.5305,
+    shift_factor: 0.0609,
+};
+const SD3_SHARES: [[f32; 3]; 17] = [
+    [-0.0922, -0.0175, 0.0749],
+    [0.0311, 0.0633, 0.0954],
+    [0.1994, 0.0927, 0.0458],
+    [0.0856, 0.0339, 0.0902],
+    [0.0587, 0.0272, -0.0496],
+    [-0.0006, 0.1104, 0.0309],
+    [0.0978, 0.0306, 0.0427],
+    [-0.0042, 0.1038, 0.1358],
+    [-0.0194, 0.002, 0.0669],
+    [-0.0488, 0.013, -0.0268],
+    [0.0922, 0.0988, 0.0951],
+    [-0.0278, 0.0524, -0.0542],
+    [0.0332, 0.0456, 0.0895],
+    [-0.0069, -0.003, -0.081],
+    [-0.0596, -0.0465, -0.0293],
+    [-0.1448, -0.1463, -0.1189],
+    [0.2394, 0.2135, 0.1925],
 ];
 /// The latents of FLUX.2's VAE as its network sees them, each of 2x2 of the VAE's, and the shares of
 /// these, from the same place.
@@ -119,13 +144,18 @@ pub struct PreviewMap {
 impl PreviewMap {
     /// The map of a VAE's latents, if one is known. TAESD's own scale does not tell whose latents
     /// it decodes: those of its model, which may be of SDXL's family.
-    pub fn of(vae: &Autoencoder, is_sdxl: bool) -> Option<Self> {
+    pub fn of(vae: &Autoencoder, model: &BackboneConfig, is_sdxl: bool) -> Option<Self> {
+        let of_model = match model {
+            BackboneConfig::UNet(_) if is_sdxl => SDXL,
+            BackboneConfig::UNet(_) => STABLE_DIFFUSION,
+            BackboneConfig::Sd3(_) => SD3,
+            BackboneConfig::Flux(_) | BackboneConfig::ZImage(_) => FLUX1,
+            BackboneConfig::Flux2(_) => FLUX2,
+        };
         let format = match vae {
             Autoencoder::Kl(vae) => vae.latent_format(),
-            Autoencoder::Tiny(vae) => LatentFormat {
-                channels: vae.latent_channels,
-                ..if is_sdxl { SDXL } else { STABLE_DIFFUSION }
-            },
+            Autoencoder::Tiny(vae) if vae.latent_channels == of_model.channels => of_model,
+            Autoencoder::Tiny(_) => return None,
         };
         let of_table = |table: &[[f32; 3]], side| {
             let (constant, shares) = table.split_last()?;
@@ -137,6 +167,8 @@ impl PreviewMap {
             of_table(&SDXL_SHARES, 1)
         } else if format == FLUX1 {
             of_table(&FLUX1_SHARES, 1)
+        } else if format == SD3 {
+            of_table(&SD3_SHARES, 1)
         } else if format == FLUX2 {
             of_table(&FLUX2_SHARES, 2)
         } else if format == MINI {
@@ -205,6 +237,7 @@ impl PreviewMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::flux::FluxConfig;
     use crate::model::vae::{Decoder, VaeConfig};
     use crate::nn::Forward;
     use crate::sampling::noise::Generator;
@@ -214,7 +247,8 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_black_and_pictures_stand_side_by_side() -> Result<()> {
-        let Some(preview) = PreviewMap::of(&Autoencoder::Kl(VaeConfig::default()), false) else {
+        let vae = Autoencoder::Kl(VaeConfig::default());
+        let Some(preview) = PreviewMap::of(&vae, &unet(), false) else {
             candle_core::bail!("no preview of Stable Diffusion")
         };
         let latents = [
@@ -238,10 +272,15 @@ mod tests {
         Ok(())
     }
 
+    fn unet() -> BackboneConfig {
+        BackboneConfig::UNet(Box::default())
+    }
+
     /// The picture of one pixel, if there is a map.
     fn pixel(vae: &str, is_sdxl: bool, latent: [f32; 4]) -> anyhow::Result<Option<Vec<u8>>> {
         let preview = PreviewMap::of(
             &Autoencoder::from_json(&serde_json::from_str(vae)?)?,
+            &unet(),
             is_sdxl,
         );
         let latent = Tensor::new(&latent, &Device::Cpu)?.reshape((1, 1, 1, 4))?;
@@ -277,7 +316,8 @@ mod tests {
     fn latents_of_flux_have_their_maps_and_those_of_the_second_four_pixels() -> anyhow::Result<()> {
         let map = |vae: &str| -> anyhow::Result<PreviewMap> {
             let vae = Autoencoder::from_json(&serde_json::from_str(vae)?)?;
-            PreviewMap::of(&vae, false).context("no map")
+            let flux = BackboneConfig::Flux(FluxConfig::default());
+            PreviewMap::of(&vae, &flux, false).context("no map")
         };
         let first = map(
             r#"{"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}"#,
@@ -287,6 +327,14 @@ mod tests {
         let picture = first.picture(&Tensor::new(latent, &Device::Cpu)?.reshape((1, 1, 1, 16))?)?;
         // 127.5 * (1 + constant + 2 * share)
         assert_eq!(picture.rgb, [149, 138, 106]);
+        let tiny = map(r#"{"_class_name": "AutoencoderTiny", "latent_channels": 16}"#)?;
+        assert_eq!(tiny.rows, first.rows);
+        // Stable Diffusion 3's is another one of as many channels
+        let third = map(
+            r#"{"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}"#,
+        )?;
+        let grey = third.picture(&Tensor::zeros((1, 1, 1, 16), DType::F32, &Device::Cpu)?)?;
+        assert_eq!(grey.rgb, [158, 155, 152]);
         let second = map(r#"{"_class_name": "AutoencoderKLFlux2", "latent_channels": 32}"#)?;
         // the VAE's channel 3, of the pixel at the bottom left
         let mut latent = vec![0f32; 128];
@@ -305,7 +353,7 @@ mod tests {
     -> anyhow::Result<()> {
         let checkpoint = Checkpoint::open(Origin::Embedded)?;
         let vae = VaeConfig::from_json(checkpoint.config("vae")?)?;
-        let preview = PreviewMap::of(&Autoencoder::Kl(vae.clone()), false)
+        let preview = PreviewMap::of(&Autoencoder::Kl(vae.clone()), &unet(), false)
             .context("no preview of the embedded model")?;
         let decoder = Decoder::new(&checkpoint.weights("vae", &Device::Cpu, DType::F32), &vae)?;
         let latents = Generator::new(1).latents(8, 8, 32)?;

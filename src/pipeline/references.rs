@@ -10,6 +10,7 @@ use super::options::JobOptions;
 use super::settings::{Reference, Settings};
 use crate::image::Image;
 use crate::image::load::{Fit, Input};
+use crate::model::Posterior;
 use anyhow::{Context, Result, ensure};
 use candle_core::{Result as TensorResult, Tensor};
 use std::collections::HashMap;
@@ -53,7 +54,12 @@ const MAX_CACHED: usize = 64;
 pub struct ReferenceFinder {
     /// one for all images of a run that have the same
     found: HashMap<Vec<PathBuf>, Arc<[Reference]>>,
+    /// the same at the size of drawings
+    drawn: HashMap<Drawn, Arc<[Reference]>>,
 }
+
+/// Files, and the size of a drawing.
+type Drawn = (Vec<PathBuf>, (usize, usize));
 
 impl ReferenceFinder {
     /// Returns the reference pictures that the options name, in their order, in sizes by this rule.
@@ -85,6 +91,30 @@ impl ReferenceFinder {
         self.found.insert(paths.clone(), found.clone());
         Ok(found)
     }
+
+    /// Returns the reference pictures that the options name as a drawing of this size has them, which
+    /// is another one by [`ReferenceSizes::Drawing`] only.
+    pub fn for_drawing(
+        &mut self,
+        options: &JobOptions,
+        rule: ReferenceSizes,
+        found: Arc<[Reference]>,
+        (width, height): (usize, usize),
+    ) -> Arc<[Reference]> {
+        let Some(paths) = options.reference.as_ref().filter(|_| rule.is_of_drawing()) else {
+            return found;
+        };
+        let key = (paths.clone(), (width, height));
+        let of_drawing = |reference: &Reference| Reference {
+            width,
+            height,
+            ..reference.clone()
+        };
+        self.drawn
+            .entry(key)
+            .or_insert_with(|| found.iter().map(of_drawing).collect())
+            .clone()
+    }
 }
 
 /// How a picture is brought to a size that the network takes.
@@ -94,6 +124,8 @@ pub enum ReferenceSizes {
     Flux2(usize),
     /// resized to the size of the nearest shape that it was trained on
     Kontext,
+    /// resized to the size of what is drawn, which is its own where nobody says
+    Drawing,
 }
 
 impl ReferenceSizes {
@@ -110,7 +142,12 @@ impl ReferenceSizes {
                     .min_by(|a, b| off(a).total_cmp(&off(b)));
                 Ok([nearest.unwrap_or(own); 2])
             }
+            Self::Drawing => Ok([own; 2]),
         }
+    }
+
+    fn is_of_drawing(self) -> bool {
+        matches!(self, Self::Drawing)
     }
 }
 
@@ -138,9 +175,13 @@ fn sizes((width, height): (usize, usize), factor: usize) -> Result<[(usize, usiz
     Ok([resized, (whole(resized.0), whole(resized.1))])
 }
 
-/// A picture as the network looks at it: its middle, in a size by this rule.
-fn prepared(picture: &Image, rule: ReferenceSizes) -> Result<Image> {
-    let [(width, height), cropped] = rule.of((picture.width, picture.height))?;
+/// A picture as the network looks at it while it makes a `drawing` of this size: its middle, in a
+/// size by this rule.
+fn prepared(picture: &Image, rule: ReferenceSizes, drawing: (usize, usize)) -> Result<Image> {
+    let [(width, height), cropped] = match rule {
+        ReferenceSizes::Drawing => [drawing; 2],
+        _ => rule.of((picture.width, picture.height))?,
+    };
     Ok(middle(&picture.fit(width, height, Fit::Stretch), cropped))
 }
 
@@ -158,17 +199,24 @@ fn middle(picture: &Image, (width, height): (usize, usize)) -> Image {
     Image { width, height, rgb }
 }
 
-/// The hash of a picture, and whether it is encoded in tiles.
-type Key = (Arc<str>, bool);
+/// The hash of a picture, whether it is encoded in tiles, and the size of the drawing where its own
+/// depends on that.
+type Key = (Arc<str>, bool, Option<(usize, usize)>);
+
+fn key(reference: &Reference, settings: &Settings, rule: ReferenceSizes) -> Key {
+    let drawing = (settings.width, settings.height);
+    let drawing = rule.is_of_drawing().then_some(drawing);
+    (reference.image_hash.clone(), settings.vae_tiling, drawing)
+}
 
 /// The latents of the reference pictures of a run.
 #[derive(Default)]
-pub struct ReferenceLatents(HashMap<Key, Tensor>);
+pub struct ReferenceLatents(HashMap<Key, Posterior>);
 
 impl ReferenceLatents {
     /// Returns the latents of a batch's reference pictures, [b, h, w, c] of each in its turn. All
     /// images of the batch have as many, of the same sizes.
-    pub fn get(&mut self, batch: &[&Job], run: &Run) -> Result<Vec<Tensor>> {
+    pub fn get(&mut self, batch: &[&Job], run: &Run) -> Result<Vec<Posterior>> {
         let count = batch.first().map_or(0, |job| job.settings.references.len());
         let mut all = vec![];
         for nth in 0..count {
@@ -179,14 +227,20 @@ impl ReferenceLatents {
                     latents.push(self.of_one(reference, settings, run)?);
                 }
             }
-            all.push(Tensor::cat(&latents, 0)?);
+            all.push(Posterior::cat(latents.iter())?);
         }
         Ok(all)
     }
 
     /// [1, h, w, c]
-    fn of_one(&mut self, reference: &Reference, settings: &Settings, run: &Run) -> Result<Tensor> {
-        let key = (reference.image_hash.clone(), settings.vae_tiling);
+    fn of_one(
+        &mut self,
+        reference: &Reference,
+        settings: &Settings,
+        run: &Run,
+    ) -> Result<Posterior> {
+        let rule = run.pipeline.config.reference_sizes();
+        let key = key(reference, settings, rule);
         if let Some(latents) = self.0.get(&key) {
             return Ok(latents.clone());
         }
@@ -198,12 +252,9 @@ impl ReferenceLatents {
             input.sha256() == **image_hash,
             "`{image}` is another picture than it was\n\nhint: what is drawn after it would be another one too"
         );
-        let rule = run.pipeline.config.reference_sizes();
-        let picture = prepared(&input.over_white(), rule)?;
-        // as in diffusers, the middle of the distribution
-        let latents = run
-            .encode(&picture.to_tensor(run.device())?, settings)?
-            .mean;
+        let drawing = (settings.width, settings.height);
+        let picture = prepared(&input.over_white(), rule, drawing)?;
+        let latents = run.encode(&picture.to_tensor(run.device())?, settings)?;
         if self.0.len() >= MAX_CACHED {
             self.0.clear();
         }
@@ -212,25 +263,23 @@ impl ReferenceLatents {
     }
 
     /// Whether one of these jobs needs an encoder that has not run for it yet.
-    pub fn needs_encoder<'j>(&self, mut jobs: impl Iterator<Item = &'j Job>) -> bool {
+    pub fn needs_encoder<'j>(
+        &self,
+        mut jobs: impl Iterator<Item = &'j Job>,
+        rule: ReferenceSizes,
+    ) -> bool {
         jobs.any(|job| {
-            let Settings {
-                references,
-                vae_tiling,
-                ..
-            } = &job.settings;
-            let key = |reference: &Reference| (reference.image_hash.clone(), *vae_tiling);
-            references
-                .iter()
-                .any(|reference| !self.0.contains_key(&key(reference)))
+            let settings = &job.settings;
+            let is_known = |it: &Reference| self.0.contains_key(&key(it, settings, rule));
+            !settings.references.iter().all(is_known)
         })
     }
 }
 
 /// Latents [b, h, w, c] of each reference picture, for a network that runs so often for each image
-/// of the batch.
-pub fn for_passes(latents: &[Tensor], passes: usize) -> TensorResult<Vec<Tensor>> {
-    let repeat = |latents| Tensor::cat(&vec![latents; passes], 0);
+/// of the batch: as in diffusers, the middle of the distribution.
+pub fn for_passes(latents: &[Posterior], passes: usize) -> TensorResult<Vec<Tensor>> {
+    let repeat = |latents: &Posterior| Tensor::cat(&vec![&latents.mean; passes], 0);
     latents.iter().map(repeat).collect()
 }
 
@@ -270,7 +319,7 @@ mod tests {
             height: 70,
             rgb,
         };
-        let cut = prepared(&picture, ReferenceSizes::Flux2(16)).unwrap();
+        let cut = prepared(&picture, ReferenceSizes::Flux2(16), (32, 32)).unwrap();
         assert_eq!((cut.width, cut.height), (96, 64));
         assert_eq!(cut.rgb[..3], [2, 3, 0]);
         assert_eq!(cut.rgb[96 * 64 * 3 - 3..], [97, 66, 0]);

@@ -3,7 +3,7 @@
 
 use super::Pipeline;
 use super::family::{Defaults, Family, REFINE_AT};
-use super::guidance::Guidance;
+use super::guidance::{Guidance, SkipLayers};
 use super::inpaint::InitImageFinder;
 use super::job::Job;
 use super::options::{GUIDANCES, JobOptions, VaeTiling};
@@ -231,9 +231,8 @@ impl<'a> Resolver<'a> {
         let source = self.init_images.find(options)?;
         let count = options.reference.as_ref().map_or(0, Vec::len);
         base.check_references(count, &self.model)?;
-        let references = self
-            .references
-            .find(options, pipeline.config.reference_sizes())?;
+        let rule = pipeline.config.reference_sizes();
+        let references = self.references.find(options, rule)?;
         // as in diffusers, a picture has the size of the first that it is drawn after
         let of = match (&source, references.first()) {
             (Some((source, of)), _) if source.only_masked.is_none() => Some(*of),
@@ -247,6 +246,9 @@ impl<'a> Resolver<'a> {
                 options.height.unwrap_or(own.1),
             ),
         };
+        let references = self
+            .references
+            .for_drawing(options, rule, references, (width, height));
         let sampler = match options.sampler {
             Some(named) => named.sampler,
             None => base.scheduler.sampler().context(ModelError)?,
@@ -284,6 +286,7 @@ impl<'a> Resolver<'a> {
             guidance: options.guidance.unwrap_or(defaults.guidance),
             guidance_rescale: options.guidance_rescale.unwrap_or(0.0),
             true_guidance: options.true_guidance,
+            skip_layer_guidance: options.skip_layer_guidance.clone(),
             sampler,
             schedule: options.schedule().map(|schedule| match schedule {
                 Schedule::Ays if base.added_ids > 0 => Schedule::AysSdxl,
@@ -502,6 +505,30 @@ impl<'a> Resolver<'a> {
                  FLUX.1 dev",
                 settings.model
             );
+        }
+        if let Some(SkipLayers { blocks, .. }) = &settings.skip_layer_guidance {
+            let count = config.base.backbone.blocks_to_skip();
+            if count == 0 {
+                bail!(
+                    "`--skip-layer-guidance` means nothing to `{}`\n\nhint: leave it out; only the \
+                     transformers of Stable Diffusion 3 take it",
+                    settings.model
+                );
+            }
+            if let Some(block) = blocks.iter().find(|block| **block >= count) {
+                bail!(
+                    "`--skip-layer-guidance` names the block {block}, `{}` has those from 0 to {}\n\n\
+                     hint: name others, as in `--skip-layer-guidance 2.8:7,8,9`",
+                    settings.model,
+                    count - 1
+                );
+            }
+            if *guidance <= 1.0 {
+                bail!(
+                    "`--skip-layer-guidance` needs guidance by the negative prompt\n\nhint: use \
+                     `--guidance` above 1"
+                );
+            }
         }
         let sizes = given(&[
             ("original-size", settings.original_size.is_some()),

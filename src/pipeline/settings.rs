@@ -1,6 +1,7 @@
 //! What one picture is: everything that determines its pixels, as the metadata in its file says it.
 
 use super::fingerprint::Trace;
+use super::guidance::SkipLayers;
 use crate::image::load::Fit;
 use crate::image::{MAX_SIDE_PX, Metadata, Parameters, parameters};
 use crate::nn::PaddingMode;
@@ -47,6 +48,9 @@ pub struct Settings {
     /// of a model that takes `guidance` as an input: guidance by the negative prompt; none: off
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub true_guidance: Option<f64>,
+    /// guidance away from the network without some of its blocks; none: off
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_layer_guidance: Option<SkipLayers>,
     pub sampler: Sampler,
     /// none: the checkpoint's own
     pub schedule: Option<Schedule>,
@@ -442,6 +446,11 @@ impl Settings {
         extra.extend(
             self.true_guidance
                 .map(|scale| ("True CFG scale", scale.to_string())),
+        );
+        extra.extend(
+            self.skip_layer_guidance
+                .clone()
+                .map(|skip| ("Skip layer guidance", skip.into())),
         );
         extra.extend(
             self.strength

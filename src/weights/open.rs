@@ -61,7 +61,7 @@ const OTHER_PIPELINES: [&str; 16] = [
 ];
 
 /// Those of these that are drawn.
-const DRAWN_PIPELINES: [&str; 11] = [
+const DRAWN_PIPELINES: [&str; 15] = [
     KONTEXT_PIPELINE,
     "StableDiffusion3Pipeline",
     "StableDiffusion3Img2ImgPipeline",
@@ -69,6 +69,10 @@ const DRAWN_PIPELINES: [&str; 11] = [
     "FluxPipeline",
     "FluxImg2ImgPipeline",
     "FluxInpaintPipeline",
+    "FluxFillPipeline",
+    "FluxControlPipeline",
+    "FluxControlImg2ImgPipeline",
+    "FluxControlInpaintPipeline",
     "Flux2KleinPipeline",
     "ZImagePipeline",
     "ZImageImg2ImgPipeline",

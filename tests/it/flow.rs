@@ -270,6 +270,7 @@ fn latents_after_every_step(
             scale,
             rescale: 0.0,
             deep_cache: DeepCache::every(1),
+            skip: None,
         };
         let mut generator = Generator::new(run["seed"].as_u64().unwrap());
         let noise = generator.latents(h, w, channels).unwrap();
@@ -940,6 +941,164 @@ fn transformers_of_text_and_picture_predict_the_same_velocities() {
 }
 
 #[test]
+fn blocks_are_left_out_of_stable_diffusion_3_alone_and_by_their_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("sd3"), &dir.path().join("sd3"));
+    let draw = |model: &str, args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args([
+                "a frog", "-s", "1", "--steps", "4", "-W", "32", "-H", "32", "-m", model,
+            ])
+            .args(["-o", "x.png", "--force", "-q"])
+            .args(args);
+        command
+    };
+    let flux = fixture("flux");
+    let flux = flux.to_str().unwrap();
+    let cases: [(&str, &[&str], &str); 5] = [
+        (flux, &["--skip-layer-guidance", "2.8"], "means nothing to"),
+        (
+            "sd3",
+            &["--skip-layer-guidance", "2.8"],
+            "names the block 7, `sd3` has those from 0 to 2",
+        ),
+        (
+            "sd3",
+            &["-g", "1", "--skip-layer-guidance", "2.8:1"],
+            "needs guidance",
+        ),
+        (
+            "sd3",
+            &["--skip-layer-guidance", "2.8:one"],
+            "SCALE[:BLOCKS[:START:STOP]]",
+        ),
+        (
+            "sd3",
+            &["--skip-layer-guidance", "2.8:1:0.5:0.2"],
+            "SCALE[:BLOCKS[:START:STOP]]",
+        ),
+    ];
+    for (model, args, says) in cases {
+        fail(&mut draw(model, args), 2, &[says]);
+    }
+    let picture = |args: &[&str]| {
+        succeed(&mut draw("sd3", args));
+        pixels(&dir.path().join("x.png"))
+    };
+    let plain = picture(&[]);
+    // one of four steps, the second, is strictly between the hundredth and two fifths of them
+    let skipping = picture(&["--skip-layer-guidance", "2.8:1:0.01:0.4"]);
+    assert_ne!(plain, skipping);
+    assert_eq!(plain, picture(&["--skip-layer-guidance", "0:1:0.01:0.4"]));
+    assert_eq!(plain, picture(&["--skip-layer-guidance", "2.8:1:0.3:0.5"]));
+    // in a batch as alone, and from a list
+    let jobs = r#"{"prompt": "a frog", "seed": 2, "skip_layer_guidance": "2.8:1:0.01:0.4"}
+{"prompt": "a frog", "seed": 1, "skip_layer_guidance": "2.8:1:0.01:0.4"}"#;
+    std::fs::write(dir.path().join("jobs.jsonl"), jobs).unwrap();
+    let mut command = sdgen(dir.path());
+    command
+        .args([
+            "--from",
+            "jobs.jsonl",
+            "--steps",
+            "4",
+            "-W",
+            "32",
+            "-H",
+            "32",
+            "-m",
+            "sd3",
+        ])
+        .args(["-o", "{seed}.png", "--batch-size", "2", "-q"]);
+    succeed(&mut command);
+    assert_eq!(skipping, pixels(&dir.path().join("1.png")));
+}
+
+/// FLUX.1 with a transformer that is told of a picture.
+fn flux_told(told: &str, to: &Path) {
+    copy_folder(&fixture("flux"), to);
+    std::fs::remove_dir_all(to.join("transformer")).unwrap();
+    let transformer = fixture(&format!("flux_told/{told}"));
+    copy_folder(&transformer, &to.join("transformer"));
+}
+
+#[test]
+fn models_that_are_told_of_a_picture_say_what_they_need_and_draw_larger_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = crate::references::picture((100, 70));
+    let bytes = picture.encode(sdgen::image::Format::Png, None).unwrap();
+    std::fs::write(dir.path().join("look.png"), bytes).unwrap();
+    for (told, name, takes, guidance) in [
+        (
+            "fill",
+            "flux-fill",
+            "a picture and a mask: for inpainting",
+            30,
+        ),
+        ("control", "flux-canny", "a picture of edges or depth", 30),
+        ("control", "flux-depth", "a picture of edges or depth", 10),
+    ] {
+        flux_told(told, &dir.path().join(name));
+        let said = stdout(&succeed(sdgen(dir.path()).args(["inspect", name])));
+        let defaults = format!("50 steps of euler, guidance {guidance}");
+        assert!(said.contains(takes) && said.contains(&defaults), "{said}");
+    }
+    let draw = |args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command.args([
+            "a frog", "-s", "1", "--steps", "2", "-o", "x.png", "--force", "-q",
+        ]);
+        command.args(args);
+        command
+    };
+    let cases: [(&[&str], &str); 5] = [
+        (&["-m", "flux-fill"], "`flux-fill` is for inpainting"),
+        (&["-m", "flux-fill", "-i", "look.png"], "white is repainted"),
+        (
+            &["-m", "flux-depth"],
+            "draws by the edges or the depth of a picture",
+        ),
+        (
+            &[
+                "-m",
+                "flux-canny",
+                "--reference",
+                "look.png",
+                "--reference",
+                "look.png",
+            ],
+            "2 reference pictures are too many",
+        ),
+        (
+            &["-m", "flux-canny", "--reference", "none.png"],
+            "`none.png`",
+        ),
+    ];
+    for (args, says) in cases {
+        fail(&mut draw(args), 2, &[says, "hint: "]);
+    }
+    // a picture has the size of the one that it is drawn by, in whole latents
+    let size = |args: &[&str]| {
+        succeed(&mut draw(args));
+        let drawn = Image::decode(&std::fs::read(dir.path().join("x.png")).unwrap()).unwrap();
+        (drawn.width, drawn.height, drawn.rgb)
+    };
+    let by = ["-m", "flux-depth", "--reference", "look.png"];
+    let own = size(&by);
+    assert_eq!((own.0, own.1), (96, 64));
+    let larger = size(&[&by[..], &["-W", "48", "-H", "32", "--hires", "2x"]].concat());
+    assert_eq!((larger.0, larger.1), (96, 64));
+    assert_ne!(own.2, larger.2);
+    // and may be drawn over another one, of which a part is repainted
+    let over = [
+        "-i", "look.png", "--mask", "look.png", "-W", "96", "-H", "64",
+    ];
+    let over = size(&[&by[..], &over].concat());
+    assert_ne!(own.2, over.2);
+}
+
+#[test]
 fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_picture() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["flux", "sd3"] {
@@ -957,28 +1116,41 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
         look.encode(sdgen::image::Format::Png, None).unwrap(),
     )
     .unwrap();
-    for (model, name, runs) in [
-        ("flux", "run", 4),
-        ("flux-schnell", "schnell_run", 2),
-        ("flux-kontext", "kontext_run", 2),
-        ("sd3", "run", 4),
-        ("sd3-without", "without_run", 1),
+    let tiny_vae = fixture("taesd/vae");
+    for told in ["fill", "control"] {
+        flux_told(told, &dir.path().join(told));
+    }
+    for (model, of, name, runs) in [
+        ("flux", "flux", "run", 4),
+        ("flux-schnell", "flux", "schnell_run", 2),
+        ("flux-kontext", "flux", "kontext_run", 2),
+        ("fill", "flux_told", "fill_run", 2),
+        ("control", "flux_told", "control_run", 2),
+        ("flux", "flux_told", "tiny_run", 2),
+        ("sd3", "sd3", "run", 4),
+        ("sd3", "sd3", "skip_run", 1),
+        ("sd3-without", "sd3", "without_run", 1),
     ] {
-        let tiny = tiny(model.split('-').next().unwrap());
-        let init = &tiny.goldens["init"];
-        let (_, height, width, _) = init.dims4().unwrap();
-        let rgb = init.flatten_all().unwrap().to_vec1::<u8>().unwrap();
-        let init = Image { width, height, rgb };
-        std::fs::write(
-            dir.path().join("init.png"),
-            init.encode(sdgen::image::Format::Png, None).unwrap(),
-        )
-        .unwrap();
-        let all = tiny.facts[format!("{name}s")].as_array().unwrap();
+        let tensors = load(&fixture(&format!("{of}/goldens.safetensors")));
+        let save = |name: &str| {
+            let (_, height, width, _) = tensors[name].dims4().unwrap();
+            let rgb = levels(&tensors[name]);
+            let image = Image { width, height, rgb };
+            let bytes = image.encode(sdgen::image::Format::Png, None).unwrap();
+            std::fs::write(dir.path().join(format!("{name}.png")), bytes).unwrap();
+            image.rgb
+        };
+        let init = save("init");
+        let mask = (model == "fill").then(|| save("mask"));
+        let facts = goldens(of);
+        let all = facts[format!("{name}s")].as_array().unwrap();
         assert_eq!(all.len(), runs);
         for (i, run) in all.iter().enumerate() {
             let mut command = sdgen(dir.path());
             command.args(["-m", model, "-o", "x.png", "--force"]);
+            if name == "tiny_run" {
+                command.arg("--vae").arg(&tiny_vae);
+            }
             command.arg(run["prompt"].as_str().unwrap());
             for (option, key) in [
                 ("-s", "seed"),
@@ -987,6 +1159,7 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
                 ("--steps", "steps"),
                 ("-g", "guidance"),
                 ("--true-guidance", "true_guidance"),
+                ("--skip-layer-guidance", "skip_layer_guidance"),
                 ("--strength", "strength"),
                 ("--negative", "negative"),
                 ("--clip-skip", "clip_skip"),
@@ -1003,14 +1176,23 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
             if !run["reference"].is_null() {
                 command.args(["--reference", "look.png"]);
             }
+            let mut golden = levels(&tensors[&format!("{name}.{i}.picture")]);
+            if let Some(mask) = &mask {
+                command.args(["--mask", "mask.png", "--feather", "0"]);
+                // diffusers does not put the source back
+                for ((golden, mask), init) in golden.iter_mut().zip(mask).zip(&init) {
+                    *golden = if *mask < 128 { *init } else { *golden };
+                }
+            }
             succeed(&mut command);
-            let golden = levels(&tiny.goldens[&format!("{name}.{i}.picture")]);
             assert_same_levels(
                 &format!("{model} {i}"),
                 &pixels(&dir.path().join("x.png")),
                 &golden,
             );
-            succeed(sdgen(dir.path()).args(["check", "x.png", "-m", model]));
+            if name != "tiny_run" {
+                succeed(sdgen(dir.path()).args(["check", "x.png", "-m", model]));
+            }
         }
     }
     // a picture is as large as what the model looks at, and only Kontext looks at one

@@ -443,16 +443,29 @@ fn flux_draws_from_original_names_from_parts_and_from_one_file() {
     ] {
         fail(&mut parts.draw(&args), code, &says);
     }
-    // what is told of a picture is not drawn yet
-    let mut fill = original.clone();
-    let img_in = Tensor::cat(&[&original["img_in.weight"]; 6], 1).unwrap();
-    fill.insert("img_in.weight".into(), img_in);
-    parts.write("fill.safetensors", &fill);
-    let args = [&["-m", "fill.safetensors"], &both[..], &vae].concat();
+    // what is told of a picture is known by its channels: latents, as many again and 256 of a mask;
+    // twice the latents; nothing that is known
+    let told = |times: usize| {
+        let mut told = original.clone();
+        let img_in = Tensor::cat(&vec![&original["img_in.weight"]; times], 1).unwrap();
+        told.insert("img_in.weight".into(), img_in);
+        parts.write("told.safetensors", &told);
+        [&["-m", "told.safetensors"], &both[..], &vae].concat()
+    };
+    let fill = [&told(18)[..], &["-i", "x.png", "--mask", "mask.png"]].concat();
+    let white = sdgen::image::Image {
+        width: 64,
+        height: 64,
+        rgb: vec![255; 64 * 64 * 3],
+    };
+    let white = white.encode(sdgen::image::Format::Png, None).unwrap();
+    std::fs::write(parts.path("mask.png"), white).unwrap();
+    assert_ne!(parts.picture(&fill), expected);
+    parts.picture(&[&told(2)[..], &["--reference", "x.png"]].concat());
     fail(
-        &mut parts.draw(&args),
+        &mut parts.draw(&told(6)),
         3,
-        &["FLUX.1 Fill, Canny, Depth", "hint: "],
+        &["takes 96 channels and gives 16", "Fill, Canny and Depth"],
     );
 }
 
@@ -713,5 +726,57 @@ fn loras_in_all_layouts_change_the_same_weights_by_the_same() {
                 assert!(got == expected, "{model} {i}: {name}");
             }
         }
+    }
+}
+
+#[test]
+fn loras_of_xlabs_change_the_layers_of_attention() {
+    let checkpoint = Checkpoint::open(Origin::Path(&fixture("flux"))).unwrap();
+    let (mut peft, mut xlabs) = (Tensors::new(), Tensors::new());
+    let layers: [(&str, &str, &[&str]); 6] = [
+        (
+            "double_blocks.1",
+            "qkv_lora1",
+            &["attn.to_q", "attn.to_k", "attn.to_v"],
+        ),
+        (
+            "double_blocks.1",
+            "qkv_lora2",
+            &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        ),
+        ("double_blocks.1", "proj_lora1", &["attn.to_out.0"]),
+        ("double_blocks.1", "proj_lora2", &["attn.to_add_out"]),
+        (
+            "single_blocks.0",
+            "qkv_lora",
+            &["attn.to_q", "attn.to_k", "attn.to_v"],
+        ),
+        ("single_blocks.0", "proj_lora", &["proj_out"]),
+    ];
+    for (seed, (block, name, names)) in layers.into_iter().enumerate() {
+        let own = block
+            .replace("double_blocks", "transformer_blocks")
+            .replace("single_blocks", "single_transformer_blocks");
+        let shape = |name: &str| {
+            let name = format!("transformer.{own}.{name}.weight");
+            checkpoint.shape(&name).unwrap().to_vec()
+        };
+        let (rows, columns) = (shape(names[0])[0], shape(names[0])[1]);
+        let down = numbers(2 * seed, 2, columns);
+        let up = numbers(2 * seed + 1, rows * names.len(), 2);
+        for (i, name) in names.iter().enumerate() {
+            let part = up.narrow(0, i * rows, rows).unwrap().contiguous().unwrap();
+            let layer = format!("transformer.{own}.{name}");
+            peft.insert(format!("{layer}.lora_A.weight"), down.clone());
+            peft.insert(format!("{layer}.lora_B.weight"), part);
+        }
+        let layer = format!("{block}.processor.{name}");
+        xlabs.insert(format!("{layer}.down.weight"), down);
+        xlabs.insert(format!("{layer}.up.weight"), up);
+    }
+    let [expected, got] = [&peft, &xlabs].map(|lora| weights("flux", Some(lora)));
+    assert!(expected != weights("flux", None));
+    for ((name, got), (_, expected)) in got.iter().zip(&expected) {
+        assert!(got == expected, "{name}");
     }
 }

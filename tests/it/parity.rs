@@ -613,6 +613,7 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             };
             let unet = unet.with_conditioning(cx(), &conditioning, None).unwrap();
             let mut guided = CfgDenoiser {
+                skip: None,
                 model: Denoiser::UNet(unet),
                 guidance: kind,
                 weights: vec![1.0],
@@ -751,6 +752,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             };
             let unet = unet.with_conditioning(cx(), &conditioning, None).unwrap();
             let mut guided = CfgDenoiser {
+                skip: None,
                 model: Denoiser::UNet(unet),
                 guidance: kind,
                 weights: vec![1.0],

@@ -119,6 +119,7 @@ fn latents_after_every_step_are_diffusers_own_with_one_reference_and_with_two_an
             scale,
             rescale: 0.0,
             deep_cache: DeepCache::every(1),
+            skip: None,
         };
         let mut generator = Generator::new(run["seed"].as_u64().unwrap());
         let noise = generator.latents(h, w, 16).unwrap();

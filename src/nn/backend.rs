@@ -1,8 +1,10 @@
 //! The implementations of the layers' operations: the one place where kernels are chosen.
 
+use super::blocks::BlockMatrix;
 use super::{PaddingMode, Precision, attention, cpu, gpu, plain};
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// An implementation of the layers' operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,6 +231,8 @@ impl GroupStatistics {
 pub(super) enum WeightLayout {
     /// CPU: panels, by [`cpu::Pack`]
     Packed(Tensor),
+    /// CPU, of linear layers: as GGUF stores them
+    Blocks(Arc<BlockMatrix>),
     /// GPU: [out, .., in], and the two halves of gated rows interleaved
     Rows(Tensor),
     /// plain: as checkpoints store them, [out, in, ..]
@@ -311,17 +315,19 @@ impl WeightLayout {
             gated,
             precision,
         } = gemm;
+        let on_cpu = |residual| cpu::Gemm {
+            outputs,
+            bias: bias.cloned(),
+            residual,
+            gated,
+            tiles: cpu::Tiles::chosen(precision),
+        };
         match self {
-            Self::Packed(weight) => {
-                let op = cpu::Gemm {
-                    outputs,
-                    bias: bias.cloned(),
-                    residual,
-                    gated,
-                    tiles: cpu::Tiles::chosen(precision),
-                };
-                x.contiguous()?.apply_op2_no_bwd(weight, &op)
-            }
+            Self::Packed(weight) => x.contiguous()?.apply_op2_no_bwd(weight, &on_cpu(residual)),
+            Self::Blocks(weight) => x.contiguous()?.apply_op1_no_bwd(&cpu::BlocksGemm {
+                gemm: on_cpu(residual),
+                weight: weight.clone(),
+            }),
             Self::Rows(weight) => {
                 let gemm = gpu::Gemm::linear(
                     x.contiguous()?,
@@ -369,6 +375,7 @@ impl WeightLayout {
                 x.contiguous()?
                     .apply_op3_no_bwd(weight, &shifted_bias()?, &op)
             }
+            Self::Blocks(_) => candle_core::bail!("no convolution has its weights in blocks"),
             Self::Rows(weight) => gpu::run(gpu::Gemm {
                 x: x.contiguous()?,
                 weight: weight.clone(),

@@ -1,11 +1,13 @@
 //! Linear, convolution, normalisation and activation layers.
 
 use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout};
+use super::blocks::BlockMatrix;
 use super::{Backend, Forward};
 use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{D, DType, Result as TensorResult, Tensor};
+use candle_core::{D, DType, Device, Result as TensorResult, Tensor};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Reads `weight` in the type that the backend's products take.
 fn read_weight(w: &Weights, shape: &[usize]) -> Result<Tensor> {
@@ -23,6 +25,14 @@ fn layout(w: &Weights, shape: &[usize], gated: bool) -> Result<WeightLayout> {
         &read_weight(w, shape)?,
         gated,
     )?)
+}
+
+/// The same of a linear layer, whose weights stay in blocks where they are stored in them.
+fn linear_layout(w: &Weights, shape: [usize; 2], gated: bool) -> Result<WeightLayout> {
+    match w.get_blocks("weight", shape)? {
+        Some(matrix) => Ok(WeightLayout::Blocks(Arc::new(matrix))),
+        None => layout(w, &shape, gated),
+    }
 }
 
 /// y = x W' + b over the last dimension.
@@ -47,7 +57,7 @@ impl Linear {
     /// Reads `weight` [out, in] alone.
     pub fn without_bias(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            weight: layout(w, &[outputs, inputs], false)?,
+            weight: linear_layout(w, [outputs, inputs], false)?,
             bias: None,
             inputs,
             outputs,
@@ -64,17 +74,26 @@ impl Linear {
                 .map(|(w, outputs)| read(w, *outputs))
                 .collect::<Result<Vec<_>>>()
         };
-        let mut weights = each(&|w, outputs| read_weight(w, &[outputs, inputs]))?;
-        // a file may hold some of them in a narrower type than others
-        if weights
+        let in_blocks = layers
             .iter()
-            .any(|weight| weight.dtype() != weights[0].dtype())
-        {
-            weights = weights
-                .iter()
-                .map(|weight| weight.to_dtype(DType::F32))
-                .collect::<TensorResult<_>>()?;
-        }
+            .map(|(w, outputs)| w.get_blocks("weight", [*outputs, inputs]))
+            .collect::<Result<Option<Vec<_>>>>()?;
+        let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
+        let weight = match in_blocks.and_then(BlockMatrix::cat) {
+            Some(matrix) => WeightLayout::Blocks(Arc::new(matrix)),
+            None => {
+                let mut weights = each(&|w, outputs| read_weight(w, &[outputs, inputs]))?;
+                // a file may hold some of them in a narrower type than others
+                let is_other = |weight: &Tensor| weight.dtype() != weights[0].dtype();
+                if weights.iter().any(is_other) {
+                    weights = weights
+                        .iter()
+                        .map(|weight| weight.to_dtype(DType::F32))
+                        .collect::<TensorResult<_>>()?;
+                }
+                WeightLayout::new(backend, &Tensor::cat(&weights, 0)?, false)?
+            }
+        };
         let bias = biased
             .then(|| {
                 Ok::<_, anyhow::Error>(Tensor::cat(
@@ -83,9 +102,8 @@ impl Linear {
                 )?)
             })
             .transpose()?;
-        let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
         Ok(Self {
-            weight: WeightLayout::new(backend, &Tensor::cat(&weights, 0)?, false)?,
+            weight,
             bias,
             inputs,
             outputs: layers.iter().map(|(_, outputs)| outputs).sum(),
@@ -96,7 +114,7 @@ impl Linear {
     /// Reads `weight` [2*out, in] and `bias` `[2*out]` of a GEGLU (Shazeer 2020, arXiv 2002.05202):
     /// the first half of its outputs times the exact GELU of the second.
     pub fn geglu(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = layout(w, &[2 * outputs, inputs], true)?;
+        let weight = linear_layout(w, [2 * outputs, inputs], true)?;
         let bias = weight.gated_bias(w.get("bias", &[2 * outputs])?)?;
         Ok(Self {
             weight,
@@ -141,6 +159,60 @@ impl Linear {
             *last = y.dim(1)?;
         }
         y.reshape(shape)
+    }
+}
+
+/// A table of vectors, of which those of ids are taken.
+pub struct Embedding {
+    rows: EmbeddingRows,
+    width: usize,
+    device: Device,
+    dtype: DType,
+}
+
+enum EmbeddingRows {
+    /// [rows, width], as narrow as its file
+    Stored(Tensor),
+    Blocks(BlockMatrix),
+}
+
+impl Embedding {
+    /// Reads `weight` [rows, width].
+    pub fn new(w: &Weights, rows: usize, width: usize) -> Result<Self> {
+        let rows = match w.get_blocks("weight", [rows, width])? {
+            Some(matrix) => EmbeddingRows::Blocks(matrix),
+            None => EmbeddingRows::Stored(w.get_stored("weight", &[rows, width])?),
+        };
+        Ok(Self {
+            rows,
+            width,
+            device: w.device().clone(),
+            dtype: w.arithmetic(),
+        })
+    }
+
+    /// n ids -> [n, width] in the type of the arithmetic. Errors if there is no row of an id.
+    pub fn forward(&self, ids: &[u32]) -> TensorResult<Tensor> {
+        match &self.rows {
+            EmbeddingRows::Stored(table) => table
+                .index_select(&Tensor::new(ids, &self.device)?, 0)?
+                .to_dtype(self.dtype),
+            EmbeddingRows::Blocks(matrix) => {
+                let mut rows = vec![0f32; ids.len() * self.width];
+                for (id, row) in ids.iter().zip(rows.chunks_exact_mut(self.width)) {
+                    if *id as usize >= matrix.dims().0 {
+                        candle_core::bail!("there is no embedding of the id {id}");
+                    }
+                    matrix.write(*id as usize, 0, row);
+                }
+                Tensor::from_vec(rows, (ids.len(), self.width), &self.device)?.to_dtype(self.dtype)
+            }
+        }
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 }
 

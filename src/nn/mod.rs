@@ -4,12 +4,13 @@
 //! [`backend`] that computes, the [`padding`] mode of convolutions, the [`profile`] that times
 //! layers. [`bands`] holds activations that are too large to be held twice, [`attention`] is scaled
 //! dot-product attention without a score matrix, [`embed`] the sinusoidal timestep embedding,
-//! [`weights`] what layers read their tensors from, `cpu`
+//! [`weights`] what layers read their tensors from, [`blocks`] weights that stay quantised, `cpu`
 //! and `gpu` are the fused kernels behind the layers.
 
 pub mod attention;
 pub mod backend;
 pub mod bands;
+pub mod blocks;
 pub mod cpu;
 pub mod device;
 pub mod embed;

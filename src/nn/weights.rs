@@ -5,6 +5,7 @@
 //! behind the source: a checkpoint's files with all that is merged into them, or random numbers.
 
 use super::Backend;
+use super::blocks::BlockMatrix;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
@@ -18,6 +19,12 @@ pub trait TensorSource: Sync {
     /// nor bf16). `shape` is what the network expects; the source may return another one, which is
     /// an error of its caller. Errors if there is no tensor of that name, or it cannot be read.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor>;
+
+    /// Reads a matrix [rows, columns] that is stored in blocks as it is; none where it is not, or where
+    /// [`Self::tensor`] gives other numbers than are stored.
+    fn blocks(&self, _name: &str, _shape: [usize; 2]) -> Result<Option<BlockMatrix>> {
+        Ok(None)
+    }
 }
 
 /// A source that outlives the networks that are read from it.
@@ -160,6 +167,17 @@ impl<'a> Weights<'a> {
             self.dtype
         };
         Ok(tensor.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    /// Reads a matrix of exactly this shape that is stored in blocks, if it is one and the backend
+    /// multiplies by such.
+    pub fn get_blocks(&self, name: &str, shape: [usize; 2]) -> Result<Option<BlockMatrix>> {
+        match self.backend {
+            Backend::Cpu => self
+                .source
+                .blocks(&format!("{}.{name}", self.prefix), shape),
+            Backend::Gpu | Backend::Plain => Ok(None),
+        }
     }
 
     /// Zeros in place of a tensor that a layer does not have, in the type of the arithmetic.

@@ -3,7 +3,7 @@
 //! that its prompts are put in.
 
 use crate::nn::Forward;
-use crate::nn::layers::{Linear, RmsNorm, swiglu};
+use crate::nn::layers::{Embedding, Linear, RmsNorm, swiglu};
 use crate::nn::plain;
 use crate::nn::rotary::{Pairs, Rotary, frequencies};
 use crate::nn::stack::Stack;
@@ -261,7 +261,7 @@ impl ChatTokenizer {
 
 /// The encoder, as far as it is needed.
 pub struct Qwen3 {
-    embed_tokens: Tensor,
+    embed_tokens: Embedding,
     layers: Stack<Layer>,
     taps: Vec<usize>,
     rotary_theta: f64,
@@ -301,9 +301,9 @@ impl Qwen3 {
     }
 
     fn new(w: &Weights, config: &Qwen3Config, taps: &[usize], depth: usize) -> Result<Self> {
-        let rows = [config.vocab_size, config.hidden_size];
+        let (rows, width) = (config.vocab_size, config.hidden_size);
         Ok(Self {
-            embed_tokens: w.at("embed_tokens").get_stored("weight", &rows)?,
+            embed_tokens: Embedding::new(&w.at("embed_tokens"), rows, width)?,
             layers: Stack::new(&w.at("layers"), depth, {
                 let config = config.clone();
                 move |w| Layer::new(w, &config)
@@ -320,11 +320,7 @@ impl Qwen3 {
     /// padding.
     pub fn forward(&self, cx: Forward, ids: &[u32], len: usize) -> TensorResult<Tensor> {
         let device = self.embed_tokens.device();
-        let mut x = self
-            .embed_tokens
-            .index_select(&Tensor::new(ids, device)?, 0)?
-            .to_dtype(self.dtype)?
-            .unsqueeze(0)?;
+        let mut x = self.embed_tokens.forward(ids)?.unsqueeze(0)?;
         let angles: Vec<Vec<f64>> = (0..ids.len())
             .map(|at| {
                 frequencies(self.rotary_theta, self.head_dim)

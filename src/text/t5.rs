@@ -2,7 +2,7 @@
 //! which read a whole sentence where CLIP reads a caption.
 
 use crate::nn::Forward;
-use crate::nn::layers::{Linear, RmsNorm, gelu_tanh};
+use crate::nn::layers::{Embedding, Linear, RmsNorm, gelu_tanh};
 use crate::nn::stack::Stack;
 use crate::nn::weights::{SharedSource, Weights};
 use crate::weights::config::{parse, require_sizes};
@@ -171,14 +171,12 @@ impl T5Tokenizer {
 
 /// The encoder.
 pub struct T5 {
-    /// [vocabulary, d_model]
-    embeddings: Tensor,
+    embeddings: Embedding,
     /// [buckets, heads]
     relative_attention_bias: Tensor,
     layers: Stack<Layer>,
     final_layer_norm: RmsNorm,
     config: T5Config,
-    dtype: DType,
 }
 
 impl T5 {
@@ -213,9 +211,7 @@ impl T5 {
         let (width, buckets) = (config.d_model, config.relative_attention_num_buckets);
         let first = encoder.at("block.0.layer.0.SelfAttention.relative_attention_bias");
         Ok(Self {
-            embeddings: w
-                .at(embeddings)
-                .get_stored("weight", &[config.vocab_size, width])?,
+            embeddings: Embedding::new(&w.at(embeddings), config.vocab_size, width)?,
             relative_attention_bias: first.get("weight", &[buckets, config.num_heads])?,
             layers: Stack::new(&encoder.at("block"), config.num_layers, {
                 let config = config.clone();
@@ -227,7 +223,6 @@ impl T5 {
                 config.layer_norm_epsilon,
             )?,
             config: config.clone(),
-            dtype: w.arithmetic(),
         })
     }
 
@@ -238,12 +233,7 @@ impl T5 {
 
     /// Encodes ids, of which padding is read as text is: [1, n, d_model].
     pub fn forward(&self, cx: Forward, ids: &[u32]) -> TensorResult<Tensor> {
-        let device = self.embeddings.device();
-        let mut x = self
-            .embeddings
-            .index_select(&Tensor::new(ids, device)?, 0)?
-            .to_dtype(self.dtype)?
-            .unsqueeze(0)?;
+        let mut x = self.embeddings.forward(ids)?.unsqueeze(0)?;
         let bias = self.bias(ids.len())?;
         self.layers.each(|layer| {
             x = layer.forward(cx, &x, &bias)?;

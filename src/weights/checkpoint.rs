@@ -8,6 +8,7 @@ use super::lora::{self, LayerNames, Lora};
 use super::weights_file::WeightsFile;
 use super::{ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
 use crate::hex::hex;
+use crate::nn::blocks::{BlockMatrix, BlockType, row_bytes};
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
 use crate::suggest::nearest;
 use anyhow::{Context, Result, bail};
@@ -354,15 +355,33 @@ impl Checkpoint {
     /// blocks that are read as that: those of a large transformer, and of any large network in
     /// blocks, as no machine that draws with it holds twice as much.
     fn is_narrowed(&self, component: &str) -> bool {
-        let is_wide = |entry: &Entry| match entry.dtype.as_str() {
+        let is_wide = |(name, entry): &(&String, &Entry)| match entry.dtype.as_str() {
             "f32" => component == TRANSFORMER,
-            dtype => dtype.starts_with('q') || dtype.starts_with("iq"),
+            dtype => {
+                BlockType::named(dtype).is_some() && self.kept_in_blocks(name, entry).is_none()
+            }
         };
-        let wide = self.entries_of(component).filter(|(_, e)| is_wide(e));
+        let wide = self.entries_of(component).filter(is_wide);
         let bytes: u64 = wide
             .map(|(_, e)| 4 * e.shape.iter().product::<usize>() as u64)
             .sum();
         bytes > MOST_WIDE_BYTES
+    }
+
+    /// The bytes of a tensor that stays in blocks in memory: those of a matrix of whole blocks to which
+    /// nothing is added.
+    fn kept_in_blocks(&self, name: &str, entry: &Entry) -> Option<u64> {
+        let component = name.split('.').next().unwrap_or_default();
+        let is_changed = self.loras.iter().any(|lora| lora.changes(name))
+            || self.merges.iter().any(|merge| merge.other.has(component));
+        let [rows, columns, more @ ..] = &*entry.shape else {
+            return None;
+        };
+        if is_changed || entry.part == Part::Transposed || more.iter().any(|size| *size != 1) {
+            return None;
+        }
+        let of_row = row_bytes(BlockType::named(&entry.dtype)?, *columns)?;
+        Some((rows * of_row) as u64)
     }
 
     /// Returns the number of parameters of a component, and the types that they are stored in.
@@ -391,12 +410,14 @@ impl Checkpoint {
             }
         };
         let (mut bytes_of, mut blocks) = (BlockBytes::default(), BTreeMap::new());
-        for (name, entry) in self.entries_of(component) {
-            let name = name.get(component.len() + 1..).unwrap_or_default();
+        for (full_name, entry) in self.entries_of(component) {
+            let name = full_name.get(component.len() + 1..).unwrap_or_default();
             if !is_read(name) {
                 continue;
             }
-            let bytes = width(&entry.dtype) * entry.shape.iter().product::<usize>() as u64;
+            let numbers = entry.shape.iter().product::<usize>() as u64;
+            let in_blocks = self.kept_in_blocks(full_name, entry);
+            let bytes = in_blocks.unwrap_or_else(|| width(&entry.dtype) * numbers);
             bytes_of.all += bytes;
             let is_number = |part: &str| part.parse::<usize>().is_ok();
             let mut end = 0;
@@ -684,6 +705,15 @@ impl TensorSource for Recorded<'_> {
         drop(read);
         self.checkpoint.tensor(name, shape)
     }
+
+    fn blocks(&self, name: &str, shape: [usize; 2]) -> Result<Option<BlockMatrix>> {
+        let blocks = self.checkpoint.blocks(name, shape)?;
+        if blocks.is_some() {
+            let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+            read.insert(name.into());
+        }
+        Ok(blocks)
+    }
 }
 
 impl TensorSource for Checkpoint {
@@ -702,6 +732,19 @@ impl TensorSource for Checkpoint {
             true => Ok(patched.to_dtype(DType::BF16)?),
             false => Ok(patched),
         }
+    }
+
+    fn blocks(&self, name: &str, shape: [usize; 2]) -> Result<Option<BlockMatrix>> {
+        let entry = self.entries.get(name).filter(|entry| {
+            is_same_shape(&entry.shape, &shape) && self.kept_in_blocks(name, entry).is_some()
+        });
+        let Some((entry, source)) = entry.and_then(|it| Some((it, self.sources.get(it.source)?)))
+        else {
+            return Ok(None);
+        };
+        let rows = source.read_blocks(&entry.key, &entry.part)?;
+        let [outputs, inputs] = shape;
+        Ok(rows.and_then(|rows| BlockMatrix::new(outputs, inputs, rows)))
     }
 }
 

@@ -9,7 +9,6 @@
 //! the choice of files in [`model_files`], what LoRAs change in [`lora`], learned words in
 //! [`embedding`].
 
-mod blocks;
 mod checkpoint;
 pub mod config;
 pub mod distillation;

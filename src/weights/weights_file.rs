@@ -2,12 +2,12 @@
 //! mapped: a tensor is read when asked for, so a file that shrinks meanwhile is an error rather than a
 //! crash, and memory holds only what was asked for.
 
-use super::blocks::BlockType;
 use super::file;
 use super::file_hash::FileHashes;
 use super::gguf::{self, GgufHeader};
 use super::key_mapping::Part;
 use crate::hex::hex;
+use crate::nn::blocks::{BlockType, Rows};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -501,6 +501,37 @@ impl WeightsFile {
                 let (first, second) = (tensor.narrow(0, 0, half)?, tensor.narrow(0, half, half)?);
                 Tensor::cat(&[second, first], 0)?
             }
+        })
+    }
+
+    /// Reads a part of a matrix that is stored in blocks as it is; none of what is not, or whose rows are
+    /// not apart. Errors name file and tensor.
+    pub fn read_blocks(&self, key: &str, part: &Part) -> Result<Option<Vec<Rows>>> {
+        let Some((info, kind)) = self.info(key).and_then(|info| match info.stored {
+            Stored::Blocks(kind) if info.has_separate_rows() => Some((info, kind)),
+            _ => None,
+        }) else {
+            return Ok(None);
+        };
+        let (from, to) = info.data_offsets;
+        let read = |from, to| {
+            let raw = self.bytes_of(from, to).with_context(|| {
+                format!("cannot read tensor `{key}` of `{}`", self.path.display())
+            })?;
+            Ok::<_, anyhow::Error>(Rows { kind, raw })
+        };
+        Ok(match *part {
+            Part::Whole => Some(vec![read(from, to)?]),
+            Part::Rows { index, count, of } => {
+                let bytes = (to - from) / of;
+                let (from, to) = (from + index * bytes, from + (index + count) * bytes);
+                Some(vec![read(from, to)?])
+            }
+            Part::SwappedHalves => {
+                let half = from + (to - from) / 2;
+                Some(vec![read(half, to)?, read(from, half)?])
+            }
+            Part::Transposed => None,
         })
     }
 

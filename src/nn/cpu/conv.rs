@@ -2,7 +2,7 @@
 //! as it is needed; by [`super::winograd`] where that is faster.
 
 use super::gemm::{Epilogue, Left, gemm, slice, with_slice};
-use super::panels::{Panels, WIDTH};
+use super::panels::{Panels, Right, WIDTH};
 use super::tiles::{ROWS, TERMS, Tiles};
 use super::vector::Lanes;
 use super::winograd;
@@ -204,7 +204,7 @@ impl Conv2d {
             sides: (h, w),
             lines,
         };
-        gemm(shape, left, weight, epilogue, self.tiles)
+        gemm(shape, left, Right::Panels(weight), epilogue, self.tiles)
     }
 }
 

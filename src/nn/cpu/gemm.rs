@@ -2,13 +2,15 @@
 //! the caches, and the epilogue (bias, residual, gate) is applied to sums that are still in one.
 
 use super::concat::uninit;
-use super::panels::{PANEL, Pack, Panels, WIDTH, vectors};
+use super::panels::{PANEL, Pack, Panels, Right, WIDTH, vectors};
 use super::tiles::{self, Side, Tiles};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch, floats};
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
+use crate::nn::blocks::BlockMatrix;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Rows that are multiplied at once by a vector of each column: with [`PANEL`], the sums that
 /// registers hold.
@@ -200,7 +202,7 @@ impl<F: Fn(usize, Range<usize>, &mut [f32]) + Sync> Left for F {
 pub fn gemm(
     (m, k, n): (usize, usize, usize),
     left: impl Left,
-    weight: Panels,
+    weight: Right,
     epilogue: Epilogue,
     tiles: Option<Tiles>,
 ) -> Vec<f32> {
@@ -228,7 +230,8 @@ pub fn gemm(
     if let Some(tiles) = tiles {
         let rows = m.div_ceil(blocks).next_multiple_of(tiles::ROWS);
         let groups = panels.div_ceil(group);
-        let terms = k.div_ceil(k.div_ceil(tiles.depth())).div_ceil(tiles::TERMS);
+        let terms = k.div_ceil(k.div_ceil(tiles.depth()));
+        let terms = terms.next_multiple_of(weight.step()).div_ceil(tiles::TERMS);
         (0..blocks * groups).into_par_iter().for_each(|task| {
             let (first, panel) = (task / groups * rows, task % groups * group);
             if first < m {
@@ -257,7 +260,9 @@ pub fn gemm(
         let (first, panel) = (task / groups * rows, task % groups * group);
         if first < m {
             let group = group.min(panels - panel);
-            let (tiles, lanes) = (rows / ROWS, k.div_ceil(k.div_ceil(DEPTH)).div_ceil(LANES));
+            let depth = k.div_ceil(k.div_ceil(DEPTH));
+            let lanes = depth.next_multiple_of(weight.step()).div_ceil(LANES);
+            let tiles = rows / ROWS;
             with_memory(
                 &SCRATCH,
                 rows * lanes + lanes * LANES * PANEL + group * rows * PANEL,
@@ -293,7 +298,7 @@ struct Multiply<'a, L> {
     k: usize,
     n: usize,
     left: &'a L,
-    weight: Panels<'a>,
+    weight: Right<'a>,
     epilogue: Epilogue<'a>,
     /// the first of the rows, and of the panels
     first: usize,
@@ -336,7 +341,7 @@ impl<L: Left> Kernel for Multiply<'_, L> {
                 left.row(first + row, terms.clone(), &mut floats(v)[..terms.len()]);
             }
             for (i, sums) in sums.chunks_exact_mut(tiles * ROWS * PANEL).enumerate() {
-                let at = ((panel + i) * k + start) * WIDTH;
+                let at = (panel + i) * k + start;
                 let columns = epilogue.columns(n, panel + i);
                 weight.widen::<V>(at, &mut u[..terms.len() * PANEL]);
                 for (v, sums) in v
@@ -369,7 +374,7 @@ struct MultiplyTiles<'a, L> {
     k: usize,
     n: usize,
     left: &'a L,
-    weight: Panels<'a>,
+    weight: Right<'a>,
     epilogue: Epilogue<'a>,
     rows: Range<usize>,
     panels: Range<usize>,
@@ -394,7 +399,11 @@ impl<L: Left> Kernel for MultiplyTiles<'_, L> {
             terms,
             y,
         } = self;
-        let (parts, parts_of_weight) = (tiles.parts(), tiles.parts_of(weight));
+        let parts = tiles.parts();
+        let parts_of_weight = match weight {
+            Right::Panels(panels) => tiles.parts_of(panels),
+            Right::Blocks(..) => parts,
+        };
         let height = rows.len().next_multiple_of(tiles::ROWS);
         let (depth, line) = (terms * tiles::TERMS, terms * parts);
         let lens = [
@@ -402,12 +411,18 @@ impl<L: Left> Kernel for MultiplyTiles<'_, L> {
             terms * parts_of_weight * PANEL * tiles::ROWS,
             GROUP * height * PANEL,
             depth / LANES,
+            match weight {
+                Right::Panels(_) => 0,
+                Right::Blocks(..) => depth * PANEL,
+            },
         ];
         with_memory(&SCRATCH, lens.iter().sum(), |scratch| {
-            // [strips, terms, parts, 16]; [terms, parts, PANEL, 16]; [panels, rows, PANEL]; a row
+            // [strips, terms, parts, 16]; [terms, parts, PANEL, 16]; [panels, rows, PANEL]; a row;
+            // [terms, PANEL] of weights in blocks
             let (v, rest) = scratch.split_at_mut(lens[0]);
             let (u, rest) = rest.split_at_mut(lens[1]);
-            let (sums, numbers) = rest.split_at_mut(lens[2]);
+            let (sums, rest) = rest.split_at_mut(lens[2]);
+            let (numbers, wide) = rest.split_at_mut(lens[3]);
             let numbers = floats(numbers);
             for panel in panels.clone().step_by(GROUP) {
                 let group = GROUP.min(panels.end - panel);
@@ -435,14 +450,25 @@ impl<L: Left> Kernel for MultiplyTiles<'_, L> {
                         .take(group)
                         .enumerate()
                     {
-                        let at = ((panel + i) * k + start) * WIDTH;
-                        tiles.pack_weight::<V>(weight, at, range.len(), &mut u[..lines]);
+                        let at = (panel + i) * k + start;
+                        let u = &mut u[..lines];
+                        match weight {
+                            Right::Panels(panels) => {
+                                tiles.pack_weight::<V>(panels, at * WIDTH, range.len(), u);
+                            }
+                            Right::Blocks(..) => {
+                                let wide = &mut wide[..range.len() * PANEL];
+                                weight.widen::<V>(at, wide);
+                                let panel = Panels::F32(floats(wide));
+                                tiles.pack_weight::<V>(panel, 0, range.len(), u);
+                            }
+                        }
                         let left = Side {
                             lines: &v[..height / tiles::ROWS * strip],
                             parts,
                         };
                         let right = Side {
-                            lines: &u[..lines],
+                            lines: u,
                             parts: parts_of_weight,
                         };
                         tiles.multiply(left, right, sums, start > 0);
@@ -532,18 +558,52 @@ impl CustomOp2 for Gemm {
         weight: &CpuStorage,
         lw: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
-        let (x, weight) = (slice(x, lx)?, Panels::of(weight, lw)?);
-        let count = |tensor: Option<&Tensor>| tensor.map(Tensor::elem_count);
-        if lw.dims() != [Pack { gated: self.gated }.panels(n), k, WIDTH]
-            || count(self.bias.as_ref()).is_some_and(|count| count != n)
-            || count(self.residual.as_ref()).is_some_and(|count| count != m * n || self.gated)
-        {
+        let (k, n) = (lx.shape().dims2()?.1, self.outputs);
+        if lw.dims() != [Pack { gated: self.gated }.panels(n), k, WIDTH] {
             bail!(
                 "product of {:?} and {:?} with {n} columns",
                 lx.shape(),
                 lw.shape()
             );
+        }
+        self.run(x, lx, Right::Panels(Panels::of(weight, lw)?))
+    }
+}
+
+/// x [m, k] times weights in blocks, with the rest of `gemm`.
+pub struct BlocksGemm {
+    pub gemm: Gemm,
+    pub weight: Arc<BlockMatrix>,
+}
+
+impl CustomOp1 for BlocksGemm {
+    fn name(&self) -> &'static str {
+        "blocks-gemm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (k, n, gated) = (lx.shape().dims2()?.1, self.gemm.outputs, self.gemm.gated);
+        if self.weight.dims() != (n, k) {
+            bail!(
+                "product of {:?} and blocks of {:?}",
+                lx.shape(),
+                self.weight.dims()
+            );
+        }
+        self.gemm
+            .run(x, lx, Right::Blocks(&self.weight, &Pack { gated }))
+    }
+}
+
+impl Gemm {
+    fn run(&self, x: &CpuStorage, lx: &Layout, weight: Right) -> Result<(CpuStorage, Shape)> {
+        let ((m, k), n) = (lx.shape().dims2()?, self.outputs);
+        let x = slice(x, lx)?;
+        let count = |tensor: Option<&Tensor>| tensor.map(Tensor::elem_count);
+        if count(self.bias.as_ref()).is_some_and(|count| count != n)
+            || count(self.residual.as_ref()).is_some_and(|count| count != m * n || self.gated)
+        {
+            bail!("bias or residual of a product with {n} columns");
         }
         let left = |row: usize, terms: Range<usize>, to: &mut [f32]| {
             to.copy_from_slice(&x[row * k..][terms])

@@ -21,7 +21,7 @@ pub use activation::GeluTanh;
 pub use attention::Attention;
 pub use concat::Concat;
 pub use conv::Conv2d;
-pub use gemm::Gemm;
+pub use gemm::{BlocksGemm, Gemm};
 pub use keep_awake::KeepAwake;
 pub use norm::{Affine, GroupNorm, LayerNorm, Normalise};
 pub use panels::Pack;

@@ -1,7 +1,8 @@
 //! Weights of products, packed once at load: panels of 32 output channels side by side, in the type
-//! of the file.
+//! of the file. Those in blocks stay as they are stored, and become panels piece by piece.
 
-use super::vector::{LANES, Lanes, Vector};
+use super::vector::{LANES, Lanes, Vector, floats};
+use crate::nn::blocks::BlockMatrix;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, WithDType, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -164,6 +165,62 @@ impl<'a> Panels<'a> {
             Self::Bf16(weight) => {
                 for (to, from) in to.iter_mut().zip(weight[at..].chunks_exact(LANES)) {
                     V::load_bf16(from).store(&mut to.0);
+                }
+            }
+        }
+    }
+}
+
+/// The right side of a product.
+#[derive(Clone, Copy)]
+pub enum Right<'a> {
+    Panels(Panels<'a>),
+    /// weights [out, in] in blocks, and how they would be packed
+    Blocks(&'a BlockMatrix, &'a Pack),
+}
+
+impl Right<'_> {
+    /// Terms of which pieces of a sum are multiples.
+    pub fn step(self) -> usize {
+        match self {
+            Self::Panels(_) => 1,
+            Self::Blocks(matrix, _) => matrix.block(),
+        }
+    }
+
+    /// All of `to` [terms, PANEL], terms of one panel from `at` on: the panel's number times the terms
+    /// of all, and its first term.
+    #[inline(always)]
+    pub fn widen<V: Vector>(self, at: usize, to: &mut [Lanes]) {
+        match self {
+            Self::Panels(panels) => panels.widen::<V>(at * WIDTH, to),
+            Self::Blocks(matrix, pack) => widen_blocks::<V>(matrix, pack, at, to),
+        }
+    }
+}
+
+/// See [`Right::widen`].
+#[inline(always)]
+fn widen_blocks<V: Vector>(matrix: &BlockMatrix, pack: &Pack, at: usize, to: &mut [Lanes]) {
+    /// Vectors of terms that are widened at once: those of the largest block.
+    const PIECE: usize = 16;
+    let (outputs, inputs) = matrix.dims();
+    let (panel, start) = (at / inputs, at % inputs);
+    let mut rows = [[Lanes::default(); PIECE]; LANES];
+    for (piece, to) in to.chunks_mut(PIECE * LANES * PANEL).enumerate() {
+        let first = start + piece * PIECE * LANES;
+        let vectors = to.len() / (LANES * PANEL);
+        for lane in 0..PANEL {
+            for (column, row) in rows.iter_mut().enumerate() {
+                // a row that is not there is zeros
+                let output = pack.output(panel, lane * LANES + column, outputs);
+                let numbers = floats(&mut row[..vectors]);
+                matrix.write(output.unwrap_or(outputs), first, numbers);
+            }
+            for (i, to) in to.chunks_exact_mut(LANES * PANEL).enumerate() {
+                let square = rows.each_ref().map(|row| V::load(&row[i].0));
+                for (term, column) in V::transpose(square).into_iter().enumerate() {
+                    column.store(&mut to[term * PANEL + lane].0);
                 }
             }
         }

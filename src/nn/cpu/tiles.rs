@@ -848,9 +848,10 @@ mod pairs {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::super::gemm::{Epilogue, gemm};
-    use super::super::panels::Pack;
+    use super::super::panels::{Pack, Right};
     use super::super::vector::with_every_kind;
     use super::*;
+    use crate::nn::blocks::{BlockMatrix, BlockType, Rows};
     use crate::nn::testing::normal;
     use candle_core::{DType, Storage, Tensor};
     use std::ops::Range;
@@ -1073,8 +1074,7 @@ mod tests {
     }
 
     fn product(tiles: Option<Tiles>, x: &Tensor, weight: &Tensor, epilogue: Epilogue) -> Vec<f32> {
-        let ((m, k), n) = (x.dims2().unwrap(), weight.dim(0).unwrap());
-        let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+        let n = weight.dim(0).unwrap();
         let pack = Pack {
             gated: epilogue.gated,
         };
@@ -1083,7 +1083,18 @@ mod tests {
         let Storage::Cpu(storage) = &*storage else {
             unreachable!()
         };
-        let weight = Panels::of(storage, layout).unwrap();
+        let weight = Right::Panels(Panels::of(storage, layout).unwrap());
+        product_with(tiles, x, (weight, n), epilogue)
+    }
+
+    fn product_with(
+        tiles: Option<Tiles>,
+        x: &Tensor,
+        (weight, n): (Right, usize),
+        epilogue: Epilogue,
+    ) -> Vec<f32> {
+        let (m, k) = x.dims2().unwrap();
+        let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
         gemm(
             (m, k, n),
             |row: usize, terms: Range<usize>, to: &mut [f32]| {
@@ -1147,6 +1158,78 @@ mod tests {
                                 "{m} {k} {n} {dtype:?} {tiles:?}, epilogue {i}: {off:e}"
                             );
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Random numbers in blocks, whose scales begin at these bytes.
+    fn blocks(kind: BlockType, scales: &[usize], (n, k): (usize, usize)) -> BlockMatrix {
+        let (numbers, bytes) = kind.block();
+        let count = n * k / numbers * bytes;
+        let mut raw: Vec<u8> = normal(0f32, 1e3, count)
+            .to_vec1::<f32>()
+            .unwrap()
+            .into_iter()
+            .map(|x| x as i32 as u8)
+            .collect();
+        for (i, block) in raw.chunks_exact_mut(bytes).enumerate() {
+            for at in scales {
+                let scale = half::f16::from_f32(0.01 + 0.001 * (i % 7) as f32);
+                block[*at..at + 2].copy_from_slice(&scale.to_le_bytes());
+            }
+        }
+        BlockMatrix::new(n, k, vec![Rows { kind, raw }]).unwrap()
+    }
+
+    #[test]
+    fn weights_in_blocks_multiply_as_the_numbers_that_they_stand_for() {
+        let kinds: [(BlockType, &[usize]); 12] = [
+            (BlockType::Q4_0, &[0]),
+            (BlockType::Q4_1, &[0, 2]),
+            (BlockType::Q5_0, &[0]),
+            (BlockType::Q5_1, &[0, 2]),
+            (BlockType::Q8_0, &[0]),
+            (BlockType::Q2K, &[80, 82]),
+            (BlockType::Q3K, &[108]),
+            (BlockType::Q4K, &[0, 2]),
+            (BlockType::Q5K, &[0, 2]),
+            (BlockType::Q6K, &[208]),
+            (BlockType::Iq4Nl, &[0]),
+            (BlockType::Iq4Xs, &[0]),
+        ];
+        for (kind, scales) in kinds {
+            let small = kind.block().0 == 32;
+            // some of whose terms are no whole pieces, and rows that are not there
+            for (m, k, n) in [(1, 768, 6), (65, if small { 480 } else { 1280 }, 130)] {
+                let matrix = blocks(kind, scales, (n, k));
+                let mut wide = vec![0f32; n * k];
+                for (row, numbers) in wide.chunks_exact_mut(k).enumerate() {
+                    matrix.write(row, 0, numbers);
+                }
+                let wide = Tensor::from_vec(wide, (n, k), &candle_core::Device::Cpu).unwrap();
+                let x = normal(0f32, 1.0, (m, k));
+                let bias: Vec<f32> = normal(0f32, 0.5, n).to_vec1().unwrap();
+                for gated in [false, true] {
+                    let epilogue = Epilogue {
+                        bias: Some(&bias),
+                        gated,
+                        ..Epilogue::default()
+                    };
+                    let units = every_unit().into_iter().map(Some);
+                    for tiles in [None].into_iter().chain(units) {
+                        let expected = product(tiles, &x, &wide, epilogue);
+                        let right = Right::Blocks(&matrix, &Pack { gated });
+                        let y = product_with(tiles, &x, (right, n), epilogue);
+                        let largest = expected.iter().fold(1f32, |most, x| most.max(x.abs()));
+                        assert_eq!(y.len(), expected.len());
+                        for (y, expected) in y.iter().zip(&expected) {
+                            let off = (y - expected).abs() / largest;
+                            assert!(off < 2e-6, "{kind:?} {m} {k} {n} {tiles:?}: {off:e}");
+                        }
+                        // the same pieces are the same sums
+                        assert!(k == 480 || tiles.is_some() || y == expected);
                     }
                 }
             }

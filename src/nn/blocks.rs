@@ -126,113 +126,23 @@ impl BlockType {
     }
 
     /// Writes the numbers of whole blocks to the beginning of `out`.
+    ///
+    /// All of it is inlined, so that it is compiled for the instructions of the kernel around it.
     #[inline(always)]
     pub fn write(self, raw: &[u8], out: &mut [f32]) {
         match self {
-            Self::Q4_0 => each(raw, out, |block: &[u8; 18], out: &mut [f32; 32]| {
-                let d = half(block, 0);
-                nibbles(&block[2..], out, |q| d * (f32::from(q) - 8.0));
-            }),
-            Self::Q4_1 => each(raw, out, |block: &[u8; 20], out: &mut [f32; 32]| {
-                let (d, m) = (half(block, 0), half(block, 2));
-                nibbles(&block[4..], out, |q| d * f32::from(q) + m);
-            }),
-            Self::Q5_0 => each(raw, out, |block: &[u8; 22], out: &mut [f32; 32]| {
-                let d = half(block, 0);
-                let (bits, q) = (word(block, 2), &block[6..]);
-                five_bits(bits, q, out, |q| d * (f32::from(q) - 16.0));
-            }),
-            Self::Q5_1 => each(raw, out, |block: &[u8; 24], out: &mut [f32; 32]| {
-                let (d, m) = (half(block, 0), half(block, 2));
-                let (bits, q) = (word(block, 4), &block[8..]);
-                five_bits(bits, q, out, |q| d * f32::from(q) + m);
-            }),
-            Self::Q8_0 => each(raw, out, |block: &[u8; 34], out: &mut [f32; 32]| {
-                let d = half(block, 0);
-                for (out, q) in out.iter_mut().zip(&block[2..]) {
-                    *out = d * f32::from(*q as i8);
-                }
-            }),
-            Self::Q2K => each(raw, out, |block: &[u8; 84], out: &mut [f32; K]| {
-                let (scales, q) = (&block[..16], &block[16..80]);
-                let (d, min) = (half(block, 80), half(block, 82));
-                for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                    let scale = scales[j];
-                    let (scale, min) = (d * f32::from(scale & 15), min * f32::from(scale >> 4));
-                    let (q, shift) = two_bits(q, j);
-                    for (out, q) in out.iter_mut().zip(q) {
-                        *out = scale * f32::from(q >> shift & 3) - min;
-                    }
-                }
-            }),
-            Self::Q3K => each(raw, out, |block: &[u8; 110], out: &mut [f32; K]| {
-                let (high, q, packed) = (&block[..32], &block[32..96], &block[96..108]);
-                let d = half(block, 108);
-                for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                    // six bits of each scale: four in the first eight bytes, two in the last four
-                    let low = packed[j % 8] >> (j / 8 * 4) & 15;
-                    let top = packed[8 + j % 4] >> (j / 4 * 2) & 3;
-                    let scale = d * (f32::from(low | top << 4) - 32.0);
-                    let (q, shift) = two_bits(q, j);
-                    for ((out, q), high) in out.iter_mut().zip(q).zip(&high[j % 2 * 16..]) {
-                        let bit = high >> (j / 2) & 1;
-                        *out = scale * (f32::from(q >> shift & 3 | bit << 2) - 4.0);
-                    }
-                }
-            }),
-            Self::Q4K => each(raw, out, |block: &[u8; 144], out: &mut [f32; K]| {
-                let (d, min) = (half(block, 0), half(block, 2));
-                for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-                    let (scale, m) = scale_and_min(&block[4..16], j);
-                    let (scale, min) = (d * scale, min * m);
-                    let (q, shift) = four_bits(&block[16..], j);
-                    for (out, q) in out.iter_mut().zip(q) {
-                        *out = scale * f32::from(q >> shift & 15) - min;
-                    }
-                }
-            }),
-            Self::Q5K => each(raw, out, |block: &[u8; 176], out: &mut [f32; K]| {
-                let (d, min) = (half(block, 0), half(block, 2));
-                for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-                    let (scale, m) = scale_and_min(&block[4..16], j);
-                    let (scale, min) = (d * scale, min * m);
-                    let (q, shift) = four_bits(&block[48..], j);
-                    for ((out, q), high) in out.iter_mut().zip(q).zip(&block[16..48]) {
-                        let bit = high >> j & 1;
-                        *out = scale * f32::from(q >> shift & 15 | bit << 4) - min;
-                    }
-                }
-            }),
-            Self::Q6K => each(raw, out, |block: &[u8; 210], out: &mut [f32; K]| {
-                let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
-                let d = half(block, 208);
-                for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                    let scale = d * f32::from(scales[j] as i8);
-                    // halves of 128 numbers: 64 bytes of nibbles, 32 of pairs of bits
-                    let (half, at) = (j / 8, j % 8 * 16);
-                    let low = &low[half * 64 + at % 64..];
-                    let high = &high[half * 32 + at % 32..];
-                    let (of_low, of_high) = (at / 64 * 4, at / 32 * 2);
-                    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-                        let q = low >> of_low & 15 | (high >> of_high & 3) << 4;
-                        *out = scale * (f32::from(q) - 32.0);
-                    }
-                }
-            }),
-            Self::Iq4Nl => each(raw, out, |block: &[u8; 18], out: &mut [f32; 32]| {
-                let d = half(block, 0);
-                nibbles(&block[2..], out, |q| d * IQ4[usize::from(q & 15)]);
-            }),
-            Self::Iq4Xs => each(raw, out, |block: &[u8; 136], out: &mut [f32; K]| {
-                let (d, high) = (half(block, 0), u16::from_le_bytes([block[2], block[3]]));
-                for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-                    let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
-                    let top = (high >> (2 * j) & 3) as u8;
-                    let scale = d * (f32::from(low | top << 4) - 32.0);
-                    let q = &block[8 + j * 16..];
-                    nibbles(q, out, |q| scale * IQ4[usize::from(q & 15)]);
-                }
-            }),
+            Self::Q4_0 => each(raw, out, q4_0),
+            Self::Q4_1 => each(raw, out, q4_1),
+            Self::Q5_0 => each(raw, out, q5_0),
+            Self::Q5_1 => each(raw, out, q5_1),
+            Self::Q8_0 => each(raw, out, q8_0),
+            Self::Q2K => each(raw, out, q2_k),
+            Self::Q3K => each(raw, out, q3_k),
+            Self::Q4K => each(raw, out, q4_k),
+            Self::Q5K => each(raw, out, q5_k),
+            Self::Q6K => each(raw, out, q6_k),
+            Self::Iq4Nl => each(raw, out, iq4_nl),
+            Self::Iq4Xs => each(raw, out, iq4_xs),
         }
     }
 }
@@ -250,51 +160,196 @@ fn each<const B: usize, const N: usize>(
     }
 }
 
+#[inline(always)]
+fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for (out, q) in out.iter_mut().zip(nibbles(sixteen(block, 2))) {
+        *out = d * (f32::from(q) - 8.0);
+    }
+}
+
+#[inline(always)]
+fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
+    let (d, m) = (half(block, 0), half(block, 2));
+    for (out, q) in out.iter_mut().zip(nibbles(sixteen(block, 4))) {
+        *out = d * f32::from(q) + m;
+    }
+}
+
+#[inline(always)]
+fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for (out, q) in out.iter_mut().zip(five_bits(block, 2, 6)) {
+        *out = d * (f32::from(q) - 16.0);
+    }
+}
+
+#[inline(always)]
+fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
+    let (d, m) = (half(block, 0), half(block, 2));
+    for (out, q) in out.iter_mut().zip(five_bits(block, 4, 8)) {
+        *out = d * f32::from(q) + m;
+    }
+}
+
+#[inline(always)]
+fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for (out, q) in out.iter_mut().zip(&block[2..]) {
+        *out = d * f32::from(*q as i8);
+    }
+}
+
+#[inline(always)]
+fn q2_k(block: &[u8; 84], out: &mut [f32; K]) {
+    let (d, min) = (half(block, 80), half(block, 82));
+    for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let (scale, min) = (d * f32::from(block[j] & 15), min * f32::from(block[j] >> 4));
+        for (out, q) in out.iter_mut().zip(two_bits(&block[16..80], j)) {
+            *out = scale * f32::from(q) - min;
+        }
+    }
+}
+
+#[inline(always)]
+fn q3_k(block: &[u8; 110], out: &mut [f32; K]) {
+    let (high, q, packed) = (&block[..32], &block[32..96], &block[96..108]);
+    let d = half(block, 108);
+    for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        // six bits of each scale: four in the first eight bytes, two in the last four
+        let low = packed[j % 8] >> (j / 8 * 4) & 15;
+        let top = packed[8 + j % 4] >> (j / 4 * 2) & 3;
+        let scale = d * (f32::from(low | top << 4) - 32.0);
+        let bits = sixteen(high, j % 2 * 16);
+        for ((out, q), high) in out.iter_mut().zip(two_bits(q, j)).zip(bits) {
+            *out = scale * (f32::from(q | (high >> (j / 2) & 1) << 2) - 4.0);
+        }
+    }
+}
+
+#[inline(always)]
+fn q4_k(block: &[u8; 144], out: &mut [f32; K]) {
+    let (d, min) = (half(block, 0), half(block, 2));
+    for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let (scale, m) = scale_and_min(&block[4..16], j);
+        let (scale, min) = (d * scale, min * m);
+        for (out, q) in out.iter_mut().zip(four_bits(&block[16..], j)) {
+            *out = scale * f32::from(q) - min;
+        }
+    }
+}
+
+#[inline(always)]
+fn q5_k(block: &[u8; 176], out: &mut [f32; K]) {
+    let (d, min) = (half(block, 0), half(block, 2));
+    for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let (scale, m) = scale_and_min(&block[4..16], j);
+        let (scale, min) = (d * scale, min * m);
+        let q = four_bits(&block[48..], j).into_iter();
+        for ((out, q), high) in out.iter_mut().zip(q).zip(&block[16..48]) {
+            *out = scale * f32::from(q | (high >> j & 1) << 4) - min;
+        }
+    }
+}
+
+#[inline(always)]
+fn q6_k(block: &[u8; 210], out: &mut [f32; K]) {
+    let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
+    let d = half(block, 208);
+    for (j, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let scale = d * f32::from(scales[j] as i8);
+        // halves of 128 numbers: 64 bytes of nibbles, 32 of pairs of bits
+        let (half, at) = (j / 8, j % 8 * 16);
+        let low = sixteen(low, half * 64 + at % 64);
+        let high = sixteen(high, half * 32 + at % 32);
+        let (of_low, of_high) = (at / 64 * 4, at / 32 * 2);
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            let q = low >> of_low & 15 | (high >> of_high & 3) << 4;
+            *out = scale * (f32::from(q) - 32.0);
+        }
+    }
+}
+
+#[inline(always)]
+fn iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
+    let d = half(block, 0);
+    for (out, q) in out.iter_mut().zip(nibbles(sixteen(block, 2))) {
+        *out = d * IQ4[usize::from(q & 15)];
+    }
+}
+
+#[inline(always)]
+fn iq4_xs(block: &[u8; 136], out: &mut [f32; K]) {
+    let (d, high) = (half(block, 0), u16::from_le_bytes([block[2], block[3]]));
+    for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
+        let top = (high >> (2 * j) & 3) as u8;
+        let scale = d * (f32::from(low | top << 4) - 32.0);
+        for (out, q) in out.iter_mut().zip(nibbles(sixteen(block, 8 + j * 16))) {
+            *out = scale * IQ4[usize::from(q & 15)];
+        }
+    }
+}
+
 /// The f16 at a byte of a block.
 #[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// The 32 bits at a byte of a block.
+/// The sixteen bytes from this one on.
 #[inline(always)]
-fn word(block: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
+fn sixteen(bytes: &[u8], at: usize) -> [u8; 16] {
+    let mut sixteen = [0; 16];
+    sixteen.copy_from_slice(&bytes[at..at + 16]);
+    sixteen
 }
 
 /// The numbers of four bits in 16 bytes: first the lower halves, then the upper ones.
 #[inline(always)]
-fn nibbles(bytes: &[u8], out: &mut [f32; 32], number: impl Fn(u8) -> f32) {
-    let (low, high) = out.split_at_mut(16);
-    for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
-        (*low, *high) = (number(byte & 15), number(byte >> 4));
+fn nibbles(bytes: [u8; 16]) -> [u8; 32] {
+    let mut numbers = [0; 32];
+    for (i, byte) in bytes.into_iter().enumerate() {
+        (numbers[i], numbers[i + 16]) = (byte & 15, byte >> 4);
     }
+    numbers
 }
 
-/// The same with a fifth bit for each.
+/// The same with a fifth bit for each, which are 32 bits from the byte `high` on.
 #[inline(always)]
-fn five_bits(bits: u32, bytes: &[u8], out: &mut [f32; 32], number: impl Fn(u8) -> f32) {
-    let (low, high) = out.split_at_mut(16);
-    let pairs = low.iter_mut().zip(high).zip(bytes);
-    for (i, ((low, high), byte)) in pairs.enumerate() {
-        let fifth = |i: usize| ((bits >> i & 1) as u8) << 4;
-        *low = number(byte & 15 | fifth(i));
-        *high = number(byte >> 4 | fifth(i + 16));
+fn five_bits(block: &[u8], high: usize, low: usize) -> [u8; 32] {
+    let mut numbers = nibbles(sixteen(block, low));
+    for (i, number) in numbers.iter_mut().enumerate() {
+        *number |= (block[high + i / 8] >> (i % 8) & 1) << 4;
     }
+    numbers
 }
 
-/// The bytes of sixteen numbers of two bits, the jth of a block of 256, and by how many bits they
-/// are shifted: in each half of the block, four rounds of 32 numbers.
+/// Sixteen numbers of two bits, the jth of a block of 256: in each half of the block, four rounds of
+/// 32 numbers.
 #[inline(always)]
-fn two_bits(bytes: &[u8], j: usize) -> (&[u8], usize) {
-    (&bytes[j / 8 * 32 + j % 2 * 16..], j % 8 / 2 * 2)
+fn two_bits(bytes: &[u8], j: usize) -> [u8; 16] {
+    let mut numbers = sixteen(bytes, j / 8 * 32 + j % 2 * 16);
+    for number in &mut numbers {
+        *number = *number >> (j % 8 / 2 * 2) & 3;
+    }
+    numbers
 }
 
-/// The bytes of 32 numbers of four bits, the jth of a block of 256, and by how many bits they are
-/// shifted: of each 32 bytes first the lower halves, then the upper ones.
+/// Thirty-two numbers of four bits, the jth of a block of 256: of each 32 bytes first the lower halves,
+/// then the upper ones.
 #[inline(always)]
-fn four_bits(bytes: &[u8], j: usize) -> (&[u8], usize) {
-    (&bytes[j / 2 * 32..], j % 2 * 4)
+fn four_bits(bytes: &[u8], j: usize) -> [u8; 32] {
+    let mut numbers = [0; 32];
+    let bytes = &bytes[j / 2 * 32..][..32];
+    for (number, byte) in numbers.iter_mut().zip(bytes) {
+        *number = if j.is_multiple_of(2) {
+            byte & 15
+        } else {
+            byte >> 4
+        };
+    }
+    numbers
 }
 
 /// Scale and minimum j of the eight of a block of Q4_K or Q5_K, six bits each in twelve bytes.

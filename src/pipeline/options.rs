@@ -129,10 +129,7 @@ pub struct JobOptions {
     /// SCALE[:BLOCKS[:START:STOP]], such as 2.8 or 2.8:7,8,9:0.01:0.2
     #[serde(alias = "skip-layer-guidance")]
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true))]
-    #[cfg_attr(
-        feature = "cli",
-        arg(value_name = "X", help_heading = "Sampling")
-    )]
+    #[cfg_attr(feature = "cli", arg(value_name = "X", help_heading = "Sampling"))]
     pub skip_layer_guidance: Option<SkipLayers>,
     /// The sampler by name
     #[serde(alias = "sampling_method", alias = "sampling-method")]

@@ -4,8 +4,11 @@
 
 use crate::common::*;
 use crate::split::{Parts, original_flux2};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::f16;
+use sdgen::nn::weights::TensorSource;
+use sdgen::weights::lora::Lora;
+use sdgen::weights::{Checkpoint, Origin};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -281,6 +284,67 @@ fn whole_checkpoints_and_damaged_files() {
     ] {
         std::fs::write(dir.path().join("model.gguf"), bytes).unwrap();
         fail(&mut draw("model.gguf"), 3, &says);
+    }
+}
+
+#[test]
+fn matrices_stay_in_blocks_in_memory_unless_a_lora_changes_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = dir.path().join("plain.safetensors");
+    let folder = dir.path().join("sd1");
+    with_full_vocabulary("sd1", &folder);
+    single_file("single_sd1.json", &folder, &plain);
+    let q8 = dir.path().join("q8.gguf");
+    let held = write(&load(&plain), &[], Q8_0, &q8);
+    save(&held, &dir.path().join("same.safetensors"));
+    let lora = fixture("lora/kohya.safetensors");
+    let open = |loras: &[f64]| {
+        let mut checkpoint = Checkpoint::open(Origin::Path(&q8)).unwrap();
+        let loras = loras.iter().map(|strength| Lora::open(&lora, *strength));
+        checkpoint.use_loras(loras, true).unwrap();
+        checkpoint
+    };
+    let (without, with) = (open(&[]), open(&[0.7]));
+    let patch = Lora::open(&lora, 0.7).unwrap();
+    let (mut kept, mut changed) = (0, 0);
+    for (name, shape) in without.shapes("unet") {
+        let full = format!("unet.{name}");
+        let of_blocks = |checkpoint: &Checkpoint| match shape {
+            [rows, columns] => checkpoint.blocks(&full, [*rows, *columns]).unwrap(),
+            _ => None,
+        };
+        let Some(matrix) = of_blocks(&without) else {
+            assert!(
+                shape.len() != 2 || !shape[1].is_multiple_of(BLOCK),
+                "{name}"
+            );
+            continue;
+        };
+        let mut numbers = vec![0f32; shape[0] * shape[1]];
+        for (row, numbers) in numbers.chunks_exact_mut(shape[1]).enumerate() {
+            matrix.write(row, 0, numbers);
+        }
+        let read = without.weights("unet", &Device::Cpu, DType::F32);
+        assert_eq!(numbers, values(&read.get(name, shape).unwrap()), "{name}");
+        kept += 1;
+        assert_eq!(of_blocks(&with).is_none(), patch.changes(&full), "{name}");
+        changed += usize::from(patch.changes(&full));
+    }
+    assert!(
+        kept > 10 && changed > 0 && kept > changed,
+        "{kept} {changed}"
+    );
+    // 34 bytes of 32 numbers
+    let bytes = [&without, &with].map(|it| it.stored_bytes("unet"));
+    assert!(bytes[0] < bytes[1], "{bytes:?}");
+    for more in [vec![], vec!["--lora", lora.to_str().unwrap()]] {
+        let [got, expected] = ["q8.gguf", "same.safetensors"].map(|model| {
+            let mut command = quick(dir.path(), Path::new(model));
+            command.args(["a frog", "-s", "3", "--force", "-o", "x.png"]);
+            succeed(command.args(&more));
+            pixels(&dir.path().join("x.png"))
+        });
+        assert_same_levels("q8_0", &got, &expected);
     }
 }
 

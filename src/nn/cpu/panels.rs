@@ -218,9 +218,13 @@ fn widen_blocks<V: Vector>(matrix: &BlockMatrix, pack: &Pack, at: usize, to: &mu
                 matrix.write(output.unwrap_or(outputs), first, numbers);
             }
             for (i, to) in to.chunks_exact_mut(LANES * PANEL).enumerate() {
-                let square = rows.each_ref().map(|row| V::load(&row[i].0));
-                for (term, column) in V::transpose(square).into_iter().enumerate() {
-                    column.store(&mut to[term * PANEL + lane].0);
+                let mut square = [V::splat(0.0); LANES];
+                for (vector, row) in square.iter_mut().zip(&rows) {
+                    *vector = V::load(&row[i].0);
+                }
+                let columns = V::transpose(square);
+                for (to, column) in to.chunks_exact_mut(PANEL).zip(&columns) {
+                    column.store(&mut to[lane].0);
                 }
             }
         }

@@ -537,8 +537,55 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx2(__m256, __m256);
 
+    /// Columns of eight rows.
+    #[inline(always)]
+    fn transpose_8(rows: [__m256; 8]) -> [__m256; 8] {
+        detected! {
+            // squares of 4x4, in both halves of the registers
+            let squares = |[a, b, c, d]: [__m256; 4]| {
+                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+                let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+                [
+                    _mm256_shuffle_ps::<0x44>(ab, cd),
+                    _mm256_shuffle_ps::<0xee>(ab, cd),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+                ]
+            };
+            let [a, b, c, d, e, f, g, h] = rows;
+            let (first, second) = (squares([a, b, c, d]), squares([e, f, g, h]));
+            let mut columns = rows;
+            for i in 0..4 {
+                columns[i] = _mm256_permute2f128_ps::<0x20>(first[i], second[i]);
+                columns[i + 4] = _mm256_permute2f128_ps::<0x31>(first[i], second[i]);
+            }
+            columns
+        }
+    }
+
     impl Vector for Avx2 {
         const WIDE: bool = false;
+
+        #[inline(always)]
+        fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+            let mut columns = rows;
+            for half in 0..2 {
+                let mut quarters = [[rows[0].0; 8]; 2];
+                for (i, row) in rows[half * 8..][..8].iter().enumerate() {
+                    (quarters[0][i], quarters[1][i]) = (row.0, row.1);
+                }
+                for (i, quarter) in quarters.into_iter().enumerate() {
+                    for (column, numbers) in columns[i * 8..].iter_mut().zip(transpose_8(quarter)) {
+                        *(if half == 0 {
+                            &mut column.0
+                        } else {
+                            &mut column.1
+                        }) = numbers;
+                    }
+                }
+            }
+            columns
+        }
 
         #[inline(always)]
         fn splat(x: f32) -> Self {

@@ -33,6 +33,17 @@ pub enum BlockType {
     Iq4Xs,
 }
 
+/// Converts each block by a function, which is named here, since one that is passed is not inlined into
+/// code for other instructions.
+macro_rules! each {
+    ($raw:ident, $out:ident, $convert:ident) => {{
+        let (blocks, all) = ($raw.as_chunks().0, $out.as_chunks_mut().0);
+        for (out, block) in all.iter_mut().zip(blocks) {
+            $convert(block, out);
+        }
+    }};
+}
+
 impl BlockType {
     /// The type of a number in a file, or its name if it is not read.
     pub fn of(number: u32) -> Result<Self, &'static str> {
@@ -131,32 +142,19 @@ impl BlockType {
     #[inline(always)]
     pub fn write(self, raw: &[u8], out: &mut [f32]) {
         match self {
-            Self::Q4_0 => each(raw, out, q4_0),
-            Self::Q4_1 => each(raw, out, q4_1),
-            Self::Q5_0 => each(raw, out, q5_0),
-            Self::Q5_1 => each(raw, out, q5_1),
-            Self::Q8_0 => each(raw, out, q8_0),
-            Self::Q2K => each(raw, out, q2_k),
-            Self::Q3K => each(raw, out, q3_k),
-            Self::Q4K => each(raw, out, q4_k),
-            Self::Q5K => each(raw, out, q5_k),
-            Self::Q6K => each(raw, out, q6_k),
-            Self::Iq4Nl => each(raw, out, iq4_nl),
-            Self::Iq4Xs => each(raw, out, iq4_xs),
+            Self::Q4_0 => each!(raw, out, q4_0),
+            Self::Q4_1 => each!(raw, out, q4_1),
+            Self::Q5_0 => each!(raw, out, q5_0),
+            Self::Q5_1 => each!(raw, out, q5_1),
+            Self::Q8_0 => each!(raw, out, q8_0),
+            Self::Q2K => each!(raw, out, q2_k),
+            Self::Q3K => each!(raw, out, q3_k),
+            Self::Q4K => each!(raw, out, q4_k),
+            Self::Q5K => each!(raw, out, q5_k),
+            Self::Q6K => each!(raw, out, q6_k),
+            Self::Iq4Nl => each!(raw, out, iq4_nl),
+            Self::Iq4Xs => each!(raw, out, iq4_xs),
         }
-    }
-}
-
-/// Converts each block of B bytes to N numbers.
-#[inline(always)]
-fn each<const B: usize, const N: usize>(
-    raw: &[u8],
-    out: &mut [f32],
-    convert: impl Fn(&[u8; B], &mut [f32; N]),
-) {
-    let (blocks, all) = (raw.as_chunks::<B>().0, out.as_chunks_mut::<N>().0);
-    for (out, block) in all.iter_mut().zip(blocks) {
-        convert(block, out);
     }
 }
 

@@ -748,6 +748,49 @@ pub fn save(path: &Path, bytes: &[u8], overwrite: Overwrite) -> anyhow::Result<(
     }
 }
 
+/// A file that is written piece by piece, and has its name only when it is complete and on the disk.
+/// Nothing of it is left if it is dropped before.
+pub struct Unfinished {
+    file: NamedTempFile,
+    path: PathBuf,
+    overwrite: Overwrite,
+}
+
+impl Unfinished {
+    /// Begins a file beside its place. Errors if the folder cannot be written.
+    pub fn new(path: &Path, overwrite: Overwrite) -> io::Result<Self> {
+        Ok(Self {
+            file: temporary_file(folder_of(path))?,
+            path: path.into(),
+            overwrite,
+        })
+    }
+
+    /// Adds bytes. Errors as the system says, such as that the disk is full.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)
+    }
+
+    /// Gives it its name. Errors if something is there by now that may not be replaced.
+    pub fn finish(self) -> io::Result<()> {
+        let _saving = hold_saves();
+        self.file.as_file().sync_all()?;
+        name_file(self.file, &self.path, self.overwrite == Overwrite::All)
+    }
+}
+
+/// A folder beside its place, which is gone when dropped.
+pub fn temporary_folder(path: &Path) -> io::Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o777));
+    }
+    builder.tempdir_in(folder_of(path))
+}
+
 /// Writes a file once more if it is gone before it has its name: a run that starts just now may
 /// have taken it for a leftover, before it was locked.
 fn repeated(mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {

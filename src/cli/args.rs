@@ -11,6 +11,7 @@ use crate::batch::writer::WriteOptions;
 use crate::cli::bench::BenchArgs;
 use crate::cli::check::CheckArgs;
 use crate::cli::config::Config;
+use crate::cli::convert::ConvertArgs;
 use crate::cli::inspect::InspectArgs;
 use crate::cli::model_args::ModelArgs;
 use crate::cli::models::ModelsArgs;
@@ -107,6 +108,8 @@ pub enum Command {
     Check(Box<CheckArgs>),
     /// Make pictures larger by a network (ESRGAN, Real-ESRGAN), or by Lanczos' formula
     Upscale(UpscaleArgs),
+    /// Write a model in another layout or type, with its LoRAs, merges and VAE
+    Convert(Box<ConvertArgs>),
     /// Time the steps of this machine on real layer sizes, with random weights
     Bench(BenchArgs),
     /// Fetch a model from the hub into its cache

@@ -110,9 +110,12 @@ fn run(args: &DrawArgs, progress: &Arc<Progress>, summary: &mut Summary) -> Resu
     save_steps(args, &pipeline, &left, progress).code(2)?;
     announce();
     report.flush().code(1)?;
-    signals::listen(progress)
-        .context("cannot listen for signals")
-        .code(1)?;
+    signals::listen(
+        progress,
+        "finishing the picture under way; the same again stops at once",
+    )
+    .context("cannot listen for signals")
+    .code(1)?;
     progress.event("start", json!({ "jobs": left.len() }));
     let costs = left.iter().map(|task| (task.index, task.cost() as f64));
     progress.plan(costs.collect());

@@ -6,6 +6,7 @@ pub mod args;
 pub mod bench;
 pub mod check;
 pub mod config;
+pub mod convert;
 pub mod draw;
 pub mod escape;
 pub mod exit_code;
@@ -103,6 +104,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(&args),
             Self::Check(args) => check::run(&args),
             Self::Upscale(args) => upscale::run(&args),
+            Self::Convert(args) => convert::run(&args),
             Self::Bench(args) => say(&bench::run(&args).code(1)?).code(1),
             Self::Pull { model } => {
                 let finder = ModelFinder {

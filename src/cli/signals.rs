@@ -17,9 +17,9 @@ pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
-/// Starts to listen for the signals. Errors if the system does not allow it.
+/// Starts to listen for the signals; the first is answered with what is `said`. Errors if the system does not allow it.
 #[cfg(unix)]
-pub fn listen(progress: &Arc<Progress>) -> std::io::Result<()> {
+pub fn listen(progress: &Arc<Progress>, said: &'static str) -> std::io::Result<()> {
     use signal_hook::consts::{SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let progress = progress.clone();
@@ -29,7 +29,7 @@ pub fn listen(progress: &Arc<Progress>) -> std::io::Result<()> {
                 let _saved = output_path::hold_saves();
                 signal_hook::low_level::exit(EXIT_CODE.into());
             }
-            progress.note("finishing the picture under way; the same again stops at once");
+            progress.note(said);
         }
     })?;
     Ok(())
@@ -56,6 +56,6 @@ pub fn end_at_once(code: u8) {
 
 /// Elsewhere the system ends the program at once; no half picture is left under a name then either.
 #[cfg(not(unix))]
-pub fn listen(_: &Arc<Progress>) -> std::io::Result<()> {
+pub fn listen(_: &Arc<Progress>, _: &'static str) -> std::io::Result<()> {
     Ok(())
 }

@@ -497,6 +497,18 @@ fn require_merges_of_json(json: &str) -> Result<()> {
     )
 }
 
+/// vocab.json and merges.txt of CLIP's own tokenizer.
+pub fn clip_files() -> Result<[String; 2]> {
+    let vocab = clip_vocab(&pairs(CLIP_MERGES)?);
+    let mut sorted: Vec<(&String, &u32)> = vocab.iter().collect();
+    sorted.sort_by_key(|(_, id)| **id);
+    let vocab: serde_json::Map<String, Value> = sorted
+        .into_iter()
+        .map(|(token, id)| (token.clone(), (*id).into()))
+        .collect();
+    Ok([Value::Object(vocab).to_string(), CLIP_MERGES.into()])
+}
+
 /// Parses the merges file, without its version line.
 fn pairs(merges: &str) -> Result<Vec<(String, String)>> {
     let lines = merges

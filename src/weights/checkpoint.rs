@@ -16,6 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 /// The place of a tensor in the checkpoint's files.
@@ -38,6 +39,8 @@ pub struct Checkpoint {
     pub name: String,
     pub(super) configs: BTreeMap<String, Value>,
     pub(super) tokenizers: BTreeMap<&'static str, TokenizerSource>,
+    /// the folder of diffusers that it was opened from
+    pub(super) folder: Option<PathBuf>,
     /// whether its configuration was read, and not inferred from its weights
     pub(super) is_configured: bool,
     pub(super) unexpected_keys: Vec<String>,
@@ -76,6 +79,7 @@ impl Checkpoint {
             name,
             configs: BTreeMap::new(),
             tokenizers: BTreeMap::new(),
+            folder: None,
             is_configured: false,
             unexpected_keys: vec![],
             assumptions: vec![],
@@ -261,6 +265,11 @@ impl Checkpoint {
             .is_some_and(|(k, _)| k.starts_with(&prefix))
     }
 
+    /// Whether any tensor of a component is there, or in the VAE that decodes in its place.
+    pub(super) fn has_part(&self, component: &str) -> bool {
+        self.holder(component).has(component)
+    }
+
     pub(super) fn add_source(
         &mut self,
         source: WeightsFile,
@@ -349,6 +358,44 @@ impl Checkpoint {
             .entries
             .range(prefix.clone()..)
             .take_while(move |(k, _)| k.starts_with(&prefix))
+    }
+
+    /// The names, shapes and stored types of a component's tensors.
+    pub(super) fn tensors_of(
+        &self,
+        component: &str,
+    ) -> impl Iterator<Item = (&str, &[usize], &str)> {
+        self.entries_of(component)
+            .map(|(name, entry)| (name.as_str(), entry.shape.as_slice(), entry.dtype.as_str()))
+    }
+
+    /// The type in which a tensor is stored, whichever checkpoint holds its component.
+    pub(super) fn stored_as(&self, name: &str) -> Option<&str> {
+        let entries = &self.holder(component_of(name)).entries;
+        entries.get(name).map(|entry| entry.dtype.as_str())
+    }
+
+    /// The shape of a tensor, whichever checkpoint holds its component.
+    pub(super) fn shape_of(&self, name: &str) -> Option<&[usize]> {
+        self.holder(component_of(name)).shape(name)
+    }
+
+    /// Counts the numbered children of a place in a component.
+    pub(super) fn count_of(&self, component: &str, prefix: &str) -> usize {
+        self.holder(component)
+            .count(&format!("{component}.{prefix}"))
+    }
+
+    /// Reads a tensor of any component with all that changes it, as wide as that leaves it.
+    pub(super) fn read_patched(&self, name: &str) -> Result<Tensor> {
+        self.holder(component_of(name)).patched(name)
+    }
+
+    /// A tensor with other checkpoints merged into it and then with what LoRAs add, in its stored
+    /// type: each as if the result had been saved.
+    fn patched(&self, name: &str) -> Result<Tensor> {
+        let merged = self.merged(name, self.read_own(name)?)?;
+        lora::patch(&self.loras, name, merged)
     }
 
     /// Whether the matrices of a component are kept in bf16 though its files have them in f32, or in
@@ -577,7 +624,7 @@ impl Checkpoint {
             .entries_of(component)
             .map(|(name, _)| name.as_str())
             .filter(|name| !read.contains(*name) && is_part(name))
-            .filter(|name| !LEFTOVERS.iter().any(|leftover| name.contains(leftover)))
+            .filter(|name| !is_leftover(name))
             .collect();
         let Some(first) = unused.first() else {
             return Ok(network);
@@ -632,7 +679,7 @@ impl Checkpoint {
 
     /// A tensor of this checkpoint with what is merged into it, in its stored type.
     fn merged(&self, name: &str, own: Tensor) -> Result<Tensor> {
-        let component = name.split('.').next().unwrap_or_default();
+        let component = component_of(name);
         let mut merged: Option<Tensor> = None;
         let merges = self.merges.iter();
         for merge in merges.filter(|merge| merge.other.has(component)) {
@@ -655,7 +702,7 @@ impl Checkpoint {
 
     /// The error for a tensor that is not there.
     pub(super) fn missing_tensor(&self, name: &str) -> String {
-        let component = name.split('.').next().unwrap_or_default();
+        let component = component_of(name);
         let prefix = format!("{component}.");
         let near = nearest(
             name,
@@ -672,6 +719,16 @@ impl Checkpoint {
             self.name
         )
     }
+}
+
+/// The component of a tensor.
+fn component_of(name: &str) -> &str {
+    name.split('.').next().unwrap_or_default()
+}
+
+/// Whether a tensor is one that no network reads, and many files have.
+pub(super) fn is_leftover(name: &str) -> bool {
+    LEFTOVERS.iter().any(|leftover| name.contains(leftover))
 }
 
 /// Parts of the names of tensors that files have besides what a network reads: positions counted
@@ -721,12 +778,10 @@ impl TensorSource for Checkpoint {
         &self.name
     }
 
-    /// Reads a tensor with other checkpoints merged into it and then with what LoRAs add, in its
-    /// stored type: each as if the result had been saved.
+    /// Reads a tensor with all that changes it, those of large transformers in bf16.
     fn tensor(&self, name: &str, _shape: &[usize]) -> Result<Tensor> {
-        let merged = self.merged(name, self.read_own(name)?)?;
-        let patched = lora::patch(&self.loras, name, merged)?;
-        let component = name.split('.').next().unwrap_or_default();
+        let patched = self.patched(name)?;
+        let component = component_of(name);
         let is_wide = patched.dtype() == DType::F32 && patched.rank() > 1;
         match is_wide && self.is_narrowed(component) {
             true => Ok(patched.to_dtype(DType::BF16)?),

@@ -125,6 +125,80 @@ impl GgufHeader {
     }
 }
 
+/// A header that is written.
+#[derive(Default)]
+pub(super) struct Header {
+    metadata: Vec<u8>,
+    entries: u64,
+    tensors: Vec<u8>,
+    count: u64,
+    /// where the next tensor begins behind the header
+    next: u64,
+}
+
+impl Header {
+    /// Each tensor begins at a multiple of this.
+    pub(super) const ALIGNMENT: usize = ALIGNMENT as usize;
+
+    pub(super) fn text(&mut self, key: &str, value: &str) {
+        self.key(key, 8);
+        put_string(&mut self.metadata, value);
+    }
+
+    pub(super) fn number(&mut self, key: &str, value: u32) {
+        self.key(key, 4);
+        self.metadata.extend(value.to_le_bytes());
+    }
+
+    /// Adds the shape of a tensor that lies in rows of another length.
+    pub(super) fn original_shape(&mut self, name: &str, shape: &[usize]) {
+        /// Whole numbers of 32 bits, with a sign.
+        const INT32: u32 = 5;
+        self.key(&format!("{ORIGINAL_SHAPE}{name}"), LIST);
+        self.metadata.extend(INT32.to_le_bytes());
+        self.metadata.extend((shape.len() as u64).to_le_bytes());
+        for size in shape {
+            self.metadata.extend((*size as u32).to_le_bytes());
+        }
+    }
+
+    fn key(&mut self, key: &str, kind: u32) {
+        put_string(&mut self.metadata, key);
+        self.metadata.extend(kind.to_le_bytes());
+        self.entries += 1;
+    }
+
+    /// Adds a tensor, which follows the one before it.
+    pub(super) fn tensor(&mut self, name: &str, shape: &[usize], stored: Stored, bytes: usize) {
+        put_string(&mut self.tensors, name);
+        self.tensors.extend((shape.len() as u32).to_le_bytes());
+        for size in shape.iter().rev() {
+            self.tensors.extend((*size as u64).to_le_bytes());
+        }
+        let kind = stored.ggml().unwrap_or_default();
+        self.tensors.extend(kind.to_le_bytes());
+        self.tensors.extend(self.next.to_le_bytes());
+        self.next += (bytes as u64).next_multiple_of(ALIGNMENT);
+        self.count += 1;
+    }
+
+    pub(super) fn into_bytes(self) -> Vec<u8> {
+        const VERSION: u32 = 3;
+        let mut bytes = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
+        bytes.extend(self.count.to_le_bytes());
+        bytes.extend(self.entries.to_le_bytes());
+        bytes.extend(self.metadata);
+        bytes.extend(self.tensors);
+        bytes.resize(bytes.len().next_multiple_of(Self::ALIGNMENT), 0);
+        bytes
+    }
+}
+
+fn put_string(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend((text.len() as u64).to_le_bytes());
+    bytes.extend(text.as_bytes());
+}
+
 /// Errors if a tensor lies outside of the file or over another.
 fn check_places(tensors: &BTreeMap<String, GgufTensor>, data_start: u64, len: u64) -> Result<()> {
     let mut places: Vec<(u64, u64, &str)> = vec![];

@@ -645,6 +645,7 @@ fn vae(c: &Checkpoint, scale: VaeScale) -> Result<Value> {
     Ok(json!({
         "_class_name": if is_flux2 { "AutoencoderKLFlux2" } else { "AutoencoderKL" },
         "latent_channels": size(c, "vae.decoder.conv_in.weight", 1)?, "out_channels": size(c, "vae.decoder.conv_out.weight", 0)?,
+        "in_channels": 3, "down_block_types": vec!["DownEncoderBlock2D"; blocks], "up_block_types": vec!["UpDecoderBlock2D"; blocks],
         "block_out_channels": widths, "layers_per_block": layers, "scaling_factor": scale.scaling_factor, "shift_factor": scale.shift_factor,
         "use_quant_conv": c.shape("vae.quant_conv.weight").is_some(),
         "use_post_quant_conv": c.shape("vae.post_quant_conv.weight").is_some(),

@@ -735,6 +735,39 @@ fn beside_vae_coders(key: &str) -> Option<String> {
     is_it.then(|| name.into())
 }
 
+/// The layers of a VAE's encoder or decoder outside of its levels: original and diffusers' names.
+const VAE_FIXED: [(&str, &str); 15] = [
+    ("norm_out.", "conv_norm_out."),
+    ("conv_in.", "conv_in."),
+    ("conv_out.", "conv_out."),
+    ("mid.block_1.", "mid_block.resnets.0."),
+    ("mid.block_2.", "mid_block.resnets.1."),
+    ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
+    ("mid.attn_1.q.", "mid_block.attentions.0.to_q."),
+    ("mid.attn_1.k.", "mid_block.attentions.0.to_k."),
+    ("mid.attn_1.v.", "mid_block.attentions.0.to_v."),
+    ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
+    // diffusers' converters of 2023 left the attention's names as they were
+    (
+        "mid.attn_1.group_norm.",
+        "mid_block.attentions.0.group_norm.",
+    ),
+    ("mid.attn_1.to_q.", "mid_block.attentions.0.to_q."),
+    ("mid.attn_1.to_k.", "mid_block.attentions.0.to_k."),
+    ("mid.attn_1.to_v.", "mid_block.attentions.0.to_v."),
+    ("mid.attn_1.to_out.0.", "mid_block.attentions.0.to_out.0."),
+];
+
+/// The beginnings of the layers of a level.
+const VAE_LEVEL: [(&str, &str); 3] = [
+    ("block.", "resnets."),
+    ("downsample.", "downsamplers.0."),
+    ("upsample.", "upsamplers.0."),
+];
+
+/// The layer beside those of a residual block.
+const VAE_SHORTCUT: (&str, &str) = (".nin_shortcut.", ".conv_shortcut.");
+
 /// Maps a VAE key without its prefix. The original numbers decoder levels from the finest, diffusers
 /// from the coarsest.
 fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
@@ -749,28 +782,7 @@ fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
     if diffusers.iter().any(|start| rest.starts_with(start)) {
         return Some(vae_attention(key));
     }
-    let fixed = [
-        ("norm_out.", "conv_norm_out."),
-        ("conv_in.", "conv_in."),
-        ("conv_out.", "conv_out."),
-        ("mid.block_1.", "mid_block.resnets.0."),
-        ("mid.block_2.", "mid_block.resnets.1."),
-        ("mid.attn_1.norm.", "mid_block.attentions.0.group_norm."),
-        ("mid.attn_1.q.", "mid_block.attentions.0.to_q."),
-        ("mid.attn_1.k.", "mid_block.attentions.0.to_k."),
-        ("mid.attn_1.v.", "mid_block.attentions.0.to_v."),
-        ("mid.attn_1.proj_out.", "mid_block.attentions.0.to_out.0."),
-        // diffusers' converters of 2023 left the attention's names as they were
-        (
-            "mid.attn_1.group_norm.",
-            "mid_block.attentions.0.group_norm.",
-        ),
-        ("mid.attn_1.to_q.", "mid_block.attentions.0.to_q."),
-        ("mid.attn_1.to_k.", "mid_block.attentions.0.to_k."),
-        ("mid.attn_1.to_v.", "mid_block.attentions.0.to_v."),
-        ("mid.attn_1.to_out.0.", "mid_block.attentions.0.to_out.0."),
-    ];
-    let name = match fixed
+    let name = match VAE_FIXED
         .iter()
         .find_map(|(old, new)| rest.strip_prefix(old).map(|r| format!("{new}{r}")))
     {
@@ -784,34 +796,95 @@ fn vae_key(key: &str, up_blocks: usize) -> Option<String> {
                 "down" => level,
                 _ => return None,
             };
-            let rest = rest
-                .replacen("block.", "resnets.", 1)
-                .replacen("downsample.", "downsamplers.0.", 1)
-                .replacen("upsample.", "upsamplers.0.", 1);
+            let rest = VAE_LEVEL.iter().fold(rest.to_string(), |rest, (old, new)| {
+                rest.replacen(old, new, 1)
+            });
             format!("{direction}_blocks.{level}.{rest}")
         }
     };
-    Some(format!(
-        "{side}.{}",
-        name.replace(".nin_shortcut.", ".conv_shortcut.")
-    ))
+    let (old, new) = VAE_SHORTCUT;
+    Some(format!("{side}.{}", name.replace(old, new)))
+}
+
+/// Maps a tensor of a VAE back to its original name; neither name has a component. `up_blocks` is the
+/// number of its decoder's levels.
+pub fn vae_to_original(name: &str, up_blocks: usize) -> Option<String> {
+    if beside_vae_coders(name).is_some() {
+        return Some(name.into());
+    }
+    let (side, rest) = name.split_once('.')?;
+    if !matches!(side, "encoder" | "decoder") {
+        return None;
+    }
+    let (old, new) = VAE_SHORTCUT;
+    let rest = rest.replace(new, old);
+    let fixed = VAE_FIXED
+        .iter()
+        .find_map(|(old, new)| rest.strip_prefix(new).map(|end| format!("{old}{end}")));
+    let level = || {
+        let (direction, rest) = rest.split_once("_blocks.")?;
+        let (level, rest) = rest.split_once('.')?;
+        let level: usize = level.parse().ok()?;
+        let level = match direction {
+            "up" => up_blocks.checked_sub(level + 1)?,
+            "down" => level,
+            _ => return None,
+        };
+        let rest = VAE_LEVEL.iter().fold(rest.to_string(), |rest, (old, new)| {
+            rest.replacen(new, old, 1)
+        });
+        Some(format!("{direction}.{level}.{rest}"))
+    };
+    Some(format!("{side}.{}", fixed.or_else(level)?))
+}
+
+/// The tensors of OpenCLIP's text encoder outside of its layers: original and transformers' names.
+const OPEN_CLIP_FIXED: [(&str, &str); 4] = [
+    (
+        "positional_embedding",
+        "embeddings.position_embedding.weight",
+    ),
+    (
+        "token_embedding.weight",
+        "embeddings.token_embedding.weight",
+    ),
+    ("ln_final.weight", "final_layer_norm.weight"),
+    ("ln_final.bias", "final_layer_norm.bias"),
+];
+
+/// Those of a layer, but for the fused one.
+const OPEN_CLIP_LAYER: [(&str, &str); 5] = [
+    ("ln_1.", "layer_norm1."),
+    ("ln_2.", "layer_norm2."),
+    ("attn.out_proj.", "self_attn.out_proj."),
+    ("mlp.c_fc.", "mlp.fc1."),
+    ("mlp.c_proj.", "mlp.fc2."),
+];
+
+/// What precedes the number of OpenCLIP's layers.
+const OPEN_CLIP_LAYERS: &str = "transformer.resblocks.";
+
+/// The tensors of OpenCLIP's text encoder of so many layers, without its prefix, and those that each
+/// is as this component.
+pub fn open_clip_tensors(component: &str, layers: usize) -> Vec<(String, Vec<Named>)> {
+    let fixed = OPEN_CLIP_FIXED.iter().map(|(old, _)| old.to_string());
+    let mut keys: Vec<String> = fixed.chain(["text_projection".into()]).collect();
+    for layer in 0..layers {
+        let start = format!("{OPEN_CLIP_LAYERS}{layer}");
+        for end in ["weight", "bias"] {
+            keys.push(format!("{start}.attn.in_proj_{end}"));
+            let of_layer = OPEN_CLIP_LAYER.iter();
+            keys.extend(of_layer.map(|(old, _)| format!("{start}.{old}{end}")));
+        }
+    }
+    let named = |key: String| Some((open_clip_key(component, &key)?, key));
+    let all = keys.into_iter().filter_map(named);
+    all.map(|(named, key)| (key, named)).collect()
 }
 
 /// Maps a key of OpenCLIP's text encoder, without its prefix; only the second one projects.
 fn open_clip_key(component: &str, key: &str) -> Option<Vec<Named>> {
-    let fixed = [
-        (
-            "positional_embedding",
-            "embeddings.position_embedding.weight",
-        ),
-        (
-            "token_embedding.weight",
-            "embeddings.token_embedding.weight",
-        ),
-        ("ln_final.weight", "final_layer_norm.weight"),
-        ("ln_final.bias", "final_layer_norm.bias"),
-    ];
-    if let Some((_, new)) = fixed.iter().find(|(old, _)| *old == key) {
+    if let Some((_, new)) = OPEN_CLIP_FIXED.iter().find(|(old, _)| *old == key) {
         return Some(Named::whole(format!("{component}.text_model.{new}")));
     }
     let projection = format!("{component}.text_projection.weight");
@@ -825,9 +898,7 @@ fn open_clip_key(component: &str, key: &str) -> Option<Vec<Named>> {
         "text_projection.weight" if component == SECOND => return Some(Named::whole(projection)),
         _ => (),
     }
-    let (layer, rest) = key
-        .strip_prefix("transformer.resblocks.")?
-        .split_once('.')?;
+    let (layer, rest) = key.strip_prefix(OPEN_CLIP_LAYERS)?.split_once('.')?;
     layer
         .parse()
         .ok()
@@ -840,14 +911,7 @@ fn open_clip_key(component: &str, key: &str) -> Option<Vec<Named>> {
         };
         return Some(["q", "k", "v"].into_iter().enumerate().map(part).collect());
     }
-    let names = [
-        ("ln_1.", "layer_norm1."),
-        ("ln_2.", "layer_norm2."),
-        ("attn.out_proj.", "self_attn.out_proj."),
-        ("mlp.c_fc.", "mlp.fc1."),
-        ("mlp.c_proj.", "mlp.fc2."),
-    ];
-    names.iter().find_map(|(old, new)| {
+    OPEN_CLIP_LAYER.iter().find_map(|(old, new)| {
         rest.strip_prefix(old)
             .map(|r| Named::whole(format!("{layer}.{new}{r}")))
     })

@@ -11,6 +11,7 @@
 
 mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod distillation;
 pub mod embedding;
 pub mod file;
@@ -21,6 +22,8 @@ mod key_mapping;
 pub mod lora;
 pub mod model_files;
 mod open;
+mod original;
+mod quantize;
 mod split;
 mod transformers;
 mod weights_file;

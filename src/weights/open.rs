@@ -34,7 +34,7 @@ pub const UPSCALERS: &str = "ESRGAN, ESRGAN+, Real-ESRGAN and its compact networ
 const WITH_JSON: [&str; 2] = ["qwen3", "t5"];
 
 /// The folders of the tokenizers, in the order of [`ENCODERS`].
-const TOKENIZERS: [&str; 3] = ["tokenizer", "tokenizer_2", "tokenizer_3"];
+pub(super) const TOKENIZERS: [&str; 3] = ["tokenizer", "tokenizer_2", "tokenizer_3"];
 
 /// What errors about other models say.
 pub(super) const TODAY: &str =
@@ -179,6 +179,7 @@ impl Checkpoint {
         let needed = needed_folders(path, &index)?;
         let is_needed = |folder: &&str| needed.contains(folder);
         let mut checkpoint = Self::empty(folder_name(path));
+        checkpoint.folder = Some(path.into());
         checkpoint.is_configured = true;
         for part in PARTS.into_iter().filter(is_needed) {
             let folder = path.join(part);

@@ -535,7 +535,7 @@ impl Checkpoint {
     }
 
     /// What is known of the family of its transformer, by the names of that.
-    fn drawn(&self) -> Option<&'static Drawn> {
+    pub(super) fn drawn(&self) -> Option<&'static Drawn> {
         let inner = self
             .names()
             .filter_map(|name| name.strip_prefix("transformer."));

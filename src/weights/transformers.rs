@@ -25,6 +25,8 @@ type CountBlocks<'a> = dyn Fn(&str) -> usize + 'a;
 
 /// What is known of a family that is drawn.
 pub struct Drawn {
+    /// what GGUF files of it say that they are
+    pub architecture: &'static str,
     /// the layer that takes latents in, under diffusers' name: its rows are the network's width
     embedder: &'static str,
     /// what reads its prompts
@@ -240,6 +242,7 @@ const fn t5_encoder(index: usize, is_optional: bool) -> Encoder {
 }
 
 const SD3: Drawn = Drawn {
+    architecture: "sd3",
     embedder: "pos_embed.proj.weight",
     encoders: &[
         clip_encoder(0, None),
@@ -279,6 +282,7 @@ const SD3: Drawn = Drawn {
 const SD3_ENCODERS: &str = "encoders CLIP-L and CLIP-G, and perhaps T5-XXL";
 
 const FLUX1: Drawn = Drawn {
+    architecture: "flux",
     embedder: "x_embedder.weight",
     encoders: &[
         clip_encoder(
@@ -311,6 +315,7 @@ const FLUX1: Drawn = Drawn {
 };
 
 const KLEIN: Drawn = Drawn {
+    architecture: "flux",
     embedder: "x_embedder.weight",
     encoders: &[qwen3_encoder("context_embedder.weight", 3)],
     map: flux2,
@@ -337,6 +342,7 @@ const KLEIN: Drawn = Drawn {
 };
 
 const Z_IMAGE: Drawn = Drawn {
+    architecture: "lumina2",
     embedder: "all_x_embedder.2-1.weight",
     encoders: &[qwen3_encoder("cap_embedder.1.weight", 1)],
     map: z_image,
@@ -403,6 +409,29 @@ pub fn original_layers(checkpoint: &Checkpoint) -> Vec<(String, Vec<Named>)> {
 }
 
 impl Drawn {
+    /// The tensors of a checkpoint's transformer as its original code has them, without a prefix, and
+    /// those here that each consists of. What has the same name in both is left out.
+    pub fn original_tensors(&self, checkpoint: &Checkpoint) -> Vec<(String, Vec<Named>)> {
+        let count = |blocks: &str| checkpoint.count(&format!("transformer.{blocks}"));
+        let blocks = count("transformer_blocks.");
+        let mut layers = (self.layers)(&count);
+        layers.push(POSITIONS.into());
+        let keys = layers.iter().flat_map(|layer| {
+            // a norm's numbers are called its scale in Black Forest Labs' code
+            let weight = match layer.ends_with("query_norm") || layer.ends_with("key_norm") {
+                true => ".scale",
+                false => ".weight",
+            };
+            ["", weight, ".bias"].map(|end| format!("{layer}{end}"))
+        });
+        let is_there = |named: &Named| checkpoint.shape(&named.name).is_some();
+        let named = |key: String| Some((self.names(&key, blocks)?, key));
+        keys.filter_map(named)
+            .filter(|(named, _)| named.iter().any(is_there))
+            .map(|(named, key)| (key, named))
+            .collect()
+    }
+
     /// The names of a tensor, given by its key without prefix, in a transformer of so many blocks with
     /// two streams; none if no layer has it.
     pub fn names(&self, key: &str, blocks: usize) -> Option<Vec<Named>> {
@@ -832,9 +861,12 @@ fn sd3_layers(count: &CountBlocks) -> Vec<String> {
     trimmed(all)
 }
 
+/// The positions of Stable Diffusion 3, which are no layer's in Stability's code.
+const POSITIONS: &str = "pos_embed";
+
 /// Maps a key of Stable Diffusion 3 in so many blocks, under Stability's name or diffusers'.
 fn sd3(key: &str, blocks: usize) -> Option<Vec<Named>> {
-    if key == "pos_embed" {
+    if key == POSITIONS {
         return Some(Named::whole("pos_embed.pos_embed".into()));
     }
     if key == "pos_embed.pos_embed" || is_diffusers(key, &SD3_FIXED, &["transformer_blocks."]) {
@@ -879,6 +911,9 @@ const Z_IMAGE_FIXED: [(&str, &str); 2] = [
     ("final_layer.", "all_final_layer.2-1."),
 ];
 
+/// What is in its last layer.
+const Z_IMAGE_FINAL: [&str; 2] = ["linear", "adaLN_modulation.1"];
+
 /// Those of a block, but for the fused one.
 const Z_IMAGE_BLOCK: [(&str, &str); 3] = [
     ("attention.out.", "attention.to_out.0."),
@@ -888,15 +923,19 @@ const Z_IMAGE_BLOCK: [(&str, &str); 3] = [
 
 /// The layers of Z-Image that have other names than diffusers'.
 fn z_image_layers(count: &CountBlocks) -> Vec<String> {
-    let fixed = Z_IMAGE_FIXED
-        .iter()
-        .map(|(old, _)| old.trim_end_matches('.').to_string());
+    let inside = [("x_embedder.", &[""][..]), ("final_layer.", &Z_IMAGE_FINAL)];
+    let fixed = inside.iter().flat_map(|(layer, inside)| {
+        let names = inside.iter().map(move |name| format!("{layer}{name}"));
+        names.collect::<Vec<_>>()
+    });
     let blocks = ["layers", "noise_refiner", "context_refiner"];
+    let names = Z_IMAGE_BLOCK.map(|(old, _)| old);
     let of_blocks = blocks.iter().flat_map(|kind| {
         let blocks = 0..count(&format!("{kind}."));
-        blocks.flat_map(move |i| ["qkv", "out"].map(|name| format!("{kind}.{i}.attention.{name}")))
+        let names = names.iter().chain(&["attention.qkv."]);
+        blocks.flat_map(move |i| names.clone().map(move |name| format!("{kind}.{i}.{name}")))
     });
-    fixed.chain(of_blocks).collect()
+    trimmed(fixed.chain(of_blocks).collect())
 }
 
 /// Maps a key of Z-Image, under ComfyUI's name or diffusers'.

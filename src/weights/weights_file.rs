@@ -125,6 +125,13 @@ impl Stored {
         }
     }
 
+    /// The number of the type in a GGUF file; none if such files do not have it.
+    pub(super) fn ggml(self) -> Option<u32> {
+        /// More than any type's.
+        const END: u32 = 64;
+        (0..END).find(|number| Self::of_ggml(*number) == self)
+    }
+
     /// The numbers that are stored together, and their bytes; none of a type that is not read.
     pub(super) fn block(self) -> Option<(usize, usize)> {
         match self {
@@ -134,7 +141,8 @@ impl Stored {
         }
     }
 
-    fn name(self) -> String {
+    /// Its name, in lower case.
+    pub(super) fn name(self) -> String {
         match self {
             Self::Plain(dtype) => format!("{dtype:?}").to_lowercase(),
             Self::Blocks(blocks) => blocks.name().into(),
@@ -745,6 +753,33 @@ fn from_e4m3(byte: u8) -> f16 {
     f16::from_f32(f16::from_bits(sign << 8 | magnitude << 7).to_f32() * BIAS)
 }
 
+/// The byte of the number that is nearest, of two as near the even one; the largest for those beyond.
+pub(super) fn to_e4m3(x: f32) -> u8 {
+    const LARGEST: u8 = 0x7e;
+    if x.is_nan() {
+        return 0x7f;
+    }
+    let value = |byte: u8| from_e4m3(byte).to_f32();
+    let (mut low, mut high) = (0, LARGEST);
+    // the largest that is not above it
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if value(middle) <= x.abs() {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    if low < LARGEST {
+        let middle = (value(low) + value(low + 1)) / 2.0;
+        if x.abs() > middle || x.abs() == middle && low % 2 == 1 {
+            low += 1;
+        }
+    }
+    sign | low
+}
+
 /// Converts stored elements of N bytes to numbers, in parallel.
 fn numbers<const N: usize, T: Send>(raw: &[u8], convert: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
     const PIECE: usize = 1 << 14;
@@ -912,6 +947,27 @@ mod tests {
             assert_eq!(from_e4m3(byte).to_f32(), value, "{byte:08b}");
         }
         assert!(from_e4m3(0x7f).is_nan() && from_e4m3(0xff).is_nan());
+    }
+
+    #[test]
+    fn every_number_of_fp8_is_its_own_and_others_go_to_the_nearest() {
+        for byte in (0..=255).filter(|byte| byte & 0x7f != 0x7f) {
+            assert_eq!(to_e4m3(from_e4m3(byte).to_f32()), byte, "{byte:08b}");
+        }
+        for (x, byte) in [
+            (1e9, 0x7e),
+            (f32::NEG_INFINITY, 0xfe),
+            // between 1 and 1.125, and 1.125 and 1.25
+            (1.0625, 0x38),
+            (1.1875, 0x3a),
+            (1.19, 0x3a),
+            (-1.0626, 0xb9),
+            // half of the smallest
+            (0.0009765625, 0),
+            (0.00098, 1),
+        ] {
+            assert_eq!(to_e4m3(x), byte, "{x}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod check;
 mod checkpoints;
 mod cli;
 mod config;
+mod convert;
 mod distilled;
 mod docs;
 mod dynamic;

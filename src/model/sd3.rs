@@ -172,7 +172,8 @@ impl Sd3 {
         let (embeds, squares) = (w.at("time_text_embed"), w.at("pos_embed"));
         let norm_out = Linear::new(&w.at("norm_out.linear"), width, 2 * width)?;
         let (last, dual) = (config.num_layers - 1, config.dual_attention_layers.clone());
-        let positions = squares.get("pos_embed", &[1, most * most, width])?;
+        // as narrow as in the file: those of the largest picture are a tenth of the weights
+        let positions = squares.get_stored("pos_embed", &[1, most * most, width])?;
         Ok(Self {
             proj: Conv2d::strided(&squares.at("proj"), channels, width, PATCH, PATCH, (0, 0))?,
             positions: positions.reshape((most, most, width))?,
@@ -233,10 +234,11 @@ impl Sd3 {
         if h.max(w) > most {
             candle_core::bail!("there are positions for {most}x{most} squares, not for {h}x{w}");
         }
-        let positions =
-            self.positions
-                .narrow(0, (most - h) / 2, h)?
-                .narrow(1, (most - w) / 2, w)?;
+        let positions = self
+            .positions
+            .narrow(0, (most - h) / 2, h)?
+            .narrow(1, (most - w) / 2, w)?
+            .to_dtype(squares.dtype())?;
         squares
             .broadcast_add(&positions)?
             .reshape((b, h * w, width))

@@ -10,7 +10,10 @@ use super::open::TOKENIZERS;
 use super::original::{self, OriginalTensor};
 use super::quantize;
 use super::weights_file::{Stored, to_e4m3};
-use super::{Checkpoint, ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
+use super::{
+    Checkpoint, ENCODERS, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS, TRANSFORMER, TokenizerFiles,
+    TokenizerSource, UNET,
+};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -116,6 +119,7 @@ pub struct WeightsToWrite<'a> {
     checkpoint: &'a Checkpoint,
     format: FileFormat,
     asked: Option<WeightType>,
+    is_single_file: bool,
     tensors: Vec<Output>,
 }
 
@@ -133,6 +137,7 @@ impl<'a> WeightsToWrite<'a> {
             |part: &&str| checkpoint.has_part(part) && (!is_alone || *part == TRANSFORMER);
         let components: Vec<&str> = PARTS.into_iter().filter(is_part).collect();
         let mut planned = Self::new(checkpoint, format, asked)?;
+        planned.is_single_file = true;
         for tensor in original::tensors(checkpoint, &components)? {
             planned.add(tensor);
         }
@@ -177,6 +182,7 @@ impl<'a> WeightsToWrite<'a> {
                 checkpoint,
                 format,
                 asked,
+                is_single_file: false,
                 tensors: vec![],
             }),
         }
@@ -364,13 +370,8 @@ impl<'a> WeightsToWrite<'a> {
         let mut header = Map::new();
         // what transformers and diffusers want to see
         let mut metadata = json!({ "format": "pt" });
-        if self.checkpoint.denoiser() == UNET {
-            let prediction = if self.is_v_prediction() {
-                "v"
-            } else {
-                "epsilon"
-            };
-            metadata["modelspec.prediction_type"] = prediction.into();
+        for (key, text) in self.notes() {
+            metadata[key] = text.into();
         }
         header.insert("__metadata__".into(), metadata);
         let mut at = 0;
@@ -389,9 +390,33 @@ impl<'a> WeightsToWrite<'a> {
         [(text.len() as u64).to_le_bytes().to_vec(), text].concat()
     }
 
-    fn is_v_prediction(&self) -> bool {
+    /// What tensors do not tell of a model, for the header of a single file.
+    fn notes(&self) -> Vec<(String, String)> {
+        let mut notes = vec![];
+        if !self.is_single_file {
+            return notes;
+        }
         let scheduler = self.checkpoint.optional_config("scheduler");
-        scheduler.is_some_and(|it| it["prediction_type"] == "v_prediction")
+        if self.checkpoint.denoiser() == UNET {
+            let is_v = scheduler.is_some_and(|it| it["prediction_type"] == "v_prediction");
+            let prediction = if is_v { "v" } else { "epsilon" };
+            notes.push(("modelspec.prediction_type".into(), prediction.into()));
+        }
+        let mut configs = Map::new();
+        for name in OWN_CONFIGS {
+            let config = self.checkpoint.optional_config(name);
+            let Some(config) = config.and_then(Value::as_object) else {
+                continue;
+            };
+            // not which parts a folder has
+            let own = config.iter().filter(|(_, value)| !value.is_array());
+            let own: Map<_, _> = own
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect();
+            configs.insert(name.into(), own.into());
+        }
+        notes.push((OWN_CONFIGS_KEY.into(), Value::Object(configs).to_string()));
+        notes
     }
 
     fn gguf_header(&self) -> Vec<u8> {
@@ -409,6 +434,9 @@ impl<'a> WeightsToWrite<'a> {
             None => "sd1",
         };
         header.text("general.architecture", architecture);
+        for (key, text) in self.notes() {
+            header.text(&key, &text);
+        }
         header.number("general.quantization_version", QUANTIZATION);
         header.number("general.file_type", self.file_type());
         for tensor in self.tensors.iter().filter(|tensor| tensor.rows.is_some()) {

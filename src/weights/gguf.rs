@@ -11,7 +11,7 @@
 use super::weights_file::{MAX_ELEMENTS, Stored};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 
 /// What a GGUF file begins with.
@@ -47,6 +47,9 @@ const ALIGNMENT: u64 = 32;
 /// The metadata of ComfyUI-GGUF that holds the shape of a tensor before it was reshaped.
 const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 
+/// Beginnings of the keys of metadata that say how a model is drawn.
+const NOTES: [&str; 2] = ["modelspec.", "sdgen."];
+
 /// How Qwen's tokenizers cut text into words.
 const QWEN_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -64,6 +67,8 @@ pub(super) struct GgufHeader {
     pub(super) tensors: BTreeMap<String, GgufTensor>,
     /// where the data begins
     pub(super) data_start: u64,
+    /// texts of the metadata that say how a model is drawn
+    pub(super) notes: HashMap<String, String>,
     /// tokenizer.json of a text encoder whose tokenizer the file holds
     pub(super) tokenizer: Option<String>,
 }
@@ -91,7 +96,10 @@ impl GgufHeader {
             let (key, kind) = (reader.string()?, reader.u32()?);
             let most = if key.starts_with(ORIGINAL_SHAPE) {
                 MAX_RANK.into()
-            } else if TOKENIZER.contains(&key.as_str()) || key == "general.alignment" {
+            } else if TOKENIZER.contains(&key.as_str())
+                || key == "general.alignment"
+                || NOTES.iter().any(|start| key.starts_with(start))
+            {
                 MAX_TOKENS
             } else {
                 reader.skip(kind, 0)?;
@@ -120,6 +128,11 @@ impl GgufHeader {
         Ok(Self {
             tensors: rename(found),
             data_start,
+            notes: metadata
+                .iter()
+                .filter(|(key, _)| NOTES.iter().any(|start| key.starts_with(start)))
+                .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_string())))
+                .collect(),
             tokenizer: tokenizer(&metadata),
         })
     }

@@ -81,6 +81,11 @@ pub const SD3_CLASS: &str = "SD3Transformer2DModel";
 pub const FLUX_CLASS: &str = "FluxTransformer2DModel";
 pub const FLUX2_CLASS: &str = "Flux2Transformer2DModel";
 pub const Z_IMAGE_CLASS: &str = "ZImageTransformer2DModel";
+/// The key in the header of a single file under which `sdgen convert` keeps configurations of which its
+/// tensors tell nothing, and which these are.
+const OWN_CONFIGS_KEY: &str = "sdgen.configs";
+const OWN_CONFIGS: [&str; 2] = ["scheduler", "pipeline"];
+
 /// diffusers' class of the pipeline of FLUX.1 Kontext, whose transformer is that of dev.
 pub const KONTEXT_PIPELINE: &str = "FluxKontextPipeline";
 /// The text encoders. A U-Net's second also projects the whole text.

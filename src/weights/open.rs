@@ -13,8 +13,8 @@ use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_pa
 use super::transformers::{EncoderFile, EncoderKind, OTHER_ENCODERS};
 use super::weights_file::WeightsFile;
 use super::{
-    Checkpoint, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, PARTS, TRANSFORMER, TokenizerFiles,
-    TokenizerSource, UNET, transformers,
+    Checkpoint, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS,
+    TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
 };
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -119,6 +119,23 @@ const OTHER_KINDS: [(&str, &str); 16] = [
     ("image_proj.", "is an IP-Adapter, not a model"),
     ("ip_adapter.", "is an IP-Adapter, not a model"),
 ];
+
+/// The configurations that a single file keeps in its header. Errors if they are damaged.
+pub(super) fn own_configs(source: &WeightsFile) -> Result<Vec<(String, Value)>> {
+    let Some(text) = source.metadata(OWN_CONFIGS_KEY) else {
+        return Ok(vec![]);
+    };
+    let configs: BTreeMap<String, Value> = serde_json::from_str(text).with_context(|| {
+        format!(
+            "`{OWN_CONFIGS_KEY}` in the header of `{}` is damaged",
+            source.path().display()
+        )
+    })?;
+    let is_own = |(name, config): &(String, Value)| {
+        OWN_CONFIGS.contains(&name.as_str()) && config.is_object()
+    };
+    Ok(configs.into_iter().filter(is_own).collect())
+}
 
 impl Checkpoint {
     /// Opens a folder, a file or the embedded model; reads headers and configuration only.
@@ -266,9 +283,11 @@ impl Checkpoint {
         }
         let map = mapped.names;
         let extra = infer_config::Extra::of(&source, keys);
+        let own = own_configs(&source)?;
         checkpoint.add_source(source, |key| map.get(key).cloned().unwrap_or_default())?;
         checkpoint.require_parts(path)?;
         infer_config::configure(&mut checkpoint, extra)?;
+        checkpoint.configs.extend(own);
         Ok(checkpoint)
     }
 

@@ -3,7 +3,7 @@
 
 use super::key_mapping::{self, Layout};
 use super::model_files::{self, file_name, read_json};
-use super::open::{TODAY, is_weights, only_file};
+use super::open::{TODAY, is_weights, only_file, own_configs};
 use super::transformers::{
     self, Drawn, Encoder, EncoderFile, EncoderKind, OTHER_ENCODERS, Release, Transformer,
 };
@@ -182,6 +182,7 @@ impl Checkpoint {
             );
         }
         let mut checkpoint = Self::empty(file_name(path));
+        let own = own_configs(&source)?;
         checkpoint.add_source(source, names)?;
         (drawn.configure)(&mut checkpoint).with_context(|| {
             format!(
@@ -190,6 +191,7 @@ impl Checkpoint {
                 family.name
             )
         })?;
+        checkpoint.configs.extend(own);
         for encoder in drawn.encoders {
             if checkpoint.has(encoder.component) {
                 infer_config::text_encoder(&mut checkpoint, encoder.component, encoder.kind)?;

@@ -244,7 +244,7 @@ impl WeightsFile {
             data_start: header.data_start,
             len,
             tensors,
-            metadata: HashMap::new(),
+            metadata: header.notes,
             notes: HashMap::new(),
             tokenizer: header.tokenizer,
         })

@@ -218,6 +218,50 @@ fn a_gguf_file_in_f16_becomes_the_folder_it_was_made_of() {
 }
 
 #[test]
+fn what_tensors_do_not_tell_is_in_the_header_of_a_single_file() {
+    let model = Model::new("sd1");
+    edit_json(
+        &model.path("sd1/scheduler/scheduler_config.json"),
+        |config| {
+            config.insert("_class_name".into(), "DDIMScheduler".into());
+            config.insert("prediction_type".into(), "v_prediction".into());
+            config.insert("rescale_betas_zero_snr".into(), true.into());
+            config.insert("timestep_spacing".into(), "trailing".into());
+        },
+    );
+    let expected = model.picture(&["-m", "sd1"]);
+    for file in ["x.safetensors", "x.gguf"] {
+        succeed(&mut model.convert(&["sd1", file]));
+        assert!(model.picture(&["-m", file]) == expected, "{file}");
+    }
+    // a base model whose file's name does not say so
+    let model = Model::new("klein");
+    edit_json(&model.path("klein/model_index.json"), |index| {
+        index.insert("is_distilled".into(), false.into());
+    });
+    let file = model.single("x");
+    succeed(&mut model.convert(&["klein", &file]));
+    let told = succeed(model.sdgen().args(["inspect", &file, "--json"]));
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(told["steps"], 50, "{told}");
+    // what is damaged there is said
+    let bytes = std::fs::read(model.path(&file)).unwrap();
+    let at = bytes
+        .windows(13)
+        .position(|it| it == b"sdgen.configs")
+        .unwrap();
+    let brace = at + bytes[at..].iter().position(|it| *it == b'{').unwrap();
+    let damaged = [&bytes[..brace], b"[", &bytes[brace + 1..]].concat();
+    std::fs::write(model.path(&file), damaged).unwrap();
+    let mut inspect = model.sdgen();
+    fail(
+        inspect.args(["inspect", &file]),
+        3,
+        &["`sdgen.configs` in the header of"],
+    );
+}
+
+#[test]
 fn blocks_and_fp8_draw_what_their_widened_numbers_draw() {
     for (name, kind) in [
         ("klein", "q8_0"),

@@ -96,15 +96,18 @@ impl ConvertArgs {
         spec.open_with(loras, vec![], false, !self.quiet)
     }
 
+    fn overwrite(&self) -> Overwrite {
+        match self.force {
+            true => Overwrite::All,
+            false => Overwrite::Never,
+        }
+    }
+
     /// Errors if something is at the place of the result that may not be replaced.
     fn require_room(&self, layout: &Layout) -> Result<()> {
         let shown = self.out.display();
         if let Layout::File(_) = layout {
-            let overwrite = match self.force {
-                true => Overwrite::All,
-                false => Overwrite::Never,
-            };
-            output_path::check_writable(&[&self.out], false, overwrite)?;
+            output_path::check_writable(&[&self.out], false, self.overwrite())?;
             return Ok(());
         }
         if self.out.symlink_metadata().is_err() || is_empty(&self.out) {
@@ -195,11 +198,7 @@ fn single_file(
     let mut written = Written::default();
     written.add(&planned);
     progress.task("converting");
-    let overwrite = match args.force {
-        true => Overwrite::All,
-        false => Overwrite::Never,
-    };
-    save(&args.out, &planned, overwrite, &mut |done| {
+    save(&args.out, &planned, args.overwrite(), &mut |done| {
         progress.step(done, planned.count());
     })?;
     Ok(written)

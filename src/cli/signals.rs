@@ -17,7 +17,8 @@ pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
-/// Starts to listen for the signals; the first is answered with what is `said`. Errors if the system does not allow it.
+/// Starts to listen for the signals; the first is answered with what is `said`. Errors if the system does
+/// not allow it.
 #[cfg(unix)]
 pub fn listen(progress: &Arc<Progress>, said: &'static str) -> std::io::Result<()> {
     use signal_hook::consts::{SIGINT, SIGTERM};

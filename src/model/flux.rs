@@ -234,7 +234,8 @@ impl Flux {
         })
     }
 
-    /// Binds the prompts of a batch, and what else it is told of. Errors if what the network takes beside them is not given.
+    /// Binds the prompts of a batch, and what else it is told of. Errors if what the network takes beside
+    /// them is not given.
     pub fn with_conditioning<'a>(
         &'a self,
         cx: Forward<'a>,

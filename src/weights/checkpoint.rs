@@ -418,17 +418,18 @@ impl Checkpoint {
     /// The bytes of a tensor that stays in blocks in memory: those of a matrix of whole blocks to which
     /// nothing is added.
     fn kept_in_blocks(&self, name: &str, entry: &Entry) -> Option<u64> {
-        let component = name.split('.').next().unwrap_or_default();
-        let is_changed = self.loras.iter().any(|lora| lora.changes(name))
-            || self.merges.iter().any(|merge| merge.other.has(component));
+        let kind = BlockType::named(&entry.dtype)?;
         let [rows, columns, more @ ..] = &*entry.shape else {
             return None;
         };
-        if is_changed || entry.part == Part::Transposed || more.iter().any(|size| *size != 1) {
+        if entry.part == Part::Transposed || more.iter().any(|size| *size != 1) {
             return None;
         }
-        let of_row = row_bytes(BlockType::named(&entry.dtype)?, *columns)?;
-        Some((rows * of_row) as u64)
+        let component = component_of(name);
+        let is_changed = self.loras.iter().any(|lora| lora.changes(name))
+            || self.merges.iter().any(|merge| merge.other.has(component));
+        let bytes = (rows * row_bytes(kind, *columns)?) as u64;
+        (!is_changed).then_some(bytes)
     }
 
     /// Returns the number of parameters of a component, and the types that they are stored in.

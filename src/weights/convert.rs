@@ -423,11 +423,8 @@ impl<'a> WeightsToWrite<'a> {
         /// The version of the layout of blocks.
         const QUANTIZATION: u32 = 2;
         let mut header = Header::default();
-        let has_pooled = self.checkpoint.count_of(UNET, "add_embedding.linear_") > 0
-            || self
-                .checkpoint
-                .shape_of("unet.add_embedding.linear_1.weight")
-                .is_some();
+        let pooled = "unet.add_embedding.linear_1.weight";
+        let has_pooled = self.checkpoint.shape_of(pooled).is_some();
         let architecture = match self.checkpoint.drawn() {
             Some(drawn) => drawn.architecture,
             None if has_pooled => "sdxl",

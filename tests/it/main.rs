@@ -24,6 +24,7 @@ mod help;
 #[cfg(feature = "hub")]
 mod hub;
 mod input;
+mod instructions;
 mod layers;
 mod library;
 mod lora;

@@ -318,15 +318,16 @@ impl Pack<'_> {
         for (first, strip) in (0..padded).step_by(tiles::ROWS).zip(strips) {
             let len = tiles::ROWS.min(d - first);
             for (lines, key) in strip.chunks_exact_mut(tile).zip((0..keys).step_by(TERMS)) {
-                let value = |key: usize| {
-                    if key < count {
-                        V::load_some(&v.numbers[at(v, key) + first..][..len])
-                    } else {
-                        V::splat(0.0)
+                let mut pairs = [[V::splat(0.0); 2]; LANES];
+                for (i, pair) in pairs.iter_mut().enumerate() {
+                    for (half, value) in pair.iter_mut().enumerate() {
+                        let key = key + half * LANES + i;
+                        if key < count {
+                            *value = V::load_some(&v.numbers[at(v, key) + first..][..len]);
+                        }
                     }
-                };
-                let pair = |i: usize| [value(key + i), value(key + LANES + i)];
-                tiles.pack_columns::<V>(pair, lines, tiles::ROWS);
+                }
+                tiles.pack_columns::<V>(&pairs, lines, tiles::ROWS);
             }
         }
     }
@@ -449,8 +450,10 @@ impl Attend<'_> {
                 {
                     for i in 0..LANES {
                         for column in 0..C {
-                            let weight = |key: usize| V::load(&scores[key * C + column].0);
-                            let pair = [weight(i), weight(LANES + i)];
+                            let pair = [
+                                V::load(&scores[i * C + column].0),
+                                V::load(&scores[(LANES + i) * C + column].0),
+                            ];
                             let lines = &mut weights[column * tiles::ROWS + i..];
                             tiles.pack::<V>(pair, parts, lines, C * tiles::ROWS);
                         }
@@ -486,13 +489,16 @@ impl Attend<'_> {
                 &q.numbers[at..][..d]
             };
             for term in 0..terms {
-                let numbers = |i: usize, first: usize| {
-                    let first = first.min(d);
-                    V::load_some(&row(i)[first..(first + LANES).min(d)]).mul(scale)
-                };
-                let pair = |i: usize| [numbers(i, term * TERMS), numbers(i, term * TERMS + LANES)];
+                let mut pairs = [[V::splat(0.0); 2]; LANES];
+                for (i, pair) in pairs.iter_mut().enumerate() {
+                    for (half, numbers) in pair.iter_mut().enumerate() {
+                        let first = (term * TERMS + half * LANES).min(d);
+                        let row = &row(i)[first..(first + LANES).min(d)];
+                        *numbers = V::load_some(row).mul(scale);
+                    }
+                }
                 let at = (vector / PANEL * terms + term) * tile + vector % PANEL * tiles::ROWS;
-                tiles.pack_columns::<V>(pair, &mut queries[at..], PANEL * tiles::ROWS);
+                tiles.pack_columns::<V>(&pairs, &mut queries[at..], PANEL * tiles::ROWS);
             }
         }
     }
@@ -681,24 +687,31 @@ fn product<V: Vector, const R: usize, const C: usize>(
         a[..terms].as_chunks::<UNROLLED>(),
         b[..terms].as_chunks::<UNROLLED>(),
     );
-    let mut step = |a: &[f32; R], b: &[Lanes; C]| {
-        let right = load::<V, C>(b);
-        for (left, sums) in a.iter().zip(&mut sums) {
-            let left = V::splat(*left);
-            for (sum, right) in sums.iter_mut().zip(&right) {
-                *sum = sum.plus(left, *right);
-            }
-        }
-    };
     for (a, b) in a.iter().zip(b) {
         for i in 0..UNROLLED {
-            step(&a[i], &b[i]);
+            add_products::<V, R, C>(&a[i], &b[i], &mut sums);
         }
     }
     for (a, b) in last_a.iter().zip(last_b) {
-        step(a, b);
+        add_products::<V, R, C>(a, b, &mut sums);
     }
     sums
+}
+
+/// Adds the products of R numbers and C vectors to sums [R, C].
+#[inline(always)]
+fn add_products<V: Vector, const R: usize, const C: usize>(
+    a: &[f32; R],
+    b: &[Lanes; C],
+    sums: &mut [[V; C]; R],
+) {
+    let right = load::<V, C>(b);
+    for (left, sums) in a.iter().zip(sums) {
+        let left = V::splat(*left);
+        for (sum, right) in sums.iter_mut().zip(&right) {
+            *sum = sum.plus(left, *right);
+        }
+    }
 }
 
 #[inline(always)]

@@ -199,9 +199,9 @@ impl<F: Fn(usize, Range<usize>, &mut [f32]) + Sync> Left for F {
 }
 
 /// Multiplies left [m, k] by weights of n columns -> [m, n], on `tiles` if there are.
-pub fn gemm(
+pub fn gemm<L: Left>(
     (m, k, n): (usize, usize, usize),
-    left: impl Left,
+    left: L,
     weight: Right,
     epilogue: Epilogue,
     tiles: Option<Tiles>,
@@ -235,20 +235,26 @@ pub fn gemm(
         (0..blocks * groups).into_par_iter().for_each(|task| {
             let (first, panel) = (task / groups * rows, task % groups * group);
             if first < m {
-                let product = MultiplyTiles {
-                    tiles,
-                    m,
-                    k,
-                    n,
-                    left: &left,
-                    weight,
-                    epilogue,
-                    rows: first..m.min(first + rows),
-                    panels: panel..panels.min(panel + group),
-                    terms,
-                    y: &output,
-                };
-                tiles.set_up(|| dispatch(product));
+                let rows = first..m.min(first + rows);
+                let lens = MultiplyTiles::<L>::lens(tiles, weight, rows.len(), terms);
+                with_memory(&SCRATCH, lens.iter().sum(), |scratch| {
+                    let product = MultiplyTiles {
+                        tiles,
+                        m,
+                        k,
+                        n,
+                        left: &left,
+                        weight,
+                        epilogue,
+                        rows,
+                        panels: panel..panels.min(panel + group),
+                        terms,
+                        lens,
+                        scratch,
+                        y: &output,
+                    };
+                    tiles.set_up(|| dispatch(product));
+                });
             }
         });
         return y;
@@ -380,7 +386,30 @@ struct MultiplyTiles<'a, L> {
     panels: Range<usize>,
     /// tiles of terms that are summed at once
     terms: usize,
+    /// see [`Self::lens`]
+    lens: [usize; 5],
+    scratch: &'a mut [Lanes],
     y: &'a Output,
+}
+
+impl<L> MultiplyTiles<'_, L> {
+    /// Vectors of the left side [strips, terms, parts, 16], of weights [terms, parts, PANEL, 16], of
+    /// sums [panels, rows, PANEL], of a row's terms, and of weights in blocks [terms, PANEL].
+    fn lens(tiles: Tiles, weight: Right, rows: usize, terms: usize) -> [usize; 5] {
+        let parts = tiles.parts();
+        let (parts_of_weight, wide) = match weight {
+            Right::Panels(panels) => (tiles.parts_of(panels), 0),
+            Right::Blocks(..) => (parts, terms * tiles::TERMS * PANEL),
+        };
+        let height = rows.next_multiple_of(tiles::ROWS);
+        [
+            height * terms * parts,
+            terms * parts_of_weight * PANEL * tiles::ROWS,
+            GROUP * height * PANEL,
+            terms * tiles::TERMS / LANES,
+            wide,
+        ]
+    }
 }
 
 impl<L: Left> Kernel for MultiplyTiles<'_, L> {
@@ -397,6 +426,8 @@ impl<L: Left> Kernel for MultiplyTiles<'_, L> {
             rows,
             panels,
             terms,
+            lens,
+            scratch,
             y,
         } = self;
         let parts = tiles.parts();
@@ -405,82 +436,68 @@ impl<L: Left> Kernel for MultiplyTiles<'_, L> {
             Right::Blocks(..) => parts,
         };
         let height = rows.len().next_multiple_of(tiles::ROWS);
-        let (depth, line) = (terms * tiles::TERMS, terms * parts);
-        let lens = [
-            height * line,
-            terms * parts_of_weight * PANEL * tiles::ROWS,
-            GROUP * height * PANEL,
-            depth / LANES,
-            match weight {
-                Right::Panels(_) => 0,
-                Right::Blocks(..) => depth * PANEL,
-            },
-        ];
-        with_memory(&SCRATCH, lens.iter().sum(), |scratch| {
-            // [strips, terms, parts, 16]; [terms, parts, PANEL, 16]; [panels, rows, PANEL]; a row;
-            // [terms, PANEL] of weights in blocks
-            let (v, rest) = scratch.split_at_mut(lens[0]);
-            let (u, rest) = rest.split_at_mut(lens[1]);
-            let (sums, rest) = rest.split_at_mut(lens[2]);
-            let (numbers, wide) = rest.split_at_mut(lens[3]);
-            let numbers = floats(numbers);
-            for panel in panels.clone().step_by(GROUP) {
-                let group = GROUP.min(panels.end - panel);
-                for start in (0..k).step_by(depth) {
-                    let range = start..(start + depth).min(k);
-                    let terms = range.len().div_ceil(tiles::TERMS);
-                    let (strip, lines) = (
-                        terms * parts * tiles::ROWS,
-                        terms * parts_of_weight * PANEL * tiles::ROWS,
-                    );
-                    // rows of which all terms are summed at once stay for all panels
-                    if depth < k || panel == panels.start {
-                        for (i, row) in rows.clone().enumerate() {
-                            let line = i % tiles::ROWS;
-                            let lines = &mut v[i / tiles::ROWS * strip + line..][..strip - line];
-                            if !left.lines(row, range.clone(), lines) {
-                                let numbers = &mut numbers[..range.len()];
-                                left.row(row, range.clone(), numbers);
-                                tiles.pack_row::<V>(numbers, lines);
-                            }
+        let depth = terms * tiles::TERMS;
+        let (v, rest) = scratch.split_at_mut(lens[0]);
+        let (u, rest) = rest.split_at_mut(lens[1]);
+        let (sums, rest) = rest.split_at_mut(lens[2]);
+        let (numbers, wide) = rest.split_at_mut(lens[3]);
+        let numbers = floats(numbers);
+        for panel in panels.clone().step_by(GROUP) {
+            let group = GROUP.min(panels.end - panel);
+            for start in (0..k).step_by(depth) {
+                let range = start..(start + depth).min(k);
+                let terms = range.len().div_ceil(tiles::TERMS);
+                let (strip, lines) = (
+                    terms * parts * tiles::ROWS,
+                    terms * parts_of_weight * PANEL * tiles::ROWS,
+                );
+                // rows of which all terms are summed at once stay for all panels
+                if depth < k || panel == panels.start {
+                    for (i, row) in rows.clone().enumerate() {
+                        let line = i % tiles::ROWS;
+                        let lines = &mut v[i / tiles::ROWS * strip + line..][..strip - line];
+                        if !left.lines(row, range.clone(), lines) {
+                            let numbers = &mut numbers[..range.len()];
+                            left.row(row, range.clone(), numbers);
+                            tiles.pack_row::<V>(numbers, lines);
                         }
-                    }
-                    for (i, sums) in sums
-                        .chunks_exact_mut(height * PANEL)
-                        .take(group)
-                        .enumerate()
-                    {
-                        let at = (panel + i) * k + start;
-                        let u = &mut u[..lines];
-                        match weight {
-                            Right::Panels(panels) => {
-                                tiles.pack_weight::<V>(panels, at * WIDTH, range.len(), u);
-                            }
-                            Right::Blocks(..) => {
-                                let wide = &mut wide[..range.len() * PANEL];
-                                weight.widen::<V>(at, wide);
-                                let panel = Panels::F32(floats(wide));
-                                tiles.pack_weight::<V>(panel, 0, range.len(), u);
-                            }
-                        }
-                        let left = Side {
-                            lines: &v[..height / tiles::ROWS * strip],
-                            parts,
-                        };
-                        let right = Side {
-                            lines: u,
-                            parts: parts_of_weight,
-                        };
-                        tiles.multiply(left, right, sums, start > 0);
                     }
                 }
-                for (i, sums) in sums.chunks_exact(height * PANEL).take(group).enumerate() {
-                    for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
-                        epilogue.write::<V>(row, panel + i, (m, n), sums, y);
+                for (i, sums) in sums
+                    .chunks_exact_mut(height * PANEL)
+                    .take(group)
+                    .enumerate()
+                {
+                    let at = (panel + i) * k + start;
+                    let u = &mut u[..lines];
+                    match weight {
+                        Right::Panels(panels) => {
+                            tiles.pack_weight::<V>(panels, at * WIDTH, range.len(), u);
+                        }
+                        Right::Blocks(..) => {
+                            let wide = &mut wide[..range.len() * PANEL];
+                            weight.widen::<V>(at, wide);
+                            let panel = Panels::F32(floats(wide));
+                            tiles.pack_weight::<V>(panel, 0, range.len(), u);
+                        }
                     }
+                    let left = Side {
+                        lines: &v[..height / tiles::ROWS * strip],
+                        parts,
+                    };
+                    let right = Side {
+                        lines: u,
+                        parts: parts_of_weight,
+                    };
+                    tiles.multiply(left, right, sums, start > 0);
                 }
             }
-        });
+            for (i, sums) in sums.chunks_exact(height * PANEL).take(group).enumerate() {
+                for (row, sums) in rows.clone().zip(sums.chunks_exact(PANEL)) {
+                    epilogue.write::<V>(row, panel + i, (m, n), sums, y);
+                }
+            }
+        }
     }
 }
 
@@ -503,15 +520,11 @@ impl Epilogue<'_> {
         let bias = self
             .bias
             .map(|bias| &bias[row * (bias.len() / n) / m * n..][..n]);
-        let with_bias = |sums: &Lanes, first: usize, len: usize| {
-            let sums = V::load(&sums.0);
-            bias.map_or(sums, |bias| sums.add(V::load_some(&bias[first..][..len])))
-        };
         if self.gated {
             let (half, first) = (n / 2, panel * LANES);
             let len = LANES.min(half - first);
-            let value =
-                with_bias(&sums[0], first, len).mul(with_bias(&sums[1], half + first, len).gelu());
+            let gate = plus_some::<V>(V::load(&sums[1].0), bias, half + first, len).gelu();
+            let value = plus_some::<V>(V::load(&sums[0].0), bias, first, len).mul(gate);
             // SAFETY: y holds [m, half], and no other task writes these columns of this row
             value.store_some(unsafe { y.slice(row * half + first, len) });
             return;
@@ -519,16 +532,23 @@ impl Epilogue<'_> {
         for (lane, sums) in sums.iter().enumerate().take(self.columns(n, panel)) {
             let first = panel * WIDTH + lane * LANES;
             let (at, len) = (row * n + first, LANES.min(n - first));
-            let sum = with_bias(sums, first, len);
-            let sum = self.residual.map_or(sum, |residual| {
-                sum.add(V::load_some(&residual[at..][..len]))
-            });
-            let sum = self
-                .slope
-                .map_or(sum, |slope| sum.leaky(V::load_some(&slope[first..][..len])));
+            let mut sum = plus_some::<V>(V::load(&sums.0), bias, first, len);
+            sum = plus_some::<V>(sum, self.residual, at, len);
+            if let Some(slope) = self.slope {
+                sum = sum.leaky(V::load_some(&slope[first..][..len]));
+            }
             // SAFETY: y holds [m, n], and no other task writes these columns of this row
             sum.store_some(unsafe { y.slice(at, len) });
         }
+    }
+}
+
+/// A vector plus `len` of these numbers from `first` on, if there are any.
+#[inline(always)]
+pub fn plus_some<V: Vector>(x: V, numbers: Option<&[f32]>, first: usize, len: usize) -> V {
+    match numbers {
+        Some(numbers) => x.add(V::load_some(&numbers[first..][..len])),
+        None => x,
     }
 }
 

@@ -231,17 +231,16 @@ impl Tiles {
     #[inline(always)]
     pub fn pack_columns<V: Vector>(
         self,
-        pairs: impl Fn(usize) -> [V; 2],
+        pairs: &[[V; 2]; LANES],
         lines: &mut [Lanes],
         step: usize,
     ) {
         let mut high = [V::splat(0.0); LANES];
         let mut low = high;
-        for i in 0..LANES {
-            let pair = pairs(i);
+        for (i, pair) in pairs.iter().enumerate() {
             match self.precision {
-                Precision::F32 => [high[i], low[i]] = split(pair),
-                Precision::Bf16 => high[i] = nearest(pair),
+                Precision::F32 => [high[i], low[i]] = split(*pair),
+                Precision::Bf16 => high[i] = nearest(*pair),
             }
         }
         for (column, line) in V::transpose(high).into_iter().zip(&mut *lines) {
@@ -285,14 +284,13 @@ impl Tiles {
         {
             for i in 0..LANES {
                 for column in 0..PANEL {
-                    let load = |term: usize| {
+                    let mut pair = [V::splat(0.0); 2];
+                    for (half, numbers) in pair.iter_mut().enumerate() {
+                        let term = first + half * LANES + i;
                         if term < terms {
-                            weight.load::<V>(at + term * WIDTH + column * LANES)
-                        } else {
-                            V::splat(0.0)
+                            *numbers = weight.load::<V>(at + term * WIDTH + column * LANES);
                         }
-                    };
-                    let pair = [load(first + i), load(first + LANES + i)];
+                    }
                     let lines = &mut lines[column * ROWS + i..];
                     match weight {
                         // exact: nothing to round
@@ -358,14 +356,12 @@ impl Kernel for Lines<'_> {
 /// The high and the low bf16 of f32s, as pairs.
 #[inline(always)]
 fn split<V: Vector>(pair: [V; 2]) -> [V; 2] {
-    let mut low = pair;
-    let high = pair.map(|x| {
+    let (mut high, mut low) = (pair, pair);
+    for (high, low) in high.iter_mut().zip(&mut low) {
         // NaN stays NaN
-        let finite = V::splat(-LARGEST).max(V::splat(LARGEST).min(x));
-        finite.rounded().upper()
-    });
-    for (low, high) in low.iter_mut().zip(high) {
-        *low = low.sub(high).rounded();
+        let finite = V::splat(-LARGEST).max(V::splat(LARGEST).min(*high));
+        *high = finite.rounded().upper();
+        *low = low.sub(*high).rounded();
     }
     [high[0].pairs(high[1]), low[0].pairs(low[1])]
 }

@@ -191,7 +191,9 @@ pub trait Vector: Copy {
 }
 
 /// Work over vectors of any kind. `run` must be `#[inline(always)]`, and all that it calls with
-/// vectors.
+/// vectors. No closure may touch a vector: where the compiler does not inline one, it is compiled
+/// without the instructions, each of which becomes a call; nor `map_or` and the like
+/// (`tests/it/instructions.rs`).
 pub trait Kernel {
     fn run<V: Vector>(self);
 }
@@ -537,21 +539,25 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx2(__m256, __m256);
 
+    /// Squares of 4x4, in both halves of four registers, transposed.
+    #[inline(always)]
+    fn squares([a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
+        detected! {
+            let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            [
+                _mm256_shuffle_ps::<0x44>(ab, cd),
+                _mm256_shuffle_ps::<0xee>(ab, cd),
+                _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+            ]
+        }
+    }
+
     /// Columns of eight rows.
     #[inline(always)]
     fn transpose_8(rows: [__m256; 8]) -> [__m256; 8] {
         detected! {
-            // squares of 4x4, in both halves of the registers
-            let squares = |[a, b, c, d]: [__m256; 4]| {
-                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
-                let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
-                [
-                    _mm256_shuffle_ps::<0x44>(ab, cd),
-                    _mm256_shuffle_ps::<0xee>(ab, cd),
-                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
-                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
-                ]
-            };
             let [a, b, c, d, e, f, g, h] = rows;
             let (first, second) = (squares([a, b, c, d]), squares([e, f, g, h]));
             let mut columns = rows;
@@ -560,6 +566,39 @@ mod x86 {
                 columns[i + 4] = _mm256_permute2f128_ps::<0x31>(first[i], second[i]);
             }
             columns
+        }
+    }
+
+    /// See [`Vector::rounded`].
+    #[inline(always)]
+    fn rounded(x: __m256) -> __m256 {
+        detected! {
+            let number = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x, x));
+            let half = _mm256_and_si256(number, _mm256_set1_epi32(HALF as i32));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), half))
+        }
+    }
+
+    /// See [`Vector::rounded_even`].
+    #[inline(always)]
+    fn rounded_even(x: __m256) -> __m256 {
+        detected! {
+            let bits = _mm256_castps_si256(x);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let carry = _mm256_add_epi32(odd, _mm256_set1_epi32(HALF as i32 - 1));
+            let sum = _mm256_castsi256_ps(_mm256_add_epi32(bits, carry));
+            let quiet = _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(QUIET as i32)));
+            _mm256_blendv_ps(sum, quiet, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x))
+        }
+    }
+
+    /// See [`Vector::pairs`].
+    #[inline(always)]
+    fn pairs(low: __m256, high: __m256) -> __m256 {
+        detected! {
+            let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(low));
+            let both = _mm256_blend_epi16::<0xaa>(low, _mm256_castps_si256(high));
+            _mm256_castsi256_ps(both)
         }
     }
 
@@ -601,8 +640,9 @@ mod x86 {
         fn load_f16(from: &[f16]) -> Self {
             let from = &from[..LANES];
             detected! {
-                let half = |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(at).cast()));
-                Self(half(0), half(8))
+                let low = _mm_loadu_si128(from.as_ptr().cast());
+                let high = _mm_loadu_si128(from.as_ptr().add(8).cast());
+                Self(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
             }
         }
 
@@ -610,11 +650,10 @@ mod x86 {
         fn load_bf16(from: &[bf16]) -> Self {
             let from = &from[..LANES];
             detected! {
-                let half = |at: usize| {
-                    let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(at).cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))
-                };
-                Self(half(0), half(8))
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(8).cast()));
+                let (low, high) = (_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high));
+                Self(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
             }
         }
 
@@ -679,29 +718,12 @@ mod x86 {
 
         #[inline(always)]
         fn rounded(self) -> Self {
-            detected! {
-                let each = |x: __m256| {
-                    let number = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x, x));
-                    let half = _mm256_and_si256(number, _mm256_set1_epi32(HALF as i32));
-                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), half))
-                };
-                Self(each(self.0), each(self.1))
-            }
+            Self(rounded(self.0), rounded(self.1))
         }
 
         #[inline(always)]
         fn rounded_even(self) -> Self {
-            detected! {
-                let each = |x: __m256| {
-                    let bits = _mm256_castps_si256(x);
-                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                    let carry = _mm256_add_epi32(odd, _mm256_set1_epi32(HALF as i32 - 1));
-                    let sum = _mm256_castsi256_ps(_mm256_add_epi32(bits, carry));
-                    let quiet = _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(QUIET as i32)));
-                    _mm256_blendv_ps(sum, quiet, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x))
-                };
-                Self(each(self.0), each(self.1))
-            }
+            Self(rounded_even(self.0), rounded_even(self.1))
         }
 
         #[inline(always)]
@@ -714,14 +736,7 @@ mod x86 {
 
         #[inline(always)]
         fn pairs(self, other: Self) -> Self {
-            detected! {
-                let each = |low: __m256, high: __m256| {
-                    let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(low));
-                    let both = _mm256_blend_epi16::<0xaa>(low, _mm256_castps_si256(high));
-                    _mm256_castsi256_ps(both)
-                };
-                Self(each(self.0, other.0), each(self.1, other.1))
-            }
+            Self(pairs(self.0, other.0), pairs(self.1, other.1))
         }
     }
 }

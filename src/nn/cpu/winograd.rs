@@ -16,7 +16,7 @@
 
 use super::concat::uninit;
 use super::conv::Images;
-use super::gemm::{Output, ROWS, multiply, with_memory};
+use super::gemm::{Output, ROWS, multiply, plus_some, with_memory};
 use super::panels::{PANEL, Panels, WIDTH, vectors};
 use super::vector::{Kernel, LANES, Lanes, Vector, dispatch};
 use rayon::prelude::*;
@@ -279,7 +279,9 @@ impl Kernel for Multiply<'_> {
                     for (block, m) in m.chunks_exact_mut(POSITIONS * ROWS * PANEL).enumerate() {
                         if panel == self.panels.start {
                             // from far, and in pieces too short for the processor to foresee
-                            v(block + 1).iter().for_each(V::prefetch);
+                            for lanes in v(block + 1) {
+                                V::prefetch(lanes);
+                            }
                         }
                         let m = &mut m[position * ROWS * PANEL..][..ROWS * PANEL];
                         multiply::<V>(
@@ -363,7 +365,6 @@ impl Plan<'_> {
                 let first = panel * WIDTH + lane * LANES;
                 let len = LANES.min(outputs - first);
                 let bias = V::load_some(&bias[first..][..len]);
-                let slope = slope.map(|slope| V::load_some(&slope[first..][..len]));
                 let mut m = [[V::splat(0.0); SEEN]; SEEN];
                 for (i, line) in m.iter_mut().enumerate() {
                     for (j, m) in line.iter_mut().enumerate() {
@@ -378,9 +379,10 @@ impl Plan<'_> {
                     for (j, sum) in line.iter().enumerate().take(w - left) {
                         let at =
                             ((image * out_rows.len() + top + i) * w + left + j) * outputs + first;
-                        let sum = sum.add(bias);
-                        let sum = residual.map_or(sum, |r| sum.add(V::load_some(&r[at..][..len])));
-                        let sum = slope.map_or(sum, |slope| sum.leaky(slope));
+                        let mut sum = plus_some::<V>(sum.add(bias), residual, at, len);
+                        if let Some(slope) = slope {
+                            sum = sum.leaky(V::load_some(&slope[first..][..len]));
+                        }
                         // SAFETY: y holds [b, out_rows, w, outputs], and no other task writes these
                         // channels of this tile
                         sum.store_some(unsafe { y.slice(at, len) });

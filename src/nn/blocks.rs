@@ -193,8 +193,10 @@ fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
 #[inline(always)]
 fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     let d = half(block, 0);
-    for (out, q) in out.iter_mut().zip(&block[2..]) {
-        *out = d * f32::from(*q as i8);
+    for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        for (out, q) in out.iter_mut().zip(sixteen(block, 2 + i * 16)) {
+            *out = d * f32::from(q as i8);
+        }
     }
 }
 

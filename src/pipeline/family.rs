@@ -4,9 +4,10 @@ use crate::model::flux::FluxConfig;
 use crate::model::{BackboneConfig, ModelKind};
 use crate::text::encoder::TextEncoderConfigs;
 use crate::weights::distillation::{Bearer, Distillation, TCD_ETA};
-use crate::weights::{Checkpoint, TRANSFORMER, UNET, family_name};
+use crate::weights::{Checkpoint, DEFAULTS, TRANSFORMER, UNET, family_name};
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
+use std::ops::RangeInclusive;
 
 /// A family of checkpoints that share their way of conditioning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,8 +231,11 @@ impl Family {
     /// Steps and guidance of the family, of the model's distillation, or the checkpoint's own (the
     /// embedded model brings some).
     pub fn defaults(self, checkpoint: &Checkpoint) -> Defaults {
-        let own = checkpoint.optional_config("defaults");
-        let number = |key: &str| own.and_then(|d| d.get(key)?.as_f64());
+        let own = checkpoint.optional_config(DEFAULTS);
+        let number = |key: &str, range: RangeInclusive<f64>| {
+            let number = own.and_then(|own| own.get(key)?.as_f64());
+            number.filter(|number| range.contains(number))
+        };
         let family = match self {
             Self::Sd1 | Self::Sd2 => STABLE_DIFFUSION,
             Self::Sdxl | Self::SdxlRefiner => SDXL,
@@ -249,8 +253,8 @@ impl Family {
         };
         let defaults = distilled.unwrap_or(family);
         Defaults {
-            steps: number("steps").map_or(defaults.steps, |s| s as usize),
-            guidance: number("guidance").unwrap_or(defaults.guidance),
+            steps: number("steps", 1.0..=1000.0).map_or(defaults.steps, |s| s as usize),
+            guidance: number("guidance", 0.0..=10_000.0).unwrap_or(defaults.guidance),
             ..defaults
         }
     }

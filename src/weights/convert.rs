@@ -11,8 +11,8 @@ use super::original::{self, OriginalTensor};
 use super::quantize;
 use super::weights_file::{Stored, to_e4m3};
 use super::{
-    Checkpoint, ENCODERS, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS, TRANSFORMER, TokenizerFiles,
-    TokenizerSource, UNET,
+    Checkpoint, DEFAULTS, DEFAULTS_KEY, ENCODERS, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS, TRANSFORMER,
+    TokenizerFiles, TokenizerSource, UNET,
 };
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
@@ -22,6 +22,9 @@ use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+/// CLIP's tokens.
+const CLIP_VOCABULARY: u64 = 49408;
 
 /// Tensors of no more elements stay as wide as they are, since they take no room (ComfyUI-GGUF).
 const SMALL: usize = 1024;
@@ -136,6 +139,7 @@ impl<'a> WeightsToWrite<'a> {
         let is_part =
             |part: &&str| checkpoint.has_part(part) && (!is_alone || *part == TRANSFORMER);
         let components: Vec<&str> = PARTS.into_iter().filter(is_part).collect();
+        require_clip_vocabulary(checkpoint, &components)?;
         let mut planned = Self::new(checkpoint, format, asked)?;
         planned.is_single_file = true;
         for tensor in original::tensors(checkpoint, &components)? {
@@ -559,6 +563,23 @@ pub fn small_files(
     Ok(files)
 }
 
+/// Errors if one of these text encoders is CLIP with other tokens than CLIP's: a single file has no
+/// tokenizer, and its readers take CLIP's.
+fn require_clip_vocabulary(checkpoint: &Checkpoint, components: &[&str]) -> Result<()> {
+    for encoder in components.iter().filter(|it| ENCODERS.contains(it)) {
+        let config = checkpoint.config(encoder)?;
+        let is_clip = !matches!(config["model_type"].as_str(), Some("t5" | "qwen3"));
+        let tokens = config["vocab_size"].as_u64();
+        if let Some(tokens) = tokens.filter(|tokens| is_clip && *tokens != CLIP_VOCABULARY) {
+            bail!(
+                "`{}` has {tokens} tokens of its own, and single files have no tokenizer: their readers take CLIP's {CLIP_VOCABULARY}\n\nhint: name a folder, which has one",
+                checkpoint.name
+            );
+        }
+    }
+    Ok(())
+}
+
 fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
@@ -604,6 +625,9 @@ fn model_index(checkpoint: &Checkpoint, parts: &[(&str, Value)]) -> Value {
             false => "StableDiffusionPipeline",
         };
         index.insert("_class_name".into(), class.into());
+    }
+    if let Some(defaults) = checkpoint.optional_config(DEFAULTS) {
+        index.insert(DEFAULTS_KEY.into(), defaults.clone());
     }
     if index.contains_key("safety_checker") {
         index.insert("requires_safety_checker".into(), false.into());

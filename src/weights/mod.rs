@@ -84,7 +84,11 @@ pub const Z_IMAGE_CLASS: &str = "ZImageTransformer2DModel";
 /// The key in the header of a single file under which `sdgen convert` keeps configurations of which its
 /// tensors tell nothing, and which these are.
 const OWN_CONFIGS_KEY: &str = "sdgen.configs";
-const OWN_CONFIGS: [&str; 2] = ["scheduler", "pipeline"];
+const OWN_CONFIGS: [&str; 3] = ["scheduler", "pipeline", DEFAULTS];
+/// The configuration with steps and guidance of the checkpoint's own, and its key in a folder's
+/// model_index.json, whose readers pass over what begins like this.
+pub const DEFAULTS: &str = "defaults";
+const DEFAULTS_KEY: &str = "_sdgen_defaults";
 
 /// diffusers' class of the pipeline of FLUX.1 Kontext, whose transformer is that of dev.
 pub const KONTEXT_PIPELINE: &str = "FluxKontextPipeline";

@@ -13,8 +13,8 @@ use super::model_files::{file_name, folder_name, read_json, tokenizer, weight_pa
 use super::transformers::{EncoderFile, EncoderKind, OTHER_ENCODERS};
 use super::weights_file::WeightsFile;
 use super::{
-    Checkpoint, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS,
-    TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
+    Checkpoint, DEFAULTS, DEFAULTS_KEY, ENCODERS, FLUX_CLASS, KONTEXT_PIPELINE, OWN_CONFIGS,
+    OWN_CONFIGS_KEY, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET, transformers,
 };
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -218,6 +218,10 @@ impl Checkpoint {
                     .tokenizers
                     .insert(encoder, tokenizer(&path.join(folder), is_chat)?);
             }
+        }
+        if let Some(defaults) = index.get(DEFAULTS_KEY) {
+            let defaults = defaults.clone();
+            checkpoint.configs.insert(DEFAULTS.into(), defaults);
         }
         checkpoint.configs.insert("pipeline".into(), index);
         Ok(checkpoint)

@@ -328,6 +328,31 @@ fn what_changes_weights_becomes_part_of_them() {
 }
 
 #[test]
+fn the_embedded_model_as_a_folder_draws_what_it_draws() {
+    let model = Model::new("sd1");
+    let convert = ["mini", "folder", "--type", "f32"];
+    succeed(&mut model.convert(&convert));
+    let frog = ["a frog", "--steps", "3", "-s", "7"];
+    let draw = |of: &str, name: &str| {
+        let path = model.path(name);
+        let mut sdgen = model.sdgen();
+        sdgen.args(frog).args(["-m", of, "-o"]).arg(&path);
+        succeed(&mut sdgen);
+        path
+    };
+    let [embedded, folder] = [draw("mini", "a.png"), draw("folder", "b.png")];
+    assert_eq!(worst_level(&pixels(&embedded), &pixels(&folder)), 0);
+    // its guidance too, and its steps
+    let mut inspect = model.sdgen();
+    let shown = stdout(&succeed(inspect.args(["inspect", "--json", "folder"])));
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(
+        (&shown["steps"], &shown["guidance"]),
+        (&20.into(), &2.5.into())
+    );
+}
+
+#[test]
 fn what_cannot_be_written_is_said_and_nothing_is_left() {
     let model = Model::new("sd1");
     let single = "all.safetensors";
@@ -353,6 +378,12 @@ fn what_cannot_be_written_is_said_and_nothing_is_left() {
         ),
         (&["nothing.safetensors", "x.gguf"], 3, &["does not exist"]),
         (&["sd1", "sd1"], 2, &["exists already", "--force"]),
+        (
+            &["mini", "x.safetensors"],
+            2,
+            &["2228 tokens of its own", "hint: name a folder"],
+        ),
+        (&["mini", "x.gguf"], 2, &["2228 tokens of its own"]),
     ] {
         fail(&mut model.convert(args), code, says);
     }

@@ -265,7 +265,7 @@ pub struct DrawArgs {
         help_heading = "Machine"
     )]
     pub device: DeviceChoice,
-    /// Type of weights and activations: auto, f32, bf16 or f16
+    /// Type of weights and activations: auto, f32, bf16, f16 or int8
     #[arg(
         hide_short_help = true,
         long,

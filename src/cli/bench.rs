@@ -215,7 +215,7 @@ pub fn run(args: &BenchArgs) -> Result<String> {
     };
     let report = json!({
         "size": format!("{:?}", args.size).to_lowercase(), "width": width * factor, "height": height * factor, "batch": args.batch,
-        "dtype": format!("{:?}", compute.dtype).to_lowercase(), "threads": rayon::current_num_threads(),
+        "dtype": compute.dtype_name(), "threads": rayon::current_num_threads(),
         network_key: network, "vae_decode": vae, "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": peak_gpu_memory(&compute.device).map(mb),
         "instructions": instructions, "ceiling_gflops": ceiling,
@@ -224,12 +224,12 @@ pub fn run(args: &BenchArgs) -> Result<String> {
         return Ok(format!("{report}\n"));
     }
     let title = format!(
-        "{:?} {}x{}, batch {}, {:?}, {} threads{}\n",
+        "{:?} {}x{}, batch {}, {}, {} threads{}\n",
         args.size,
         width * factor,
         height * factor,
         args.batch,
-        compute.dtype,
+        compute.dtype_name(),
         rayon::current_num_threads(),
         instructions.map_or(String::new(), |set| format!(", {set}"))
     );
@@ -335,6 +335,7 @@ fn time_network(
     let (b, device) = (args.batch as usize, &compute.device);
     let start = Instant::now();
     let weights = Weights::random(device, kept(&sizes.network, compute));
+    let weights = weights.with_int8(compute.int8);
     let network = sizes.network.build(&weights)?;
     let load_s = start.elapsed().as_secs_f64();
     let random =

@@ -392,10 +392,14 @@ struct SingleBlock {
 
 impl SingleBlock {
     fn new(w: &Weights, widths: Widths) -> Result<Self> {
-        let (width, attn) = (widths.all(), w.at("attn"));
+        let tokens = w.for_tokens();
+        let (width, attn) = (widths.all(), tokens.at("attn"));
         let mlp = FEED_FORWARD * width;
         let qkv = ["to_q", "to_k", "to_v"].map(|name| (attn.at(name), width));
-        let fused: Vec<_> = qkv.into_iter().chain([(w.at("proj_mlp"), mlp)]).collect();
+        let fused: Vec<_> = qkv
+            .into_iter()
+            .chain([(tokens.at("proj_mlp"), mlp)])
+            .collect();
         Ok(Self {
             modulation: Linear::new(&w.at("norm.linear"), width, 3 * width)?,
             norm: LayerNorm::without_weights(w, width, EPS)?,
@@ -406,7 +410,7 @@ impl SingleBlock {
                 (widths.heads, widths.head),
                 EPS,
             )?,
-            proj_out: Linear::new(&w.at("proj_out"), width + mlp, width)?,
+            proj_out: Linear::new(&tokens.at("proj_out"), width + mlp, width)?,
             width,
         })
     }

@@ -370,6 +370,7 @@ impl Stream {
         norms: [&str; 2],
         [out, ff]: [&str; 2],
     ) -> Result<Self> {
+        let w = w.for_tokens();
         let (width, mlp, attn) = (config.width(), config.mlp_width(), w.at("attn"));
         let fused = projections.map(|name| (attn.at(name), width));
         Ok(Self {
@@ -473,6 +474,7 @@ struct SingleBlock {
 
 impl SingleBlock {
     fn new(w: &Weights, config: &Flux2Config) -> Result<Self> {
+        let w = &w.for_tokens();
         let (width, mlp) = (config.width(), config.mlp_width());
         Ok(Self {
             norm: LayerNorm::without_weights(w, width, config.eps)?,

@@ -99,6 +99,7 @@ struct FeedForward {
 
 impl FeedForward {
     fn new(w: &Weights, width: usize) -> Result<Self> {
+        let w = w.for_tokens();
         Ok(Self {
             inner: Linear::new(&w.at("net.0.proj"), width, FEED_FORWARD * width)?,
             outer: Linear::new(&w.at("net.2"), FEED_FORWARD * width, width)?,
@@ -205,7 +206,7 @@ const OF_TEXT: ([&str; 3], [&str; 2]) = (
 
 impl JointBlock {
     pub(super) fn new(w: &Weights, widths: Widths, kind: Kind) -> Result<Self> {
-        let (width, attn) = (widths.all(), w.at("attn"));
+        let (width, attn) = (widths.all(), w.at("attn").for_tokens());
         let norm = || LayerNorm::without_weights(w, width, EPS);
         let projection =
             |(names, norms): ([&str; 3], [&str; 2])| Projection::new(&attn, names, norms, widths);
@@ -213,7 +214,7 @@ impl JointBlock {
             Linear::new(&w.at(name).at("linear"), width, layers * width)
         };
         let dual = kind.is_dual.then(|| {
-            let attn = w.at("attn2");
+            let attn = w.at("attn2").for_tokens();
             Ok::<_, anyhow::Error>(DualAttention {
                 projection: Projection::new(&attn, OF_PICTURE.0, OF_PICTURE.1, widths)?,
                 to_out: Linear::new(&attn.at("to_out.0"), width, width)?,

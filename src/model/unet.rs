@@ -812,6 +812,7 @@ impl Transformer {
     /// Reads the transformer of layer `layer`. `use_linear_projection` needs no care: a 1x1 convolution and a
     /// linear layer are the same on [b, h, w, c], and their stored shapes differ by trailing ones.
     fn new(w: &Weights, config: &AttentionConfig, layer: usize, shared: &Shared) -> Result<Self> {
+        let w = &w.for_tokens();
         let depth = config.depths.get(layer, "transformer_layers_per_block")?;
         let projection = |name: &str| Linear::new(&w.at(name), config.width, config.width);
         Ok(Self {

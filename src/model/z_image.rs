@@ -394,7 +394,8 @@ impl Block {
             let norm = |i| RmsNorm::new(&w.at(format!("{name}{i}")), dim, config.norm_eps);
             Ok([norm(1)?, norm(2)?])
         };
-        let (attn, ffn) = (w.at("attention"), w.at("feed_forward"));
+        let tokens = w.for_tokens();
+        let (attn, ffn) = (tokens.at("attention"), tokens.at("feed_forward"));
         let modulation = || Linear::new(&w.at("adaLN_modulation.0"), config.time_width(), 4 * dim);
         Ok(Self {
             modulation: is_modulated.then(modulation).transpose()?,

@@ -233,6 +233,8 @@ pub(super) enum WeightLayout {
     Packed(Tensor),
     /// CPU, of linear layers: as GGUF stores them
     Blocks(Arc<BlockMatrix>),
+    /// CPU, of linear layers: rounded to 8 bits
+    Int8(Arc<cpu::Int8Matrix>),
     /// GPU: [out, .., in], and the two halves of gated rows interleaved
     Rows(Tensor),
     /// plain: as checkpoints store them, [out, in, ..]
@@ -328,6 +330,11 @@ impl WeightLayout {
                 gemm: on_cpu(residual),
                 weight: weight.clone(),
             }),
+            Self::Int8(weight) => x.contiguous()?.apply_op1_no_bwd(&cpu::Int8Gemm {
+                weight: weight.clone(),
+                bias: bias.cloned(),
+                residual,
+            }),
             Self::Rows(weight) => {
                 let gemm = gpu::Gemm::linear(
                     x.contiguous()?,
@@ -375,7 +382,9 @@ impl WeightLayout {
                 x.contiguous()?
                     .apply_op3_no_bwd(weight, &shifted_bias()?, &op)
             }
-            Self::Blocks(_) => candle_core::bail!("no convolution has its weights in blocks"),
+            Self::Blocks(_) | Self::Int8(_) => {
+                candle_core::bail!("no convolution has its weights in blocks or 8 bits")
+            }
             Self::Rows(weight) => gpu::run(gpu::Gemm {
                 x: x.contiguous()?,
                 weight: weight.clone(),

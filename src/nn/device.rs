@@ -56,6 +56,9 @@ pub enum DTypeChoice {
     Bf16,
     /// IEEE half precision
     F16,
+    /// 8-bit integers in the attention and feed-forward layers of the denoising network, on CPUs; all
+    /// else as with auto
+    Int8,
 }
 
 impl DTypeChoice {
@@ -63,7 +66,7 @@ impl DTypeChoice {
     fn on(self, backend: Backend) -> DType {
         match self {
             Self::Auto if backend == Backend::Gpu => DType::F16,
-            Self::Auto | Self::F32 => DType::F32,
+            Self::Auto | Self::F32 | Self::Int8 => DType::F32,
             Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,
         }
@@ -81,6 +84,8 @@ pub struct Compute {
     pub dtype: DType,
     /// Whether somebody asked for that type.
     pub is_asked: bool,
+    /// Whether linear layers of the denoising network multiply 8-bit integers, on a CPU.
+    pub int8: bool,
 }
 
 impl Compute {
@@ -116,9 +121,14 @@ impl Compute {
         if let Some(set) = instructions::of_environment()? {
             instructions::force(set);
         }
+        let int8 = dtype == DTypeChoice::Int8;
+        if int8 && !device.is_cpu() {
+            bail!("`--dtype int8` is for CPUs\n\nhint: add `--device cpu`, or leave it out");
+        }
         Ok(Self {
             dtype: dtype.on(Backend::of(&device)),
             is_asked: dtype != DTypeChoice::Auto,
+            int8,
             device,
         })
     }
@@ -129,6 +139,15 @@ impl Compute {
             device: Device::Cpu,
             dtype: DType::F32,
             is_asked: true,
+            int8: false,
+        }
+    }
+
+    /// What was chosen, as `--dtype` names it.
+    pub fn dtype_name(&self) -> &'static str {
+        match self.int8 {
+            true => "int8",
+            false => self.dtype.as_str(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::backend::{Conv, Gemm, GroupNormParams, GroupStatistics, WeightLayout};
 use super::blocks::BlockMatrix;
+use super::cpu::Int8Matrix;
 use super::{Backend, Forward};
 use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
@@ -27,11 +28,24 @@ fn layout(w: &Weights, shape: &[usize], gated: bool) -> Result<WeightLayout> {
     )?)
 }
 
-/// The same of a linear layer, whose weights stay in blocks where they are stored in them.
+/// The same of a linear layer, whose weights stay in blocks where they are stored in them, and are
+/// rounded to 8 bits where that was asked for.
 fn linear_layout(w: &Weights, shape: [usize; 2], gated: bool) -> Result<WeightLayout> {
-    match w.get_blocks("weight", shape)? {
-        Some(matrix) => Ok(WeightLayout::Blocks(Arc::new(matrix))),
-        None => layout(w, &shape, gated),
+    let is_int8 = w.is_int8() && Int8Matrix::takes(shape[1]);
+    Ok(match w.get_blocks("weight", shape)? {
+        Some(matrix) => in_blocks(matrix, gated, is_int8),
+        None if is_int8 => {
+            let matrix = Int8Matrix::of(&read_weight(w, &shape)?, gated)?;
+            WeightLayout::Int8(Arc::new(matrix))
+        }
+        None => layout(w, &shape, gated)?,
+    })
+}
+
+fn in_blocks(matrix: BlockMatrix, gated: bool, is_int8: bool) -> WeightLayout {
+    match is_int8 {
+        true => WeightLayout::Int8(Arc::new(Int8Matrix::of_blocks(&matrix, gated))),
+        false => WeightLayout::Blocks(Arc::new(matrix)),
     }
 }
 
@@ -74,13 +88,14 @@ impl Linear {
                 .map(|(w, outputs)| read(w, *outputs))
                 .collect::<Result<Vec<_>>>()
         };
-        let in_blocks = layers
+        let stored_in_blocks = layers
             .iter()
             .map(|(w, outputs)| w.get_blocks("weight", [*outputs, inputs]))
             .collect::<Result<Option<Vec<_>>>>()?;
         let backend = layers.first().map_or(Backend::Plain, |(w, _)| w.backend());
-        let weight = match in_blocks.and_then(BlockMatrix::cat) {
-            Some(matrix) => WeightLayout::Blocks(Arc::new(matrix)),
+        let is_int8 = Int8Matrix::takes(inputs) && layers.iter().all(|(w, _)| w.is_int8());
+        let weight = match stored_in_blocks.and_then(BlockMatrix::cat) {
+            Some(matrix) => in_blocks(matrix, false, is_int8),
             None => {
                 let mut weights = each(&|w, outputs| read_weight(w, &[outputs, inputs]))?;
                 // a file may hold some of them in a narrower type than others
@@ -91,7 +106,12 @@ impl Linear {
                         .map(|weight| weight.to_dtype(DType::F32))
                         .collect::<TensorResult<_>>()?;
                 }
-                WeightLayout::new(backend, &Tensor::cat(&weights, 0)?, false)?
+                let weight = Tensor::cat(&weights, 0)?;
+                if is_int8 {
+                    WeightLayout::Int8(Arc::new(Int8Matrix::of(&weight, false)?))
+                } else {
+                    WeightLayout::new(backend, &weight, false)?
+                }
             }
         };
         let bias = biased

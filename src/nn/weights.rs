@@ -59,6 +59,16 @@ pub struct Weights<'a> {
     backend: Backend,
     /// the source once more, where blocks are read each time that they are needed
     again: Option<SharedSource>,
+    int8: Int8,
+}
+
+/// Whether linear layers are to be of 8-bit integers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Int8 {
+    Never,
+    /// those that many tokens pass, of which this place is none
+    Elsewhere,
+    Here,
 }
 
 /// A place among the names of a source that it keeps.
@@ -68,13 +78,18 @@ pub struct OwnedWeights {
     device: Device,
     dtype: DType,
     backend: Backend,
+    int8: Int8,
 }
 
 impl OwnedWeights {
     /// The place `name` below this one.
     pub fn at(&self, name: impl std::fmt::Display) -> Weights<'_> {
         let prefix = format!("{}.{name}", self.prefix);
-        Weights::new(&*self.source, prefix, &self.device, self.dtype).with_backend(self.backend)
+        Weights {
+            backend: self.backend,
+            int8: self.int8,
+            ..Weights::new(&*self.source, prefix, &self.device, self.dtype)
+        }
     }
 }
 
@@ -94,7 +109,35 @@ impl<'a> Weights<'a> {
             dtype,
             backend: Backend::of(device),
             again: None,
+            int8: Int8::Never,
         }
+    }
+
+    /// The same, of which linear layers that many tokens pass are of 8-bit integers if `asked`.
+    pub fn with_int8(self, asked: bool) -> Self {
+        let int8 = match asked {
+            true => Int8::Elsewhere,
+            false => Int8::Never,
+        };
+        Self { int8, ..self }
+    }
+
+    /// The same place, whose linear layers many tokens pass: not those that see a timestep alone, whose
+    /// errors are in all of a picture.
+    pub fn for_tokens(&self) -> Self {
+        let int8 = match self.int8 {
+            Int8::Never => Int8::Never,
+            Int8::Elsewhere | Int8::Here => Int8::Here,
+        };
+        Self {
+            int8,
+            ..self.clone()
+        }
+    }
+
+    /// Whether the linear layers of this place are of 8-bit integers.
+    pub fn is_int8(&self) -> bool {
+        self.int8 == Int8::Here && self.backend == Backend::Cpu
     }
 
     /// The same, of which networks do not keep the blocks of a [`Stack`](super::stack::Stack) where a
@@ -114,6 +157,7 @@ impl<'a> Weights<'a> {
             device: self.device.clone(),
             dtype: self.dtype,
             backend: self.backend,
+            int8: self.int8,
         })
     }
 

@@ -78,6 +78,7 @@ impl ModelNetworks {
                 .checkpoint
                 .read_network(model.checkpoint.denoiser(), &[], to, |w| {
                     let w = w.reading_again(model.again.clone());
+                    let w = w.with_int8(compute.int8);
                     model.config.backbone.build(&w)
                 })
         })

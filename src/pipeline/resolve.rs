@@ -191,7 +191,7 @@ impl<'a> Resolver<'a> {
                 .defaults(checkpoint),
             own_size: (width * factor, height * factor),
             version: env!("CARGO_PKG_VERSION").into(),
-            dtype: pipeline.compute.dtype.as_str().into(),
+            dtype: pipeline.compute.dtype_name().into(),
             model: name(checkpoint),
             refiner: checkpoint.refiner().map(name),
             vae: checkpoint.vae().map(name),

@@ -59,9 +59,10 @@ fn pictures_that_are_drawn_the_same_again_are_identical_in_every_format() {
             "bf16",
         ],
     );
-    let (code, said, errors) = check(dir.path(), &["a.png", "b.jpg", "c.webp"]);
-    assert_eq!((code, said.lines().count()), (0, 3), "{said}{errors}");
-    for name in ["a.png", "b.jpg", "c.webp"] {
+    draw(dir.path(), "d.png", &["-W", "64", "--dtype", "int8"]);
+    let (code, said, errors) = check(dir.path(), &["a.png", "b.jpg", "c.webp", "d.png"]);
+    assert_eq!((code, said.lines().count()), (0, 4), "{said}{errors}");
+    for name in ["a.png", "b.jpg", "c.webp", "d.png"] {
         assert!(said.contains(&format!("{name}: identical\n")), "{said}");
     }
 }

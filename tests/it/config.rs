@@ -137,7 +137,11 @@ fn a_mistake_is_named_with_its_file_and_line_and_what_was_meant() {
         ),
         (
             "device = 'cpu'\ndtype = 'f64'\n",
-            &["line 2 of `", "`dtype` cannot be `f64`", "f32, bf16, f16"],
+            &[
+                "line 2 of `",
+                "`dtype` cannot be `f64`",
+                "f32, bf16, f16, int8",
+            ],
         ),
         ("steps = \n", &["line 1 of `", "sdgen.toml`"]),
         ("a = 1\na = 2\n", &["line 2 of `"]),

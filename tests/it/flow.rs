@@ -329,6 +329,25 @@ fn draw(folder: &Path, args: &[&str]) -> Command {
 }
 
 #[test]
+fn transformers_of_8_bit_integers_draw_nearly_the_same_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["klein", "z_image", "flux", "sd3"] {
+        let model = fixture(name);
+        let picture = |dtype: &str| {
+            let mut command = sdgen(dir.path());
+            command.args(["x", "-W", "64", "-H", "64", "-s", "7", "--steps", "2", "-m"]);
+            command
+                .arg(&model)
+                .args(["--dtype", dtype, "-o", "x.png", "--force"]);
+            succeed(&mut command);
+            pixels(&dir.path().join("x.png"))
+        };
+        let off = worst_level(&picture("int8"), &picture("f32"));
+        assert!((1..=24).contains(&off), "{name}: {off}");
+    }
+}
+
+#[test]
 fn pictures_are_diffusers_own_alone_and_in_a_batch() {
     let dir = tempfile::tempdir().unwrap();
     let klein = klein();

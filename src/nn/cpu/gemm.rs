@@ -509,7 +509,7 @@ impl Epilogue<'_> {
 
     /// Writes a panel's columns of one row of the result.
     #[inline(always)]
-    fn write<V: Vector>(
+    pub(super) fn write<V: Vector>(
         &self,
         row: usize,
         panel: usize,

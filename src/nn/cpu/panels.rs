@@ -107,7 +107,7 @@ impl Pack {
     }
 
     /// The output channel in a column of a panel, if there is one.
-    fn output(&self, panel: usize, column: usize, outputs: usize) -> Option<usize> {
+    pub(super) fn output(&self, panel: usize, column: usize, outputs: usize) -> Option<usize> {
         if !self.gated {
             return Some(panel * WIDTH + column).filter(|o| *o < outputs);
         }

@@ -14,6 +14,7 @@ use super::{
     Checkpoint, DEFAULTS, DEFAULTS_KEY, ENCODERS, OWN_CONFIGS, OWN_CONFIGS_KEY, PARTS, TRANSFORMER,
     TokenizerFiles, TokenizerSource, UNET,
 };
+use crate::nn::blocks::BlockType;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -28,9 +29,6 @@ const CLIP_VOCABULARY: u64 = 49408;
 
 /// Tensors of no more elements stay as wide as they are, since they take no room (ComfyUI-GGUF).
 const SMALL: usize = 1024;
-
-/// Numbers of a row that a convolution's kernels are put into for the sake of blocks (ComfyUI-GGUF).
-const RESHAPED_ROW: usize = 256;
 
 /// Parts of the names of tensors that are stored in blocks or 8 bits: the layers that a network has
 /// many of, and the embeddings of tokens. What is before and behind these says too much for that.
@@ -101,8 +99,6 @@ struct Output {
     name: String,
     parts: Vec<Named>,
     shape: Vec<usize>,
-    /// the rows in which its blocks lie, where those of its shape are not made of whole ones
-    rows: Option<[usize; 2]>,
     stored: Stored,
 }
 
@@ -114,6 +110,17 @@ impl Output {
     fn bytes(&self) -> usize {
         let (numbers, bytes) = self.stored.block().unwrap_or((1, 0));
         self.elements() / numbers * bytes
+    }
+}
+
+/// What rows that are not made of whole blocks of 256 are stored in (llama.cpp).
+fn smaller_blocks(blocks: BlockType) -> BlockType {
+    match blocks {
+        BlockType::Q2K | BlockType::Q3K => BlockType::Q4_0,
+        BlockType::Q4K => BlockType::Q5_0,
+        BlockType::Q5K => BlockType::Q5_1,
+        BlockType::Q6K => BlockType::Q8_0,
+        other => other,
     }
 }
 
@@ -230,28 +237,20 @@ impl<'a> WeightsToWrite<'a> {
         } else if self.format == FileFormat::Safetensors && self.is_matrix(&name, &shape) {
             shape.truncate(2);
         }
-        let elements: usize = shape.iter().product();
-        let stored = self.type_of(&parts, &shape);
-        let (stored, rows) = match stored {
+        let stored = match self.type_of(&parts, &shape) {
             Stored::Blocks(blocks) => {
                 let row = shape.last().copied().unwrap_or(1);
-                if row.is_multiple_of(blocks.block().0) {
-                    (stored, None)
-                } else if self.checkpoint.denoiser() == UNET
-                    && elements.is_multiple_of(RESHAPED_ROW)
-                {
-                    (stored, Some([elements / RESHAPED_ROW, RESHAPED_ROW]))
-                } else {
-                    (self.narrowest_plain(&parts), None)
-                }
+                [blocks, smaller_blocks(blocks)]
+                    .into_iter()
+                    .find(|blocks| row.is_multiple_of(blocks.block().0))
+                    .map_or_else(|| self.narrowest_plain(&parts), Stored::Blocks)
             }
-            _ => (stored, None),
+            plain => plain,
         };
         self.tensors.push(Output {
             name,
             parts,
             shape,
-            rows,
             stored,
         });
     }
@@ -440,13 +439,8 @@ impl<'a> WeightsToWrite<'a> {
         }
         header.number("general.quantization_version", QUANTIZATION);
         header.number("general.file_type", self.file_type());
-        for tensor in self.tensors.iter().filter(|tensor| tensor.rows.is_some()) {
-            header.original_shape(&tensor.name, &tensor.shape);
-        }
         for tensor in &self.tensors {
-            let rows = tensor.rows.as_ref().map(|rows| &rows[..]);
-            let shape = rows.unwrap_or(&tensor.shape);
-            header.tensor(&tensor.name, shape, tensor.stored, tensor.bytes());
+            header.tensor(&tensor.name, &tensor.shape, tensor.stored, tensor.bytes());
         }
         header.into_bytes()
     }

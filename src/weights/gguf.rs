@@ -163,18 +163,6 @@ impl Header {
         self.metadata.extend(value.to_le_bytes());
     }
 
-    /// Adds the shape of a tensor that lies in rows of another length.
-    pub(super) fn original_shape(&mut self, name: &str, shape: &[usize]) {
-        /// Whole numbers of 32 bits, with a sign.
-        const INT32: u32 = 5;
-        self.key(&format!("{ORIGINAL_SHAPE}{name}"), LIST);
-        self.metadata.extend(INT32.to_le_bytes());
-        self.metadata.extend((shape.len() as u64).to_le_bytes());
-        for size in shape {
-            self.metadata.extend((*size as u32).to_le_bytes());
-        }
-    }
-
     fn key(&mut self, key: &str, kind: u32) {
         put_string(&mut self.metadata, key);
         self.metadata.extend(kind.to_le_bytes());

@@ -280,7 +280,13 @@ fn blocks_and_fp8_draw_what_their_widened_numbers_draw() {
         let mut command = model.convert(&[name, &narrow, "--type", kind, "--json"]);
         let record: Value = serde_json::from_slice(&succeed(&mut command).stdout).unwrap();
         assert_eq!(record["path"], narrow);
-        assert!(record["types"][kind].as_u64().unwrap() > 10, "{record}");
+        // narrow rows are not made of whole blocks of 256
+        let stored = match (name, kind) {
+            (_, "q4_k") => "q5_0",
+            (_, "q6_k") => "q8_0",
+            _ => kind,
+        };
+        assert!(record["types"][stored].as_u64().unwrap() > 10, "{record}");
         let wide = model.single("wide");
         succeed(&mut model.convert(&[&narrow, &wide, "--type", "f32"]));
         let narrow = model.picture_with_others(&narrow);

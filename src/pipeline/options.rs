@@ -153,6 +153,12 @@ pub struct JobOptions {
     #[cfg_attr(feature = "cli", arg(long, value_parser = at_least_one))]
     #[cfg_attr(feature = "cli", arg(value_name = "N", help_heading = "Sampling"))]
     pub clip_skip: Option<usize>,
+    /// Tokens of the prompt that T5 takes, up to 512 (FLUX.1, Stable Diffusion 3) [default: the model's]
+    #[serde(alias = "max-sequence-length")]
+    #[serde(deserialize_with = "by_parser::at_least_one")]
+    #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = at_least_one))]
+    #[cfg_attr(feature = "cli", arg(value_name = "N", help_heading = "Sampling"))]
+    pub max_sequence_length: Option<usize>,
     /// Run the U-Net's inner levels every Nth step only: faster, another picture
     #[serde(alias = "deep-cache", deserialize_with = "by_parser::at_least_one")]
     #[cfg_attr(feature = "cli", arg(long, hide_short_help = true, value_parser = at_least_one))]
@@ -346,6 +352,7 @@ impl JobOptions {
             schedule,
             eta: self.eta.or(base.eta),
             clip_skip: self.clip_skip.or(base.clip_skip),
+            max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
             deep_cache: self.deep_cache.or(base.deep_cache),
             image: self.image.or_else(|| base.image.clone()),
             strength: self.strength.or(base.strength),

@@ -17,9 +17,9 @@ use candle_core::Tensor;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A text, the layers skipped for it, and how it is read; none for no text at all, whose embedding
-/// is zeros.
-type Key = Option<(Arc<str>, usize, Syntax)>;
+/// A text, the layers skipped for it, how it is read, and as how many of T5's tokens; none for no text
+/// at all, whose embedding is zeros.
+type Key = Option<(Arc<str>, usize, Syntax, Option<usize>)>;
 
 /// How often the longest text of a picture is repeated for the sake of others at most.
 const MOST_REPEATED: usize = 12;
@@ -53,7 +53,11 @@ impl<'a> PromptCache<'a> {
     fn negative(&self, job: &Job, text: &Arc<str>) -> Key {
         let is_nothing = self.config.empty_is_zeros && job.settings.negative.is_empty();
         // as in diffusers, layers are skipped for the prompt alone
-        (!is_nothing).then(|| (text.clone(), 0, job.settings.prompt_syntax))
+        (!is_nothing).then(|| {
+            let settings = &job.settings;
+            let length = settings.max_sequence_length;
+            (text.clone(), 0, settings.prompt_syntax, length)
+        })
     }
 
     fn positive(&self, job: &Job, text: &Arc<str>) -> Key {
@@ -61,6 +65,7 @@ impl<'a> PromptCache<'a> {
             text.clone(),
             job.settings.clip_skip - 1,
             job.settings.prompt_syntax,
+            job.settings.max_sequence_length,
         ))
     }
 
@@ -106,9 +111,9 @@ impl<'a> PromptCache<'a> {
             }
             let embedded = match (before.remove(&key), &key) {
                 (Some(embedded), _) => embedded,
-                (None, None) => encoder.encode("", 0, Syntax::Plain)?.0.zeros_like()?,
-                (None, Some((text, skip, syntax))) => {
-                    let (embedded, cut) = encoder.encode(text, *skip, *syntax)?;
+                (None, None) => encoder.encode("", 0, Syntax::Plain, None)?.0.zeros_like()?,
+                (None, Some((text, skip, syntax, length))) => {
+                    let (embedded, cut) = encoder.encode(text, *skip, *syntax, *length)?;
                     if let Some(cut) = cut {
                         let tokens = embedded.prompt_embeds.dim(1)?;
                         events.warn(format!(

@@ -14,6 +14,7 @@ use crate::image::MAX_SIDE_PX;
 use crate::nn::device::available_memory;
 use crate::sampling::noise::Variation;
 use crate::sampling::{Prediction, Sampler, SamplingPlan, Schedule, plan, plan_img2img};
+use crate::text::encoder::T5_LENGTHS;
 use crate::text::prompt::{Calls, Prompts, Syntax, without_comments};
 use crate::weights::Checkpoint;
 use anyhow::{Context, Result, bail, ensure};
@@ -313,6 +314,7 @@ impl<'a> Resolver<'a> {
             refiner: self.refiner.clone(),
             refiner_hash: None,
             clip_skip: options.clip_skip.unwrap_or(1),
+            max_sequence_length: options.max_sequence_length,
             deep_cache: options.deep_cache.unwrap_or(1),
             prediction: pipeline
                 .options
@@ -564,6 +566,23 @@ impl<'a> Resolver<'a> {
                 bail!(
                     "`--hires` and `--{name}` cannot be used together\n\nhint: draw first, then \
                      `--image` what was drawn at another size"
+                );
+            }
+        }
+        if let Some(length) = settings.max_sequence_length {
+            if !config.base.encoder.takes_length() {
+                bail!(
+                    "`--max-sequence-length` means nothing to `{}`\n\nhint: leave it out; only models \
+                     that read prompts with T5 take it: FLUX.1 and Stable Diffusion 3",
+                    settings.model
+                );
+            }
+            if !T5_LENGTHS.contains(&length) {
+                bail!(
+                    "T5 cannot take {length} tokens of a prompt\n\nhint: `--max-sequence-length` is a \
+                     number from {} to {}",
+                    T5_LENGTHS.start(),
+                    T5_LENGTHS.end()
                 );
             }
         }

@@ -82,6 +82,9 @@ pub struct Settings {
     pub refine_at: Option<f64>,
     /// 1: the last layer of the text encoder, 2: the one before, ...
     pub clip_skip: usize,
+    /// how many tokens T5 takes; none: the model's own
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sequence_length: Option<usize>,
     /// the U-Net's inner levels run in every `deep_cache`th step only
     pub deep_cache: usize,
     pub prediction: Prediction,
@@ -442,6 +445,10 @@ impl Settings {
         extra.extend(
             (self.guidance_rescale > 0.0)
                 .then(|| ("CFG Rescale", self.guidance_rescale.to_string())),
+        );
+        extra.extend(
+            self.max_sequence_length
+                .map(|length| ("Max sequence length", length.to_string())),
         );
         extra.extend(
             self.true_guidance

@@ -18,6 +18,7 @@ use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use serde_json::Value;
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// The embeddings of a prompt, under diffusers' names.
@@ -129,7 +130,27 @@ impl Output {
             _ => Self::States,
         }
     }
+
+    /// The same of another number of T5's tokens, if one is given.
+    fn with_length(self, length: Option<usize>) -> Self {
+        match (self, length) {
+            (Self::T5AndPooled { .. }, Some(tokens)) => Self::T5AndPooled { tokens },
+            (Self::AllStates { width, .. }, Some(tokens)) => Self::AllStates { tokens, width },
+            (output, _) => output,
+        }
+    }
+
+    /// How many tokens of T5 there are.
+    fn tokens(self) -> usize {
+        match self {
+            Self::States => 0,
+            Self::T5AndPooled { tokens } | Self::AllStates { tokens, .. } => tokens,
+        }
+    }
 }
+
+/// The numbers of tokens that T5 can be told to take, as in diffusers.
+pub const T5_LENGTHS: RangeInclusive<usize> = 1..=512;
 
 /// The configurations of all text encoders that a checkpoint has, by their component.
 #[derive(Debug, Clone)]
@@ -240,6 +261,11 @@ impl TextEncoderConfigs {
     pub fn reads_sentences(&self) -> bool {
         let is_clip = |(_, config): &(_, TextEncoderConfig)| config.clip().is_some();
         !matches!(self.output, Output::States) || !self.encoders.iter().all(is_clip)
+    }
+
+    /// Whether prompts are read by T5, which takes as many tokens as it is told.
+    pub fn takes_length(&self) -> bool {
+        !matches!(self.output, Output::States)
     }
 
     /// The bytes of the tensors of a language model or of T5 that are read; 0 where there is none.
@@ -484,16 +510,13 @@ impl PromptEncoder {
                 config: config.clone(),
             });
         }
-        let tokens = match configs.output {
-            Output::States => {
-                let parts = Parts::Clip(parts);
-                return Ok(Self { parts, device });
-            }
-            Output::T5AndPooled { tokens } | Output::AllStates { tokens, .. } => tokens,
-        };
+        if let Output::States = configs.output {
+            let parts = Parts::Clip(parts);
+            return Ok(Self { parts, device });
+        }
         let t5 = configs.t5().map(|(name, config)| {
             let source = checkpoint.tokenizer(name)?;
-            let tokenizer = T5Tokenizer::new(source, config.vocab_size, tokens)?;
+            let tokenizer = T5Tokenizer::new(source, config.vocab_size)?;
             let network = T5::read(checkpoint, name, config, to, again)?;
             Ok::<_, anyhow::Error>(Box::new((tokenizer, network)))
         });
@@ -507,14 +530,16 @@ impl PromptEncoder {
         })
     }
 
-    /// Encodes a text as the model was trained on it, or from `skip` layers earlier. The second
-    /// value is the text that was cut off because it did not fit, which happens in plain syntax
-    /// only. Errors if the text cannot be parsed or tokenized.
+    /// Encodes a text as the model was trained on it, or from `skip` layers earlier, and by T5 as
+    /// `max_sequence_length` tokens where that is given. The second value is the text that was cut
+    /// off because it did not fit, which happens in plain syntax only. Errors if the text cannot be
+    /// parsed or tokenized.
     pub fn encode(
         &self,
         text: &str,
         skip: usize,
         syntax: Syntax,
+        max_sequence_length: Option<usize>,
     ) -> Result<(PromptEmbeds, Option<String>)> {
         let cx = Forward::on(&self.device);
         let clips = match &self.parts {
@@ -530,7 +555,8 @@ impl PromptEncoder {
                 return Ok((embeds, tokens.cut));
             }
             Parts::Joined { clips, t5, output } => {
-                return joined(cx, clips, t5.as_deref(), *output, (text, skip));
+                let output = output.with_length(max_sequence_length);
+                return joined(cx, clips, t5.as_deref(), output, (text, skip));
             }
         };
         let segments = match syntax {
@@ -604,7 +630,7 @@ fn joined(
     let pooled_prompt_embeds = Tensor::cat(&pooled, 1)?;
     let of_t5 = match t5 {
         Some((tokenizer, network)) => {
-            let tokens = tokenizer.encode(text)?;
+            let tokens = tokenizer.encode(text, output.tokens())?;
             let states = network.forward(cx, &tokens.ids)?;
             cut = tokens.cut;
             token_ids.extend(tokens.ids);

@@ -103,8 +103,6 @@ pub struct T5Tokenizer {
     inner: tokenizers::Tokenizer,
     end: u32,
     padding: u32,
-    /// how many tokens a prompt is padded or cut to
-    length: usize,
 }
 
 /// A prompt's tokens.
@@ -116,9 +114,9 @@ pub struct T5Tokens {
 }
 
 impl T5Tokenizer {
-    /// Builds the tokenizer of a checkpoint, for prompts of `length` tokens. Errors if its files are
-    /// damaged, or if it has more tokens than the encoder has rows.
-    pub fn new(source: &TokenizerSource, rows: usize, length: usize) -> Result<Self> {
+    /// Builds the tokenizer of a checkpoint. Errors if its files are damaged, or if it has more tokens
+    /// than the encoder has rows.
+    pub fn new(source: &TokenizerSource, rows: usize) -> Result<Self> {
         let TokenizerFiles::Json(json) = &source.files else {
             bail!("the tokenizer of T5 has no tokenizer.json\n\nhint: fetch the model again")
         };
@@ -146,17 +144,16 @@ impl T5Tokenizer {
             inner,
             end,
             padding,
-            length,
         })
     }
 
-    /// The ids of a prompt, its end and padding.
-    pub fn encode(&self, prompt: &str) -> Result<T5Tokens> {
+    /// The ids of a prompt and its end, padded or cut to so many.
+    pub fn encode(&self, prompt: &str, length: usize) -> Result<T5Tokens> {
         let encoded = self
             .inner
             .encode(prompt, false)
             .map_err(|cause| anyhow!("the prompt cannot be tokenized: {cause}"))?;
-        let most = self.length.saturating_sub(1);
+        let most = length.saturating_sub(1);
         let mut ids = encoded.get_ids().to_vec();
         let cut = encoded
             .get_offsets()
@@ -164,7 +161,7 @@ impl T5Tokenizer {
             .and_then(|(from, _)| Some(prompt.get(*from..)?.to_string()));
         ids.truncate(most);
         ids.push(self.end);
-        ids.resize(self.length, self.padding);
+        ids.resize(length, self.padding);
         Ok(T5Tokens { ids, cut })
     }
 }

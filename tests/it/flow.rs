@@ -83,7 +83,7 @@ fn prompts_become_the_same_ids_and_embeddings_of_three_layers_padding_too() {
     let encoder = klein.encoder();
     for (i, case) in klein.facts["text"].as_array().unwrap().iter().enumerate() {
         let prompt = case["prompt"].as_str().unwrap();
-        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain, None).unwrap();
         let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
         assert_eq!(embeds.token_ids[..ids.len()], ids, "{prompt}");
         assert_eq!(embeds.token_ids.len(), 512);
@@ -94,7 +94,7 @@ fn prompts_become_the_same_ids_and_embeddings_of_three_layers_padding_too() {
         klein.compare(&format!("text.{i}"), &got, NETWORK);
     }
     let long = "frog ".repeat(600);
-    let (embeds, cut) = encoder.encode(&long, 0, Syntax::Plain).unwrap();
+    let (embeds, cut) = encoder.encode(&long, 0, Syntax::Plain, None).unwrap();
     assert_eq!(embeds.token_ids.len(), 512);
     let cut = cut.unwrap();
     assert!(long.ends_with(&cut) && cut.contains("frog"), "{cut:?}");
@@ -149,6 +149,10 @@ fn latents_after_every_step_are_the_same_with_guidance_and_without() {
     ] {
         let compared = latents_after_every_step(&tiny(name), "run", rule, (side, patch, channels));
         assert_eq!(compared, runs, "{name}");
+    }
+    for name in ["flux", "sd3"] {
+        let compared = latents_after_every_step(&tiny(name), "length_run", None, (8, 2, 4));
+        assert_eq!(compared, 2, "{name}");
     }
     let dir = tempfile::tempdir().unwrap();
     let schnell = tiny_at(&flux_schnell(dir.path()), "flux");
@@ -238,11 +242,15 @@ fn latents_after_every_step(
         for (own, golden) in plan.sigmas.iter().zip(&sigmas) {
             assert!((own - golden).abs() < 1e-6, "{:?} {sigmas:?}", plan.sigmas);
         }
-        let encode = |text: &str| encoder.encode(text, 0, Syntax::Plain).unwrap().0;
+        let length = run["max_sequence_length"].as_u64().map(|n| n as usize);
+        let encode = |text: &str| encoder.encode(text, 0, Syntax::Plain, length).unwrap().0;
         // of the prompt alone
         let skip = run["clip_skip"].as_u64().unwrap_or(1) as usize - 1;
         let prompt = run["prompt"].as_str().unwrap();
-        let prompt = encoder.encode(prompt, skip, Syntax::Plain).unwrap().0;
+        let prompt = encoder
+            .encode(prompt, skip, Syntax::Plain, length)
+            .unwrap()
+            .0;
         let given = run["guidance"].as_f64().unwrap();
         let embeds = BackboneConfig::of(&tiny.checkpoint)
             .unwrap()
@@ -755,13 +763,13 @@ fn z_image_reads_the_states_before_the_last_layer_of_the_prompt_alone() {
     let encoder = tiny.encoder();
     for (i, case) in tiny.facts["text"].as_array().unwrap().iter().enumerate() {
         let prompt = case["prompt"].as_str().unwrap();
-        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+        let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain, None).unwrap();
         let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
         assert_eq!((embeds.token_ids, cut), (ids, None), "{prompt}");
         tiny.compare(&format!("text.{i}"), &embeds.prompt_embeds, NETWORK);
     }
     let (embeds, cut) = encoder
-        .encode(&"frog ".repeat(600), 0, Syntax::Plain)
+        .encode(&"frog ".repeat(600), 0, Syntax::Plain, None)
         .unwrap();
     assert_eq!(embeds.prompt_embeds.dims(), [1, 512, 16]);
     assert!(cut.unwrap().ends_with("frog "));
@@ -874,7 +882,7 @@ fn t5_reads_prompts_with_their_padding_and_clip_the_whole_text() {
         let encoder = tiny.encoder();
         for (i, case) in tiny.facts["text"].as_array().unwrap().iter().enumerate() {
             let prompt = case["prompt"].as_str().unwrap();
-            let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+            let (embeds, cut) = encoder.encode(prompt, 0, Syntax::Plain, None).unwrap();
             assert_eq!(cut, None);
             let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
             let of_t5 = &embeds.token_ids[embeds.token_ids.len() - tokens..];
@@ -894,7 +902,7 @@ fn t5_reads_prompts_with_their_padding_and_clip_the_whole_text() {
         }
         // what is too long ends with the end token
         let (embeds, cut) = encoder
-            .encode(&"frog ".repeat(600), 0, Syntax::Plain)
+            .encode(&"frog ".repeat(600), 0, Syntax::Plain, None)
             .unwrap();
         assert!(cut.unwrap().ends_with("frog "));
         assert_eq!(embeds.token_ids.last(), Some(&1));
@@ -903,7 +911,7 @@ fn t5_reads_prompts_with_their_padding_and_clip_the_whole_text() {
     let without = tiny_at(&sd3_without_t5(dir.path()), "sd3");
     let (embeds, _) = without
         .encoder()
-        .encode("a frog in a top hat", 0, Syntax::Plain)
+        .encode("a frog in a top hat", 0, Syntax::Plain, None)
         .unwrap();
     let shape: Vec<usize> = serde_json::from_value(without.facts["without"].clone()).unwrap();
     assert_eq!(embeds.prompt_embeds.dims(), shape);
@@ -957,6 +965,70 @@ fn transformers_of_text_and_picture_predict_the_same_velocities() {
         let alone = velocities(1..2);
         assert_eq!(values(&alone), values(&all.narrow(0, 1, 1).unwrap()));
     }
+}
+
+#[test]
+fn t5_takes_as_many_tokens_as_it_is_told_up_to_512_and_no_other_encoder_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("flux"), &dir.path().join("flux"));
+    copy_folder(&fixture("klein"), &dir.path().join("klein"));
+    let draw = |model: &str, args: &[&str]| {
+        let mut command = sdgen(dir.path());
+        command
+            .args(["-m", model, "--steps", "1", "-W", "32", "-H", "32"])
+            .args(args);
+        command
+    };
+    let cases: [(&str, &str, &[&str]); 3] = [
+        (
+            "klein",
+            "64",
+            &["means nothing to `klein`", "hint: leave it out"],
+        ),
+        (
+            "flux",
+            "513",
+            &[
+                "513 tokens",
+                "hint: `--max-sequence-length` is a number from 1 to 512",
+            ],
+        ),
+        ("flux", "0", &["--max-sequence-length"]),
+    ];
+    for (model, length, says) in cases {
+        let args = ["a frog", "--max-sequence-length", length];
+        fail(&mut draw(model, &args), 2, says);
+    }
+    // those of another length are not in one batch, nor is one's embedding the other's; from a list
+    let prompt = "a frog in a top hat";
+    let line = |more: &str| format!(r#"{{"prompt": "{prompt}", "seed": 1{more}}}"#);
+    let jobs = [
+        line(""),
+        line(r#", "max_sequence_length": 4"#),
+        line(r#", "max-sequence-length": 512"#),
+    ];
+    std::fs::write(dir.path().join("jobs.jsonl"), jobs.join("\n")).unwrap();
+    let list = ["--from", "jobs.jsonl", "-o", "list/{index}.png"];
+    let said = succeed(&mut draw("flux", &list));
+    let said = String::from_utf8_lossy(&said.stderr);
+    assert!(said.contains("this was cut off"), "{said}");
+    let alone = [
+        prompt,
+        "-s",
+        "1",
+        "--max-sequence-length",
+        "4",
+        "-o",
+        "x.png",
+    ];
+    succeed(&mut draw("flux", &alone));
+    let pictures = std::fs::read_dir(dir.path().join("list")).unwrap();
+    let mut paths: Vec<_> = pictures.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let [usual, short, whole] = [0, 1, 2].map(|i| pixels(&paths[i]));
+    assert_eq!(short, pixels(&dir.path().join("x.png")));
+    assert_ne!(short, usual);
+    assert_eq!(whole, usual);
 }
 
 #[test]
@@ -1148,6 +1220,9 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
         ("flux", "flux_told", "tiny_run", 2),
         ("sd3", "sd3", "run", 4),
         ("sd3", "sd3", "skip_run", 1),
+        ("flux", "flux", "length_run", 2),
+        ("sd3", "sd3", "length_run", 2),
+        ("sd3-without", "sd3", "without_length_run", 1),
         ("sd3-without", "sd3", "without_run", 1),
     ] {
         let tensors = load(&fixture(&format!("{of}/goldens.safetensors")));
@@ -1182,6 +1257,7 @@ fn pictures_of_flux_and_sd3_are_diffusers_own_with_all_guidance_and_from_a_pictu
                 ("--strength", "strength"),
                 ("--negative", "negative"),
                 ("--clip-skip", "clip_skip"),
+                ("--max-sequence-length", "max_sequence_length"),
             ] {
                 match &run[key] {
                     Value::Null => continue,
@@ -1286,7 +1362,7 @@ fn blocks_that_are_read_again_in_every_step_draw_the_same() {
         let configs = TextEncoderConfigs::of(&shared).unwrap();
         let encoder = PromptEncoder::new(&shared, &configs, &compute, Some(again())).unwrap();
         let embeds =
-            |encoder: &PromptEncoder| encoder.encode("a frog", 0, Syntax::Plain).unwrap().0;
+            |encoder: &PromptEncoder| encoder.encode("a frog", 0, Syntax::Plain, None).unwrap().0;
         let prompt = embeds(&encoder);
         let kept = embeds(&tiny.encoder()).prompt_embeds;
         assert_eq!(values(&prompt.prompt_embeds), values(&kept), "{name}");

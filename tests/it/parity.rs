@@ -158,7 +158,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
                     .map(|v| v.as_u64().unwrap() as u32)
                     .collect()
             };
-            let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain).unwrap();
+            let (embedded, cut) = encoder.encode(prompt, 0, Syntax::Plain, None).unwrap();
             for (part, key) in ENCODERS.into_iter().zip(["ids", "ids_2"]) {
                 let Ok(source) = f.checkpoint.tokenizer(part) else {
                     continue;
@@ -199,7 +199,7 @@ fn prompts_become_the_same_ids_and_embeddings() {
                     compare(
                         &format!("{model} {name}"),
                         &encoder
-                            .encode(prompt, skip, Syntax::Plain)
+                            .encode(prompt, skip, Syntax::Plain, None)
                             .unwrap()
                             .0
                             .prompt_embeds,
@@ -586,13 +586,13 @@ fn latents_after_every_step_and_pictures_are_the_same() {
             let skip = run["clip_skip"].as_u64().unwrap_or(0) as usize;
             let guidance = run["guidance"].as_f64().unwrap();
             let prompt = encoder
-                .encode(run["prompt"].as_str().unwrap(), skip, Syntax::Plain)
+                .encode(run["prompt"].as_str().unwrap(), skip, Syntax::Plain, None)
                 .unwrap()
                 .0;
             let negative =
                 (guidance > 1.0 && !embeds_guidance).then(|| {
                     match run["negative_prompt"].as_str() {
-                        Some(text) => encoder.encode(text, 0, Syntax::Plain).unwrap().0,
+                        Some(text) => encoder.encode(text, 0, Syntax::Plain, None).unwrap().0,
                         None => prompt.zeros_like().unwrap(),
                     }
                 });
@@ -725,7 +725,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
             }
             let scores = [[None, None], [Some(6.0), Some(2.5)]][i];
             let prompt = encoder
-                .encode(run["prompt"].as_str().unwrap(), 0, Syntax::Plain)
+                .encode(run["prompt"].as_str().unwrap(), 0, Syntax::Plain, None)
                 .unwrap()
                 .0;
             // zeros for the base, the embedding of no text for the refiner
@@ -733,7 +733,7 @@ fn a_refiner_goes_on_where_the_base_ends_as_in_diffusers() {
                 (None, 0) => prompt.zeros_like().unwrap(),
                 (text, _) => {
                     encoder
-                        .encode(text.unwrap_or(""), 0, Syntax::Plain)
+                        .encode(text.unwrap_or(""), 0, Syntax::Plain, None)
                         .unwrap()
                         .0
                 }

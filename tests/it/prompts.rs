@@ -125,7 +125,7 @@ fn embeddings_keep_their_mean_in_every_chunk_and_encoder() {
             };
             compared += 1;
             let ours = encoder
-                .encode(prompt.as_str().unwrap(), 0, Syntax::A1111)
+                .encode(prompt.as_str().unwrap(), 0, Syntax::A1111, None)
                 .unwrap()
                 .0
                 .prompt_embeds;

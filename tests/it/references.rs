@@ -101,7 +101,7 @@ fn latents_after_every_step_are_diffusers_own_with_one_reference_and_with_two_an
             references: sizes(run).into_iter().map(latents).collect(),
         };
         let encode = |prompt: &str| {
-            let embeds = text.encode(prompt, 0, Syntax::Plain).unwrap().0;
+            let embeds = text.encode(prompt, 0, Syntax::Plain, None).unwrap().0;
             Conditioning::from(embeds.prompt_embeds)
         };
         let prompt = encode(run["prompt"].as_str().unwrap());

@@ -271,10 +271,13 @@ fn sd3_distilled(checkpoint: &Checkpoint) -> Option<Defaults> {
     })
 }
 
-/// What a FLUX.1 that is told of a picture draws with. Only its name tells edges from depth.
+/// What a FLUX.1 that is told of a picture draws with. Only its name, or that of the LoRA that made it
+/// so, tells edges from depth.
 fn flux1_told(checkpoint: &Checkpoint) -> Option<Defaults> {
     let config = FluxConfig::from_json(checkpoint.optional_config(TRANSFORMER)?).ok()?;
-    let is_canny = checkpoint.name.to_lowercase().contains("canny");
+    let loras = checkpoint.loras().iter().map(|lora| &lora.name);
+    let mut names = loras.chain([&checkpoint.name]);
+    let is_canny = names.any(|name| name.to_lowercase().contains("canny"));
     match config.kind().ok()? {
         ModelKind::Control if !is_canny => Some(Defaults {
             guidance: FLUX1_DEPTH,

@@ -6,7 +6,7 @@ use super::file_hash::FileHashes;
 use super::key_mapping::{Named, Part};
 use super::lora::{self, LayerNames, Lora};
 use super::weights_file::WeightsFile;
-use super::{ENCODERS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
+use super::{ENCODERS, FLUX_CLASS, PARTS, TRANSFORMER, TokenizerFiles, TokenizerSource, UNET};
 use crate::hex::hex;
 use crate::nn::blocks::{BlockMatrix, BlockType, row_bytes};
 use crate::nn::weights::{TensorSource, Weights, is_same_shape};
@@ -25,7 +25,7 @@ struct Entry {
     source: usize,
     key: String,
     part: Part,
-    /// the shape of the stored tensor's part
+    /// the shape of the stored tensor's part, or one with more columns: [`Checkpoint::widened`]
     shape: Vec<usize>,
     dtype: String,
 }
@@ -133,10 +133,14 @@ impl Checkpoint {
         loras: impl IntoIterator<Item = Result<Lora>>,
         strict: bool,
     ) -> Result<()> {
-        let mut names = None;
-        for lora in loras {
-            let mut lora = lora?;
-            lora.match_keys(self, names.get_or_insert_with(|| LayerNames::of(self)))?;
+        let loras = loras.into_iter().collect::<Result<Vec<_>>>()?;
+        if loras.is_empty() {
+            return Ok(());
+        }
+        let names = LayerNames::of(self);
+        self.take_control_image(&loras, &names);
+        for mut lora in loras {
+            lora.match_keys(self, &names)?;
             if let Some(unexpected) = lora.describe_unexpected().filter(|_| strict) {
                 bail!("{unexpected}\n\nhint: without `--strict` the rest of it is used");
             }
@@ -153,6 +157,31 @@ impl Checkpoint {
             self.loras.push(lora);
         }
         Ok(())
+    }
+
+    /// Makes a FLUX.1 that takes latents alone one that takes those of a control image too, if one of
+    /// the LoRAs is for that: as in diffusers, with zeros for what the LoRA then changes.
+    fn take_control_image(&mut self, loras: &[Lora], names: &LayerNames) {
+        const EMBEDDER: &str = "transformer.x_embedder";
+        let Some(Value::Object(config)) = self.configs.get_mut(TRANSFORMER) else {
+            return;
+        };
+        let Some(entry) = self.entries.get_mut(&format!("{EMBEDDER}.weight")) else {
+            return;
+        };
+        let [rows, channels] = entry.shape[..] else {
+            return;
+        };
+        let takes = config.get("in_channels").unwrap_or(&Value::Null);
+        let gives = config.get("out_channels").unwrap_or(&Value::Null);
+        let is_flux1 = config.get("_class_name").is_some_and(|it| it == FLUX_CLASS);
+        let is_alike = gives.is_null() || gives == takes;
+        let is_told = |lora: &Lora| lora.doubles(EMBEDDER, (rows, channels), names);
+        if is_flux1 && is_alike && loras.iter().any(is_told) {
+            entry.shape = vec![rows, 2 * channels];
+            config.insert("in_channels".into(), (2 * channels).into());
+            config.insert("out_channels".into(), channels.into());
+        }
     }
 
     /// The width of the U-Net's text embeddings, `cross_attention_dim`.
@@ -395,7 +424,22 @@ impl Checkpoint {
     /// type: each as if the result had been saved.
     fn patched(&self, name: &str) -> Result<Tensor> {
         let merged = self.merged(name, self.read_own(name)?)?;
-        lora::patch(&self.loras, name, merged)
+        lora::patch(&self.loras, name, self.widened(name, merged)?)
+    }
+
+    /// A tensor with zeros for the columns that its file does not have.
+    fn widened(&self, name: &str, stored: Tensor) -> Result<Tensor> {
+        let shape = self.entries.get(name).map(|entry| &entry.shape[..]);
+        let (Some([rows, columns]), [_, own]) = (shape, stored.dims()) else {
+            return Ok(stored);
+        };
+        match columns.saturating_sub(*own) {
+            0 => Ok(stored),
+            missing => {
+                let zeros = Tensor::zeros((*rows, missing), stored.dtype(), stored.device())?;
+                Ok(Tensor::cat(&[&stored, &zeros], 1)?)
+            }
+        }
     }
 
     /// Whether the matrices of a component are kept in bf16 though its files have them in f32, or in

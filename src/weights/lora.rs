@@ -27,10 +27,10 @@ use super::model_files::{file_name, folder_name};
 use super::weights_file::WeightsFile;
 use super::{Checkpoint, TRANSFORMER, family_name, role, transformers};
 use anyhow::{Context, Result, bail};
-use delta::Method;
+use delta::{Method, rows_in_file};
 use layer_names::{
     ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, PEFT_BOFT, PEFT_IA3,
-    PEFT_OFT, TLORA_MARK, Target, UP_BIAS, component, is_of_z_image, split,
+    PEFT_OFT, SCALE, TLORA_MARK, Target, UP_BIAS, component, is_of_z_image, split,
 };
 use peft::PeftConfig;
 use std::collections::{BTreeMap, BTreeSet};
@@ -157,6 +157,12 @@ impl Lora {
                 unknown_keys.extend(layer.remove(FACTORS));
             }
         }
+        // others of this name belong to weights of 8 bits
+        for (name, layer) in &mut layers {
+            if !name.ends_with("query_norm") && !name.ends_with("key_norm") {
+                unknown_keys.extend(layer.remove(SCALE));
+            }
+        }
         layers.retain(|_, layer| !layer.is_empty());
         let count = |key: &&String| source.shape(key).map(|shape| shape.iter().product());
         let mut alphas = layers.values().filter_map(|layer| layer.get(ALPHA));
@@ -225,6 +231,20 @@ impl Lora {
             .collect()
     }
 
+    /// Whether it has a change of `layer` for as many columns more as that has already, of (rows, columns).
+    pub(super) fn doubles(
+        &self,
+        layer: &str,
+        (rows, columns): (usize, usize),
+        names: &LayerNames,
+    ) -> bool {
+        self.strength != 0.0
+            && self.layers.iter().any(|(name, own)| {
+                self.size(own) == Some((rows, 2 * columns))
+                    && names.find(name).iter().any(|target| target.layer == layer)
+            })
+    }
+
     /// Whether it changes nothing, as its strength is 0; words that it brings have no strength.
     pub fn is_without_effect(&self) -> bool {
         (self.strength, self.text_strength) == (0.0, 0.0) && self.words.is_empty()
@@ -243,9 +263,7 @@ impl Lora {
                     is_free(weight) && self.has_size_of(name, layer, model, (weight, part))
                 });
                 let bias = Some(format!("{base}.bias")).filter(|bias| {
-                    is_free(bias)
-                        && *part == Part::Whole
-                        && self.has_bias_of(name, layer, model, bias)
+                    is_free(bias) && self.has_bias_of(name, layer, model, (bias, part))
                 });
                 has_weight |= weight.is_some();
                 has_bias |= bias.is_some();
@@ -326,17 +344,25 @@ impl Lora {
     }
 
     /// Whether a layer has a change in the shape of a bias of the model.
-    fn has_bias_of(&self, name: &str, layer: &Layer, model: &Checkpoint, bias: &str) -> bool {
+    fn has_bias_of(
+        &self,
+        name: &str,
+        layer: &Layer,
+        model: &Checkpoint,
+        (bias, part): (&str, &Part),
+    ) -> bool {
+        let Some([rows]) = model.shape(bias) else {
+            return false;
+        };
         if layer.contains_key(PEFT_IA3) {
             // factors of outputs are the bias' too
             let factors = self.factors_of_peft(name, layer);
-            let rows = model.shape(bias).and_then(|shape| shape.first());
-            return factors
-                .is_ok_and(|(count, is_of_columns)| !is_of_columns && Some(&count) == rows);
+            return *part == Part::Whole
+                && factors.is_ok_and(|(count, is_of_columns)| !is_of_columns && count == *rows);
         }
         let key = layer.get(DIFF_B).or_else(|| layer.get(UP_BIAS));
         let own = key.and_then(|key| self.source.shape(key));
-        own.is_some() && own == model.shape(bias)
+        own.is_some_and(|shape| *shape == [rows_in_file(part, *rows)])
     }
 
     fn total(&self) -> usize {
@@ -451,6 +477,7 @@ impl Lora {
                 Method::Hadamard => "LoHa",
                 Method::Kronecker => "LoKr",
                 Method::Difference => "differences",
+                Method::Replacement => "norms",
                 Method::Generalized => "GLoRA",
                 Method::Factors | Method::PeftFactors => "IA3",
                 Method::PeftRotation if layer.contains_key(PEFT_BOFT) => "BOFT",

@@ -1115,6 +1115,52 @@ fn flux_told(told: &str, to: &Path) {
 }
 
 #[test]
+fn dev_with_a_control_lora_draws_by_a_picture_as_in_diffusers() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("flux"), &dir.path().join("flux"));
+    let look = crate::references::picture((100, 70));
+    let bytes = look.encode(sdgen::image::Format::Png, None).unwrap();
+    std::fs::write(dir.path().join("look.png"), bytes).unwrap();
+    let name = "flux1-canny-dev-lora.safetensors";
+    let file = fixture(&format!("control_lora/{name}"));
+    std::fs::copy(file, dir.path().join(name)).unwrap();
+    let tensors = load(&fixture("control_lora/goldens.safetensors"));
+    let facts = goldens("control_lora");
+    let runs = facts["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 2);
+    for (i, run) in runs.iter().enumerate() {
+        let of = |key: &str| run[key].to_string();
+        let lora = match run["lora"].as_f64() {
+            Some(strength) => format!("{name}:{strength}"),
+            None => name.into(),
+        };
+        let (seed, width, height) = (of("seed"), of("width"), of("height"));
+        let (steps, guidance) = (of("steps"), of("guidance"));
+        let shape = ["-s", &seed, "-W", &width, "-H", &height];
+        let prompt = run["prompt"].as_str().unwrap();
+        let how = [prompt, "--steps", &steps, "-g", &guidance, "-o", "x.png"];
+        let with = ["--lora", &lora, "--strict", "--reference", "look.png"];
+        let args = [&shape[..], &how, &with, &["--force"]].concat();
+        succeed(sdgen(dir.path()).args(["-m", "flux"]).args(&args));
+        let drawn = pixels(&dir.path().join("x.png"));
+        let golden = levels(&tensors[&format!("run.{i}.picture")]);
+        assert_same_levels(&lora, &drawn, &golden);
+        succeed(sdgen(dir.path()).args(["check", "x.png", "-m", "flux", "--lora", &lora]));
+    }
+    // it asks for the picture, and its name sets the guidance
+    let mut dry = sdgen(dir.path());
+    dry.args(["x", "-m", "flux", "--lora", name, "--dry-run", "--json"]);
+    fail(
+        &mut dry,
+        2,
+        &["by the edges or the depth", "`--reference FILE`"],
+    );
+    let told = succeed(dry.args(["--reference", "look.png"]));
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(told["guidance"], 30.0);
+}
+
+#[test]
 fn models_that_are_told_of_a_picture_say_what_they_need_and_draw_larger_too() {
     let dir = tempfile::tempdir().unwrap();
     let picture = crate::references::picture((100, 70));

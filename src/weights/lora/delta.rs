@@ -2,7 +2,7 @@
 
 use super::layer_names::{
     ALPHA, DIFF, DIFF_B, DORA, DOWN, FACTORS, GLORA_DOWN, LOKR_CORE, Layer, MAGNITUDE, MID, OFT,
-    ON_INPUT, PEFT_BOFT, PEFT_IA3, PEFT_OFT, RESCALE, UP, UP_BIAS,
+    ON_INPUT, PEFT_BOFT, PEFT_IA3, PEFT_OFT, RESCALE, SCALE, UP, UP_BIAS,
 };
 use super::orthogonal::{PeftTurns, Rotation, rotate_inputs};
 use super::{Lora, Match};
@@ -58,6 +58,7 @@ impl Lora {
                         false => count == rows,
                     })
             }
+            Some(Method::Replacement) => columns == 1 && count(SCALE) == Some(rows),
             _ => self.size(layer) == Some((rows, columns)),
         }
     }
@@ -103,7 +104,11 @@ impl Lora {
                 let is_square = inner == rank && inputs == outputs && inputs > 0;
                 (is_square && size.1.is_multiple_of(inputs)).then_some(size)
             }
-            Method::Factors | Method::Rotation | Method::PeftRotation | Method::PeftFactors => None,
+            Method::Factors
+            | Method::Rotation
+            | Method::PeftRotation
+            | Method::PeftFactors
+            | Method::Replacement => None,
         }
     }
 
@@ -193,16 +198,19 @@ impl Lora {
             _ => (),
         }
         if name.ends_with(".bias") {
+            let of_part = |key: &str| Ok(part_of(part, to_f32(&self.source.read(key)?)?, 1));
             if let Some(key) = layer.get(DIFF_B) {
-                return Ok((to_f32(&self.source.read(key)?)?, strength));
+                return of_part(key).map(|change| (change, strength));
             }
             let key = layer.get(UP_BIAS).context("it has no change of a bias")?;
             let scale = self.scale(layer, name)? as f32;
-            return Ok((to_f32(&self.source.read(key)?)?, strength * scale));
+            return of_part(key).map(|change| (change, strength * scale));
         }
         match Method::of(layer) {
             Some(Method::Rotation) => return Ok((self.rotated(layer, name, weight)?, 1.0)),
             Some(Method::Factors) => return Ok((self.multiplied(layer, weight)?, strength)),
+            // as in diffusers, whatever the strength
+            Some(Method::Replacement) => return Ok((self.replaced(layer, weight)?, 1.0)),
             _ => (),
         }
         let columns = weight.elem_count() / weight.dim(0)?.max(1);
@@ -323,6 +331,16 @@ impl Lora {
         times(weight, &factors, is_of_columns)
     }
 
+    /// What stands in the place of a norm's numbers, minus these.
+    fn replaced(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
+        let key = layer.get(SCALE).context("it has no numbers of a norm")?;
+        let mut change = to_f32(&self.source.read(key)?)?;
+        for (value, before) in change.iter_mut().zip(to_f32(weight)?) {
+            *value -= before;
+        }
+        Ok(change)
+    }
+
     /// The product of a layer's matrices, of which GLoRA multiplies the weight [rows, columns, ..].
     fn product(&self, layer: &Layer, weight: &Tensor) -> Result<Vec<f32>> {
         let read = |slot: &str| self.matrix(layer, slot);
@@ -393,7 +411,11 @@ impl Lora {
                     .for_each(|(a, b)| *a += b);
                 Ok(sum)
             }
-            Method::Factors | Method::Rotation | Method::PeftRotation | Method::PeftFactors => {
+            Method::Factors
+            | Method::Rotation
+            | Method::PeftRotation
+            | Method::PeftFactors
+            | Method::Replacement => {
                 bail!("it is no product")
             }
         }
@@ -411,7 +433,7 @@ impl Lora {
 }
 
 /// How many rows a file's layer has that changes a weight with so many by a part of its own.
-fn rows_in_file(part: &Part, rows: usize) -> usize {
+pub(super) fn rows_in_file(part: &Part, rows: usize) -> usize {
     match part {
         Part::Rows { count, of, .. } => rows / count * of,
         Part::Whole | Part::Transposed | Part::SwappedHalves => rows,
@@ -481,6 +503,8 @@ pub(super) enum Method {
     PeftRotation,
     /// a factor for each row or column in place of 1, as PEFT has it
     PeftFactors,
+    /// a norm's numbers themselves
+    Replacement,
 }
 
 /// The share by which a stored alpha may be off its value: that of bf16.
@@ -532,6 +556,8 @@ impl Method {
             Some(Self::PeftFactors)
         } else if has(FACTORS) && has(ON_INPUT) {
             Some(Self::Factors)
+        } else if has(SCALE) {
+            Some(Self::Replacement)
         } else {
             has(DIFF).then_some(Self::Difference)
         }

@@ -6,7 +6,7 @@ use crate::weights::{Checkpoint, transformers};
 use std::collections::BTreeMap;
 
 /// The endings of keys, and the slot of the tensor in its layer.
-const SLOTS: [(&str, &str); 56] = [
+const SLOTS: [(&str, &str); 57] = [
     (".lora_down.weight", DOWN),
     (".lora_A.weight", DOWN),
     (".lora_A.default.weight", DOWN),
@@ -60,6 +60,7 @@ const SLOTS: [(&str, &str); 56] = [
     (".boft_R", PEFT_BOFT),
     (".boft_s", RESCALE),
     (".ia3_l", PEFT_IA3),
+    (".scale", SCALE),
     // after all longer endings
     (".up.weight", UP),
     (".down.weight", DOWN),
@@ -85,6 +86,8 @@ pub const RESCALE: &str = "rescale";
 /// IA3's factors, and whether there is one for each column rather than row
 pub const FACTORS: &str = "factors";
 pub const ON_INPUT: &str = "on_input";
+/// a norm's numbers, in the place of the model's
+pub const SCALE: &str = "scale";
 /// the turns of PEFT's OFT and BOFT, and the factors of its IA3
 pub const PEFT_OFT: &str = "oft_R";
 pub const PEFT_BOFT: &str = "boft_R";
@@ -136,7 +139,7 @@ const XLABS_LAYERS: [(&str, &str); 6] = [
 const SINGLE: &str = "_linear1";
 
 /// The beginnings of the flattened names of layers that only transformers have.
-const OF_TRANSFORMERS: [&str; 10] = [
+const OF_TRANSFORMERS: [&str; 13] = [
     "transformer_",
     "single_transformer_blocks_",
     "sformer_blocks_",
@@ -145,6 +148,9 @@ const OF_TRANSFORMERS: [&str; 10] = [
     "joint_blocks_",
     "img_in",
     "txt_in",
+    "time_in_",
+    "vector_in_",
+    "guidance_in_",
     "final_layer_",
     "double_stream_modulation_",
 ];

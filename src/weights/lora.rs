@@ -30,7 +30,7 @@ use anyhow::{Context, Result, bail};
 use delta::{Method, rows_in_file};
 use layer_names::{
     ALPHA, DIFF_B, DORA, DOWN, FACTORS, Layer, MAGNITUDE, OFT, ON_INPUT, PEFT_BOFT, PEFT_IA3,
-    PEFT_OFT, SCALE, TLORA_MARK, Target, UP_BIAS, component, is_of_z_image, split,
+    PEFT_OFT, SCALE, TLORA_MARK, Target, UP_BIAS, component, is_of_t5, is_of_z_image, split,
 };
 use peft::PeftConfig;
 use std::collections::{BTreeMap, BTreeSet};
@@ -555,13 +555,15 @@ impl Lora {
             Some(1280) => Some(family_name::SDXL_REFINER),
             Some(2048) => Some(family_name::SDXL),
             Some(_) => None,
-            None if has(&["joint_blocks", "lora_te3_"]) => Some(family_name::SD3),
+            None if has(&["joint_blocks"]) => Some(family_name::SD3),
             None if self.layers.keys().any(|name| is_of_z_image(name)) => {
                 Some(family_name::Z_IMAGE)
             }
             None => match self.is_of_flux2() {
                 Some(true) => Some(family_name::FLUX2_KLEIN),
                 Some(false) => Some(family_name::FLUX1),
+                // T5 alone is of FLUX.1 or of Stable Diffusion 3
+                None if self.layers.keys().any(|name| is_of_t5(name)) => None,
                 None => has(&["lora_te2_", "text_encoder_2."]).then_some(family_name::SDXL),
             },
         }

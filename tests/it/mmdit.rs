@@ -730,6 +730,70 @@ fn loras_in_all_layouts_change_the_same_weights_by_the_same() {
 }
 
 #[test]
+fn loras_of_t5_change_its_weights_under_the_names_of_transformers_and_of_kohya() {
+    let dir = tempfile::tempdir().unwrap();
+    let layers = [
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "encoder.block.1.layer.0.SelfAttention.o",
+        "encoder.block.1.layer.1.DenseReluDense.wi_0",
+        "encoder.block.0.layer.1.DenseReluDense.wo",
+    ];
+    for (model, encoder, prefixes) in [
+        ("flux", "text_encoder_2", &["lora_te3_", "lora_te2_"][..]),
+        ("sd3", "text_encoder_3", &["lora_te3_"]),
+    ] {
+        let open = || Checkpoint::open(Origin::Path(&fixture(model))).unwrap();
+        let read = |checkpoint: &Checkpoint, layer: &str| {
+            let name = format!("{layer}.weight");
+            let shape = checkpoint.shape(&format!("{encoder}.{name}")).unwrap();
+            let weights = checkpoint.weights(encoder, &Device::Cpu, DType::F32);
+            weights.get(&name, shape).unwrap()
+        };
+        let plain = open();
+        let mut files = vec![Tensors::new(); 1 + prefixes.len()];
+        for (seed, layer) in layers.into_iter().enumerate() {
+            let (rows, columns) = read(&plain, layer).dims2().unwrap();
+            let down = numbers(2 * seed, 2, columns);
+            let up = numbers(2 * seed + 1, rows, 2);
+            let flat = layer.replace('.', "_");
+            for (nth, file) in files.iter_mut().enumerate() {
+                let [a, b] = match nth.checked_sub(1).map(|nth| prefixes[nth]) {
+                    None => ["A", "B"].map(|it| format!("{encoder}.{layer}.lora_{it}.weight")),
+                    Some(prefix) => {
+                        ["down", "up"].map(|it| format!("{prefix}{flat}.lora_{it}.weight"))
+                    }
+                };
+                file.insert(a, down.clone());
+                file.insert(b, up.clone());
+            }
+        }
+        for (nth, file) in files.iter().enumerate() {
+            let path = dir.path().join("x.safetensors");
+            save(file, &path);
+            let mut changed = open();
+            changed.use_loras([Lora::open(&path, 0.7)], true).unwrap();
+            for (seed, layer) in layers.into_iter().enumerate() {
+                let before = read(&plain, layer);
+                let (rows, columns) = before.dims2().unwrap();
+                let (up, down) = (
+                    numbers(2 * seed + 1, rows, 2),
+                    numbers(2 * seed, 2, columns),
+                );
+                let expected = (before + (up.matmul(&down).unwrap() * 0.7).unwrap()).unwrap();
+                let got = values(&read(&changed, layer));
+                for (got, expected) in got.iter().zip(values(&expected)) {
+                    // rounded to f16, as the file is
+                    assert!(
+                        (got - expected).abs() <= 1e-3 * expected.abs().max(1.0),
+                        "{model} {nth} {layer}: {got} {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn loras_of_xlabs_change_the_layers_of_attention() {
     let checkpoint = Checkpoint::open(Origin::Path(&fixture("flux"))).unwrap();
     let (mut peft, mut xlabs) = (Tensors::new(), Tensors::new());

@@ -98,12 +98,15 @@ pub const TLORA_MARK: &str = ".lambda_layer";
 
 /// The prefixes of kohya's and OneTrainer's layer names, and the components that they stand for: of
 /// transformers as of U-Nets.
-const COMPONENTS: [(&str, &str); 6] = [
+const COMPONENTS: [(&str, &str); 8] = [
     ("lora_unet_", "unet_"),
     ("lora_transformer_", "unet_"),
     ("transformer_", "unet_"),
     ("lora_te1_", "text_encoder_"),
     ("lora_te2_", "text_encoder_2_"),
+    // kohya's trainer numbers T5 so, which is the second encoder of FLUX.1
+    ("lora_te3_", "text_encoder_3_"),
+    ("lora_te3_", "text_encoder_2_"),
     ("lora_te_", "text_encoder_"),
 ];
 
@@ -226,6 +229,11 @@ pub fn is_of_z_image(layer: &str) -> bool {
         && parts.iter().any(|part| inner.contains(part))
 }
 
+/// Whether a layer is one of T5's blocks, by its name in the file.
+pub fn is_of_t5(layer: &str) -> bool {
+    flattened(layer).contains("_encoder_block_") || layer.starts_with("lora_te3_")
+}
+
 /// The component of a layer, by its name in the file.
 pub fn component(layer: &str) -> &'static str {
     let split = key_mapping::split_component(layer);
@@ -238,6 +246,8 @@ pub fn component(layer: &str) -> &'static str {
         component
     } else if starts(&["lora_te2_", "text_encoder_2_"]) {
         "text_encoder_2"
+    } else if starts(&["lora_te3_", "text_encoder_3_"]) {
+        "text_encoder_3"
     } else if starts(&[
         "lora_te",
         "text_encoder_",

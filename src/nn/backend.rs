@@ -65,6 +65,14 @@ impl Backend {
         }
     }
 
+    /// SiLU of the first half of the last dimension times its second half: [.., 2n] -> [.., n].
+    pub(super) fn swiglu(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Cpu => x.contiguous()?.apply_op1_no_bwd(&cpu::SwiGlu),
+            Self::Gpu | Self::Plain => plain::swiglu(x),
+        }
+    }
+
     /// Layer normalisation over the last dimension.
     pub(super) fn layer_norm(
         self,

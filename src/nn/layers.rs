@@ -6,7 +6,7 @@ use super::cpu::Int8Matrix;
 use super::{Backend, Forward};
 use crate::nn::weights::Weights;
 use anyhow::{Result, bail};
-use candle_core::{D, DType, Device, Result as TensorResult, Tensor};
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -604,13 +604,7 @@ impl RmsNorm {
 /// Applies SiLU to the first half of the last dimension and multiplies it by the second (SwiGLU,
 /// Shazeer 2020, arXiv 2002.05202): [.., 2n] -> [.., n].
 pub fn swiglu(cx: Forward, x: &Tensor) -> TensorResult<Tensor> {
-    cx.timed("swiglu", [x.elem_count(), 0, 0], || {
-        let halves = x.chunk(2, D::Minus1)?;
-        let [gate, x] = halves.as_slice() else {
-            candle_core::bail!("an odd width cannot be halved")
-        };
-        candle_nn::ops::silu(&gate.contiguous()?)? * x
-    })
+    cx.timed("swiglu", [x.elem_count(), 0, 0], || cx.backend.swiglu(x))
 }
 
 /// GELU of every element, by the tangent's formula.
@@ -959,6 +953,17 @@ mod tests {
                 0.0
             );
         }
+    }
+
+    #[test]
+    fn swiglu_kernel_equals_its_plain_composition() {
+        for (rows, width) in [(1, 1), (5, 17), (40, 96)] {
+            let x = normal(0f32, 1.0, (2, rows, 2 * width));
+            let (y, expected) = (swiglu(cpu(), &x).unwrap(), plain::swiglu(&x).unwrap());
+            assert_eq!(y.dims(), expected.dims());
+            assert!(worst(&y, &expected) < 1e-5);
+        }
+        assert!(swiglu(cpu(), &normal(0f32, 1.0, (2, 3))).is_err());
     }
 
     #[test]

@@ -147,6 +147,15 @@ pub fn group_norm(
     x.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
+/// SiLU of the first half of the last dimension times its second half: [.., 2n] -> [.., n].
+pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+    let halves = x.chunk(2, D::Minus1)?;
+    let [gate, x] = halves.as_slice() else {
+        candle_core::bail!("an odd width cannot be halved")
+    };
+    candle_nn::ops::silu(&gate.contiguous()?)? * x
+}
+
 /// Layer normalisation over the last dimension.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     candle_nn::LayerNorm::new(weight.clone(), bias.clone(), eps).forward(x)

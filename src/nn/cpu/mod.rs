@@ -18,7 +18,7 @@ mod vector;
 mod vector_math;
 mod winograd;
 
-pub use activation::GeluTanh;
+pub use activation::{GeluTanh, SwiGlu};
 pub use attention::Attention;
 pub use concat::Concat;
 pub use conv::Conv2d;

@@ -210,12 +210,14 @@ fn put_fives(out: &mut [u8], code: impl Fn(usize) -> u8) {
 
 /// The code whose value `scale * code - min` is nearest.
 fn nearest(x: f32, scale: f32, min: f32, most: u8) -> u8 {
-    code(((x + min) * inverse(scale)).round(), most)
+    code((x + min) * inverse(scale) + 0.5, most)
 }
 
 /// The code whose value `scale * (code - half)` is nearest, of twice as many.
 fn signed_code(x: f32, scale: f32, half: i32) -> u8 {
-    let q = (x * inverse(scale)).round() as i32;
+    let scaled = x * inverse(scale);
+    // rounded, which the standard library does by a call
+    let q = (scaled + 0.5f32.copysign(scaled)) as i32;
     (q.clamp(-half, half - 1) + half) as u8
 }
 
@@ -241,45 +243,45 @@ impl Search {
         let steps = [largest.0, largest.1].map(|largest| largest / f32::from(most));
         let coded = |(scale, min): &(f32, f32)| {
             (
-                code((scale * inverse(steps[0])).round(), most),
-                code((min * inverse(steps[1])).round(), most),
+                code(scale * inverse(steps[0]) + 0.5, most),
+                code(min * inverse(steps[1]) + 0.5, most),
             )
         };
         (found.iter().map(coded).collect(), steps)
     }
 
     /// The scale and the minimum, not below 0, whose values `scale * code - minimum` lose least.
-    fn find(&self, x: &[f32]) -> (f32, f32) {
-        let mean = (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32).sqrt();
+    fn find<const N: usize>(&self, x: &[f32; N]) -> (f32, f32) {
+        let mean = (x.iter().map(|x| x * x).sum::<f32>() / N as f32).sqrt();
         let (min, max) = range(x);
         let min = min.min(0.0);
         if max <= min {
             return (0.0, -min);
         }
         let most = f32::from(self.codes);
-        let code = |x: f32, codes: f32| (codes / (max - min) * (x - min)).round().clamp(0.0, most);
-        // of the codes that a division of the range gives, with this scale and this minimum
-        let lost = |codes: f32, scale: f32, least: f32| {
-            let of = |x: &f32| {
-                let error = scale * code(*x, codes) + least - x;
-                (self.weight)(*x, mean) * error * error
+        let weights = x.map(|x| (self.weight)(x, mean));
+        let w: f32 = sum(&weights, |weight, _, _| weight, x, x);
+        let wx = sum(&weights, |weight, x, _| weight * x, x, x);
+        let codes_of = |codes: f32| {
+            let factor = codes / (max - min);
+            // what is not below 0 is rounded by cutting it off
+            x.map(|x| ((factor * (x - min)).clamp(0.0, most) + 0.5) as i32 as f32)
+        };
+        let lost = |q: &[f32; N], scale: f32, least: f32| {
+            let of = |weight: f32, x: f32, q: f32| {
+                let error = scale * q + least - x;
+                weight * error * error
             };
-            x.iter().map(of).sum::<f32>()
+            sum(&weights, of, x, q)
         };
         let start = (max - min) / most;
-        let mut best = (lost(most, start, min), start, min);
+        let mut best = (lost(&codes_of(most), start, min), start, min);
         for step in 0..=self.steps {
-            let codes = most + self.first + 0.1 * step as f32;
+            let q = codes_of(most + self.first + 0.1 * step as f32);
             // the scale and the minimum that are best for these codes, by least squares
-            let (mut w, mut wx, mut wq, mut wqq, mut wxq) = (0f32, 0f32, 0f32, 0f32, 0f32);
-            for x in x {
-                let (weight, q) = ((self.weight)(*x, mean), code(*x, codes));
-                w += weight;
-                wx += weight * x;
-                wq += weight * q;
-                wqq += weight * q * q;
-                wxq += weight * x * q;
-            }
+            let wq = sum(&weights, |weight, _, q| weight * q, x, &q);
+            let wqq = sum(&weights, |weight, _, q| weight * q * q, x, &q);
+            let wxq = sum(&weights, |weight, x, q| weight * x * q, x, &q);
             let determinant = w * wqq - wq * wq;
             if determinant <= 0.0 {
                 continue;
@@ -289,13 +291,33 @@ impl Search {
             if least > 0.0 {
                 (scale, least) = (wxq / wqq, 0.0);
             }
-            let error = lost(codes, scale, least);
+            let error = lost(&q, scale, least);
             if error < best.0 {
                 best = (error, scale, least);
             }
         }
         (best.1, -best.2)
     }
+}
+
+/// The sum of a function of each weight, number and code, in as many partial sums as the compiler
+/// makes vectors of.
+#[inline(always)]
+fn sum<const N: usize>(
+    weights: &[f32; N],
+    of: impl Fn(f32, f32, f32) -> f32,
+    x: &[f32; N],
+    q: &[f32; N],
+) -> f32 {
+    const LANES: usize = 8;
+    let mut sums = [0f32; LANES];
+    let [weights, x, q] = [weights, x, q].map(|all| all.as_chunks::<LANES>().0);
+    for ((weights, x), q) in weights.iter().zip(x).zip(q) {
+        for i in 0..LANES {
+            sums[i] += of(weights[i], x[i], q[i]);
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Puts what Q4_K and Q5_K begin with, eight scales and minima, and returns the codes.
@@ -346,7 +368,8 @@ fn symmetric_scales(x: &[f32; K], half: i32, most: f32) -> (f32, [i8; 16]) {
 
 /// The scale with which codes from `-half` on lose least of these numbers, those far from 0 counting
 /// more.
-fn symmetric_scale(x: &[f32], half: i32) -> f32 {
+fn symmetric_scale(x: &[f32; 16], half: i32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
     let farthest = x
         .iter()
         .fold(0f32, |farthest, x| match x.abs() > farthest.abs() {
@@ -356,15 +379,15 @@ fn symmetric_scale(x: &[f32], half: i32) -> f32 {
     if farthest == 0.0 {
         return 0.0;
     }
+    let (low, high) = (-half as f32, half as f32 - 1.0);
+    let squares = x.map(|x| x * x);
     let mut best = (0f32, 0f32);
     for step in -9..=9 {
         let divided = -(half as f32 + 0.1 * step as f32) / farthest;
-        let (mut product, mut square) = (0f32, 0f32);
-        for x in x {
-            let q = (divided * x).round().clamp(-half as f32, half as f32 - 1.0);
-            product += x * x * x * q;
-            square += x * x * q * q;
-        }
+        // adding 1.5 * 2^23 rounds to a whole number
+        let q = x.map(|x| ((divided * x).clamp(low, high) + ROUND) - ROUND);
+        let product = sum(&squares, |square, x, q| square * x * q, x, &q);
+        let square = sum(&squares, |square, _, q| square * q * q, x, &q);
         // what is gained is product² / square
         if square > 0.0 && product * product > best.0 * square {
             best = (product * product / square, product / square);

@@ -98,6 +98,7 @@ impl Job {
                 b.image_guidance,
                 b.deep_cache,
             )
+            && a.max_sequence_length == b.max_sequence_length
             && repaints(a) == repaints(b)
             && sizes(a) == sizes(b)
     }

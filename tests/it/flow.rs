@@ -1008,7 +1008,14 @@ fn t5_takes_as_many_tokens_as_it_is_told_up_to_512_and_no_other_encoder_is_told(
         line(r#", "max-sequence-length": 512"#),
     ];
     std::fs::write(dir.path().join("jobs.jsonl"), jobs.join("\n")).unwrap();
-    let list = ["--from", "jobs.jsonl", "-o", "list/{index}.png"];
+    let list = [
+        "--from",
+        "jobs.jsonl",
+        "--batch-size",
+        "3",
+        "-o",
+        "list/{index}.png",
+    ];
     let said = succeed(&mut draw("flux", &list));
     let said = String::from_utf8_lossy(&said.stderr);
     assert!(said.contains("this was cut off"), "{said}");

@@ -32,6 +32,9 @@ const TASKS: usize = 8;
 /// The largest magnitude of a number.
 const MOST: f32 = 127.0;
 
+/// 1.5 * 2^23: adding it rounds to a whole number.
+const ROUND: f32 = 12_582_912.0;
+
 /// What makes activations numbers without a sign.
 const OFFSET: i32 = 128;
 
@@ -104,9 +107,10 @@ impl Int8Matrix {
                     row(output, &mut numbers);
                     let scale = scale_of(&numbers);
                     scales[column] = scale;
+                    let inverse = 1.0 / scale;
                     for (i, number) in numbers.iter().enumerate() {
                         // what is not finite is 0 here, and its scale is not finite
-                        let rounded = (number / scale).round_ties_even() as i8;
+                        let rounded = (number * inverse + ROUND - ROUND) as i8;
                         weights[(i / QUAD * WIDTH + column) * QUAD + i % QUAD] = rounded;
                         offsets[column] += OFFSET * i32::from(rounded);
                     }
@@ -264,8 +268,8 @@ impl Kernel for Quantize<'_> {
         // NaN where a number is not finite, so that the result is not either
         *scale = most / MOST + unreal;
         let inverse = V::splat(if most > 0.0 { MOST / most } else { 0.0 });
-        // adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits
-        let round = V::splat(12_582_912.0);
+        // a whole number then stands in the low bits
+        let round = V::splat(ROUND);
         let mut rounded = [0f32; LANES];
         for (x, to) in x.chunks(LANES).zip(to.chunks_mut(LANES)) {
             round.plus(V::load_some(x), inverse).store(&mut rounded);
